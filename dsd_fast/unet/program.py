@@ -1,0 +1,195 @@
+"""The UNet as a program of named steps; a request is a cut through it, a :class:`~dsd_fast.unet.plan.Plan`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dsd_fast.unet import blocks
+from dsd_fast.unet.plan import Plan
+from dsd_fast.unet.refusals import check_architecture, check_attachments
+from dsd_fast.unet.step import Size, Step
+
+
+class UNetProgram:
+    """The steps of a diffusers UNet2DConditionModel, in execution order.
+
+    The network is never changed: no hook, no processor, no copy of a weight.
+
+    Args:
+        unet: a UNet2DConditionModel of the SD 1.x, 2.x or SDXL kind, with or without adapters.
+
+    Attributes:
+        unet: the network.
+        steps: all steps.
+        layer_ids: the ids of the reference's grammar that can be tapped as features, in execution order.
+        score_ids: one per cross-attention, that id without a suffix: ``up-level1-repeat1-vit-block0-cross``.
+
+    Raises:
+        UnsupportedNetworkError: what the program would ignore or get wrong, by name.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        check_architecture(unet)
+        self.unet = unet
+        self._downsamplers: list[Any] = []
+        self._attentions: list[tuple[str, Any]] = []
+        self._bypassed: list[tuple[str, Any]] = []
+        for path, module in unet.named_modules():
+            kind = type(module).__name__
+            if kind == "Attention":
+                self._attentions.append((path, module))
+            if kind in _BYPASSED:
+                self._bypassed.append((path or "unet", module))
+        self.steps: tuple[Step, ...] = tuple(self._build())
+        self.layer_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.shape is not None)
+        self.score_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score)
+        self.check()
+
+    def plan(
+        self,
+        features: Sequence[str] = (),
+        scores: Sequence[str] = (),
+        maps: Sequence[str] = (),
+        noise_pred: bool = False,
+        pool: str | float = "mean",
+        adapter: str | Sequence[str] | None = None,
+    ) -> Plan:
+        """A cut through the program: what to tap, and nothing after the last tap runs.
+
+        Args:
+            features: layer ids whose values are returned.
+            scores: score ids whose log-sum-exp over the text's keys is returned.
+            maps: score ids whose attention maps of chosen tokens are returned.
+            noise_pred: whether the model's output is returned.
+            pool: how a score is pooled over positions: "mean", "max", or a temperature τ > 0 for
+                τ·log mean exp(score/τ).
+            adapter: names of the adapters active during the plan's calls; () for none; None leaves the network as
+                it stands at each call.
+
+        Raises:
+            ValueError: an unknown id (with the nearest legal ones), nothing asked for, a bad ``pool`` or ``adapter``.
+        """
+        for name, ids, legal in (
+            ("features", features, self.layer_ids),
+            ("scores", scores, self.score_ids),
+            ("maps", maps, self.score_ids),
+        ):
+            _check_ids(name, ids, legal)
+        if not (features or scores or maps or noise_pred):
+            raise ValueError("plan: nothing is asked for; give features, scores, maps or noise_pred=True")
+        if pool not in ("mean", "max") and not (isinstance(pool, (int, float)) and pool > 0):
+            raise ValueError(f"pool: got {pool!r}, expected 'mean', 'max' or a temperature > 0")
+        self.check()
+        return Plan(self, tuple(features), tuple(scores), tuple(maps), noise_pred, pool, adapter)
+
+    def check(self) -> None:
+        """Refuse what has been attached to the network since (see :mod:`dsd_fast.unet.refusals`)."""
+        check_attachments(self.unet, self._attentions, self._bypassed)
+
+    def sizes(self, height: int, width: int) -> list[Size]:
+        """The image size at each level, from the latents' size."""
+        sizes = [(height, width)]
+        for module in self._downsamplers:
+            sizes.append(blocks.downsampled(module, sizes[-1]))
+        return sizes
+
+    @property
+    def reads_pooled_text(self) -> bool:
+        """Whether the time embedding reads the pooled text (SDXL)."""
+        return bool(self.unet.config.addition_embed_type == "text_time")
+
+    def attention(self, score_id: str) -> Any:
+        """The cross-attention module that a score id names."""
+        return self._cross[score_id]
+
+    def time_blocks(self) -> list[tuple[str, Any]]:
+        """The residual blocks, each with the name of the step at which it reads the time embedding."""
+        return self._resnets
+
+    def _build(self) -> Iterator[Step]:
+        unet = self.unet
+        self._cross: dict[str, Any] = {}
+        self._resnets: list[tuple[str, Any]] = []
+        yield from blocks.input_steps(unet)
+        for level, block in enumerate(unet.down_blocks):
+            yield from self._stage(block, f"down-level{level}", level, pops=False)
+            for module in block.downsamplers or ():
+                self._downsamplers.append(module)
+                yield blocks.downsample_step(module, f"down-level{level}-downsampler-out", level + 1)
+        deepest = len(self._downsamplers)
+        yield from self._middle(unet.mid_block, deepest)
+        level = deepest
+        for index, block in enumerate(unet.up_blocks):
+            yield from self._stage(block, f"up-level{index}", level, pops=True)
+            for module in block.upsamplers or ():
+                level -= 1
+                yield blocks.upsample_step(module, f"up-level{index}-upsampler-out", level)
+        yield blocks.output_step(unet)
+
+    def _stage(self, block: Any, prefix: str, level: int, pops: bool) -> Iterator[Step]:
+        attentions = getattr(block, "attentions", None)
+        for repeat, resnet in enumerate(block.resnets):
+            unit = f"{prefix}-repeat{repeat}"
+            self._resnets.append((f"{unit}-res-increment", resnet))
+            yield from blocks.resnet_steps(
+                resnet,
+                f"{unit}-res",
+                level,
+                time_reads_text=self.reads_pooled_text,
+                pops=pops,
+                push=not pops and attentions is None,
+            )
+            if attentions is not None:
+                yield from self._vit(attentions[repeat], f"{unit}-vit", level, push=not pops)
+
+    def _middle(self, block: Any, level: int) -> Iterator[Step]:
+        for repeat, resnet in enumerate(block.resnets):
+            # The grammar names one transformer in the middle, between the residual blocks.
+            if repeat:
+                yield from self._vit(block.attentions[repeat - 1], "mid-vit", level, push=False)
+            self._resnets.append((f"mid-repeat{repeat}-res-increment", resnet))
+            yield from blocks.resnet_steps(
+                resnet,
+                f"mid-repeat{repeat}-res",
+                level,
+                time_reads_text=self.reads_pooled_text,
+                pops=False,
+                push=False,
+            )
+        yield blocks.mid_residual_step(level)
+
+    def _vit(self, vit: Any, prefix: str, level: int, push: bool) -> Iterator[Step]:
+        for index, block in enumerate(vit.transformer_blocks):
+            self._cross[f"{prefix}-block{index}-cross"] = block.attn2
+        yield from blocks.transformer_steps(vit, prefix, level, push=push)
+
+
+# Modules whose forward the program replaces by its own steps; leaf modules, samplers and GEGLU are called.
+_BYPASSED = frozenset(
+    {
+        "UNet2DConditionModel",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+        "UNetMidBlock2DCrossAttn",
+        "CrossAttnUpBlock2D",
+        "UpBlock2D",
+        "ResnetBlock2D",
+        "Transformer2DModel",
+        "BasicTransformerBlock",
+        "Attention",
+        "FeedForward",
+    }
+)
+
+
+def _check_ids(name: str, ids: Sequence[str], legal: Sequence[str]) -> None:
+    if isinstance(ids, str):
+        raise ValueError(f"{name}: got the string {ids!r}, expected a sequence of ids")
+    for given in ids:
+        if given not in legal:
+            near = ", ".join(difflib.get_close_matches(str(given), legal, n=3, cutoff=0.0))
+            raise ValueError(f"{name}: unknown id {given!r}; the nearest of the {len(legal)} legal ids are {near}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{name}: an id is given twice")

@@ -1,0 +1,118 @@
+"""What the program would silently ignore or get wrong, refused by name.
+
+The program calls a network's leaf modules itself. Whatever lives in the forward methods it goes around (attention
+processors of other methods, FreeU, offload hooks, unusual block types) would have no effect, so it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from dsd_fast.unet.flops import base_layer
+
+# Processors that compute softmax(q kᵀ·scale) v and nothing else.
+PLAIN_PROCESSORS = frozenset({"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"})
+
+BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+CONFIG: dict[str, tuple[Any, ...]] = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None, "text_time"),
+    "attention_type": ("default",),
+    "class_embed_type": (None,),
+    "cross_attention_norm": (None,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "num_class_embeds": (None,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_type": ("positional",),
+}
+
+
+class UnsupportedNetworkError(ValueError):
+    """A network, or something attached to it, that the program cannot answer for."""
+
+
+def check_architecture(unet: Any) -> None:
+    """Refuse a network whose configuration the program does not know.
+
+    Raises:
+        UnsupportedNetworkError: names the setting, its value and what is supported.
+    """
+    name = type(unet).__name__
+    if name != "UNet2DConditionModel":
+        raise UnsupportedNetworkError(f"unet: {name} is not supported, expected diffusers' UNet2DConditionModel")
+    for key, allowed in CONFIG.items():
+        value = unet.config.get(key, allowed[0])
+        if value not in allowed:
+            raise UnsupportedNetworkError(f"unet.config.{key}: {value!r} is not supported, expected {_either(allowed)}")
+    for key, allowed in BLOCKS.items():
+        for value in unet.config[key]:
+            if value not in allowed:
+                raise UnsupportedNetworkError(
+                    f"unet.config.{key}: {value!r} is not supported, expected {_either(allowed)}"
+                )
+    only_cross = unet.config.get("only_cross_attention", False)
+    if any(only_cross) if isinstance(only_cross, (list, tuple)) else only_cross:
+        raise UnsupportedNetworkError("unet.config.only_cross_attention: True is not supported, expected False")
+    if getattr(unet, "hf_quantizer", None) is not None:
+        raise UnsupportedNetworkError("unet: quantised layers are not supported; load it in float32, float16 or bfloat16")
+    for path, module in unet.named_modules():
+        _check_module(path or "unet", module)
+
+
+def _check_module(path: str, module: nn.Module) -> None:
+    if hasattr(module, "_hf_hook"):
+        raise UnsupportedNetworkError(f"{path}: an offload hook of accelerate is attached; load the model without it")
+    if hasattr(module, "_diffusers_hook"):
+        raise UnsupportedNetworkError(
+            f"{path}: a hook of diffusers (offloading, layerwise casting or caching) is attached; remove it"
+        )
+    weight = getattr(base_layer(module), "weight", None)
+    if weight is None:
+        return
+    foreign = type(weight).__module__.partition(".")[0] != "torch"
+    if foreign or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        kind = f"{type(base_layer(module)).__name__} with a {type(weight).__name__} of {weight.dtype}"
+        raise UnsupportedNetworkError(f"{path}: quantised layers are not supported, found {kind}")
+
+
+def check_attachments(unet: Any, attentions: Iterable[tuple[str, Any]], bypassed: Iterable[tuple[str, Any]]) -> None:
+    """Refuse what was attached to a known network: cheap enough for every call.
+
+    Args:
+        attentions: the attention modules by path.
+        bypassed: the modules whose forward the program does not call, by path.
+
+    Raises:
+        UnsupportedNetworkError: names the module and what is attached to it.
+    """
+    for path, attention in attentions:
+        name = type(attention.processor).__name__
+        if name not in PLAIN_PROCESSORS:
+            what = "an IP-Adapter is loaded" if name.startswith("IPAdapter") else "an attention processor is set"
+            raise UnsupportedNetworkError(f"{path}: {what} ({name}) that the program would ignore; remove it")
+    for index, block in enumerate(unet.up_blocks):
+        if any(getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")):
+            raise UnsupportedNetworkError(f"up_blocks.{index}: FreeU is enabled; call disable_freeu() first")
+    for path, module in bypassed:
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedNetworkError(
+                f"{path}: a forward hook is registered on a module whose forward the program does not call; remove it"
+            )
+    if hasattr(unet, "_hf_hook") or hasattr(unet, "_diffusers_hook"):
+        _check_module("unet", unet)
+
+
+def _either(allowed: tuple[Any, ...]) -> str:
+    return " or ".join(repr(value) for value in allowed)

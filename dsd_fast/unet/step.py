@@ -1,0 +1,148 @@
+"""A step of the network, and the state that travels from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dsd_fast.unet.text import TextKV
+
+Size = tuple[int, int]
+Count = Callable[[Size, int], int]
+
+
+@dataclass
+class State:
+    """What travels from step to step.
+
+    Values have one row per noised latent (P) until the first step that reads the text, and one per requested row (B)
+    from there on; :meth:`expand` is the passage. Skip connections stay as they were pushed until they are used.
+
+    Attributes:
+        sample: (P, C, h, w) noised latents.
+        embedding: (P, E) activated time embedding, (B, E) where it depends on the text.
+        latent_index, text_index: (B,) int64; None means row b is latent b, text b.
+        sizes: image size at each level.
+        keep: numbers of the skip connections that the plan will use.
+        live: values that later steps read, by name.
+    """
+
+    sample: Tensor
+    embedding: Tensor
+    latent_index: Tensor | None
+    text_index: Tensor | None
+    text: TextKV | None
+    sizes: Sequence[Size]
+    keep: frozenset[int]
+    residuals: tuple[Sequence[Tensor], Tensor] | None = None
+    map_tokens: Tensor | None = None
+    embedding_expanded: bool = False
+    expanded: bool = False
+    live: dict[str, Tensor] = field(default_factory=dict)
+    skips: list[tuple[int, Tensor, bool]] = field(default_factory=list)
+    pushed: int = 0
+
+    def rows(self, value: Tensor, expanded: bool) -> Tensor:
+        """``value`` with one row per requested row."""
+        if expanded or self.latent_index is None:
+            return value
+        return value.index_select(0, self.latent_index)
+
+    def expand(self) -> None:
+        """From one row per latent to one per requested row."""
+        if not self.expanded:
+            self.live = {name: self.rows(value, False) for name, value in self.live.items()}
+            self.expanded = True
+
+    def push(self, value: Tensor) -> None:
+        """Store a skip connection, if the plan will use it."""
+        if self.pushed in self.keep:
+            self.skips.append((self.pushed, value, self.expanded))
+        self.pushed += 1
+
+    def pop(self) -> Tensor:
+        """The latest skip connection, with its ControlNet residual, one row per requested row."""
+        index, value, expanded = self.skips.pop()
+        value = self.rows(value, expanded)
+        return value if self.residuals is None else value + self.residuals[0][index]
+
+    def project_time(self, projection: Any) -> Tensor:
+        """A block's projection of the time embedding, (rows, C, 1, 1); projected before rows are repeated."""
+        value = projection(self.embedding)
+        if self.expanded:
+            value = self.rows(value, self.embedding_expanded)
+        return value[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a plan takes from a step, besides its ordinary work.
+
+    Attributes:
+        feature: the value the step's layer id names.
+        score: the score of a cross-attention: ``pool`` is "mean", "max" or a temperature.
+        maps: the attention maps of chosen tokens.
+        last: nothing runs after this step, so only what is taken from it need be computed.
+    """
+
+    feature: bool = False
+    score: bool = False
+    maps: bool = False
+    last: bool = False
+    pool: str | float = "mean"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step gives: the value its id names, and a cross-attention's score (rows, H) and maps (rows, n, h, w)."""
+
+    feature: Tensor | None = None
+    score: Tensor | None = None
+    maps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the program.
+
+    Attributes:
+        name: the layer id whose value the step gives, a score id, or a name of its own.
+        level: how many downsamplings precede its output.
+        run: the work; (state, want) → what is taken.
+        flops: FLOPs of one row, from the image size at ``level`` and the number of text tokens.
+        elements: elements alive at the step's peak for one row, skip connections and outputs aside; same arguments.
+        shape: shape of one row's value, from the same arguments; None for a step whose name is no layer id.
+        score: whether ``name`` is a score id.
+        reads_text: whether it needs the text, so that it and all after it run once per row.
+        optional: left out unless it is tapped.
+        pushes: channels of the skip connection it stores; 0 where it stores none.
+        pops: whether it uses a skip connection.
+        heads: heads of the attention a score id names.
+    """
+
+    name: str
+    level: int
+    run: Callable[[State, Want], Taken]
+    flops: Count
+    elements: Count
+    shape: Callable[[Size, int], tuple[int, ...]] | None = None
+    score: bool = False
+    reads_text: bool = False
+    optional: bool = False
+    pushes: int = 0
+    pops: bool = False
+    heads: int = 0
+
+
+def grid(tokens: Tensor, size: Size) -> Tensor:
+    """(B, h·w, C) → (B, C, h, w), a view."""
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def flat(image: Tensor) -> Tensor:
+    """(B, C, h, w) → (B, h·w, C)."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)

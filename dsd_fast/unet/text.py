@@ -1,0 +1,105 @@
+"""The keys and values of encoded texts, once per text and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.unet.adapters import Signature
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """M texts as the cross-attention layers of a plan see them; made by ``plan.encode_text``.
+
+    Attributes:
+        k: score id → (M, T, H·D) keys.
+        v: score id → (M, T, H·D) values; a layer that only scores has none.
+        lengths: (M,) int64; keys at or beyond it are not read. None: all T are.
+        key_bias: (M, T) float32 added to the logits: −inf masks, log n counts a key n times. None: zeros.
+        score_mask: (M, T) bool, the keys that count in scores. None: all.
+        pooled: (M, E) pooled text states, for networks whose time embedding reads them (SDXL).
+        signature: what adapters did to each layer's key and value projections.
+    """
+
+    k: Mapping[str, Tensor]
+    v: Mapping[str, Tensor]
+    count: int
+    tokens: int
+    lengths: Tensor | None = None
+    key_bias: Tensor | None = None
+    score_mask: Tensor | None = None
+    pooled: Tensor | None = None
+    signature: Mapping[str, Signature] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> TextKV:
+        """The texts of a slice (views) or of a list of positions (copies)."""
+        if isinstance(index, int):
+            raise TypeError("text: index with a slice or a list of positions, not one integer: text[i : i + 1]")
+        kept = torch.arange(self.count)[index if isinstance(index, slice) else torch.as_tensor(index)]
+
+        def pick(value: Tensor | None) -> Any:
+            if value is None:
+                return None
+            return value[index] if isinstance(index, slice) else value[kept.to(value.device)]
+
+        return replace(
+            self,
+            k={name: pick(value) for name, value in self.k.items()},
+            v={name: pick(value) for name, value in self.v.items()},
+            count=len(kept),
+            lengths=pick(self.lengths),
+            key_bias=pick(self.key_bias),
+            score_mask=pick(self.score_mask),
+            pooled=pick(self.pooled),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        rest = (self.lengths, self.key_bias, self.score_mask, self.pooled)
+        return sum(x.nbytes for x in [*self.k.values(), *self.v.values(), *rest] if x is not None)
+
+    @staticmethod
+    def concat(parts: Sequence[TextKV]) -> TextKV:
+        """The texts of all parts, in order.
+
+        Raises:
+            ValueError: parts of different layers, token counts or adapters, or some without what others have.
+        """
+        if not parts:
+            raise ValueError("parts: got no TextKV to concatenate")
+        first = parts[0]
+        for part in parts[1:]:
+            for what in ("tokens", "signature"):
+                if getattr(part, what) != getattr(first, what):
+                    raise ValueError(f"parts: cannot concatenate texts of different {what}")
+            if part.k.keys() != first.k.keys() or part.v.keys() != first.v.keys():
+                raise ValueError("parts: cannot concatenate texts encoded for different layers")
+
+        def join(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            if all(value is None for value in values):
+                return None
+            if any(value is None for value in values):
+                raise ValueError(f"parts: {name} is given for some texts and not for others")
+            return torch.cat(values)
+
+        return TextKV(
+            k={name: torch.cat([part.k[name] for part in parts]) for name in first.k},
+            v={name: torch.cat([part.v[name] for part in parts]) for name in first.v},
+            count=sum(len(part) for part in parts),
+            tokens=first.tokens,
+            lengths=join("lengths"),
+            key_bias=join("key_bias"),
+            score_mask=join("score_mask"),
+            pooled=join("pooled"),
+            signature=first.signature,
+        )
