@@ -299,8 +299,11 @@ class Plan:
     def row_bytes(self, height: int, width: int, tokens: int, *, map_tokens: int = 0) -> int:
         """Bytes of activations that one row needs at the plan's peak, its outputs included (an upper estimate)."""
         sizes = self.program.sizes(height, width)
-        held = kept = pushed = peak = 0
+        config = self.program.unet.config
         areas = [h * w for h, w in sizes]
+        # The row's latents and time embedding live as long as the run.
+        held = config.in_channels * areas[0] + 4 * 4 * config.block_out_channels[0]
+        kept = pushed = peak = 0
         stack: list[int] = []
         for step, want in zip(self.steps, self._wants, strict=True):
             if step.pops and stack:

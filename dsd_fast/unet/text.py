@@ -78,11 +78,13 @@ class TextKV:
             raise ValueError("parts: got no TextKV to concatenate")
         first = parts[0]
         for part in parts[1:]:
-            for what in ("tokens", "signature"):
-                if getattr(part, what) != getattr(first, what):
-                    raise ValueError(f"parts: cannot concatenate texts of different {what}")
-            if part.k.keys() != first.k.keys() or part.v.keys() != first.v.keys():
-                raise ValueError("parts: cannot concatenate texts encoded for different layers")
+            for what, same in (
+                ("token counts", part.tokens == first.tokens),
+                ("layers", part.k.keys() == first.k.keys() and part.v.keys() == first.v.keys()),
+                ("adapters", part.signature == first.signature),
+            ):
+                if not same:
+                    raise ValueError(f"parts: cannot concatenate texts encoded for different {what}")
 
         def join(name: str) -> Tensor | None:
             values = [getattr(part, name) for part in parts]

@@ -183,7 +183,7 @@ def cross_attention_score(
         key_bias: (M, T) float32 (float64 with float64 inputs): −inf masks a key, log n lets it count n times.
         score_mask: (M, T) bool: the keys that count in the score; the output attends to all of them.
         scale: factor of the logits; None is D ** -0.5.
-        mean: the score is averaged over the L positions (NaN when L = 0).
+        mean: the score is averaged over the L positions (0 when L = 0).
 
     Returns:
         (output, score): output (B, L, H·D) in q's type, or None without ``v``; score (B, H, L), or (B, H) if ``mean``.

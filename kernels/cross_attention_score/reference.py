@@ -56,8 +56,6 @@ def forward(
     out = q.new_empty(q.shape) if v is not None else q.new_empty(0)
     score = q.new_zeros((rows, heads) if mean else (rows, heads, length), dtype=real)
     saved = q.new_empty(((1 if score_mask is None else 2) if save else 0, rows, heads, length), dtype=real)
-    if mean and length == 0:
-        score.fill_(float("nan"))
     for b, span in chunks(rows, length, heads, k.shape[1]):
         texts = text_index[b]
         bias = text_bias(k.shape[1], text_length, key_bias, texts, real)

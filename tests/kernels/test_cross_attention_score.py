@@ -1,0 +1,308 @@
+"""The operator against attention written out, in every case of its contract."""
+
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsd_fast.kernels.common import attention, backend
+from dsd_fast.kernels.cross_attention_score import cross_attention_score
+
+INF = float("inf")
+
+
+def written_out(q, k, v, *, heads, index=None, length=None, bias=None, mask=None, scale=None, mean=False):
+    """Materialised attention in plain torch: the truth when the inputs are float64."""
+    b, positions, width = q.shape
+    index = torch.arange(b) if index is None else index
+    d = width // heads
+    k, v = k[index], v[index]
+    tokens = k.shape[1]
+    add = torch.zeros(b, tokens, dtype=q.dtype) if bias is None else bias[index].to(q.dtype)
+    if length is not None:
+        add = add.masked_fill(torch.arange(tokens) >= length[index][:, None], -INF)
+    q, k, v = (x.reshape(b, -1, heads, d).transpose(1, 2) for x in (q, k, v))
+    k, v = (torch.where((add == -INF)[:, None, :, None], torch.zeros_like(x), x) for x in (k, v))
+    s = q @ k.transpose(-1, -2) * (d**-0.5 if scale is None else scale) + add[:, None, None, :]
+    out = torch.softmax(s, -1) @ v
+    seen = s if mask is None else s.masked_fill(~mask[index][:, None, None, :], -INF)
+    lse = torch.logsumexp(seen, -1)
+    return out.transpose(1, 2).reshape(b, positions, width), lse.mean(-1) if mean else lse
+
+
+def inputs(rows=3, positions=5, texts=2, tokens=7, heads=2, width=4, dtype=torch.float64, grad=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+    c = heads * width
+    return draw(rows, positions, c), draw(texts, tokens, c), draw(texts, tokens, c), g
+
+
+def error(x, truth):
+    return float((x.double() - truth).abs().max()) if truth.numel() else 0.0
+
+
+def floor(truth, dtype):
+    """Rounding of the result itself: one unit in the last place of its largest value."""
+    return float(truth.abs().max()) * torch.finfo(dtype).eps if truth.numel() else 0.0
+
+
+# One image position, a prime number, one below, at and above the usual 64 × 64 chunks; widths of SD 1.5 (40, 80, 160),
+# SD 2.x (64), the smallest and the largest; 77 keys, one, and more than a block of 128.
+GRID = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 13, 2, 77, 8, 40),
+    (3, 31, 2, 77, 5, 64),
+    (2, 9, 3, 200, 2, 80),
+    (2, 4, 2, 77, 1, 160),
+    (1, 3, 1, 5, 1, 256),
+    (4, 97, 2, 24, 4, 24),
+]
+
+
+@pytest.mark.parametrize("shape", GRID, ids=lambda s: "B{}-L{}-M{}-T{}-H{}-D{}".format(*s))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_within_twice_plain_torch(shape, dtype):
+    rows, positions, texts, tokens, heads, width = shape
+    q, k, v, g = inputs(rows, positions, texts, tokens, heads, width, dtype)
+    index = torch.randint(texts, (rows,), generator=g)
+    truth = written_out(q.double(), k.double(), v.double(), heads=heads, index=index)
+    plain = written_out(q, k, v, heads=heads, index=index)
+    ours = cross_attention_score(q, k, v, heads=heads, text_index=index)
+    assert ours[0].dtype == dtype
+    assert ours[1].dtype == torch.float32
+    for mine, naive, true, out_dtype in zip(ours, plain, truth, (dtype, torch.float32), strict=True):
+        assert error(mine, true) <= 2 * error(naive, true) + floor(true, out_dtype)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 64, 1], ids=["whole", "parts", "single"])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_every_option_and_gradient_against_autograd(monkeypatch, chunk, mean, masked, limited, biased):
+    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", chunk)
+    q, k, v, g = inputs(rows=5, positions=3, texts=4, grad=True)
+    index = torch.tensor([2, 0, 2, 3, 2])
+    length = torch.tensor([7, 1, 4, 6]) if limited else None
+    bias = torch.randn(4, 7, generator=g, dtype=torch.float64) if biased else None
+    if bias is not None:
+        bias[2, 1] = -INF
+        bias.requires_grad_()
+    mask = None
+    if masked:
+        mask = torch.rand(4, 7, generator=g) > 0.4
+        mask[:, 0] = True
+    ours = cross_attention_score(
+        q, k, v, heads=2, text_index=index, text_length=length, key_bias=bias, score_mask=mask, mean=mean
+    )
+    truth = written_out(q, k, v, heads=2, index=index, length=length, bias=bias, mask=mask, mean=mean)
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in truth]
+    leaves = [x for x in (q, k, v, bias) if x is not None]
+    got = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, ours, strict=True)), leaves)
+    want = torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, truth, strict=True)), leaves)
+    for mine, true in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, true.nan_to_num(), rtol=1e-11, atol=1e-11)
+    # Text 1 belongs to no row.
+    assert not any(x[1].any() for x in got[1:])
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("output", [False, True])
+def test_gradcheck(mean, output):
+    q, k, v, _ = inputs(grad=True)
+    bias = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
+    index, length = torch.tensor([1, 0, 1]), torch.tensor([5, 7])
+    mask = torch.tensor([[True, False] * 3 + [True]] * 2)
+
+    def call(q, k, v, bias):
+        out, score = cross_attention_score(
+            q,
+            k,
+            v if output else None,
+            heads=2,
+            text_index=index,
+            text_length=length,
+            key_bias=bias,
+            score_mask=mask,
+            mean=mean,
+        )
+        return (out, score) if output else score
+
+    assert torch.autograd.gradcheck(call, (q, k, v, bias))
+
+
+SHAPES = [(3, 5, 2, 7, 2, 4), (0, 5, 2, 7, 2, 4), (3, 0, 2, 7, 2, 4), (3, 5, 2, 0, 2, 4), (1, 1, 1, 1, 1, 1), (2, 13, 2, 11, 1, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mean", [False, True])
+def test_opcheck(shape, mean):
+    rows, positions, texts, tokens, heads, width = shape
+    q, k, v, g = inputs(rows, positions, texts, tokens, heads, width, torch.float32, grad=True)
+    index = torch.randint(texts, (rows,), generator=g)
+    bias = torch.zeros(texts, tokens, requires_grad=True)
+    mask = torch.ones(texts, tokens, dtype=torch.bool)
+    if positions:
+        opcheck(
+            torch.ops.dsd_fast.cross_attention_score.default,
+            (q, k, v, index, None, bias, mask, heads, 0.5, mean, True),
+        )
+    strided = q.detach().new_zeros(rows, positions, 2 * heads * width)[..., ::2]
+    opcheck(
+        torch.ops.dsd_fast.cross_attention_score.default, (strided, k.detach(), None, index, None, None, None, heads, 0.5, mean, False)
+    )
+
+
+def test_keys_beyond_the_length_are_not_read():
+    q, k, v, _ = inputs(dtype=torch.float32)
+    length = torch.tensor([3, 0])
+    index = torch.tensor([0, 1, 0])
+    want = cross_attention_score(q, k, v, heads=2, text_index=index, text_length=length)
+    for text, real in enumerate(length.tolist()):
+        k[text, real:] = float("nan")
+        v[text, real:] = 1e30
+    got = cross_attention_score(q, k, v, heads=2, text_index=index, text_length=length)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["length", "bias", "no tokens"])
+def test_a_row_without_keys_has_output_zero_score_minus_infinity_and_no_gradient(how):
+    q, k, v, _ = inputs(grad=True, tokens=0 if how == "no tokens" else 7)
+    length = torch.zeros(2, dtype=torch.int64) if how == "length" else None
+    bias = torch.full((2, 7), -INF, dtype=torch.float64) if how == "bias" else None
+    out, score = cross_attention_score(
+        q, k, v, heads=2, text_index=torch.tensor([0, 1, 0]), text_length=length, key_bias=bias
+    )
+    assert not out.any()
+    assert (score == -INF).all()
+    grads = torch.autograd.grad((out.sum() + torch.where(score == -INF, 0.0 * score.detach().nan_to_num(), score).sum()), (q, k, v), allow_unused=True)
+    assert not any(g.any() for g in grads if g is not None)
+    grads = torch.autograd.grad(cross_attention_score(q, k, v, heads=2, text_index=torch.tensor([0, 1, 0]), text_length=length, key_bias=bias)[1].sum(), (q, k))
+    assert not any(g.any() for g in grads)
+
+
+def test_a_key_bias_of_log_n_counts_a_key_n_times():
+    q, k, v, _ = inputs(texts=1, rows=1, tokens=2)
+    bias = torch.tensor([[0.0, math.log(76)]], dtype=torch.float64)
+    want = cross_attention_score(q, torch.cat([k[:, :1], k[:, 1:].expand(-1, 76, -1)], 1), torch.cat([v[:, :1], v[:, 1:].expand(-1, 76, -1)], 1), heads=2)
+    got = cross_attention_score(q, k, v, heads=2, key_bias=bias)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_strides_and_shared_texts_do_not_matter():
+    q, k, v, _ = inputs(rows=4, positions=6, heads=2, width=4)
+    wide = torch.zeros(4, 6, 3 * 8, dtype=torch.float64)
+    wide[..., 8:16] = q
+    transposed = k.transpose(1, 2).contiguous().transpose(1, 2)
+    index = torch.tensor([1, 1, 0, 1], dtype=torch.int32)
+    got = cross_attention_score(wide[..., 8:16], transposed, v, heads=2, text_index=index)
+    want = cross_attention_score(q, k[index.long()], v[index.long()], heads=2)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_without_values_only_the_score():
+    q, k, v, _ = inputs()
+    index = torch.tensor([0, 1, 1])
+    out, score = cross_attention_score(q, k, heads=2, text_index=index)
+    assert out is None
+    torch.testing.assert_close(score, cross_attention_score(q, k, v, heads=2, text_index=index)[1], rtol=0, atol=0)
+
+
+def test_gradients_are_equal_to_the_bit_on_repeats():
+    q, k, v, _ = inputs(rows=16, positions=33, texts=3, dtype=torch.float32, grad=True)
+    index = torch.arange(16) % 3
+
+    def once():
+        out, score = cross_attention_score(q, k, v, heads=2, text_index=index)
+        return torch.autograd.grad(out.square().sum() + score.sum(), (q, k, v))
+
+    first = once()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+def test_nothing_of_size_heads_positions_tokens_is_allocated():
+    q, k, v, _ = inputs(rows=2, positions=4096, texts=2, tokens=77, heads=8, width=40, dtype=torch.float32)
+    per_row = 8 * 4096 * 77 * 4
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        cross_attention_score(q, k, v, heads=8, mean=True)
+    largest = max(event.self_cpu_memory_usage for event in p.events())
+    assert 0 < largest < per_row / 2
+
+
+def test_flops_are_registered():
+    q, k, v, _ = inputs(rows=3, positions=5, texts=2, tokens=7, heads=2, width=4, dtype=torch.float32, grad=True)
+    index = torch.tensor([0, 1, 1])
+    product = 2 * 3 * 5 * 7 * 8
+    with FlopCounterMode(display=False) as counter:
+        out, score = cross_attention_score(q, k, v, heads=2, text_index=index)
+    assert counter.get_total_flops() == 2 * product
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out.sum() + score.sum(), q)
+    assert counter.get_total_flops() == 5 * product
+    with FlopCounterMode(display=False) as counter:
+        cross_attention_score(q, k, heads=2, text_index=index)
+    assert counter.get_total_flops() == product
+
+
+def test_compiles_without_a_graph_break():
+    q, k, v, _ = inputs(dtype=torch.float32)
+    index = torch.tensor([0, 1, 1])
+
+    def call(q, k, v, index):
+        return cross_attention_score(q, k, v, heads=2, text_index=index, mean=True)
+
+    want = call(q, k, v, index)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v, index)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "q: got"),
+        ({"k": torch.zeros(2, 7, 9)}, "k: got"),
+        ({"v": torch.zeros(2, 6, 8)}, "v: got"),
+        ({"k": torch.zeros(2, 7, 8).half()}, "k: got torch.float16"),
+        ({"text_index": torch.tensor([0, 2, 0])}, "text_index: values from 0 to 2"),
+        ({"text_index": torch.tensor([0, -1, 0])}, "text_index: values from -1"),
+        ({"text_index": torch.tensor([0, 1])}, "text_index: got"),
+        ({"text_index": torch.tensor([0.0, 1.0, 0.0])}, "text_index: got"),
+        ({"text_index": None}, "text_index: needed"),
+        ({"text_length": torch.tensor([8, 1])}, "text_length: values"),
+        ({"key_bias": torch.zeros(2, 7).half()}, "key_bias: got"),
+        ({"score_mask": torch.zeros(2, 6, dtype=torch.bool)}, "score_mask: got"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_arguments_are_named(change, message):
+    q, k, v, _ = inputs(dtype=torch.float32)
+    arguments = {"k": k, "v": v, "heads": 2, "text_index": torch.tensor([0, 1, 0])} | change
+    with pytest.raises(ValueError, match=message):
+        cross_attention_score(q, arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_backend_is_chosen_by_block_then_operator_then_all(monkeypatch):
+    q, k, v, _ = inputs()
+    index = torch.tensor([0, 1, 1])
+
+    def call():
+        cross_attention_score(q, k, v, heads=2, text_index=index)
+        return backend.last("cross_attention_score")
+
+    assert call() == "reference"
+    monkeypatch.setenv("DSD_FAST_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="DSD_FAST_BACKEND: unknown backend 'nonsense'"):
+        call()
+    monkeypatch.setenv("DSD_FAST_BACKEND_CROSS_ATTENTION_SCORE", "reference")
+    assert call() == "reference"
+    with backend.force("cuda"), pytest.raises(ValueError, match=r"force\(\): .* has no 'cuda' implementation"):
+        call()

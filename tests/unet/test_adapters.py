@@ -1,0 +1,130 @@
+"""LoRA through PEFT: equal to diffusers, and active only during the calls of the plan it belongs to."""
+
+import pytest
+import torch
+
+from dsd_fast.unet import UNetProgram
+from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, save_tiny_lora, tiny_pipeline
+
+
+class Adapted:
+    """A pipeline with the LoRA "a", and "b" of another seed, loaded before or after the program is made."""
+
+    def __init__(self, family, tmp_path, before=True):
+        g = torch.Generator().manual_seed(0)
+        self.pipe = tiny_pipeline(family)
+        self.unet = self.pipe.unet
+        if not before:
+            self.program = UNetProgram(self.unet)
+        for name, seed in (("a", 1), ("b", 2)):
+            self.pipe.load_lora_weights(save_tiny_lora(family, tmp_path / name, seed=seed), adapter_name=name)
+        if before:
+            self.program = UNetProgram(self.unet)
+        self.latents = torch.randn(2, 4, 16, 16, generator=g)
+        self.states = torch.randn(2, 5, CROSS_ATTENTION_DIM[family], generator=g)
+        self.pooled = torch.randn(2, POOLED_DIM, generator=g) if family == "sdxl" else None
+        self.ids = torch.ones(6) if family == "sdxl" else None
+
+    def diffusers(self):
+        added = None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": self.ids.expand(2, 6)}
+        with torch.no_grad():
+            return self.unet(self.latents, 300, self.states, added_cond_kwargs=added).sample
+
+    def ours(self, plan):
+        with torch.no_grad():
+            text = plan.encode_text(self.states, pooled=self.pooled)
+            return plan.run(self.latents, 300, text, time_ids=self.ids).noise_pred
+
+    def state(self):
+        layers = [m for m in self.unet.modules() if hasattr(m, "lora_A")]
+        return [(m.active_adapters, m.disable_adapters) for m in layers], [
+            p.requires_grad for p in self.unet.parameters()
+        ]
+
+
+def close(got, want):
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["loaded before", "loaded after"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_networks_own_adapters_count_as_in_diffusers(family, before, tmp_path):
+    case = Adapted(family, tmp_path, before)
+    plan = case.program.plan(noise_pred=True)
+    seen = []
+    for change in (
+        lambda: case.pipe.set_adapters("a"),
+        lambda: case.pipe.set_adapters(["a", "b"], [0.3, 1.5]),
+        case.pipe.disable_lora,
+        case.pipe.enable_lora,
+        case.pipe.fuse_lora,
+        case.pipe.unfuse_lora,
+        case.pipe.unload_lora_weights,
+    ):
+        change()
+        seen.append(case.diffusers())
+        close(case.ours(plan), seen[-1])
+    assert float((seen[0] - seen[1]).abs().max()) > 1e-3
+    assert float((seen[0] - seen[2]).abs().max()) > 1e-3
+
+
+def test_an_adapter_is_active_only_during_its_plans_calls(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    want = {}
+    for name in ("a", "b"):
+        case.pipe.set_adapters(name)
+        want[name] = case.diffusers()
+    case.pipe.disable_lora()
+    want[()] = case.diffusers()
+    case.pipe.enable_lora()
+    case.pipe.set_adapters("b")
+    before = case.state()
+    for name, expected in want.items():
+        close(case.ours(case.program.plan(noise_pred=True, adapter=name)), expected)
+        assert case.state() == before
+    plan = case.program.plan(noise_pred=True, adapter="a")
+    with pytest.raises(ValueError, match="timesteps"):
+        plan.run(case.latents, [1, 2, 3], plan.encode_text(case.states))
+    assert case.state() == before
+
+
+def test_a_text_of_another_adapter_is_refused(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    a, b = (case.program.plan(noise_pred=True, adapter=name) for name in "ab")
+    text = a.encode_text(case.states)
+    a.run(case.latents, 0, text)
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        b.run(case.latents, 0, text)
+    free = case.program.plan(noise_pred=True)
+    case.pipe.set_adapters("a", 1.0)
+    text = free.encode_text(case.states)
+    case.pipe.set_adapters("a", 0.5)
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        free.run(case.latents, 0, text)
+
+
+def test_unknown_and_fused_adapters_are_refused(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    with pytest.raises(ValueError, match="adapter: the network has no adapter 'c'; it has a, b"):
+        case.program.plan(noise_pred=True, adapter="c")
+    plan = case.program.plan(noise_pred=True, adapter="a")
+    case.pipe.fuse_lora(adapter_names=["b"])
+    with pytest.raises(ValueError, match="adapter: b is fused into the weights"):
+        case.ours(plan)
+
+
+def test_gradients_reach_the_adapter_as_in_diffusers(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    case.unet.double().requires_grad_(False)
+    case.latents, case.states = case.latents.double(), case.states.double()
+    case.pipe.set_adapters("a")
+    leaves = {n: p for n, p in case.unet.named_parameters() if ".a." in n}
+    for p in leaves.values():
+        p.requires_grad_(True)
+    plan = case.program.plan(noise_pred=True, adapter="a")
+    want = torch.autograd.grad(case.unet(case.latents, 300, case.states).sample.square().sum(), leaves.values())
+    text = plan.encode_text(case.states)
+    got = torch.autograd.grad(plan.run(case.latents, 300, text).noise_pred.square().sum(), leaves.values())
+    scale = max(float(g.abs().max()) for g in want)
+    assert len(leaves) == 256
+    assert all(float((x - y).abs().max()) <= 1e-12 * scale for x, y in zip(got, want, strict=True))

@@ -1,0 +1,199 @@
+"""What the program would ignore or get wrong is refused by name, and bad arguments are named."""
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+
+from dsd_fast.unet import UNetProgram, UnsupportedNetworkError
+from tests.tiny import CROSS_ATTENTION_DIM, tiny_pipeline, tiny_unet
+
+
+class ForeignProcessor(AttnProcessor2_0):
+    pass
+
+
+def foreign(unet):
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(ForeignProcessor())
+
+
+def freeu(unet):
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+
+
+def hook(unet):
+    unet.down_blocks[1].register_forward_hook(lambda m, a, o: o)
+
+
+def offload(unet):
+    add_hook_to_module(unet.conv_in, ModelHook())
+
+
+def layerwise(unet):
+    unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+
+def quantised(unet):
+    linear = unet.time_embedding.linear_1
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e5m2), requires_grad=False)
+
+
+ATTACHED = {
+    foreign: r"mid_block.attentions.0.transformer_blocks.0.attn2: an attention processor is set \(ForeignProcessor\)",
+    freeu: r"up_blocks.0: FreeU is enabled",
+    hook: r"down_blocks.1: a forward hook is registered",
+}
+BUILT_IN = {
+    offload: r"conv_in: an offload hook of accelerate",
+    layerwise: r"a hook of diffusers|quantised layers",
+    quantised: r"time_embedding.linear_1: quantised layers are not supported, found Linear with a Parameter of torch.float8",
+}
+
+
+@pytest.mark.parametrize("attach", [*ATTACHED, *BUILT_IN], ids=lambda f: f.__name__)
+def test_refused_when_the_program_is_made(attach):
+    unet = tiny_unet("sd15")
+    attach(unet)
+    with pytest.raises(UnsupportedNetworkError, match=(ATTACHED | BUILT_IN)[attach]):
+        UNetProgram(unet)
+
+
+@pytest.mark.parametrize("attach", ATTACHED, ids=lambda f: f.__name__)
+def test_refused_when_it_is_attached_later(attach):
+    unet = tiny_unet("sd15")
+    program = UNetProgram(unet)
+    plan = program.plan(noise_pred=True)
+    text = plan.encode_text(torch.zeros(1, 3, CROSS_ATTENTION_DIM["sd15"]))
+    attach(unet)
+    for call in (
+        lambda: program.plan(noise_pred=True),
+        lambda: plan.encode_text(torch.zeros(1, 3, CROSS_ATTENTION_DIM["sd15"])),
+        lambda: plan.run(torch.zeros(1, 4, 16, 16), 0, text),
+    ):
+        with pytest.raises(UnsupportedNetworkError, match=ATTACHED[attach]):
+            call()
+
+
+def test_ip_adapter_is_refused_by_its_name():
+    unet = tiny_unet("sd15")
+
+    class IPAdapterAttnProcessor2_0(nn.Module):
+        pass
+
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.processor = IPAdapterAttnProcessor2_0()
+    with pytest.raises(UnsupportedNetworkError, match="an IP-Adapter is loaded"):
+        UNetProgram(unet)
+
+
+def test_freeu_switched_off_again_is_fine():
+    unet = tiny_unet("sd15")
+    freeu(unet)
+    unet.disable_freeu()
+    UNetProgram(unet)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("class_embed_type", "timestep", "class_embed_type: 'timestep' is not supported, expected None"),
+        ("time_embedding_act_fn", "silu", "time_embedding_act_fn: 'silu'"),
+        ("only_cross_attention", True, "only_cross_attention: True"),
+        ("resnet_time_scale_shift", "scale_shift", "resnet_time_scale_shift: 'scale_shift'"),
+        ("down_block_types", ("SimpleCrossAttnDownBlock2D",) * 2, "down_block_types: 'SimpleCrossAttnDownBlock2D'"),
+    ],
+)
+def test_unknown_architectures_are_refused_by_the_setting(setting, value, message):
+    given = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+        "resnet_pre_norm": True,
+    }
+    given.pop("resnet_pre_norm")
+    unet = UNet2DConditionModel(**(given | {setting: value}))
+    with pytest.raises(UnsupportedNetworkError, match=message):
+        UNetProgram(unet)
+
+
+def test_other_models_are_refused_by_their_class():
+    with pytest.raises(UnsupportedNetworkError, match="AutoencoderKL is not supported"):
+        UNetProgram(tiny_pipeline("sd15").vae)
+    assert issubclass(AutoencoderKL, nn.Module)
+
+
+def test_an_unknown_id_names_the_nearest_legal_ones():
+    program = UNetProgram(tiny_unet("sd15"))
+    with pytest.raises(ValueError, match=r"features: unknown id 'up-level1-repeat1-vit-block0-cros-q'.*up-level1-repeat1-vit-block0-cross-q"):
+        program.plan(features=["up-level1-repeat1-vit-block0-cros-q"])
+    with pytest.raises(ValueError, match=r"scores: unknown id 'mid-vit-block0-cross-q'.*mid-vit-block0-cross"):
+        program.plan(scores=["mid-vit-block0-cross-q"])
+    with pytest.raises(ValueError, match="features: got the string"):
+        program.plan(features="unet-out")
+    with pytest.raises(ValueError, match="features: an id is given twice"):
+        program.plan(features=["unet-out", "unet-out"])
+    with pytest.raises(ValueError, match="nothing is asked for"):
+        program.plan()
+    with pytest.raises(ValueError, match="pool: got 'median'"):
+        program.plan(noise_pred=True, pool="median")
+
+
+STATES = torch.zeros(2, 3, CROSS_ATTENTION_DIM["sd15"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(2, 3, 16, 16)}, r"latents: got \(2, 3, 16, 16\), expected \(P, 4, h, w\)"),
+        ({"latents": torch.zeros(2, 4, 16, 16).double()}, "latents: got torch.float64 on cpu"),
+        ({"timesteps": [1, 2, 3]}, r"timesteps: got \(3,\), expected one or \(2,\)"),
+        ({"latent_index": [0, 2]}, "latent_index: values from 0 to 2, expected 0 to 1"),
+        ({"text_index": [-1, 0]}, "text_index: values from -1 to 0"),
+        ({"text_index": [0, 1, 0]}, "text_index: got 3 entries, expected 2"),
+        ({"text_index": [0.0, 1.0]}, "text_index: got"),
+        ({"latent_index": [0, 1, 0]}, "text_index: needed when there are 2 texts for 3 rows"),
+        ({"residuals": ([torch.zeros(2, 16, 16, 16)], torch.zeros(2, 32, 2, 2))}, "residuals: got 1 down residuals, expected 12"),
+        ({"map_tokens": None}, "map_tokens: needed"),
+        ({"map_tokens": [3]}, "map_tokens: positions outside 0 to 2"),
+        ({"text": None}, "text: needed by step 'down-level0-repeat0-vit-block0-cross'"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_arguments_of_run_are_named(change, message):
+    plan = UNetProgram(tiny_unet("sd15")).plan(noise_pred=True, maps=["mid-vit-block0-cross"])
+    arguments = {"latents": torch.zeros(2, 4, 16, 16), "timesteps": 5, "text": plan.encode_text(STATES), "map_tokens": [0]}
+    arguments |= change
+    with pytest.raises(ValueError, match=message):
+        plan.run(arguments.pop("latents"), arguments.pop("timesteps"), arguments.pop("text"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"states": torch.zeros(2, 3, 5)}, r"states: got \(2, 3, 5\), expected \(M, T, 24\)"),
+        ({"states": STATES.half()}, "states: got torch.float16"),
+        ({"lengths": [1, 4]}, "lengths: values from 1 to 4, expected 0 to 3"),
+        ({"key_bias": torch.zeros(2, 4)}, "key_bias: got"),
+        ({"score_mask": torch.zeros(2, 3)}, "score_mask: got"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_arguments_of_encode_text_are_named(change, message):
+    plan = UNetProgram(tiny_unet("sd15")).plan(noise_pred=True)
+    arguments = {"states": STATES} | change
+    with pytest.raises(ValueError, match=message):
+        plan.encode_text(arguments.pop("states"), **arguments)
+
+
+def test_sdxl_needs_pooled_text_and_sizes():
+    plan = UNetProgram(tiny_unet("sdxl")).plan(noise_pred=True)
+    states = torch.zeros(1, 3, CROSS_ATTENTION_DIM["sdxl"])
+    with pytest.raises(ValueError, match="pooled: got None"):
+        plan.encode_text(states)
+    text = plan.encode_text(states, pooled=torch.zeros(1, 20))
+    with pytest.raises(ValueError, match="time_ids: got None"):
+        plan.run(torch.zeros(1, 4, 16, 16), 0, text)

@@ -1,0 +1,166 @@
+"""Any number of rows in micro-batches: the same numbers, within the budget, and once more when memory runs out."""
+
+import logging
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dsd_fast.unet import Plan, UNetProgram
+from dsd_fast.unet.stream import default_budget
+from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, tiny_unet
+
+TOKENS = 11
+
+
+class Rows:
+    def __init__(self, family, latents=5, texts=4, rows=17, size=(16, 16)):
+        g = torch.Generator().manual_seed(0)
+        self.program = UNetProgram(tiny_unet(family))
+        name = self.program.score_ids[-2]
+        self.plan = self.program.plan(features=["mid-vit-out"], scores=[name], maps=[name], noise_pred=True)
+        self.latents = torch.randn(latents, 4, *size, generator=g)
+        pooled = torch.randn(texts, POOLED_DIM, generator=g) if family == "sdxl" else None
+        self.text = self.plan.encode_text(
+            torch.randn(texts, TOKENS, CROSS_ATTENTION_DIM[family], generator=g).requires_grad_(False), pooled=pooled
+        )
+        ids = torch.randint(0, 64, (latents, 6), generator=g).float() if family == "sdxl" else None
+        self.times = torch.randint(0, 1000, (latents,), generator=g)
+        self.arguments = {
+            "latent_index": torch.randint(latents, (rows,), generator=g),
+            "text_index": torch.randint(texts, (rows,), generator=g),
+            "time_ids": ids,
+            "map_tokens": torch.randint(TOKENS, (rows, 2), generator=g),
+        }
+
+    def run(self):
+        with torch.no_grad():
+            return self.plan.run(self.latents, self.times, self.text, **self.arguments)
+
+    def stream(self, rows_at_once=None, **kwargs):
+        if rows_at_once:
+            per_row = self.plan.row_bytes(16, 16, TOKENS, map_tokens=2)
+            kwargs["memory_budget"] = self.text.nbytes + per_row * rows_at_once
+        return self.plan.stream(self.latents, self.times, self.text, **self.arguments, **kwargs)
+
+
+@pytest.fixture(params=FAMILIES)
+def rows(request):
+    return Rows(request.param)
+
+
+def same(got, want, tolerance=1e-5):
+    for (a, x), (b, y) in zip(got.tensors(), want.tensors(), strict=True):
+        assert a == b
+        assert float((x - y).abs().max()) <= tolerance * float(y.abs().max()), a
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_micro_batches_fill_out_with_the_numbers_of_one_run(rows, at_once):
+    out = rows.plan.empty_output(17, 16, 16, tokens=TOKENS, map_tokens=2)
+    for _, value in out.tensors():
+        value.fill_(float("nan"))
+    assert rows.stream(at_once, out=out) is out
+    same(out, rows.run())
+
+
+def test_every_row_is_answered_once_and_rows_of_a_latent_stay_together(rows):
+    want, seen, latents = rows.run(), [], []
+    for numbers, part in rows.stream(4):
+        assert len(numbers) <= 4
+        seen += numbers.tolist()
+        latents += rows.arguments["latent_index"][numbers].tolist()
+        whole = rows.plan.empty_output(len(numbers), 16, 16, tokens=TOKENS, map_tokens=2)
+        for (_, target), (_, source) in zip(whole.tensors(), want.tensors(), strict=True):
+            target.copy_(source[numbers])
+        same(part, whole)
+    assert sorted(seen) == list(range(17))
+    assert latents == sorted(latents)
+
+
+def test_residuals_are_split_with_their_rows():
+    rows = Rows("sd15")
+    g = torch.Generator().manual_seed(5)
+    sizes = [(16, 16)] * 3 + [(8, 8)] * 3 + [(4, 4)] * 3 + [(2, 2)] * 3
+    channels = [16, 16, 16, 16, 32, 32, 32, 32, 32, 32, 32, 32]
+    down = [torch.randn(17, c, *size, generator=g) for c, size in zip(channels, sizes, strict=True)]
+    rows.arguments["residuals"] = (down, torch.randn(17, 32, 2, 2, generator=g))
+    out = rows.plan.empty_output(17, 16, 16, tokens=TOKENS, map_tokens=2)
+    same(rows.stream(5, out=out), rows.run())
+
+
+def test_no_gradients(rows):
+    rows.program.unet.requires_grad_(True)
+    for _, part in rows.stream(6):
+        assert not part.noise_pred.requires_grad
+
+
+def test_out_of_memory_halves_once_and_says_so(rows, monkeypatch, caplog):
+    run, sizes = Plan.run, []
+
+    def fails_above(limit):
+        def limited(self, *args, **kwargs):
+            sizes.append(len(kwargs["latent_index"]))
+            if sizes[-1] > limit:
+                raise torch.OutOfMemoryError("out of memory")
+            return run(self, *args, **kwargs)
+
+        return limited
+
+    want = rows.run()
+    out = rows.plan.empty_output(17, 16, 16, tokens=TOKENS, map_tokens=2)
+    monkeypatch.setattr(Plan, "run", fails_above(8))
+    with caplog.at_level(logging.WARNING, "dsd_fast"):
+        rows.stream(10, out=out)
+    assert sizes == [10, 5, 5, 5, 2]
+    same(out, want)
+    assert "out of memory with 10 rows in one micro-batch; going on with 5" in caplog.text
+    monkeypatch.setattr(Plan, "run", fails_above(4))
+    with pytest.raises(torch.OutOfMemoryError):
+        rows.stream(10, out=out)
+
+
+def test_a_budget_too_small_is_refused_with_what_is_needed(rows):
+    with pytest.raises(ValueError, match=r"memory_budget: 1,000 bytes cannot hold the keys of 4 texts \([\d,]+ bytes\)"):
+        next(rows.stream(memory_budget=1000))
+
+
+def test_budget_from_the_environment(monkeypatch):
+    monkeypatch.setenv("DSD_FAST_MEMORY_BUDGET", "12345")
+    assert default_budget(torch.device("cpu")) == 12345
+    monkeypatch.setenv("DSD_FAST_MEMORY_BUDGET", "much")
+    with pytest.raises(ValueError, match="DSD_FAST_MEMORY_BUDGET: got 'much'"):
+        default_budget(torch.device("cpu"))
+
+
+def peak_bytes(call):
+    """Largest sum of live allocations while ``call`` runs, from the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as p:
+        call()
+    live = peak = 0
+    for event in sorted(p.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_estimate_of_a_rows_memory_is_an_upper_bound_and_not_a_loose_one(family):
+    rows = Rows(family, latents=12, texts=2, rows=12, size=(32, 32))
+    index = torch.arange(12)
+    text = rows.text
+    ids = None if rows.arguments["time_ids"] is None else rows.arguments["time_ids"]
+    for plan in (
+        rows.program.plan(noise_pred=True),
+        rows.program.plan(scores=rows.program.score_ids[-1:]),
+        rows.program.plan(features=["mid-vit-out"]),
+    ):
+        with torch.no_grad():
+            measured = peak_bytes(
+                lambda plan=plan: plan.run(
+                    rows.latents, rows.times, text, latent_index=index, text_index=index % 2, time_ids=ids
+                )
+            )
+        estimate = 12 * plan.row_bytes(32, 32, TOKENS)
+        assert measured <= estimate <= 3 * measured
