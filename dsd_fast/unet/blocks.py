@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.kernels.common.attention import attention_logits, join_heads, probabilities, split_heads, text_bias

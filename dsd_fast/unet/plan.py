@@ -183,7 +183,9 @@ class Plan:
         map_tokens: Tensor | Sequence[int] | None = None,
         out: Output | None = None,
     ) -> Output:
-        """One micro-batch; row b is latent ``latent_index[b]`` with text ``text_index[b]``. Differentiable; never splits.
+        """One micro-batch: row b is latent ``latent_index[b]`` with text ``text_index[b]``.
+
+        Differentiable; never splits.
 
         Args:
             latents: (P, C, h, w) noised latents in the network's type.
@@ -382,8 +384,9 @@ class Plan:
             if time_ids is None or time_ids.shape not in ((6,), (count, 6)):
                 got = None if time_ids is None else tuple(time_ids.shape)
                 raise ValueError(f"time_ids: got {got}, expected (6,) or ({count}, 6): this network reads image sizes")
-            assert state.text is not None and state.text.pooled is not None
+            assert state.text is not None
             pooled = state.text.pooled
+            assert pooled is not None
             pooled = pooled if state.text_index is None else pooled.index_select(0, state.text_index)
             ids = unet.add_time_proj(time_ids.to(embedding.device).expand(count, 6).flatten()).view(count, -1)
             added = torch.cat([pooled, state.rows(ids.to(pooled.dtype), False)], dim=-1).to(embedding.dtype)
@@ -399,9 +402,7 @@ class Plan:
         missing = [name for name in self.text_layers if name not in text.k]
         missing += [name for name in self.text_layers[:-1] if name in text.k and name not in text.v]
         if missing:
-            raise ValueError(
-                f"text: encoded by a plan that does not run {missing[0]!r}; use this plan's encode_text"
-            )
+            raise ValueError(f"text: encoded by a plan that does not run {missing[0]!r}; use this plan's encode_text")
         if not torch.compiler.is_compiling():
             now = self._signatures(self.text_layers)
             given = text.signature or {}
@@ -462,20 +463,16 @@ class Plan:
         return total
 
     def _time_flops(self, latents: int, rows: int) -> int:
-        unet = self.program.unet
-        blocks = [
-            resnet
-            for resnet in self.program.time_blocks()
-            if resnet[0] in {step.name for step in self.steps}
-        ]
+        unet, ran = self.program.unet, {step.name for step in self.steps}
+        blocks = [block for name, block in self.program.time_blocks if name in ran]
         if not blocks:
             return 0
-        total = linear_flops(unet.time_embedding.linear_1, latents) + linear_flops(unet.time_embedding.linear_2, latents)
-        count = latents
+        made, read = unet.time_embedding, latents
+        total = linear_flops(made.linear_1, latents) + linear_flops(made.linear_2, latents)
         if self.program.reads_pooled_text:
-            count = rows
-            total += linear_flops(unet.add_embedding.linear_1, rows) + linear_flops(unet.add_embedding.linear_2, rows)
-        return total + sum(linear_flops(block.time_emb_proj, count) for _, block in blocks)
+            added, read = unet.add_embedding, rows
+            total += linear_flops(added.linear_1, rows) + linear_flops(added.linear_2, rows)
+        return total + sum(linear_flops(block.time_emb_proj, read) for block in blocks)
 
 
 def _times(timesteps: Tensor | Sequence[int] | int, count: int, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ class UNetProgram:
         steps: all steps.
         layer_ids: the ids of the reference's grammar that can be tapped as features, in execution order.
         score_ids: one per cross-attention, that id without a suffix: ``up-level1-repeat1-vit-block0-cross``.
+        time_blocks: the residual blocks, each with the name of the step that reads the time embedding for it.
 
     Raises:
         UnsupportedNetworkError: what the program would ignore or get wrong, by name.
@@ -104,14 +105,10 @@ class UNetProgram:
         """The cross-attention module that a score id names."""
         return self._cross[score_id]
 
-    def time_blocks(self) -> list[tuple[str, Any]]:
-        """The residual blocks, each with the name of the step at which it reads the time embedding."""
-        return self._resnets
-
     def _build(self) -> Iterator[Step]:
         unet = self.unet
         self._cross: dict[str, Any] = {}
-        self._resnets: list[tuple[str, Any]] = []
+        self.time_blocks: list[tuple[str, Any]] = []
         yield from blocks.input_steps(unet)
         for level, block in enumerate(unet.down_blocks):
             yield from self._stage(block, f"down-level{level}", level, pops=False)
@@ -132,7 +129,7 @@ class UNetProgram:
         attentions = getattr(block, "attentions", None)
         for repeat, resnet in enumerate(block.resnets):
             unit = f"{prefix}-repeat{repeat}"
-            self._resnets.append((f"{unit}-res-increment", resnet))
+            self.time_blocks.append((f"{unit}-res-increment", resnet))
             yield from blocks.resnet_steps(
                 resnet,
                 f"{unit}-res",
@@ -149,7 +146,7 @@ class UNetProgram:
             # The grammar names one transformer in the middle, between the residual blocks.
             if repeat:
                 yield from self._vit(block.attentions[repeat - 1], "mid-vit", level, push=False)
-            self._resnets.append((f"mid-repeat{repeat}-res-increment", resnet))
+            self.time_blocks.append((f"mid-repeat{repeat}-res-increment", resnet))
             yield from blocks.resnet_steps(
                 resnet,
                 f"mid-repeat{repeat}-res",

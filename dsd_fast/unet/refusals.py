@@ -66,7 +66,9 @@ def check_architecture(unet: Any) -> None:
     if any(only_cross) if isinstance(only_cross, (list, tuple)) else only_cross:
         raise UnsupportedNetworkError("unet.config.only_cross_attention: True is not supported, expected False")
     if getattr(unet, "hf_quantizer", None) is not None:
-        raise UnsupportedNetworkError("unet: quantised layers are not supported; load it in float32, float16 or bfloat16")
+        raise UnsupportedNetworkError(
+            "unet: quantised layers are not supported; load it in float32, float16 or bfloat16"
+        )
     for path, module in unet.named_modules():
         _check_module(path or "unet", module)
 

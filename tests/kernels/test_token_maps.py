@@ -29,7 +29,8 @@ def test_maps_equal_the_softmax_averaged_over_heads(monkeypatch, chunk):
 
 
 def test_no_rows_no_maps():
+    none = torch.zeros(0, dtype=torch.int64)
     empty = token_maps(
-        torch.zeros(0, 5, 4), torch.zeros(1, 3, 4), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), None, None, 2, 1.0
+        torch.zeros(0, 5, 4), torch.zeros(1, 3, 4), none.view(0, 2), none, None, None, heads=2, scale=1.0
     )
     assert empty.shape == (0, 2, 5)

@@ -70,10 +70,9 @@ def hooked(unet, call):
     """Every layer id's value, read by hooks on diffusers' own modules while ``call`` runs."""
     values, handles = {}, []
 
-    def keep(name, module, inputs=False, index=0, image=True):
+    def keep(name, module, inputs=False):
         def hook(module, args, output):
-            x = args[0] if inputs else output[index] if isinstance(output, tuple) else output
-            values[name] = x if not image or x.ndim == 4 else x
+            values[name] = args[0] if inputs else output[0] if isinstance(output, tuple) else output
 
         handles.append(module.register_forward_hook(hook))
 
@@ -145,7 +144,9 @@ def test_every_layer_score_and_the_output_equal_diffusers(family, size):
                 want = want.transpose(1, 2).unflatten(-1, got.shape[-2:])
         close(got, want)
     for name in program.score_ids:
-        want = torch.logsumexp(logits(values, name.removesuffix("-cross"), "cross", program.attention(name)), -1).mean(-1)
+        want = torch.logsumexp(logits(values, name.removesuffix("-cross"), "cross", program.attention(name)), -1).mean(
+            -1
+        )
         close(out.scores[name], want)
         assert out.scores[name].dtype == torch.float32
     close(out.noise_pred, values["unet-out"])
@@ -367,7 +368,10 @@ def test_the_network_is_left_as_it_was(case):
 def test_output_is_filled_in_place():
     case = Case("sd15")
     plan = case.program.plan(
-        features=["mid-vit-out", "unet-out"], scores=case.program.score_ids[:2], maps=case.program.score_ids[:1], noise_pred=True
+        features=["mid-vit-out", "unet-out"],
+        scores=case.program.score_ids[:2],
+        maps=case.program.score_ids[:1],
+        noise_pred=True,
     )
     want = case.run(plan, map_tokens=[1, 2])
     out = plan.empty_output(5, 16, 16, tokens=TOKENS, map_tokens=2)

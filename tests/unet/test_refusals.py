@@ -3,8 +3,8 @@
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import nn
 
 from dsd_fast.unet import UNetProgram, UnsupportedNetworkError
@@ -48,7 +48,7 @@ ATTACHED = {
 BUILT_IN = {
     offload: r"conv_in: an offload hook of accelerate",
     layerwise: r"a hook of diffusers|quantised layers",
-    quantised: r"time_embedding.linear_1: quantised layers are not supported, found Linear with a Parameter of torch.float8",
+    quantised: r"time_embedding.linear_1: quantised layers .* found Linear with a Parameter of torch.float8",
 }
 
 
@@ -79,10 +79,8 @@ def test_refused_when_it_is_attached_later(attach):
 def test_ip_adapter_is_refused_by_its_name():
     unet = tiny_unet("sd15")
 
-    class IPAdapterAttnProcessor2_0(nn.Module):
-        pass
-
-    unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.processor = IPAdapterAttnProcessor2_0()
+    processor = IPAdapterAttnProcessor2_0(hidden_size=16, cross_attention_dim=24)
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.set_processor(processor)
     with pytest.raises(UnsupportedNetworkError, match="an IP-Adapter is loaded"):
         UNetProgram(unet)
 
@@ -112,9 +110,7 @@ def test_unknown_architectures_are_refused_by_the_setting(setting, value, messag
         "cross_attention_dim": 8,
         "attention_head_dim": 2,
         "norm_num_groups": 4,
-        "resnet_pre_norm": True,
     }
-    given.pop("resnet_pre_norm")
     unet = UNet2DConditionModel(**(given | {setting: value}))
     with pytest.raises(UnsupportedNetworkError, match=message):
         UNetProgram(unet)
@@ -123,12 +119,14 @@ def test_unknown_architectures_are_refused_by_the_setting(setting, value, messag
 def test_other_models_are_refused_by_their_class():
     with pytest.raises(UnsupportedNetworkError, match="AutoencoderKL is not supported"):
         UNetProgram(tiny_pipeline("sd15").vae)
-    assert issubclass(AutoencoderKL, nn.Module)
 
 
 def test_an_unknown_id_names_the_nearest_legal_ones():
     program = UNetProgram(tiny_unet("sd15"))
-    with pytest.raises(ValueError, match=r"features: unknown id 'up-level1-repeat1-vit-block0-cros-q'.*up-level1-repeat1-vit-block0-cross-q"):
+    with pytest.raises(
+        ValueError,
+        match=r"features: unknown id 'up-level1-repeat1-vit-block0-cros-q'.*up-level1-repeat1-vit-block0-cross-q",
+    ):
         program.plan(features=["up-level1-repeat1-vit-block0-cros-q"])
     with pytest.raises(ValueError, match=r"scores: unknown id 'mid-vit-block0-cross-q'.*mid-vit-block0-cross"):
         program.plan(scores=["mid-vit-block0-cross-q"])
@@ -156,7 +154,10 @@ STATES = torch.zeros(2, 3, CROSS_ATTENTION_DIM["sd15"])
         ({"text_index": [0, 1, 0]}, "text_index: got 3 entries, expected 2"),
         ({"text_index": [0.0, 1.0]}, "text_index: got"),
         ({"latent_index": [0, 1, 0]}, "text_index: needed when there are 2 texts for 3 rows"),
-        ({"residuals": ([torch.zeros(2, 16, 16, 16)], torch.zeros(2, 32, 2, 2))}, "residuals: got 1 down residuals, expected 12"),
+        (
+            {"residuals": ([torch.zeros(2, 16, 16, 16)], torch.zeros(2, 32, 2, 2))},
+            "residuals: got 1 down residuals, expected 12",
+        ),
         ({"map_tokens": None}, "map_tokens: needed"),
         ({"map_tokens": [3]}, "map_tokens: positions outside 0 to 2"),
         ({"text": None}, "text: needed by step 'down-level0-repeat0-vit-block0-cross'"),
@@ -165,7 +166,12 @@ STATES = torch.zeros(2, 3, CROSS_ATTENTION_DIM["sd15"])
 )
 def test_bad_arguments_of_run_are_named(change, message):
     plan = UNetProgram(tiny_unet("sd15")).plan(noise_pred=True, maps=["mid-vit-block0-cross"])
-    arguments = {"latents": torch.zeros(2, 4, 16, 16), "timesteps": 5, "text": plan.encode_text(STATES), "map_tokens": [0]}
+    arguments = {
+        "latents": torch.zeros(2, 4, 16, 16),
+        "timesteps": 5,
+        "text": plan.encode_text(STATES),
+        "map_tokens": [0],
+    }
     arguments |= change
     with pytest.raises(ValueError, match=message):
         plan.run(arguments.pop("latents"), arguments.pop("timesteps"), arguments.pop("text"), **arguments)

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_fast.unet import Plan, UNetProgram
+from tests.memory import allocations
 from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, save_tiny_lora, tiny_pipeline, tiny_unet
 
 SIZE, TOKENS = (16, 16), 77
@@ -39,7 +40,12 @@ def request(family, latents, texts):
     g = torch.Generator().manual_seed(0)
     pooled = torch.randn(texts, POOLED_DIM, generator=g) if family == "sdxl" else None
     ids = torch.zeros(6) if family == "sdxl" else None
-    return torch.randn(latents, 4, *SIZE, generator=g), torch.randn(texts, TOKENS, CROSS_ATTENTION_DIM[family], generator=g), pooled, ids
+    return (
+        torch.randn(latents, 4, *SIZE, generator=g),
+        torch.randn(texts, TOKENS, CROSS_ATTENTION_DIM[family], generator=g),
+        pooled,
+        ids,
+    )
 
 
 def all_pairs(plan, family, latents, texts):
@@ -160,6 +166,20 @@ def test_skip_connections_that_no_step_uses_are_not_kept():
     assert len(program.plan(noise_pred=True)._keep) == pushes == 12
     assert program.plan(features=["mid-vit-out"])._keep == frozenset()
     assert program.plan(features=["up-level0-upsampler-out"])._keep == frozenset({9, 10, 11})
+
+
+def test_scoring_allocates_nothing_of_size_heads_positions_tokens():
+    unet = tiny_unet("sd15")
+    program = UNetProgram(unet)
+    plan = program.plan(scores=program.score_ids, noise_pred=True)
+    text = plan.encode_text(torch.zeros(1, TOKENS, CROSS_ATTENTION_DIM["sd15"]))
+    z = torch.zeros(1, 4, 72, 72)
+    whole = 4 * 72 * 72 * TOKENS * 4
+    with torch.no_grad():
+        assert max(allocations(lambda: plan.run(z, 0, text))) < whole
+    with_map = program.plan(features=["down-level0-repeat0-vit-block0-cross-map"])
+    with torch.no_grad():
+        assert max(allocations(lambda: with_map.run(z, 0, text))) >= whole
 
 
 def counted(unet, family, rows):

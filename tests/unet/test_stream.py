@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from dsd_fast.unet import Plan, UNetProgram
 from dsd_fast.unet.stream import default_budget
+from tests.memory import peak_bytes
 from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, tiny_unet
 
 TOKENS = 11
@@ -121,7 +121,9 @@ def test_out_of_memory_halves_once_and_says_so(rows, monkeypatch, caplog):
 
 
 def test_a_budget_too_small_is_refused_with_what_is_needed(rows):
-    with pytest.raises(ValueError, match=r"memory_budget: 1,000 bytes cannot hold the keys of 4 texts \([\d,]+ bytes\)"):
+    with pytest.raises(
+        ValueError, match=r"memory_budget: 1,000 bytes cannot hold the keys of 4 texts \([\d,]+ bytes\)"
+    ):
         next(rows.stream(memory_budget=1000))
 
 
@@ -131,18 +133,6 @@ def test_budget_from_the_environment(monkeypatch):
     monkeypatch.setenv("DSD_FAST_MEMORY_BUDGET", "much")
     with pytest.raises(ValueError, match="DSD_FAST_MEMORY_BUDGET: got 'much'"):
         default_budget(torch.device("cpu"))
-
-
-def peak_bytes(call):
-    """Largest sum of live allocations while ``call`` runs, from the allocator's own events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as p:
-        call()
-    live = peak = 0
-    for event in sorted(p.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,51 @@
+"""Which cross-attention layers a score reads, and with what weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dsd_fast.matching.config import Layers
+from dsd_fast.unet import UNetProgram
+
+
+def official_layers(program: UNetProgram) -> list[str]:
+    """The layers of the official code: of each of the down, middle and up part the last block with cross-attention,
+    all its transformers, of each the last transformer block. Six on SD 1.x and 2.x."""
+    chosen: list[str] = []
+    for part in ("down", "mid", "up"):
+        ids = [name for name in program.score_ids if name.startswith(f"{part}-")]
+        last_level = ids[-1].split("-")[1]
+        last_of_vit: dict[str, str] = {}
+        for name in ids:
+            if part == "mid" or name.split("-")[1] == last_level:
+                last_of_vit[name.rpartition("-block")[0]] = name
+        chosen += last_of_vit.values()
+    return chosen
+
+
+def layer_weights(program: UNetProgram, layers: Layers) -> dict[str, Tensor]:
+    """Score id → (H,) float32 weights of its heads; a layer's weight is spread evenly over its heads.
+
+    Raises:
+        ValueError: an unknown score id, or a number of weights that is not the layer's number of heads.
+    """
+    heads = {name: int(program.attention(name).heads) for name in program.score_ids}
+    if isinstance(layers, Mapping):
+        given = dict(layers)
+    else:
+        ids: Sequence[str] = official_layers(program) if isinstance(layers, str) else list(layers)
+        given = dict.fromkeys(ids, 1.0 / len(ids))
+    weights = {}
+    for name, value in given.items():
+        # An unknown id is left to the plan, which names the nearest legal ones.
+        count = heads.get(name, 1)
+        if isinstance(value, (int, float)):
+            weights[name] = torch.full((count,), value / count)
+            continue
+        weights[name] = torch.as_tensor(value, dtype=torch.float32)
+        if weights[name].shape != (count,):
+            raise ValueError(f"layers: {name!r} has {count} heads, got {tuple(weights[name].shape)} weights")
+    return weights

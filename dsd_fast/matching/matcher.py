@@ -1,0 +1,195 @@
+"""Image–text matching with a diffusion model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.images import ImageError, ImageSource, decode
+from dsd_fast.matching.config import MatchConfig
+from dsd_fast.matching.pairs import PairScorer
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+    from dsd_fast.models.prompts import PromptStates
+
+# Pixels of decoded images waiting for their turn, float32.
+_PIXEL_BYTES = 64 << 20
+# Images in one call of the VAE: its activations are far larger than the UNet's.
+_VAE_BATCH = 8
+
+
+class Matcher:
+    """Scores how well texts describe images (DSD, He et al., arXiv 2305.10722).
+
+    A pair's score depends on the pair, the model and the configuration alone: not on what else is scored, nor on
+    the order. Images and captions may be any number; memory stays within the configuration's budget.
+
+    Args:
+        model: from :func:`dsd_fast.load` or :func:`dsd_fast.from_pipeline`.
+        config: see :class:`MatchConfig`.
+        adapter: names of LoRA adapters active while this matcher scores, () for none; None leaves the network as it
+            stands.
+
+    Raises:
+        ValueError: a setting that does not fit the model.
+    """
+
+    def __init__(
+        self, model: Model, config: MatchConfig | None = None, *, adapter: str | Sequence[str] | None = None
+    ) -> None:
+        self.model = model
+        self.config = config or MatchConfig()
+        self._scorer = PairScorer(model, self.config, adapter)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timesteps scored, one entry per noise draw."""
+        return list(self._scorer.timesteps)
+
+    @property
+    def layers(self) -> dict[str, Tensor]:
+        """Score id → (H,) float32 weights of its heads."""
+        return dict(self._scorer.weights)
+
+    def score(
+        self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        """All pairs: (N, M) float32 on the CPU, higher is better.
+
+        Args:
+            images: N paths (``pathlib.Path``), PIL images, uint8 HWC arrays or float CHW tensors in [0, 1].
+            captions: M strings.
+            seeds: one noise seed per image; None: the configuration's for all.
+
+        Raises:
+            ImageError: an image that cannot be used; :meth:`score_iter` gives it back instead.
+            ValueError: captions that are not strings or too long.
+        """
+        rows = []
+        for _, row in self.score_iter(images, captions, seeds=seeds):
+            if isinstance(row, ImageError):
+                raise row
+            rows.append(row)
+        return torch.stack(rows) if rows else torch.empty(0, len(captions))
+
+    def score_iter(
+        self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Tensor | ImageError]]:
+        """:meth:`score` one image at a time, in order: (index, (M,) scores) or (index, the image's error)."""
+        texts = self._encode(captions)
+        every = torch.arange(len(texts))
+        for numbers, latents, errors in self._latents(images):
+            scores: dict[int, Tensor] = {}
+            if numbers:
+                image_of = torch.arange(len(numbers)).repeat_interleave(len(texts))
+                chosen = None if seeds is None else [_seed(seeds, number) for number in numbers]
+                flat = self._scorer.score(latents, texts, image_of, every.repeat(len(numbers)), chosen)
+                scores = dict(zip(numbers, flat.view(len(numbers), len(texts)), strict=True))
+            for number in sorted([*numbers, *errors]):
+                yield number, errors[number] if number in errors else scores[number]
+
+    def predict(self, pairs: Sequence[tuple[ImageSource, str]]) -> Tensor:
+        """(n,) float32 scores of the pairs, higher is better; each image and each caption is encoded once.
+
+        Raises:
+            ImageError: an image that cannot be used.
+            ValueError: captions that are not strings or too long.
+        """
+        sources: dict[Any, tuple[int, ImageSource]] = {}
+        captions: dict[str, int] = {}
+        image_of, text_of = [], []
+        for image, caption in pairs:
+            key = os.fspath(image) if isinstance(image, os.PathLike) else id(image)
+            image_of.append(sources.setdefault(key, (len(sources), image))[0])
+            text_of.append(captions.setdefault(caption, len(captions)))
+        if not image_of:
+            return torch.empty(0)
+        texts = self._encode(list(captions))
+        images, scores = torch.tensor(image_of), torch.empty(len(pairs))
+        for numbers, latents, errors in self._latents(image for _, image in sources.values()):
+            if errors:
+                raise errors[min(errors)]
+            chosen = torch.nonzero((images >= numbers[0]) & (images <= numbers[-1])).flatten()
+            scores[chosen] = self._scorer.score(
+                latents, texts, images[chosen] - numbers[0], torch.tensor(text_of)[chosen]
+            )
+        return scores
+
+    def rank(
+        self,
+        *,
+        image: ImageSource | None = None,
+        texts: Sequence[str] | None = None,
+        text: str | None = None,
+        images: Sequence[ImageSource] | None = None,
+        top_k: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Texts for an image (``image=``, ``texts=``) or images for a text (``text=``, ``images=``), best first.
+
+        Returns:
+            [{"corpus_id": position in the candidates, "score": float}, …], the first ``top_k`` of them; equal scores
+            keep the candidates' order.
+
+        Raises:
+            ValueError: neither pair of arguments is given whole, or both are, or ``top_k`` is below 1.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: got {top_k}, expected at least 1")
+        if image is not None and texts is not None and text is None and images is None:
+            scores = self.score([image], texts)[0]
+        elif text is not None and images is not None and image is None and texts is None:
+            scores = self.score(images, [text])[:, 0]
+        else:
+            raise ValueError("rank: give image= and texts=, or text= and images=")
+        order = torch.argsort(scores, descending=True, stable=True)[:top_k]
+        return [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
+
+    def _encode(self, captions: Sequence[str]) -> PromptStates:
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError("captions: expected a sequence of strings")
+        if not len(captions):
+            raise ValueError("captions: got none, expected at least one")
+        return self._scorer.encode_texts(captions)
+
+    def _latents(self, images: Iterable[ImageSource]) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
+        """Chunks of images through the VAE, each image once: their numbers, (n, C, h, w) latents, and the errors."""
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise ValueError(f"images: got {type(images).__name__}, expected a sequence of images")
+        height, width = self._scorer.size
+        at_once = max(1, min(self._scorer.images_at_once, _PIXEL_BYTES // (12 * height * width)))
+        numbers: list[int] = []
+        pixels: list[Tensor] = []
+        errors: dict[int, ImageError] = {}
+        for number, image in decode(images, (height, width)):
+            if isinstance(image, ImageError):
+                errors[number] = image
+            else:
+                numbers.append(number)
+                pixels.append(image)
+            if len(pixels) == at_once:
+                yield numbers, self._encode_images(pixels), errors
+                numbers, pixels, errors = [], [], {}
+        if numbers or errors:
+            yield numbers, self._encode_images(pixels), errors
+
+    def _encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
+        if not pixels:
+            return torch.empty(0)
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    self.model.encode_images(torch.stack(list(pixels[start : start + _VAE_BATCH])))
+                    for start in range(0, len(pixels), _VAE_BATCH)
+                ]
+            )
+
+
+def _seed(seeds: Sequence[int], number: int) -> int:
+    if number >= len(seeds):
+        raise ValueError(f"seeds: got {len(seeds)}, expected one per image")
+    return seeds[number]

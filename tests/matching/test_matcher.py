@@ -1,0 +1,349 @@
+"""Matching: the official score exactly, each pair by itself, and nothing computed twice."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import dsd_fast as dsd
+from dsd_fast.diffusion import noise
+from dsd_fast.images import ImageError
+from dsd_fast.matching import official_layers
+from dsd_fast.reference import matching as reference
+from dsd_fast.unet import UNetProgram
+from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline
+
+CAPTIONS = ["a red dog", "a cat", "the ball", "are you a dog"]
+TIMES = [40, 500, 901]
+
+
+def pictures(count, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 256, (48, 40, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def matcher(pipe, **settings):
+    return dsd.Matcher(dsd.from_pipeline(pipe), dsd.MatchConfig(**({"timesteps": TIMES} | settings)))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pipe(request):
+    return tiny_pipeline(request.param)
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return tiny_pipeline("sd15")
+
+
+@pytest.mark.parametrize("noise_weight", [0, 1])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_official_score_equals_the_reference(family, prediction_type, noise_weight):
+    pipe = tiny_pipeline(family, prediction_type=prediction_type)
+    images = pictures(2)
+    got = matcher(pipe, official=True, noise_weight=noise_weight, seed=7).score(images, CAPTIONS)
+    want = reference.score(pipe, images, CAPTIONS, timesteps=TIMES, noise_weight=noise_weight, seed=7)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_official_grid_of_timesteps_and_other_sizes(sd15):
+    images = pictures(1)
+    got = dsd.Matcher(dsd.from_pipeline(sd15), dsd.MatchConfig(official=True)).score(images, CAPTIONS)
+    torch.testing.assert_close(got, reference.score(sd15, images, CAPTIONS), rtol=0, atol=1e-4)
+    assert matcher(sd15, timesteps=50).timesteps == reference.official_timesteps(50)
+    odd = matcher(sd15, image_size=(52, 36)).score(images, CAPTIONS)
+    assert odd.shape == (1, 4)
+    assert odd.isfinite().all()
+
+
+def test_default_scores_rank_texts_as_the_official_ones(pipe):
+    images = pictures(3)
+    default, official = (matcher(pipe, official=value).score(images, CAPTIONS) for value in (False, True))
+    assert torch.equal(default.argsort(1), official.argsort(1))
+    # They differ by the unconditional row's attention, one number per image.
+    shift = official - default
+    assert float(shift.abs().min()) > 0.1
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift), rtol=0, atol=1e-4)
+
+
+def scores_of_one_pair(score):
+    """The same pair alone, first, last and in the middle of others, in other orders."""
+    images, needle = pictures(4, seed=1), pictures(1, seed=2)[0]
+    seen = []
+    for place in (0, 2, 4):
+        crowd = [*images[:place], needle, *images[place:]]
+        seen.append(float(score(crowd, CAPTIONS)[place, 1]))
+        seen.append(float(score(crowd[::-1], CAPTIONS[::-1])[4 - place, 2]))
+    seen.append(float(score([needle], [CAPTIONS[1]])[0, 0]))
+    return seen
+
+
+def test_a_pairs_score_does_not_depend_on_what_else_is_scored(sd15):
+    for settings in ({}, {"official": True}, {"memory_budget": 3_000_000}):
+        seen = scores_of_one_pair(matcher(sd15, **settings).score)
+        assert max(seen) - min(seen) <= 1e-5 * max(abs(x) for x in seen)
+
+
+def test_the_official_batch_mean_fails_the_needle_test(sd15):
+    seen = scores_of_one_pair(
+        lambda images, captions: reference.score(sd15, images, captions, timesteps=TIMES, batch_mean=True)
+    )
+    assert max(seen) - min(seen) > 1e-3 * max(abs(x) for x in seen)
+
+
+def test_micro_batches_and_groups_of_texts_do_not_change_scores(sd15):
+    images = pictures(5)
+    whole = matcher(sd15).score(images, CAPTIONS)
+    # Room for one row and the keys of one text at a time.
+    single = dsd.Matcher(dsd.from_pipeline(sd15), dsd.MatchConfig(timesteps=TIMES))
+    plan = single._scorer.plan
+    row = plan.row_bytes(16, 16, 77)
+    keys = plan.encode_text(torch.zeros(2, 77, 24)).nbytes
+    tight = matcher(sd15, memory_budget=row + keys)
+    assert tight._scorer._texts_at_once(tight._scorer.encode_texts(CAPTIONS)) == 1
+    torch.testing.assert_close(tight.score(images, CAPTIONS), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+class Counted:
+    """Rows through the parts of a pipeline while ``with`` lasts."""
+
+    def __init__(self, pipe):
+        self.rows = Counter()
+        parts = {
+            "shared": pipe.unet.conv_in,
+            "text-dependent": pipe.unet.mid_block.resnets[0].conv1,
+            "unet out": pipe.unet.conv_out,
+            "keys": pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k,
+            "vae": pipe.vae.encoder.conv_in,
+            "text encoder": pipe.text_encoder.get_submodule("text_model.final_layer_norm")
+            if hasattr(pipe.text_encoder, "text_model")
+            else pipe.text_encoder.final_layer_norm,
+        }
+        self.handles = [
+            module.register_forward_hook(lambda m, args, out, name=name: self.rows.update({name: len(args[0])}))
+            for name, module in parts.items()
+        ]
+
+    def __enter__(self):
+        return self.rows
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def test_each_thing_is_computed_once(sd15):
+    images, steps = pictures(5), len(TIMES)
+    latents, rows = 5 * steps, 5 * steps * len(CAPTIONS)
+    with Counted(sd15) as seen:
+        matcher(sd15).score(images, CAPTIONS)
+    assert seen == {
+        "shared": latents,
+        "text-dependent": rows + latents,
+        "unet out": rows + latents,
+        "keys": len(CAPTIONS) + 1,
+        "vae": 5,
+        "text encoder": len(CAPTIONS) + 1,
+    }
+    with Counted(sd15) as seen:
+        reference.score(sd15, images, CAPTIONS, timesteps=TIMES)
+    assert seen["shared"] == seen["unet out"] == 2 * rows
+    assert seen["vae"] == rows
+
+
+def test_without_the_noise_term_there_is_no_unconditional_row_and_the_network_stops(sd15):
+    with Counted(sd15) as seen:
+        matcher(sd15, noise_weight=0, layers=["mid-vit-block0-cross"]).score(pictures(2), CAPTIONS)
+    assert seen["text-dependent"] == 2 * len(TIMES) * len(CAPTIONS)
+    assert seen["unet out"] == 0
+    assert seen["text encoder"] == len(CAPTIONS)
+
+
+def test_without_the_attention_term_no_layer_scores(sd15):
+    noise_only = matcher(sd15, attention_weight=0)
+    assert noise_only.layers == {}
+    want = reference.score(sd15, pictures(2), CAPTIONS, timesteps=TIMES, attention_weight=0)
+    torch.testing.assert_close(noise_only.score(pictures(2), CAPTIONS), want, rtol=0, atol=1e-4)
+
+
+def attention_alone(pipe, image, caption, t, seed, weights, *, mask=None, pool="mean"):
+    """Σ over layers and heads of weight · score, one timestep, one pair, through the program."""
+    model = dsd.from_pipeline(pipe)
+    program = UNetProgram(model.unet)
+    plan = program.plan(scores=list(weights), pool=pool)
+    with torch.no_grad():
+        pixels = dsd.images.load_batch([image], model.image_size)
+        z = model.encode_images(pixels)
+        z = model.schedule.add_noise(z, noise(seed, 0, z.shape[1:]), t)
+        encoded = model.encode_prompts([caption])
+        if mask is not None:
+            mask = torch.arange(77)[None] < encoded.lengths[:, None]
+        out = plan.run(z, t, plan.encode_text(encoded.states, score_mask=mask))
+    return sum(float((out.scores[name][0] * torch.as_tensor(w)).sum()) for name, w in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "options"),
+    [
+        ({"layers": ["mid-vit-block0-cross"]}, {"mid-vit-block0-cross": [0.25] * 4}, {}),
+        (
+            {"layers": {"mid-vit-block0-cross": 2.0, "up-level1-repeat0-vit-block0-cross": [1.0, 0.0, -1.0, 0.5]}},
+            {"mid-vit-block0-cross": [0.5] * 4, "up-level1-repeat0-vit-block0-cross": [1.0, 0.0, -1.0, 0.5]},
+            {},
+        ),
+        ({"layers": ["mid-vit-block0-cross"], "tokens": "real"}, {"mid-vit-block0-cross": [0.25] * 4}, {"mask": True}),
+        ({"layers": ["mid-vit-block0-cross"], "pool": "max"}, {"mid-vit-block0-cross": [0.25] * 4}, {"pool": "max"}),
+        ({"layers": ["mid-vit-block0-cross"], "pool": 0.1}, {"mid-vit-block0-cross": [0.25] * 4}, {"pool": 0.1}),
+    ],
+    ids=["one layer", "weights", "real tokens", "max", "temperature"],
+)
+def test_layers_weights_tokens_and_pooling(sd15, settings, weights, options):
+    image = pictures(1)[0]
+    got = matcher(sd15, timesteps=[300], noise_weight=0, attention_weight=3.0, seed=4, **settings)
+    want = [3.0 * attention_alone(sd15, image, caption, 300, 4, weights, **options) for caption in CAPTIONS]
+    torch.testing.assert_close(got.score([image], CAPTIONS)[0], torch.tensor(want), rtol=1e-5, atol=1e-5)
+
+
+def test_draws_and_timesteps_average(sd15):
+    images = pictures(2)
+    parts = []
+    for k, t in enumerate([100, 100, 700, 700]):
+        one = noise(9, k, (4, 16, 16))[None]
+        parts.append(reference.score(sd15, images, CAPTIONS, timesteps=[t], noise=one))
+    got = matcher(sd15, timesteps=[100, 700], draws=2, seed=9)
+    assert got.timesteps == [100, 100, 700, 700]
+    official = got.score(images, CAPTIONS)
+    want = torch.stack(parts).mean(0)
+    torch.testing.assert_close(official - official[:, :1], want - want[:, :1], rtol=0, atol=1e-4)
+
+
+def test_seeds_give_each_image_its_own_noise(sd15):
+    images = pictures(3)
+    seeded = matcher(sd15).score(images, CAPTIONS, seeds=[5, 6, 5])
+    for row, seed in enumerate([5, 6, 5]):
+        alone = matcher(sd15, seed=seed).score([images[row]], CAPTIONS)[0]
+        torch.testing.assert_close(seeded[row], alone, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="seeds: got 2, expected one per image"):
+        matcher(sd15).score(images, CAPTIONS, seeds=[1, 2])
+
+
+def test_predict_is_the_entries_of_score_and_encodes_each_part_once(sd15):
+    images = pictures(3)
+    pairs = [(images[i], CAPTIONS[j]) for i, j in [(2, 1), (0, 0), (2, 3), (2, 1), (1, 0)]]
+    scores = matcher(sd15).score(images, CAPTIONS)
+    with Counted(sd15) as seen:
+        got = matcher(sd15).predict(pairs)
+    want = torch.stack([scores[i, j] for i, j in [(2, 1), (0, 0), (2, 3), (2, 1), (1, 0)]])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert seen["vae"] == 3
+    assert seen["text encoder"] == 3 + 1
+    assert matcher(sd15).predict([]).shape == (0,)
+
+
+def test_rank_both_ways(sd15):
+    images, m = pictures(4), matcher(sd15)
+    scores = m.score(images, CAPTIONS)
+    ranked = m.rank(image=images[1], texts=CAPTIONS)
+    assert [entry["corpus_id"] for entry in ranked] == scores[1].argsort(descending=True).tolist()
+    assert ranked[0]["score"] == pytest.approx(float(scores[1].max()), abs=1e-5)
+    ranked = m.rank(text=CAPTIONS[2], images=images, top_k=2)
+    assert [entry["corpus_id"] for entry in ranked] == scores[:, 2].argsort(descending=True).tolist()[:2]
+    with pytest.raises(ValueError, match="rank: give image= and texts="):
+        m.rank(image=images[0], images=images)
+    with pytest.raises(ValueError, match="top_k: got 0"):
+        m.rank(text="a", images=images, top_k=0)
+
+
+def test_a_bad_image_is_given_back_or_raised(sd15, tmp_path):
+    images = [pictures(1)[0], tmp_path / "missing.png", pictures(1, seed=3)[0]]
+    found = dict(matcher(sd15).score_iter(images, CAPTIONS))
+    assert isinstance(found[1], ImageError)
+    want = matcher(sd15).score([images[0], images[2]], CAPTIONS)
+    torch.testing.assert_close(torch.stack([found[0], found[2]]), want, rtol=0, atol=1e-5)
+    with pytest.raises(ImageError, match="missing"):
+        matcher(sd15).score(images, CAPTIONS)
+    with pytest.raises(ImageError, match="missing"):
+        matcher(sd15).predict([(images[1], "a")])
+    assert [type(x) for _, x in matcher(sd15).score_iter(images[1:2], CAPTIONS)] == [ImageError]
+
+
+def test_images_are_read_only_as_far_as_they_are_needed(sd15):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield pictures(1)[0]
+
+    m = matcher(sd15, timesteps=[5])
+    m._scorer.images_at_once = 4
+    stream = m.score_iter(endless(), ["a"])
+    next(stream)
+    assert len(taken) < 40
+
+
+def test_an_adapter_belongs_to_its_matcher(tmp_path):
+    pipe = tiny_pipeline("sd15")
+    images = pictures(1)
+    plain = matcher(pipe).score(images, CAPTIONS)
+    pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path), adapter_name="a")
+    model = dsd.from_pipeline(pipe)
+    config = dsd.MatchConfig(timesteps=TIMES, official=True)
+    adapted = dsd.Matcher(model, config, adapter="a").score(images, CAPTIONS)
+    torch.testing.assert_close(adapted, reference.score(pipe, images, CAPTIONS, timesteps=TIMES), rtol=0, atol=1e-4)
+    assert float((adapted - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timesteps": [1000]}, "timesteps"),
+        ({"timesteps": 0}, "timesteps"),
+        ({"timesteps": []}, "timesteps"),
+        ({"layers": "all"}, "layers: got 'all'"),
+        ({"layers": []}, "layers: got none"),
+        ({"layers": ["mid-vit-block1-cross"]}, "unknown id 'mid-vit-block1-cross'.*mid-vit-block0-cross"),
+        ({"layers": {"mid-vit-block0-cross": [1.0, 2.0]}}, "layers: 'mid-vit-block0-cross' has 4 heads, got"),
+        ({"attention_weight": 0, "noise_weight": 0}, "nothing to score with"),
+        ({"noise_weight": float("nan")}, "noise_weight: got nan"),
+        ({"draws": 0}, "draws: got 0"),
+        ({"tokens": "some"}, "tokens: got 'some'"),
+        ({"pool": 0.0}, "pool: got 0.0"),
+        ({"official": True, "tokens": "real"}, "official: the official score has tokens='all', got 'real'"),
+        ({"official": True, "noise_weight": 2}, "official: the official score has noise_weight 0 or 1"),
+        ({"seed": -1}, "seed"),
+        ({"image_size": (50, 48)}, "image_size"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_settings_are_named(sd15, settings, message):
+    with pytest.raises(ValueError, match=message):
+        matcher(sd15, **settings)
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ("a dog", "captions: expected a sequence of strings"),
+        ([], "captions: got none"),
+        ([1], "captions"),
+        (["dog " * 80], "prompts"),
+    ],
+)
+def test_bad_captions_are_named(sd15, captions, message):
+    with pytest.raises(ValueError, match=message):
+        matcher(sd15).score(pictures(1), captions)
+
+
+def test_paths_as_strings_are_refused(sd15):
+    with pytest.raises(ValueError, match="images"):
+        matcher(sd15).score("picture.png", CAPTIONS)
+    with pytest.raises(ImageError, match="pathlib"):
+        matcher(sd15).score(["picture.png"], CAPTIONS)
+
+
+def test_official_layers_of_every_family():
+    counts = {family: len(official_layers(UNetProgram(tiny_pipeline(family).unet))) for family in FAMILIES}
+    assert counts == {"sd15": 6, "sd21": 6, "sdxl": 6}
