@@ -61,14 +61,16 @@ class AdapterScope:
 
 def signature(modules: Sequence[Any]) -> Signature:
     """What adapters do to ``modules`` now: equal signatures mean equally adapted layers."""
-    result = []
+    result: list[Signature] = []
     for module in modules:
-        if not hasattr(module, "lora_A"):
-            result.append(())
-            continue
-        active = () if module.disable_adapters else tuple(n for n in module.active_adapters if n in module.lora_A)
-        result.append((tuple(module.merged_adapters), tuple((name, module.scaling[name]) for name in active)))
-    return tuple(() if entry == ((), ()) else entry for entry in result)
+        merged: Signature = ()
+        active: Signature = ()
+        if hasattr(module, "lora_A"):
+            merged = tuple(module.merged_adapters)
+            if not module.disable_adapters:
+                active = tuple((name, module.scaling[name]) for name in module.active_adapters if name in module.lora_A)
+        result.append((merged, active))
+    return tuple(result)
 
 
 def _tuner_layers(unet: Any) -> Iterator[Any]:

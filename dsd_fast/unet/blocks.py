@@ -138,7 +138,9 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
 
 def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[Step]:
     """A Transformer2DModel: projection in, its BasicTransformerBlocks, projection out."""
-    linear, inner, channels = vit.use_linear_projection, vit.inner_dim, vit.in_channels
+    linear: bool = vit.use_linear_projection
+    inner: int = vit.inner_dim
+    channels: int = vit.in_channels
 
     def enter(state: State, want: Want) -> Taken:
         image = state.live["image"] = state.live["x"]
@@ -156,7 +158,7 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
         return Taken(x)
 
     def project(name: str, size: Size) -> int:
-        layer = getattr(vit, name)
+        layer: Any = getattr(vit, name)
         return linear_flops(layer, _area(size)) if linear else conv_flops(layer, size)
 
     def elements(s: Size, t: int) -> int:
@@ -258,7 +260,8 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
             assert state.map_tokens is not None
             maps = token_maps(
                 q, text.k[name], state.map_tokens, _text_index(state, q), text.lengths, text.key_bias, heads, attn.scale
-            ).unflatten(-1, state.sizes[level])
+            )
+            maps = maps.view(*maps.shape[:2], *state.sizes[level])
         if want.score or not want.last:
             o, score = cross_attention_score(
                 q,

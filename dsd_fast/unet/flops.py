@@ -41,7 +41,8 @@ def conv_flops(module: Any, size: Size) -> int:
 
 def _conv(layer: Any, size: Size) -> int:
     kernel: int = layer.kernel_size[0] * layer.kernel_size[1]
-    return 2 * size[0] * size[1] * kernel * layer.in_channels * layer.out_channels // layer.groups
+    channels: int = layer.in_channels * layer.out_channels // layer.groups
+    return 2 * size[0] * size[1] * kernel * channels
 
 
 def attention_flops(length: int, tokens: int, width: int) -> int:

@@ -72,7 +72,7 @@ class State:
 
     def project_time(self, projection: Any) -> Tensor:
         """A block's projection of the time embedding, (rows, C, 1, 1); projected before rows are repeated."""
-        value = projection(self.embedding)
+        value: Tensor = projection(self.embedding)
         if self.expanded:
             value = self.rows(value, self.embedding_expanded)
         return value[:, :, None, None]
@@ -140,7 +140,7 @@ class Step:
 
 def grid(tokens: Tensor, size: Size) -> Tensor:
     """(B, h·w, C) → (B, C, h, w), a view."""
-    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+    return tokens.view(len(tokens), *size, tokens.shape[-1]).permute(0, 3, 1, 2)
 
 
 def flat(image: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def stream(
         raise ValueError(f"latent_index: values outside 0 to {count - 1}")
     tokens = None if map_tokens is None else torch.as_tensor(map_tokens)
     budget = default_budget(device) if memory_budget is None else memory_budget
-    size = rows_in_budget(plan, *latents.shape[-2:], text, budget, map_tokens=0 if tokens is None else tokens.shape[-1])
+    height, width = latents.shape[-2:]
+    size = rows_in_budget(plan, height, width, text, budget, map_tokens=0 if tokens is None else tokens.shape[-1])
     # Rows of one latent side by side: its text-free steps then run in as few micro-batches as possible.
     order = torch.argsort(rows, stable=True)
     start, halved = 0, False

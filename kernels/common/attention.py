@@ -28,7 +28,7 @@ def chunks(rows: int, length: int, heads: int, tokens: int) -> Iterator[tuple[sl
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(b, l, H·D) → (b, H, l, D)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
