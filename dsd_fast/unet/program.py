@@ -10,6 +10,7 @@ from dsd_fast.unet import blocks
 from dsd_fast.unet.plan import Plan
 from dsd_fast.unet.refusals import check_architecture, check_attachments
 from dsd_fast.unet.step import Size, Step
+from dsd_fast.unet.transformer import transformer_steps
 
 
 class UNetProgram:
@@ -160,7 +161,7 @@ class UNetProgram:
     def _vit(self, vit: Any, prefix: str, level: int, push: bool) -> Iterator[Step]:
         for index, block in enumerate(vit.transformer_blocks):
             self._cross[f"{prefix}-block{index}-cross"] = block.attn2
-        yield from blocks.transformer_steps(vit, prefix, level, push=push)
+        yield from transformer_steps(vit, prefix, level, push=push)
 
 
 # Modules whose forward the program replaces by its own steps; leaf modules, samplers and GEGLU are called.

@@ -138,6 +138,11 @@ class Step:
     heads: int = 0
 
 
+def area(size: Size) -> int:
+    """Positions of an image of that size."""
+    return size[0] * size[1]
+
+
 def grid(tokens: Tensor, size: Size) -> Tensor:
     """(B, h·w, C) → (B, C, h, w), a view."""
     return tokens.view(len(tokens), *size, tokens.shape[-1]).permute(0, 3, 1, 2)

@@ -13,7 +13,9 @@ from torch import Tensor
 from dsd_fast.unet.text import TextKV
 
 if TYPE_CHECKING:
-    from dsd_fast.unet.plan import Index, Output, Plan, Residuals
+    from dsd_fast.unet.checks import Index, Residuals
+    from dsd_fast.unet.output import Output
+    from dsd_fast.unet.plan import Plan
 
 log = logging.getLogger("dsd_fast")
 

@@ -389,12 +389,14 @@ def test_texts_slice_and_concatenate():
     assert text.nbytes > 0
     joined = TextKV.concat([text[2:], text[[1]], text[:1]])
     assert joined.lengths.tolist() == [5, 4, 3]
-    for name in plan.text_layers:
+    for name in plan.key_layers:
         torch.testing.assert_close(joined.k[name], text.k[name].flip(0), rtol=0, atol=0)
     other = case.program.plan(scores=case.program.score_ids[:1]).encode_text(case.states)
     with pytest.raises(ValueError, match="different layers"):
         TextKV.concat([text, other])
     with pytest.raises(ValueError, match="lengths is given for some"):
         TextKV.concat([text, plan.encode_text(case.states)])
-    with pytest.raises(ValueError, match="does not run"):
-        plan.run(case.latents, case.times, other, latent_index=[0], text_index=[0])
+    further = case.program.plan(features=["down-level0-repeat0-vit-block0-ffn-inner"])
+    for asked in (plan, further):
+        with pytest.raises(ValueError, match="encoded by a plan that does not run"):
+            asked.run(case.latents, case.times, other, latent_index=[0], text_index=[0])

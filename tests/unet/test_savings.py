@@ -52,7 +52,8 @@ def all_pairs(plan, family, latents, texts):
     z, states, pooled, ids = request(family, latents, texts)
     text = plan.encode_text(states, pooled=pooled)
     p, m = torch.meshgrid(torch.arange(latents), torch.arange(texts), indexing="ij")
-    return plan.run(z, 500, text, latent_index=p.flatten(), text_index=m.flatten(), time_ids=ids)
+    tokens = [0, 5] if plan.maps else None
+    return plan.run(z, 500, text, latent_index=p.flatten(), text_index=m.flatten(), time_ids=ids, map_tokens=tokens)
 
 
 # The layers that run before the first one that reads the text, by family: for SD 1.x and 2.x all up to the query of
@@ -163,9 +164,9 @@ def test_the_last_score_needs_no_values_and_no_projection():
 def test_skip_connections_that_no_step_uses_are_not_kept():
     program = UNetProgram(tiny_unet("sd15"))
     pushes = sum(1 for step in program.steps if step.pushes)
-    assert len(program.plan(noise_pred=True)._keep) == pushes == 12
-    assert program.plan(features=["mid-vit-out"])._keep == frozenset()
-    assert program.plan(features=["up-level0-upsampler-out"])._keep == frozenset({9, 10, 11})
+    assert len(program.plan(noise_pred=True).kept_skips) == pushes == 12
+    assert program.plan(features=["mid-vit-out"]).kept_skips == frozenset()
+    assert program.plan(features=["up-level0-upsampler-out"]).kept_skips == frozenset({9, 10, 11})
 
 
 def test_scoring_allocates_nothing_of_size_heads_positions_tokens():
@@ -210,6 +211,7 @@ def test_flops_of_shared_and_early_plans_are_what_runs(family):
         program.plan(features=["up-level0-repeat1-res-increment", "mid-vit-block0-cross-map"]),
         program.plan(scores=program.score_ids[:3]),
         program.plan(features=["down-level1-repeat0-vit-block0-self-map"]),
+        program.plan(maps=program.score_ids[:2]),
     ):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             all_pairs(plan, family, 2, 3)

@@ -1,0 +1,137 @@
+"""The arguments of a plan's calls, checked on the host: a wrong one is a ValueError by name, never a device's fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsd_fast.unet.text import TextKV
+
+if TYPE_CHECKING:
+    from dsd_fast.unet.plan import Plan
+
+Index = Sequence[int] | Tensor
+Residuals = tuple[Sequence[Tensor], Tensor]
+
+
+def index(name: str, value: Index, count: int | None, limit: int, device: torch.device) -> Tensor:
+    """(count,) int64 on ``device``, every value from 0 to limit − 1."""
+    given = torch.as_tensor(value)
+    if given.ndim != 1 or given.dtype.is_floating_point or given.dtype == torch.bool:
+        raise ValueError(f"{name}: got {tuple(given.shape)} {given.dtype}, expected a list of integers")
+    if count is not None and len(given) != count:
+        raise ValueError(f"{name}: got {len(given)} entries, expected {count}")
+    if not torch.compiler.is_compiling() and len(given):
+        low, high = int(given.min()), int(given.max())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name}: values from {low} to {high}, expected 0 to {limit - 1}")
+    return given.to(device, torch.int64)
+
+
+def timesteps(value: Tensor | Sequence[int] | int, count: int, device: torch.device) -> Tensor:
+    times = torch.as_tensor(value, device=device)
+    if times.ndim > 1 or (times.ndim == 1 and len(times) != count):
+        raise ValueError(f"timesteps: got {tuple(times.shape)}, expected one or ({count},)")
+    return times.expand(count)
+
+
+def latents(plan: Plan, value: Tensor) -> None:
+    channels = plan.program.unet.config.in_channels
+    if value.ndim != 4 or value.shape[1] != channels:
+        raise ValueError(f"latents: got {tuple(value.shape)}, expected (P, {channels}, h, w)")
+    _type(plan, "latents", value)
+
+
+def states(
+    plan: Plan,
+    value: Tensor,
+    pooled: Tensor | None,
+    key_bias: Tensor | None,
+    score_mask: Tensor | None,
+    lengths: Index | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The arguments of ``encode_text``; returns key bias, score mask and lengths as a TextKV holds them."""
+    width = plan.program.unet.config.cross_attention_dim
+    if value.ndim != 3 or value.shape[2] != width:
+        raise ValueError(f"states: got {tuple(value.shape)}, expected (M, T, {width})")
+    _type(plan, "states", value)
+    count, tokens, device = value.shape[0], value.shape[1], value.device
+    if plan.program.reads_pooled_text and (pooled is None or pooled.ndim != 2 or len(pooled) != count):
+        got = None if pooled is None else tuple(pooled.shape)
+        raise ValueError(f"pooled: got {got}, expected ({count}, E): this network reads pooled text states")
+    for name, given in (("key_bias", key_bias), ("score_mask", score_mask)):
+        boolean = given is not None and given.dtype == torch.bool
+        if given is not None and (given.shape != (count, tokens) or boolean != (name == "score_mask")):
+            kind = "boolean" if name == "score_mask" else "float"
+            raise ValueError(
+                f"{name}: got {tuple(given.shape)} {given.dtype}, expected (M, T) = ({count}, {tokens}) {kind}"
+            )
+    real = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return (
+        None if key_bias is None else key_bias.to(device, real),
+        None if score_mask is None else score_mask.to(device),
+        None if lengths is None else index("lengths", lengths, count, tokens + 1, device),
+    )
+
+
+def text(plan: Plan, value: TextKV | None, text_index: Index | None, rows: int, device: torch.device) -> Tensor | None:
+    """The text of each row, (rows,), or None where row b has text b."""
+    if value is None:
+        if plan.boundary < len(plan.steps):
+            raise ValueError(f"text: needed by step {plan.steps[plan.boundary].name!r}")
+        return None
+    missing = [name for name in plan.key_layers if name not in value.k]
+    missing += [name for name in plan.value_layers if name not in value.v]
+    if missing:
+        raise ValueError(f"text: encoded by a plan that does not run {missing[0]!r}; use this plan's encode_text")
+    if not torch.compiler.is_compiling():
+        given = value.signature or {}
+        if any(given.get(name, now) != now for name, now in plan.signatures().items()):
+            raise ValueError(
+                "text: encoded under another adapter than this call's; encode it again with this plan's encode_text"
+            )
+    if text_index is None:
+        if len(value) != rows:
+            raise ValueError(f"text_index: needed when there are {len(value)} texts for {rows} rows")
+        return None
+    return index("text_index", text_index, rows, len(value), device)
+
+
+def residuals(plan: Plan, value: Residuals | None, rows: int) -> Residuals | None:
+    if value is None:
+        return None
+    down, mid = value
+    pushes = sum(1 for step in plan.program.steps if step.pushes)
+    if len(down) != pushes:
+        raise ValueError(f"residuals: got {len(down)} down residuals, expected {pushes} and one for the middle")
+    for residual in (*down, mid):
+        if len(residual) != rows:
+            raise ValueError(f"residuals: got {len(residual)} rows, expected one per requested row, {rows}")
+    return down, mid
+
+
+def map_tokens(
+    plan: Plan, value: Tensor | Sequence[int] | None, rows: int, text: TextKV | None, device: torch.device
+) -> Tensor | None:
+    """(rows, n) int64."""
+    if not plan.maps:
+        return None
+    if value is None or text is None:
+        raise ValueError("map_tokens: needed for a plan with maps")
+    chosen = torch.as_tensor(value)
+    if chosen.ndim not in (1, 2) or (chosen.ndim == 2 and len(chosen) != rows):
+        raise ValueError(f"map_tokens: got {tuple(chosen.shape)}, expected (n,) or ({rows}, n)")
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < text.tokens:
+        raise ValueError(f"map_tokens: positions outside 0 to {text.tokens - 1}")
+    return chosen.to(device, torch.int64).expand(rows, -1)
+
+
+def _type(plan: Plan, name: str, value: Tensor) -> None:
+    unet = plan.program.unet
+    if value.dtype != unet.dtype or value.device != unet.device:
+        raise ValueError(
+            f"{name}: got {value.dtype} on {value.device}, expected the network's {unet.dtype} on {unet.device}"
+        )

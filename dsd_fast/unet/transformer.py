@@ -1,0 +1,257 @@
+"""A Transformer2DModel as steps: self-attention, cross-attention with its score, feed-forward.
+
+The arithmetic is that of diffusers' Transformer2DModel and BasicTransformerBlock. Modules are looked up at call time,
+never captured: adapters replace them in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsd_fast.kernels.common.attention import attention_logits, join_heads, probabilities, split_heads, text_bias
+from dsd_fast.kernels.cross_attention_score import cross_attention_score
+from dsd_fast.kernels.token_maps import token_maps
+from dsd_fast.unet.flops import attention_flops, base_layer, conv_flops, linear_flops
+from dsd_fast.unet.step import Size, State, Step, Taken, Want, area, flat, grid
+
+
+def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[Step]:
+    """A Transformer2DModel: projection in, its BasicTransformerBlocks, projection out."""
+    linear: bool = vit.use_linear_projection
+    inner: int = vit.inner_dim
+    channels: int = vit.in_channels
+
+    def enter(state: State, want: Want) -> Taken:
+        image = state.live["image"] = state.live["x"]
+        x = vit.norm(image)
+        state.live["x"] = vit.proj_in(flat(x)) if linear else flat(vit.proj_in(x))
+        return Taken()
+
+    def leave(state: State, want: Want) -> Taken:
+        x, image = state.live["x"], state.live.pop("image")
+        size = state.sizes[level]
+        x = grid(vit.proj_out(x), size) if linear else vit.proj_out(grid(x, size))
+        x = state.live["x"] = x + image
+        if push:
+            state.push(x)
+        return Taken(x)
+
+    def project(name: str, size: Size) -> int:
+        layer: Any = getattr(vit, name)
+        return linear_flops(layer, area(size)) if linear else conv_flops(layer, size)
+
+    def elements(s: Size, t: int) -> int:
+        return (3 * channels + 2 * inner) * area(s)
+
+    steps = [Step(f"{prefix}-in", level, enter, flops=lambda s, t: project("proj_in", s), elements=elements)]
+    for index, block in enumerate(vit.transformer_blocks):
+        steps += self_attention_steps(block, f"{prefix}-block{index}", level, channels)
+        steps += cross_attention_steps(block, f"{prefix}-block{index}", level, channels)
+        steps += feed_forward_steps(block, f"{prefix}-block{index}", level, channels)
+    leaving = Step(
+        f"{prefix}-out",
+        level,
+        leave,
+        flops=lambda s, t: project("proj_out", s),
+        elements=elements,
+        shape=lambda s, t: (channels, *s),
+        pushes=channels if push else 0,
+    )
+    return [*steps, leaving]
+
+
+def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
+    """``self-q``, ``self-k``, ``self-v``, ``self-map``, and the attention itself with its residual."""
+    attn = block.attn1
+    heads, width = attn.heads, attn.inner_dim
+
+    def projection(name: str, source: str, last: bool = False) -> Step:
+        def run(state: State, want: Want) -> Taken:
+            if name == "q":
+                state.live["n"] = block.norm1(state.live["x"])
+            x = state.live[name] = getattr(attn, source)(state.live.pop("n") if last else state.live["n"])
+            return Taken(grid(x, state.sizes[level]))
+
+        return Step(
+            f"{prefix}-self-{name}",
+            level,
+            run,
+            flops=lambda s, t: linear_flops(getattr(attn, source), area(s)),
+            elements=lambda s, t: (channels + 5 * width) * area(s),
+            shape=lambda s, t: (width, *s),
+        )
+
+    def attention_map(state: State, want: Want) -> Taken:
+        logits = attention_logits(state.live["q"], state.live["k"], None, heads, attn.scale)
+        return Taken(torch.softmax(logits, dim=-1).to(state.live["q"].dtype))
+
+    def attend(state: State, want: Want) -> Taken:
+        q, k, v = (split_heads(state.live.pop(name), heads) for name in "qkv")
+        o = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+        state.live["x"] = _project_out(attn, join_heads(o)) + state.live["x"]
+        return Taken()
+
+    return [
+        projection("q", "to_q"),
+        projection("k", "to_k"),
+        projection("v", "to_v", last=True),
+        Step(
+            f"{prefix}-self-map",
+            level,
+            attention_map,
+            flops=lambda s, t: attention_flops(area(s), area(s), width) // 2,
+            elements=lambda s, t: (channels + 6 * width + 3 * heads * area(s)) * area(s),
+            shape=lambda s, t: (heads, area(s), area(s)),
+            optional=True,
+        ),
+        Step(
+            f"{prefix}-self",
+            level,
+            attend,
+            flops=lambda s, t: attention_flops(area(s), area(s), width) + linear_flops(attn.to_out[0], area(s)),
+            elements=lambda s, t: (channels + 8 * width) * area(s),
+        ),
+    ]
+
+
+def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
+    """``cross-q``, ``cross-map``, and the attention itself, which answers the score id ``…-cross``."""
+    attn = block.attn2
+    heads, width = attn.heads, attn.inner_dim
+    name = f"{prefix}-cross"
+
+    def query(state: State, want: Want) -> Taken:
+        q = state.live["q"] = attn.to_q(block.norm2(state.live["x"]))
+        return Taken(grid(q, state.sizes[level]))
+
+    def attention_map(state: State, want: Want) -> Taken:
+        q, text = state.live["q"], _text(state)
+        texts = _text_index(state, q)
+        k = text.k[name][texts]
+        bias = text_bias(k.shape[1], text.lengths, text.key_bias, texts, torch.float32)
+        logits = attention_logits(q, k, bias, heads, attn.scale)
+        return Taken(probabilities(logits, torch.logsumexp(logits, dim=-1)).to(q.dtype))
+
+    def attend(state: State, want: Want) -> Taken:
+        q, text = state.live.pop("q"), _text(state)
+        maps = score = None
+        if want.maps:
+            assert state.map_tokens is not None
+            maps = token_maps(
+                q, text.k[name], state.map_tokens, _text_index(state, q), text.lengths, text.key_bias, heads, attn.scale
+            )
+            maps = maps.view(*maps.shape[:2], *state.sizes[level])
+        if want.score or not want.last:
+            o, score = cross_attention_score(
+                q,
+                text.k[name],
+                None if want.last else text.v[name],
+                heads=heads,
+                text_index=state.text_index,
+                text_length=text.lengths,
+                key_bias=text.key_bias,
+                score_mask=text.score_mask if want.score else None,
+                scale=attn.scale,
+                mean=not want.score or want.pool == "mean",
+            )
+            if o is not None:
+                state.live["x"] = _project_out(attn, o) + state.live["x"]
+            score = _pool(score, want.pool) if want.score else None
+        return Taken(score=score, maps=maps)
+
+    return [
+        Step(
+            f"{prefix}-cross-q",
+            level,
+            query,
+            flops=lambda s, t: linear_flops(attn.to_q, area(s)),
+            elements=lambda s, t: (2 * channels + 3 * width) * area(s),
+            shape=lambda s, t: (width, *s),
+        ),
+        Step(
+            f"{prefix}-cross-map",
+            level,
+            attention_map,
+            flops=lambda s, t: attention_flops(area(s), t, width) // 2,
+            elements=lambda s, t: (2 * channels + 3 * width + 4 * heads * t) * area(s),
+            shape=lambda s, t: (heads, area(s), t),
+            reads_text=True,
+            optional=True,
+        ),
+        Step(
+            name,
+            level,
+            attend,
+            flops=lambda s, t: attention_flops(area(s), t, width) + linear_flops(attn.to_out[0], area(s)),
+            elements=lambda s, t: (2 * channels + 5 * width + heads) * area(s),
+            score=True,
+            reads_text=True,
+            heads=heads,
+        ),
+    ]
+
+
+def feed_forward_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
+    """``ffn-inner`` (after GEGLU) and the block's output."""
+    ff = block.ff
+    inner = base_layer(ff.net[2]).in_features
+
+    def gate(state: State, want: Want) -> Taken:
+        g = state.live["g"] = ff.net[0](block.norm3(state.live["x"]))
+        return Taken(grid(g, state.sizes[level]))
+
+    def out(state: State, want: Want) -> Taken:
+        g = state.live.pop("g")
+        for layer in ff.net[1:]:
+            g = layer(g)
+        x = state.live["x"] = g + state.live["x"]
+        return Taken(grid(x, state.sizes[level]))
+
+    return [
+        Step(
+            f"{prefix}-ffn-inner",
+            level,
+            gate,
+            flops=lambda s, t: linear_flops(ff.net[0].proj, area(s)),
+            elements=lambda s, t: (3 * channels + 4 * inner) * area(s),
+            shape=lambda s, t: (inner, *s),
+        ),
+        Step(
+            f"{prefix}-out",
+            level,
+            out,
+            flops=lambda s, t: linear_flops(ff.net[2], area(s)),
+            elements=lambda s, t: (4 * channels + 2 * inner) * area(s),
+            shape=lambda s, t: (channels, *s),
+        ),
+    ]
+
+
+def _text(state: State) -> Any:
+    assert state.text is not None
+    return state.text
+
+
+def _text_index(state: State, q: Tensor) -> Tensor:
+    return torch.arange(len(q), device=q.device) if state.text_index is None else state.text_index
+
+
+def _project_out(attn: Any, x: Tensor) -> Tensor:
+    for layer in attn.to_out:
+        x = layer(x)
+    return x if attn.rescale_output_factor == 1.0 else x / attn.rescale_output_factor
+
+
+def _pool(score: Tensor, pool: str | float) -> Tensor:
+    """(B, H, L) → (B, H); a temperature τ pools as τ·log mean exp(score/τ), between the mean and the maximum."""
+    if pool == "mean":
+        return score
+    if pool == "max":
+        return score.amax(-1)
+    temperature = float(pool)
+    count = torch.log(torch.tensor(float(score.shape[-1])))
+    return temperature * (torch.logsumexp(score / temperature, dim=-1) - count.to(score))

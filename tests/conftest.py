@@ -1,0 +1,123 @@
+"""What holds for every test: no network, no unwritten memory, and a count of what a machine without a GPU left out."""
+
+import functools
+import ipaddress
+import os
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports huggingface_hub, which reads it once; processes started by tests inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+# Small tensors gain nothing from a second thread, and threads that wait for a busy core cost much.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
+
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    pass
+else:
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("repeatable")
+
+NO_GPU = "no CUDA device"
+GPU_TESTS = pytest.StashKey[set[str]]()
+
+
+class NetworkBlockedError(RuntimeError):
+    """A test reached for the network. Not an OSError, which libraries take for a failed connection and hide."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    block_network()
+    poison_empty_tensors()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # The GPU tests must run under an interpreter that lacks what the other tests import.
+    if config.option.markexpr == "gpu" and collection_path.match("test_*.py"):
+        return "mark.gpu" not in collection_path.read_text() or None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[GPU_TESTS] = {item.nodeid for item in gpu_items}
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """A green run on a CPU must not be taken for a proof about GPUs."""
+    gpu_tests = config.stash.get(GPU_TESTS, set())
+    skipped = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if report.nodeid in gpu_tests
+    )
+    for reason, count in skipped.items():
+        terminalreporter.write_line(f"{count} GPU tests skipped: {reason}", yellow=True)
+    if not skipped:
+        terminalreporter.write_line("0 GPU tests skipped")
+
+
+def block_network() -> None:
+    """Lets Python's sockets reach this machine alone; an audit hook stays whatever else patches `socket`."""
+
+    def refuse_other_machines(event: str, args: tuple) -> None:
+        if event in ("socket.connect", "socket.sendto") and args[0].family in (socket.AF_INET, socket.AF_INET6):
+            host = args[1][0]
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+            host = args[0]
+        else:
+            return
+        if host is not None and not _is_loopback(host):
+            raise NetworkBlockedError(f"{event} of {host!r}: tests do not use the network")
+
+    sys.addaudithook(refuse_other_machines)
+
+
+def poison_empty_tensors() -> None:
+    """Fills what the package allocates without writing: NaN, or the largest integer.
+
+    An operator that leaves part of its output unwritten then fails at once, instead of when fresh memory happens
+    not to hold the zeros or the previous result.
+    """
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(allocate)
+        def allocate_and_fill(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return tensor
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if not caller.startswith(("dsd_fast.", "kernels.")) or tensor.dtype == torch.bool:
+                return tensor
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            with torch.no_grad():
+                return tensor.fill_(float("nan") if floating else torch.iinfo(tensor.dtype).max)
+
+        return allocate_and_fill
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def _is_loopback(host: str | bytes) -> bool:
+    host = host.decode() if isinstance(host, bytes) else host
+    try:
+        return ipaddress.ip_address(host.split("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
