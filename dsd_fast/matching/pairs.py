@@ -148,7 +148,7 @@ class PairScorer:
         """PromptStates whose keys and values take half the budget."""
         device = self.model.unet.device
         budget = default_budget(device) if self.config.memory_budget is None else self.config.memory_budget
-        width = sum(self.program.attention(name).inner_dim for name in self.plan.text_layers)
+        width = sum(self.program.attention(name).inner_dim for name in self.plan.key_layers)
         per_text = 2 * width * texts.states.shape[1] * texts.states.element_size() if len(texts) else 1
         return max(1, budget // (2 * max(1, per_text)))
 
