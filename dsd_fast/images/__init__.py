@@ -1,0 +1,16 @@
+"""Decoding and resizing of images from untrusted files."""
+
+from dsd_fast.images.batch import decode, load_batch, to_tensor
+from dsd_fast.images.errors import ImageError
+from dsd_fast.images.load import MAX_BYTES, MAX_PIXELS, ImageSource, load_image
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "ImageError",
+    "ImageSource",
+    "decode",
+    "load_batch",
+    "load_image",
+    "to_tensor",
+]

@@ -1,0 +1,102 @@
+"""Format and size of an image file from its first bytes, without a decoder.
+
+Pillow learns the size only from a header that is whole, and warns about large ones through the process-wide warning
+filters, which threads cannot change safely. Reading the size first keeps bombs away from the decoder altogether.
+"""
+
+import struct
+from typing import BinaryIO
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+_RIFF = b"RIFF"
+_WEBP = b"WEBP"
+
+# Start-of-frame markers: C0 to CF without the tables DHT (C4), JPG (C8) and DAC (CC).
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_END_OF_IMAGE = 0xD9
+_JPEG_START_OF_SCAN = 0xDA
+
+
+class UnsupportedFormatError(Exception):
+    """The first bytes belong to none of the formats."""
+
+
+class TruncatedHeaderError(Exception):
+    """The file ends before its size is told."""
+
+
+class CorruptHeaderError(Exception):
+    """The header contradicts its format."""
+
+
+def read_header(file: BinaryIO, num_bytes: int) -> tuple[str, int, int]:
+    """Format ("PNG", "JPEG" or "WEBP"), width and height of a file of `num_bytes`, read from position 0.
+
+    Raises:
+        UnsupportedFormatError, TruncatedHeaderError, CorruptHeaderError: see there.
+    """
+    file.seek(0)
+    head = file.read(32)
+    if head.startswith(_PNG):
+        return ("PNG", *_png_size(head))
+    if head.startswith(_JPEG):
+        return ("JPEG", *_jpeg_size(file))
+    if head.startswith(_RIFF) and _WEBP.startswith(head[8:12]):
+        return ("WEBP", *_webp_size(head, num_bytes))
+    if any(signature.startswith(head) for signature in (_PNG, _JPEG, _RIFF)):
+        raise TruncatedHeaderError
+    raise UnsupportedFormatError
+
+
+def _png_size(head: bytes) -> tuple[int, int]:
+    if len(head) < 24:
+        raise TruncatedHeaderError
+    if head[12:16] != b"IHDR":
+        raise CorruptHeaderError
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
+    """Walks the segments (ITU T.81, annex B) up to the frame header."""
+    file.seek(2)
+    while True:
+        byte = _exactly(file, 1)
+        if byte != b"\xff":
+            raise CorruptHeaderError
+        while byte == b"\xff":
+            byte = _exactly(file, 1)
+        marker = byte[0]
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            continue
+        if marker in (0x00, _JPEG_END_OF_IMAGE, _JPEG_START_OF_SCAN):
+            raise CorruptHeaderError
+        (length,) = struct.unpack(">H", _exactly(file, 2))
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack(">HH", _exactly(file, 5)[1:])
+            return width, height
+        file.seek(length - 2, 1)
+
+
+def _webp_size(head: bytes, num_bytes: int) -> tuple[int, int]:
+    """Canvas of a WebP container (RFC 9649, sections 2.5 to 2.7)."""
+    if len(head) < 30 or struct.unpack("<I", head[4:8])[0] + 8 > num_bytes:
+        raise TruncatedHeaderError
+    kind, data = head[12:16], head[20:30]
+    if kind == b"VP8X":
+        return int.from_bytes(data[4:7], "little") + 1, int.from_bytes(data[7:10], "little") + 1
+    if kind == b"VP8L" and data[0] == 0x2F:
+        bits = int.from_bytes(data[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 " and data[3:6] == b"\x9d\x01\x2a":
+        width, height = struct.unpack("<HH", data[6:10])
+        return width & 0x3FFF, height & 0x3FFF
+    raise CorruptHeaderError
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise TruncatedHeaderError
+    return data

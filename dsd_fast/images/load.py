@@ -1,0 +1,234 @@
+"""Any accepted image source to an RGB Pillow image: every failure is an `ImageError`, and nothing global changes."""
+
+import errno
+import os
+import stat
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dsd_fast.images.errors import ImageError
+from dsd_fast.images.header import CorruptHeaderError, TruncatedHeaderError, UnsupportedFormatError, read_header
+
+ImageSource = os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
+
+# Pillow's own threshold for warning about a decompression bomb: 256 MiB of RGB.
+MAX_PIXELS = 1024**3 // 4 // 3
+# More than any file within MAX_PIXELS needs, 16-bit RGBA without compression included.
+MAX_BYTES = 1024**3
+
+# Pillow's decoders report damage by any of these.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """An RGB image of 8 bits a channel.
+
+    Files: JPEG, PNG and WebP by their content, whatever the name. The size is checked from the header before anything
+    is decoded. Of an animation the first frame is taken, an EXIF orientation is applied, transparency is composited on
+    white, 16-bit samples keep their high byte, CMYK is converted without a colour profile. PNG checksums are verified;
+    JPEG and WebP have none, so damage that still decodes cannot be noticed there.
+
+    Args:
+        source: a `pathlib.Path`, a Pillow image (its current frame; it is not changed), a uint8 array (H, W, C) with 1,
+            3 or 4 channels, or a float tensor (C, H, W) in [0, 1] with 1 or 3 channels, rounded to 8 bits. Not a str:
+            strings are text everywhere in this package.
+
+    Raises:
+        ImageError: the source cannot be used; `.reason` says why.
+    """
+    if isinstance(source, str):
+        message = f"source is the str {source[:80]!r}, and strings are text; use pathlib.Path for a file"
+        raise ImageError("str", "unsupported-type", message)
+    if isinstance(source, os.PathLike):
+        return _from_file(Path(source))
+    if isinstance(source, Image.Image):
+        return _from_pillow(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Tensor):
+        return _from_tensor(source)
+    raise _type_error(type(source).__name__)
+
+
+def _from_file(path: Path) -> Image.Image:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(path, "is-directory", f"{path} is a folder, expected an image file")
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(path, "not-a-file", f"{path} is not a regular file")
+        if status.st_size == 0:
+            raise ImageError(path, "empty", f"{path} is empty")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(path, "too-large", f"{path} has {status.st_size} bytes, the limit is {MAX_BYTES}")
+        with path.open("rb") as file:
+            return _decode(file, path, status.st_size)
+    except FileNotFoundError as error:
+        raise ImageError(path, "missing", f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        if isinstance(error, OSError) and error.errno == errno.ENOTDIR:
+            raise ImageError(path, "missing", f"{path} does not exist") from error
+        # ValueError: a path with a NUL byte.
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ImageError(path, "unreadable", f"{path} cannot be read: {text}") from error
+
+
+def _decode(file: BinaryIO, path: Path, num_bytes: int) -> Image.Image:
+    try:
+        kind, width, height = read_header(file, num_bytes)
+    except UnsupportedFormatError:
+        raise ImageError(path, "unsupported-format", f"{path} is not a JPEG, PNG or WebP file") from None
+    except TruncatedHeaderError:
+        raise ImageError(path, "truncated", f"{path} ends inside its header") from None
+    except CorruptHeaderError:
+        raise ImageError(path, "corrupt", f"{path} has a damaged header") from None
+    _check_size(path, width, height)
+    try:
+        if kind == "PNG":
+            # Only this looks at the checksums of the pixel data.
+            file.seek(0)
+            Image.open(file, formats=[kind]).verify()
+        file.seek(0)
+        with Image.open(file, formats=[kind]) as image:
+            # The decoder may have found another size than the header reader.
+            _check_size(path, *image.size)
+            image.load()
+            return _to_rgb(image, path)
+    except ImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        if "truncated" in str(error).lower() or not _has_end(file, kind, num_bytes):
+            raise ImageError(path, "truncated", f"{path} ends before its last pixel") from error
+        raise ImageError(path, "corrupt", f"{path} has a damaged {kind} stream") from error
+
+
+def _has_end(file: BinaryIO, kind: str, num_bytes: int) -> bool:
+    """Whether the file's end carries its format's end mark; WebP's length was checked with its header."""
+    file.seek(max(0, num_bytes - 4096))
+    tail = file.read()
+    return {"PNG": b"IEND", "JPEG": b"\xff\xd9", "WEBP": b""}[kind] in tail
+
+
+def _from_pillow(image: Image.Image) -> Image.Image:
+    name = f"Pillow image ({image.mode}, {image.width} × {image.height})"
+    if 0 in image.size:
+        raise ImageError(name, "empty", f"{name} has no pixels")
+    _check_size(name, *image.size)
+    try:
+        image.load()
+        return _to_rgb(image, name)
+    except ImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        raise ImageError(name, reason, f"{name} cannot be decoded: {error}") from error
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    name = f"array of shape {array.shape} and dtype {array.dtype}"
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise _type_error(name)
+    if array.size == 0:
+        raise ImageError(name, "empty", f"{name} has no pixels")
+    pixels = np.ascontiguousarray(array)
+    return _to_rgb(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), name)
+
+
+def _from_tensor(tensor: Tensor) -> Image.Image:
+    name = f"tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+    if not tensor.is_floating_point() or tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+        raise _type_error(name)
+    if tensor.numel() == 0:
+        raise ImageError(name, "empty", f"{name} has no pixels")
+    values = tensor.detach().to("cpu", torch.float32)
+    low, high = float(values.amin()), float(values.amax())
+    if not (low >= 0 and high <= 1):
+        raise ImageError(name, "unsupported-type", f"{name} spans {low} to {high}, expected 0 to 1")
+    pixels = values.mul(255).round().to(torch.uint8).permute(1, 2, 0)
+    return _from_array(pixels.numpy())
+
+
+def _to_rgb(image: Image.Image, source: Path | str) -> Image.Image:
+    """A new RGB image: upright, opaque, 8 bits."""
+    transposition = _TRANSPOSITIONS.get(_orientation(image))
+    if image.mode.startswith("I"):
+        flat = _from_16_bit(image, source)
+    elif image.mode == "F":
+        raise ImageError(source, "unsupported-type", f"{source} has mode F, whose range is not known")
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGB", image.size, "white")
+        flat.paste(rgba, mask=rgba.getchannel("A"))
+    else:
+        flat = image.convert("RGB")
+    return flat if transposition is None else flat.transpose(transposition)
+
+
+def _from_16_bit(image: Image.Image, source: Path | str) -> Image.Image:
+    """Greyscale of 16 bits, which Pillow's own conversion would clip at 255 and whose transparency it does not know."""
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 0xFFFF:
+        raise ImageError(source, "unsupported-type", f"{source} has mode {image.mode} and values outside 0 to 65535")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[grey == transparent] = 0xFFFF
+    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _DECODER_ERRORS:
+        # The pixels are good; only the note about how they were taken is not.
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _check_size(source: Path | str, width: int, height: int) -> None:
+    limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+    if width * height > limit:
+        raise ImageError(source, "too-large", f"{source} has {width} × {height} pixels, the limit is {limit} in all")
+
+
+def _type_error(given: str) -> ImageError:
+    return ImageError(
+        given,
+        "unsupported-type",
+        f"source is a {given}, expected a pathlib.Path, a Pillow image, a uint8 array (H, W, C) with 1, 3 or 4 "
+        "channels, or a float tensor (C, H, W) in [0, 1] with 1 or 3 channels",
+    )

@@ -1,0 +1,8 @@
+"""Loading of Stable Diffusion models and the bundle that holds their parts."""
+
+from dsd_fast.models.bundle import Model
+from dsd_fast.models.errors import ModelError
+from dsd_fast.models.load import from_pipeline, load
+from dsd_fast.models.prompts import PromptStates
+
+__all__ = ["Model", "ModelError", "PromptStates", "from_pipeline", "load"]

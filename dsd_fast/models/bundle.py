@@ -1,0 +1,252 @@
+"""A Stable Diffusion model as one object: UNet, VAE, text encoders, tokenizers, schedule, and perhaps a CLIP."""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of
+from dsd_fast.models.errors import ModelError
+from dsd_fast.models.lora import load_lora
+from dsd_fast.models.prompts import PromptStates, encode_prompts
+
+
+class Model:
+    """The parts of a diffusers pipeline, by reference: nothing is copied, patched or moved.
+
+    Made by `load` and `from_pipeline`. No method disables gradients: wrap calls in `torch.no_grad()` where none are
+    wanted and the weights require them.
+
+    Attributes:
+        unet: diffusers UNet2DConditionModel.
+        vae: diffusers AutoencoderKL.
+        text_encoders, tokenizers: one each for SD 1.x and 2.x, two for SDXL.
+        schedule: the noise schedule, with the prediction type.
+        scheduler_config: config of the scheduler the model came with, "_class_name" included.
+        clip: transformers CLIPModel, or None.
+        family: "sd1", "sd2" or "sdxl".
+        name: "mini", a hub id or a folder; for a pipeline where it says it was loaded from.
+        revision: commit of a model from the hub, else None.
+        image_size: (height, width) in pixels the UNet was made for.
+        vae_scale_factor: pixels per latent position along one side.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: Any,
+        vae: Any,
+        text_encoders: Sequence[Any],
+        tokenizers: Sequence[Any],
+        scheduler: Any,
+        clip: Any = None,
+        name: str = "",
+        revision: str | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+        local_files_only: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Checks that the parts fit each other.
+
+        Raises:
+            ModelError: they do not, or they are no SD 1.x, 2.x or SDXL.
+        """
+        self.unet = unet
+        self.vae = vae
+        self.text_encoders = tuple(text_encoders)
+        self.tokenizers = tuple(tokenizers)
+        self.clip = clip
+        self.name = name
+        self.revision = revision
+        label = name or "model"
+        check_unet(unet.config, vae.config.latent_channels, label)
+        self.family: Family = family_of(unet.config)
+        widths = [encoder.config.hidden_size for encoder in self.text_encoders]
+        check_text(unet.config, widths, self.text_encoders[-1].config.projection_dim, label)
+        self._scheduler_class = type(scheduler)
+        self.scheduler_config = {**copy.deepcopy(dict(scheduler.config)), "_class_name": type(scheduler).__name__}
+        try:
+            self.schedule = NoiseSchedule.from_scheduler(scheduler)
+        except ValueError as error:
+            raise ModelError(f"{label}: {error}") from error
+        self.vae_scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        sample = unet.config.sample_size
+        sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        self.image_size: tuple[int, int] = (sides[0] * self.vae_scale_factor, sides[1] * self.vae_scale_factor)
+        self._force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
+        self._local_files_only = local_files_only
+        self._cache_dir = cache_dir
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, family={self.family!r}, device={str(self.device)!r}, dtype={self.dtype})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        parameter: nn.Parameter = next(self.unet.parameters())
+        return parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's floating-point type."""
+        parameter: nn.Parameter = next(self.unet.parameters())
+        return parameter.dtype
+
+    def encode_images(self, pixels: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Images to the scaled latents z₀ that the UNet is given.
+
+        (m − shift) · scale with m the mean of the VAE's posterior (Rombach et al. 2022, "High-Resolution Image
+        Synthesis with Latent Diffusion Models", section 3.1 and appendix D.1), so that equal images give equal latents.
+        SDXL's VAE overflows in float16; it is then computed in float32, as the stock pipeline does.
+
+        Args:
+            pixels: (N, 3, H, W) in [−1, 1], any floating-point type and device; H and W multiples of
+                `vae_scale_factor`.
+            sample: draw from the posterior instead.
+            generator: of the draw.
+
+        Returns:
+            (N, C, H / f, W / f) in the UNet's type and on the VAE's device, f = vae_scale_factor.
+
+        Raises:
+            ValueError: `pixels` of another shape or type.
+        """
+        factor = self.vae_scale_factor
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % factor or pixels.shape[3] % factor:
+            raise ValueError(
+                f"pixels has shape {tuple(pixels.shape)}, expected (N, 3, H, W) with H and W multiples of {factor}"
+            )
+        if not pixels.is_floating_point():
+            raise ValueError(f"pixels has dtype {pixels.dtype}, expected floating point in [-1, 1]")
+        vae = self._precise_vae()
+        weight = next(vae.parameters())
+        posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        latents: Tensor = posterior.sample(generator) if sample else posterior.mean
+        shift, scale = self._latent_affine(latents)
+        return ((latents - shift) * scale).to(self.dtype)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents back to images; the inverse scaling of `encode_images`, then the VAE's decoder.
+
+        Args:
+            latents: (N, C, h, w).
+
+        Returns:
+            (N, 3, h · f, w · f), clamped to [−1, 1], in the UNet's type and on the VAE's device.
+
+        Raises:
+            ValueError: `latents` of another shape.
+        """
+        channels = self.vae.config.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected (N, {channels}, h, w)")
+        vae = self._precise_vae()
+        weight = next(vae.parameters())
+        latents = latents.to(weight.device, weight.dtype)
+        shift, scale = self._latent_affine(latents)
+        pixels: Tensor = vae.decode(latents / scale + shift).sample
+        return pixels.clamp(-1, 1).to(self.dtype)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:
+        """Prompts to text states, equal to what the stock pipeline's `encode_prompt` gives for the prompt itself.
+
+        Each prompt is padded to the tokenizer's limit (77 tokens for the published models). An empty prompt is encoded
+        like any other; see :meth:`encode_unconditional` for SDXL's rule that an absent prompt becomes zeros.
+
+        Raises:
+            ValueError: `prompts` is a str or holds something else than str, or a prompt is longer than the limit.
+        """
+        return encode_prompts(self.tokenizers, self.text_encoders, prompts)
+
+    def encode_unconditional(self) -> PromptStates:
+        """The one absent prompt of the family's sampler, M = 1: the empty prompt, or zeros where SDXL asks for them."""
+        empty = self.encode_prompts([""])
+        if self.family == "sdxl" and self._force_zeros_for_empty_prompt:
+            assert empty.pooled is not None
+            return replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
+        return empty
+
+    def time_ids(self, height: int, width: int) -> Tensor | None:
+        """SDXL's micro-conditioning for an image of that size in pixels, neither rescaled nor cropped.
+
+        (height, width, 0, 0, height, width): original size, crop corner, target size (Podell et al. 2023, "SDXL",
+        section 2.2).
+
+        Returns:
+            (6,) float32 on the model's device, or None for other families.
+        """
+        if self.family != "sdxl":
+            return None
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        assert ids.numel() == TIME_IDS
+        return ids
+
+    def load_lora(self, source: str | os.PathLike[str], name: str, weight_name: str | None = None) -> None:
+        """Adds a LoRA to the UNet and the text encoders by diffusers and PEFT, and makes it the active adapter.
+
+        A model made from a pipeline shares its networks, so that pipeline gets the adapter too.
+
+        Args:
+            source: a .safetensors file, a folder, or a hub id.
+            name: of the adapter.
+            weight_name: file inside the folder or repository; needed when there are several.
+
+        Raises:
+            ModelError: no such file, a pickle (.bin, .pt, .ckpt), a name already taken, or weights that do not fit.
+        """
+        load_lora(
+            self,
+            source,
+            name,
+            weight_name,
+            local_files_only=self._local_files_only,
+            cache_dir=self._cache_dir,
+        )
+
+    def new_scheduler(self) -> Any:
+        """A fresh diffusers scheduler like the one the model came with."""
+        config = {key: value for key, value in self.scheduler_config.items() if key != "_class_name"}
+        return self._scheduler_class.from_config(copy.deepcopy(config))
+
+    def to_pipeline(self) -> Any:
+        """A stock StableDiffusionPipeline or StableDiffusionXLPipeline on the same weights, with a fresh scheduler."""
+        import diffusers
+
+        common = {"vae": self.vae, "unet": self.unet, "scheduler": self.new_scheduler()}
+        if self.family == "sdxl":
+            return diffusers.StableDiffusionXLPipeline(
+                **common,
+                text_encoder=self.text_encoders[0],
+                text_encoder_2=self.text_encoders[1],
+                tokenizer=self.tokenizers[0],
+                tokenizer_2=self.tokenizers[1],
+                force_zeros_for_empty_prompt=self._force_zeros_for_empty_prompt,
+            )
+        return diffusers.StableDiffusionPipeline(
+            **common,
+            text_encoder=self.text_encoders[0],
+            tokenizer=self.tokenizers[0],
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def _precise_vae(self) -> Any:
+        """The VAE, or a float32 copy of one that overflows in float16."""
+        if self.family == "sdxl" and self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            return copy.deepcopy(self.vae).float()
+        return self.vae
+
+    def _latent_affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Shift and scale of latents; VAEs with statistics per channel have them in their config."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shift, spread = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+            return shift, config.scaling_factor / spread
+        return config.get("shift_factor") or 0.0, config.scaling_factor

@@ -1,0 +1,362 @@
+"""Models from the embedded weights, a diffusers folder, the hub, or an existing pipeline."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsd_fast.diffusion import scheduler_from_config
+from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
+from dsd_fast.models.bundle import Model
+from dsd_fast.models.errors import ModelError
+from dsd_fast.models.hub import download, local_folder
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+# File stems of weights: diffusers' networks, transformers' networks.
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+_TRANSFORMERS_STEM = "model"
+_STEMS = {"unet": _DIFFUSERS_STEM, "vae": _DIFFUSERS_STEM}
+
+
+def load(
+    model: str | os.PathLike[str] = "mini",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+    clip: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Model:
+    """A Stable Diffusion 1.x, 2.x or XL model, in eval mode and without gradients to its weights.
+
+    Only safetensors, JSON and tokenizer files are read or downloaded; a safety checker is not. With `local_files_only`
+    or HF_HUB_OFFLINE set nothing is downloaded.
+
+    Args:
+        model: "mini", the model shipped in this package; a folder in diffusers' layout; or a hub id.
+        device: "cpu", "cuda", "cuda:1", …
+        dtype: "float32", "float16", "bfloat16", "float64", or that torch.dtype; of all networks.
+        revision: branch, tag or commit of a hub id.
+        variant: of the weight files, e.g. "fp16".
+        local_files_only: take hub ids from the cache alone.
+        clip: a CLIPModel, or a folder or hub id of one; None: the model folder's clip/ if it has one.
+        cache_dir: of the hub's files; None: the usual one.
+
+    Raises:
+        ModelError: naming what was given and what was expected: no such folder, repository or revision, a missing
+            component, weights only as pickle, another architecture, an unknown dtype or a device that is not there.
+    """
+    torch_dtype, torch_device = _resolve_dtype(dtype), _resolve_device(device)
+    folder: Path | None
+    if model == "mini":
+        from dsd_fast.models import mini
+
+        folder, name = mini.path(), "mini"
+    else:
+        folder, name = local_folder(model, "model"), os.fspath(model)
+    commit = None
+    if folder is not None:
+        if revision is not None:
+            raise ModelError(f"revision is {revision!r}, but model {name!r} is a folder; expected a hub id")
+    else:
+        folder = download(
+            name,
+            _patterns(variant),
+            what="model",
+            revision=revision,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+        )
+        commit = folder.name
+    parts = _load_components(folder, name, torch_dtype, variant)
+    clip_model = _resolve_clip(
+        clip if clip is not None else folder / "clip" if (folder / "clip").is_dir() else None,
+        torch_dtype,
+        local_files_only=local_files_only,
+        cache_dir=cache_dir,
+    )
+    for network in (parts["unet"], parts["vae"], *parts["text_encoders"], clip_model):
+        if network is not None:
+            network.to(torch_device)
+            network.requires_grad_(False)
+            network.eval()
+    return Model(
+        **parts, clip=clip_model, name=name, revision=commit, local_files_only=local_files_only, cache_dir=cache_dir
+    )
+
+
+def from_pipeline(pipe: Any, clip: Any = None) -> Model:
+    """A model on the networks of an existing diffusers pipeline, with its adapters; the pipeline is not changed.
+
+    Args:
+        pipe: StableDiffusionPipeline, StableDiffusionXLPipeline, or another pipeline with their components.
+        clip: a CLIPModel, or a folder or hub id of one, which is then loaded in the UNet's type and on its device.
+
+    Raises:
+        ModelError: a component is missing or of another architecture.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise ModelError(f"pipe is of type {type(pipe).__name__}, expected a diffusers pipeline")
+    label = type(pipe).__name__
+    sdxl = components.get("text_encoder_2") is not None
+    names = PIPELINES["StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"]
+    for name in names:
+        component = components.get(name)
+        if component is None:
+            raise ModelError(f"{label} has no component {name!r}, expected {', '.join(names)}")
+        if name in CLASSES and not _is_instance(component, CLASSES[name]):
+            raise ModelError(f"{label}: {name!r} is a {type(component).__name__}, expected {CLASSES[name][0]}")
+    unet = components["unet"]
+    weight = next(unet.parameters())
+    clip_model = _resolve_clip(clip, weight.dtype, local_files_only=False, cache_dir=None)
+    if clip_model is not None and clip_model is not clip:
+        clip_model.to(weight.device).requires_grad_(False).eval()
+    return Model(
+        unet=unet,
+        vae=components["vae"],
+        text_encoders=[components[name] for name in names if name.startswith("text_encoder")],
+        tokenizers=[components[name] for name in names if name.startswith("tokenizer")],
+        scheduler=components["scheduler"],
+        clip=clip_model,
+        name=str(getattr(pipe, "name_or_path", None) or label),
+        force_zeros_for_empty_prompt=bool(pipe.config.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def _load_components(folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> dict[str, Any]:
+    """Arguments of `Model` from a folder; every check that needs no weights comes first."""
+    import diffusers
+    import transformers
+
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelError(f"model {name!r} has no model_index.json, expected a folder in diffusers' layout")
+    index = _read_json(index_file, name)
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise ModelError(f"model {name!r} is a {pipeline}, expected {' or '.join(PIPELINES)}")
+    names = PIPELINES[pipeline]
+    for component in names:
+        _check_component(folder, name, index, component, variant)
+    unet_config = _read_json(folder / "unet" / "config.json", name)
+    vae_config = _read_json(folder / "vae" / "config.json", name)
+    check_unet(unet_config, vae_config.get("latent_channels", 4), f"model {name!r}")
+
+    def network(component: str) -> Any:
+        cls = getattr(diffusers if component in _STEMS else transformers, CLASSES[component][0])
+        return _load_network(cls, folder / component, dtype, variant, f"component {component!r} of model {name!r}")
+
+    def tokenizer(component: str) -> Any:
+        with _reported(f"component {component!r} of model {name!r}"):
+            return transformers.CLIPTokenizer.from_pretrained(folder / component, local_files_only=True)
+
+    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", name)
+    with _reported(f"component 'scheduler' of model {name!r}"):
+        scheduler = scheduler_from_config({"_class_name": index["scheduler"][1], **scheduler_config})
+    return {
+        "unet": network("unet"),
+        "vae": network("vae"),
+        "text_encoders": [network(part) for part in names if part.startswith("text_encoder")],
+        "tokenizers": [tokenizer(part) for part in names if part.startswith("tokenizer")],
+        "scheduler": scheduler,
+        "force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True)),
+    }
+
+
+def _check_component(folder: Path, name: str, index: Mapping[str, Any], component: str, variant: str | None) -> None:
+    entry = index.get(component)
+    where = folder / component
+    if not entry or entry[-1] is None:
+        raise ModelError(f"model {name!r} has no component {component!r} in its model_index.json")
+    if component in CLASSES and entry[-1] not in CLASSES[component]:
+        raise ModelError(f"model {name!r}: component {component!r} is a {entry[-1]}, expected {CLASSES[component][0]}")
+    if not where.is_dir():
+        raise ModelError(f"model {name!r} lacks component {component!r}: {where} does not exist")
+    if component.startswith("tokenizer"):
+        # Without its vocabulary transformers would build an empty tokenizer.
+        files = {file.name for file in where.iterdir()}
+        if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+            raise ModelError(
+                f"model {name!r}: component {component!r} has neither tokenizer.json nor vocab.json and merges.txt"
+            )
+    elif component == "scheduler":
+        if not (where / "scheduler_config.json").is_file():
+            raise ModelError(f"model {name!r}: component 'scheduler' has no scheduler_config.json")
+    else:
+        stem = _STEMS.get(component, _TRANSFORMERS_STEM)
+        _check_weights(where, stem, variant, f"model {name!r}: component {component!r}")
+
+
+def _check_weights(where: Path, stem: str, variant: str | None, what: str) -> None:
+    if not (where / "config.json").is_file():
+        raise ModelError(f"{what} has no config.json")
+    if any(any(where.glob(pattern)) for pattern in _weight_patterns(stem, variant)):
+        return
+    others = sorted(file.name for file in where.glob("*.safetensors"))
+    if others:
+        wanted = f"of variant {variant!r}" if variant else "without a variant"
+        raise ModelError(f"{what} has no weights {wanted}, but {', '.join(others)}; choose with variant=")
+    pickles = sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for file in where.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{what} has its weights only as pickle ({', '.join(pickles)}), which can run code when loaded; "
+            "expected .safetensors"
+        )
+    raise ModelError(f"{what} has no .safetensors weights")
+
+
+def _load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None, what: str) -> Any:
+    """A network in eval mode; weights that are missing from the file are an error, not random numbers."""
+    from diffusers.utils import is_accelerate_available
+
+    options: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
+    if cls.__module__.startswith("diffusers."):
+        # Its default warns where accelerate is not installed.
+        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
+    else:
+        options["dtype"] = dtype
+    with _reported(what), _no_progress_bars():
+        network, info = cls.from_pretrained(where, output_loading_info=True, **options)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ModelError(f"its weights lack {len(missing)} tensors, the first {missing[0]!r}")
+    return network.eval()
+
+
+def _resolve_clip(
+    clip: Any, dtype: torch.dtype, *, local_files_only: bool, cache_dir: str | os.PathLike[str] | None
+) -> Any:
+    """A CLIPModel from itself, a folder or a hub id."""
+    if clip is None:
+        return None
+    from transformers import CLIPModel
+
+    if isinstance(clip, CLIPModel):
+        return clip
+    if not isinstance(clip, str | os.PathLike):
+        raise ModelError(f"clip is of type {type(clip).__name__}, expected a CLIPModel, a folder or a hub id")
+    folder = local_folder(clip, "clip")
+    if folder is None:
+        patterns = ["config.json", "preprocessor_config.json", *_weight_patterns(_TRANSFORMERS_STEM, None)]
+        folder = download(
+            os.fspath(clip),
+            patterns,
+            what="clip",
+            revision=None,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+        )
+    what = f"clip {os.fspath(clip)!r}"
+    _check_weights(folder, _TRANSFORMERS_STEM, None, what)
+    kind = _read_json(folder / "config.json", what).get("model_type")
+    if kind != "clip":
+        raise ModelError(f"{what} is a model of type {kind!r}, expected 'clip'")
+    return _load_network(CLIPModel, folder, dtype, None, what)
+
+
+def _patterns(variant: str | None) -> list[str]:
+    """Files of a hub repository that a model needs, and no other precision or format of the same weights."""
+    patterns = ["model_index.json", "scheduler/*.json", "clip/*.json", "clip/merges.txt"]
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2", "clip"):
+        stem = _STEMS.get(component, _TRANSFORMERS_STEM)
+        patterns.append(f"{component}/config.json")
+        patterns += [f"{component}/{pattern}" for pattern in _weight_patterns(stem, variant)]
+    for component in ("tokenizer", "tokenizer_2"):
+        patterns += [f"{component}/*.json", f"{component}/merges.txt"]
+    return patterns
+
+
+def _weight_patterns(stem: str, variant: str | None) -> list[str]:
+    """Whole, sharded, and the index of shards."""
+    if variant is None:
+        return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{stem}.safetensors.index.json"]
+    return [
+        f"{stem}.{variant}.safetensors",
+        f"{stem}.{variant}-?????-of-?????.safetensors",
+        f"{stem}.safetensors.index.{variant}.json",
+    ]
+
+
+def _resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved not in _DTYPES.values():
+        raise ModelError(f"dtype is {dtype!r}, expected float32, float16, bfloat16 or float64")
+    assert isinstance(resolved, torch.dtype)
+    return resolved
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"device is {device!r}, expected cpu, cuda or cuda:N") from error
+    if resolved.type == "cpu":
+        return resolved
+    if resolved.type == "meta":
+        raise ModelError("device is 'meta', expected one that holds weights")
+    count = torch.cuda.device_count() if resolved.type == "cuda" else _count(resolved.type)
+    if (resolved.index or 0) >= count:
+        raise ModelError(f"device is {str(device)!r}, but torch sees {count} devices of type {resolved.type!r}")
+    return resolved
+
+
+def _count(kind: str) -> int:
+    module = getattr(torch, kind, None)
+    if module is None or not module.is_available():
+        return 0
+    return int(module.device_count())
+
+
+def _is_instance(component: Any, classes: tuple[str, ...]) -> bool:
+    return any(cls.__name__ in classes for cls in type(component).__mro__)
+
+
+def _read_json(file: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name!r}: {file.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"model {name!r}: {file.name} holds no JSON object")
+    return content
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Turns what diffusers and transformers raise into one error that names the thing."""
+    try:
+        yield
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{what} cannot be loaded: {text}") from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silences transformers' bars over weights, a line each for loads of milliseconds."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,116 @@
+"""LoRA files, safetensors only."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsd_fast.models.errors import ModelError
+from dsd_fast.models.hub import download_file
+
+if TYPE_CHECKING:
+    from dsd_fast.models.bundle import Model
+
+_DEFAULT_NAME = "pytorch_lora_weights.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def load_lora(
+    model: "Model",
+    source: str | os.PathLike[str],
+    name: str,
+    weight_name: str | None = None,
+    *,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> None:
+    """See `Model.load_lora`."""
+    if not name or "." in name:
+        raise ModelError(f"adapter name is {name!r}, expected a non-empty name without a dot")
+    networks = (model.unet, *model.text_encoders)
+    if any(name in getattr(network, "peft_config", {}) for network in networks):
+        raise ModelError(f"adapter name {name!r} is taken, expected a new one")
+    file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
+    before = {id(parameter): parameter.requires_grad for network in networks for parameter in network.parameters()}
+    frozen = not any(before.values())
+    modes = [network.training for network in networks]
+    pipe = model.to_pipeline()
+    try:
+        pipe.load_lora_weights(
+            str(file.parent),
+            weight_name=file.name,
+            adapter_name=name,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:
+        # Whatever part of it went in must not stay.
+        if any(name in getattr(network, "peft_config", {}) for network in networks):
+            pipe.delete_adapters(name)
+        raise ModelError(f"LoRA {str(file)!r} cannot be loaded into {model.name!r}: {_first_line(error)}") from error
+    if not any(name in getattr(network, "peft_config", {}) for network in networks):
+        raise ModelError(f"LoRA {str(file)!r} has no weights for the UNet or the text encoders of {model.name!r}")
+    for network, training in zip(networks, modes, strict=True):
+        if not training:
+            network.eval()
+        for parameter in network.parameters():
+            parameter.requires_grad_(before.get(id(parameter), not frozen))
+
+
+def find_lora(
+    source: str | os.PathLike[str],
+    weight_name: str | None = None,
+    *,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The .safetensors file that a file, folder or hub id and an optional file name stand for.
+
+    Raises:
+        ModelError: none, several, or only pickles.
+    """
+    if weight_name is not None:
+        _refuse_pickle(weight_name)
+    path = Path(source)
+    if path.is_file():
+        _refuse_pickle(path.name)
+        return path
+    if path.is_dir():
+        return _find_in_folder(path, weight_name)
+    text = os.fspath(source)
+    if isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "~", "/")):
+        _refuse_pickle(text)
+        return download_file(
+            text,
+            weight_name or _DEFAULT_NAME,
+            what="LoRA",
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+        )
+    raise ModelError(f"LoRA {text!r} does not exist")
+
+
+def _find_in_folder(folder: Path, weight_name: str | None) -> Path:
+    if weight_name is not None:
+        if not (folder / weight_name).is_file():
+            raise ModelError(f"LoRA folder {str(folder)!r} has no file {weight_name!r}")
+        return folder / weight_name
+    found = sorted(folder.glob("*.safetensors"))
+    if folder / _DEFAULT_NAME in found:
+        return folder / _DEFAULT_NAME
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise ModelError(f"LoRA folder {str(folder)!r} has several files ({names}); choose one with weight_name")
+    for file in sorted(folder.iterdir()):
+        _refuse_pickle(file.name)
+    raise ModelError(f"LoRA folder {str(folder)!r} has no .safetensors file")
+
+
+def _refuse_pickle(name: str) -> None:
+    if name.endswith(_PICKLES):
+        raise ModelError(f"LoRA file {name!r} is a pickle, which can run code when loaded; expected .safetensors")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,116 @@
+"""Prompts to the text states that a UNet attends to, as the stock pipelines compute them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.models.errors import ModelError
+
+# Bounds the activations of the text encoders for long lists of prompts.
+_PROMPTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class PromptStates:
+    """Encoded prompts: M texts of T tokens.
+
+    Attributes:
+        states: (M, T, E), what cross-attention sees; SDXL: both encoders' penultimate states side by side.
+        pooled: (M, E2), SDXL's pooled state of the second encoder; None for other families.
+        lengths: (M,) int64 on the CPU, real tokens of each prompt, start and end tokens included, padding not.
+        token_ids: (M, T) int64 on the CPU, the first tokenizer's ids, padding included.
+    """
+
+    states: Tensor
+    pooled: Tensor | None
+    lengths: Tensor
+    token_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: slice) -> "PromptStates":
+        """The prompts of a slice; tensors are views."""
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return PromptStates(self.states[rows], pooled, self.lengths[rows], self.token_ids[rows])
+
+    def followed_by(self, other: "PromptStates") -> "PromptStates":
+        """These prompts and then those of ``other``, of the same model."""
+        pooled = None
+        if self.pooled is not None and other.pooled is not None:
+            pooled = torch.cat([self.pooled, other.pooled])
+        return PromptStates(
+            torch.cat([self.states, other.states]),
+            pooled,
+            torch.cat([self.lengths, other.lengths]),
+            torch.cat([self.token_ids, other.token_ids]),
+        )
+
+
+def token_limit(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> int:
+    """The most tokens a prompt may have, start and end tokens included; all prompts are padded to it."""
+    limits = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
+    limits += [int(encoder.config.max_position_embeddings) for encoder in text_encoders]
+    return min(limits)
+
+
+def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prompts: Sequence[str]) -> PromptStates:
+    """See `Model.encode_prompts`."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a str, expected a sequence of str")
+    texts = list(prompts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"prompts[{index}] is of type {type(text).__name__}, expected str")
+    if not texts:
+        # transformers' encoders cannot run on no rows.
+        one = encode_prompts(tokenizers, text_encoders, [""])
+        pooled = None if one.pooled is None else one.pooled[:0]
+        return PromptStates(one.states[:0], pooled, one.lengths[:0], one.token_ids[:0])
+    limit = token_limit(tokenizers, text_encoders)
+    tokens = [_tokenize(tokenizer, texts, limit) for tokenizer in tokenizers]
+    chunks = [
+        _encode(
+            text_encoders, [(ids[i : i + _PROMPTS_AT_ONCE], mask[i : i + _PROMPTS_AT_ONCE]) for ids, mask in tokens]
+        )
+        for i in range(0, len(texts), _PROMPTS_AT_ONCE)
+    ]
+    pooled_chunks = [chunk[1] for chunk in chunks if chunk[1] is not None]
+    return PromptStates(
+        states=torch.cat([chunk[0] for chunk in chunks]),
+        pooled=torch.cat(pooled_chunks) if pooled_chunks else None,
+        lengths=torch.stack([mask.sum(dim=1) for _, mask in tokens]).amax(dim=0),
+        token_ids=tokens[0][0],
+    )
+
+
+def _tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of real tokens, both (M, limit) int64."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    # Spells a learned token of several vectors out into its several tokens, as stock pipelines do.
+    texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
+    encoded = tokenizer(texts, padding="max_length", max_length=limit, truncation=False, verbose=False)
+    for index, mask in enumerate(encoded["attention_mask"]):
+        if sum(mask) > limit:
+            raise ModelError(
+                f"prompts[{index}] has {sum(mask)} tokens, expected at most {limit}, start and end tokens included"
+            )
+    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
+
+
+def _encode(text_encoders: Sequence[Any], tokens: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    """States and pooled state of one chunk; SDXL is known by its second encoder."""
+    two = len(text_encoders) == 2
+    states, pooled = [], None
+    for encoder, (ids, mask) in zip(text_encoders, tokens, strict=True):
+        device = encoder.get_input_embeddings().weight.device
+        # SDXL's pipeline never masks padding; that of SD 1.x and 2.x does where the encoder's config says so.
+        masked = not two and getattr(encoder.config, "use_attention_mask", False)
+        output = encoder(ids.to(device), attention_mask=mask.to(device) if masked else None, output_hidden_states=two)
+        states.append(output.hidden_states[-2] if two else output[0])
+        pooled = output[0] if two else None
+    return torch.cat(states, dim=-1).to(text_encoders[-1].dtype), pooled

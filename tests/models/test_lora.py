@@ -1,0 +1,119 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dsd_fast as dsd
+from dsd_fast.models import ModelError
+from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline
+
+
+def unet_output(unet, model):
+    states = model.encode_prompts(["a red cat"])
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 16, 16, generator=generator)
+    added = None
+    if model.family == "sdxl":
+        added = {"text_embeds": states.pooled, "time_ids": model.time_ids(32, 32)[None]}
+    return unet(latents, 261, states.states, added_cond_kwargs=added).sample
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return {family: save_tiny_lora(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_before_or_after_equals_stock(family, lora, folders):
+    stock = tiny_pipeline(family)
+    plain = unet_output(stock.unet, dsd.from_pipeline(stock))
+    stock.load_lora_weights(lora[family].parent, weight_name=lora[family].name, use_safetensors=True)
+    before = dsd.from_pipeline(stock)
+    expected = unet_output(stock.unet, before)
+    # Both the UNet and the text encoder have their part in it.
+    assert (expected - plain).abs().mean() > 0.05 * plain.abs().mean()
+    states = before.encode_prompts(["a red cat"]).states
+    assert not torch.equal(states, dsd.load(folders[family]).encode_prompts(["a red cat"]).states)
+
+    for source in (lora[family], lora[family].parent, str(lora[family])):
+        model = dsd.load(folders[family])
+        model.load_lora(source, "style")
+        # The same weights at another address may be multiplied in another order.
+        torch.testing.assert_close(unet_output(model.unet, model), expected, rtol=0, atol=1e-5 * expected.abs().max())
+        torch.testing.assert_close(model.encode_prompts(["a red cat"]).states, states, rtol=0, atol=1e-5)
+
+
+def test_load_lora_keeps_eval_mode_and_frozen_weights(lora, folders):
+    model = dsd.load(folders["sd15"])
+    model.load_lora(lora["sd15"], "style")
+    for network in (model.unet, model.text_encoders[0]):
+        assert not any(module.training for module in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert "style" in network.peft_config
+
+
+def test_load_lora_leaves_flags_of_a_pipeline(lora):
+    pipe = tiny_pipeline("sd15")
+    pipe.unet.requires_grad_(False)
+    pipe.unet.conv_out.requires_grad_(True)
+    names = {id(p): p.requires_grad for p in pipe.unet.parameters()}
+    dsd.from_pipeline(pipe).load_lora(lora["sd15"], "style")
+    assert all(p.requires_grad == names.get(id(p), True) for p in pipe.unet.parameters())
+
+
+@torch.no_grad()
+def test_two_adapters(lora, folders, tmp_path):
+    second = save_tiny_lora("sd15", tmp_path, seed=5)
+    model = dsd.load(folders["sd15"])
+    model.load_lora(lora["sd15"], "one")
+    one = unet_output(model.unet, model)
+    model.load_lora(second, "two")
+    pipe = model.to_pipeline()
+    assert pipe.get_list_adapters()["unet"] == ["one", "two"]
+    pipe.set_adapters("one")
+    assert torch.equal(unet_output(model.unet, model), one)
+
+
+def test_load_lora_refuses(lora, folders, tmp_path):
+    model = dsd.load(folders["sd15"])
+    (tmp_path / "a.bin").write_bytes(b"pickle")
+
+    def refused(message, source, name="style", weight_name=None):
+        with pytest.raises(ModelError, match=message):
+            model.load_lora(source, name, weight_name)
+
+    refused("'a.bin' is a pickle, which can run code when loaded; expected .safetensors", tmp_path / "a.bin")
+    refused("'a.bin' is a pickle", tmp_path)
+    refused("'x.bin' is a pickle", lora["sd15"].parent, weight_name="x.bin")
+    refused("'x.bin' is a pickle", "someone/style", weight_name="x.bin")
+    refused("has no file 'x.safetensors'", tmp_path, weight_name="x.safetensors")
+    refused("LoRA '.*nowhere' does not exist", tmp_path / "nowhere")
+    refused("LoRA './nowhere' does not exist", "./nowhere")
+    refused("neither a folder nor in the hub cache", "someone/style")
+    refused("adapter name is 'a.b', expected a non-empty name without a dot", lora["sd15"], name="a.b")
+    (tmp_path / "a.bin").unlink()
+    refused("has no .safetensors file", tmp_path)
+    for name in ("one.safetensors", "two.safetensors"):
+        (tmp_path / name).write_bytes(lora["sd15"].read_bytes())
+    refused("has several files .one.safetensors, two.safetensors.; choose one with weight_name", tmp_path)
+    model.load_lora(tmp_path, "style", "two.safetensors")
+    refused("adapter name 'style' is taken, expected a new one", lora["sd15"])
+
+
+@torch.no_grad()
+def test_load_lora_that_does_not_fit_leaves_nothing(lora, folders, tmp_path):
+    model = dsd.load(folders["sd15"])
+    before = unet_output(model.unet, model)
+    with pytest.raises(ModelError, match=r"LoRA '.*' cannot be loaded into"):
+        model.load_lora(lora["sd21"], "style")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ModelError, match=r"LoRA '.*broken.safetensors' cannot be loaded into"):
+        model.load_lora(tmp_path, "style")
+    # The UNet's part fits and goes in first, the text encoder's does not.
+    fits, other = load_file(lora["sd15"]), load_file(lora["sd21"])
+    mixed = {key: (other if key.startswith("text_encoder") else fits)[key] for key in fits}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    with pytest.raises(ModelError, match=r"LoRA '.*mixed.safetensors' cannot be loaded into"):
+        model.load_lora(tmp_path / "mixed.safetensors", "style")
+    assert torch.equal(unet_output(model.unet, model), before)
+    model.load_lora(lora["sd15"], "style")
