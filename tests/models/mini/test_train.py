@@ -1,0 +1,145 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from dsd_fast.models.mini import stages
+from dsd_fast.models.mini.loop import Recipe, fit, read, write
+from dsd_fast.models.mini.networks import build, export
+from dsd_fast.models.mini.train import app
+
+pytest.importorskip("sklearn")
+
+
+def _same(first, second):
+    (a, about_a), (b, about_b) = read(first), read(second)
+    assert about_a == about_b
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_killed_process_goes_on_as_if_it_had_not_been(tmp_path):
+    steps = 24
+    command = [sys.executable, "-m", "dsd_fast.models.mini.train", "--out", str(tmp_path / "killed"), "--stage", "vae"]
+    options = ["--vae-steps", str(steps), "--batch", "4", "--threads", "1", "--save-every", "0"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = tmp_path / "killed" / "vae.safetensors"
+    deadline = time.monotonic() + 120
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    step = read(file)[1]["step"]
+    assert 0 < step < steps
+
+    recipe = Recipe(steps, 2, 2e-3)
+    assert stages.train_vae(build(), recipe, tmp_path / "killed", measured=64)
+    assert stages.train_vae(build(), recipe, tmp_path / "whole", measured=64)
+    _same(file, tmp_path / "whole" / "vae.safetensors")
+    final, whole = (read(tmp_path / name / "vae-final.safetensors")[0] for name in ("killed", "whole"))
+    assert all(torch.allclose(final[key], whole[key], rtol=1e-3, atol=1e-5) for key in whole)
+
+
+def test_unet_and_text_tower_resume_after_a_crash_and_export(tmp_path, monkeypatch):
+    def run(folder):
+        parts = build()
+        return parts, stages.train_unet(parts, Recipe(6, 4, 1e-3), folder, pictures=8, bfloat16=False, save_every=0)
+
+    assert run(tmp_path / "whole")[1]
+    calls, real = [], stages.contrastive
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "contrastive", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "crashed")
+    assert read(tmp_path / "crashed" / "unet.safetensors")[1]["step"] == 4
+    parts, done = run(tmp_path / "crashed")
+    assert done
+    _same(tmp_path / "crashed" / "unet.safetensors", tmp_path / "whole" / "unet.safetensors")
+
+    assert stages.load(parts, tmp_path / "crashed") == ["unet"]
+    folder = tmp_path / "weights"
+    for _ in range(2):
+        assert export(parts, folder) < 16_000_000
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    assert (folder / "model_index.json").is_file()
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_command_stops_when_told_and_exports_what_there_is(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["--out", str(tmp_path), "--batch", "2", "--threads", "1", *arguments])
+
+    assert run("--stage", "clip", "--clip-steps", "2", "--minutes", "0").exit_code == 3
+    assert run("--stage", "clip", "--clip-steps", "2").exit_code == 0
+    assert stages.load(build(), tmp_path) == ["clip"]
+    result = run("--stage", "export")
+    assert result.exit_code == 0, result.output
+    assert "untrained: vae, unet" in " ".join(result.output.split())
+    assert (tmp_path / "weights" / "model_index.json").is_file()
+
+
+def test_standardised_latents_leave_reconstructions_unchanged():
+    parts = build()
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = parts.vae(pixels).sample
+        stages.standardise(parts, pictures=64)
+        after = parts.vae(pixels).sample
+    assert torch.allclose(before, after, rtol=1e-3, atol=1e-4)
+
+
+def _linear(tmp_path, recipe, **options):
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 1)
+
+    def loss(step):
+        torch.manual_seed(step)
+        return layer(torch.randn(8, 3)).square().mean()
+
+    return fit("line", dict(layer.named_parameters()), loss, recipe, tmp_path, **options)
+
+
+def test_stopping_by_time_and_refusing_another_recipe(tmp_path):
+    recipe = Recipe(5, 8, 1e-2)
+    assert not _linear(tmp_path, recipe, minutes=0)
+    assert read(tmp_path / "line.safetensors")[1]["step"] == 1
+    assert _linear(tmp_path, recipe)
+    assert _linear(tmp_path, recipe)
+    with pytest.raises(ValueError, match="choose another"):
+        _linear(tmp_path, Recipe(5, 8, 2e-2))
+
+
+def test_a_torn_temporary_file_is_not_a_checkpoint(tmp_path):
+    file = tmp_path / "x.safetensors"
+    write(file, {"a": torch.ones(2)}, {"step": 1})
+    (tmp_path / ".x.safetensors.123").write_bytes(b"torn")
+    tensors, about = read(file)
+    assert torch.equal(tensors["a"], torch.ones(2))
+    assert about == {"step": 1}
+
+
+def test_learning_rate_is_independent_of_the_length_until_it_falls():
+    short, long = Recipe(1000, 1, 1e-3), Recipe(2000, 1, 1e-3)
+    assert all(short.rate_at(step) == long.rate_at(step) for step in range(500))
+    assert short.rate_at(999) < 1e-5
