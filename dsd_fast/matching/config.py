@@ -62,12 +62,17 @@ class MatchConfig:
                 raise ValueError(f"{name}: got {value!r}, expected a finite number")
         if isinstance(self.timesteps, int) and self.timesteps < 1:
             raise ValueError(f"timesteps: got {self.timesteps}, expected a count of at least 1 or the timesteps")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed: got {self.seed!r}, expected an integer of at least 0")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed!r}, expected an integer from 0 to 2**32 - 1")
         if self.attention_weight == 0 and self.noise_weight == 0:
             raise ValueError("attention_weight, noise_weight: both are 0, which leaves nothing to score with")
-        if self.draws < 1:
-            raise ValueError(f"draws: got {self.draws}, expected at least 1")
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"draws: got {self.draws!r}, expected an integer of at least 1")
+        size = self.image_size
+        if size is not None and not (isinstance(size, tuple) and len(size) == 2):
+            raise ValueError(f"image_size: got {size!r}, expected (height, width) in pixels")
+        if self.memory_budget is not None and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
+            raise ValueError(f"memory_budget: got {self.memory_budget!r}, expected a number of bytes")
         if self.tokens not in ("all", "real"):
             raise ValueError(f"tokens: got {self.tokens!r}, expected 'all' or 'real'")
         if self.pool not in ("mean", "max") and not (isinstance(self.pool, (int, float)) and self.pool > 0):

@@ -6,34 +6,39 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dsd_fast.images import ImageError, ImageSource, decode
 from dsd_fast.matching.config import MatchConfig
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.pairs import Captions, PairScorer
+from dsd_fast.unet.stream import default_budget
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
-    from dsd_fast.models.prompts import PromptStates
 
 # Pixels of decoded images waiting for their turn, float32.
 _PIXEL_BYTES = 64 << 20
-# Images in one call of the VAE: its activations are far larger than the UNet's.
+# Images in one call of the VAE, and its encoder's peak: so many float tensors of its first width at the image's size.
 _VAE_BATCH = 8
+_VAE_TENSORS = 6
 
 
 class Matcher:
     """Scores how well texts describe images (DSD, He et al., arXiv 2305.10722).
 
     A pair's score depends on the pair, the model and the configuration alone: not on what else is scored, nor on
-    the order. Images and captions may be any number; memory stays within the configuration's budget.
+    the order. Images may be any number: they are streamed. Of the captions the text states are held in host memory.
+    The network's activations and the texts' keys stay within the configuration's budget; one image in the VAE may need
+    more.
 
     Args:
         model: from :func:`dsd_fast.load` or :func:`dsd_fast.from_pipeline`.
         config: see :class:`MatchConfig`.
-        adapter: names of LoRA adapters active while this matcher scores, () for none; None leaves the network as it
-            stands.
+        adapter: names of LoRA adapters active while this matcher scores, in the UNet and the text encoders, () for
+            none; None leaves the model as it stands.
 
     Raises:
         ValueError: a setting that does not fit the model.
@@ -83,7 +88,7 @@ class Matcher:
         """:meth:`score` one image at a time, in order: (index, (M,) scores) or (index, the image's error)."""
         texts = self._encode(captions)
         every = torch.arange(len(texts))
-        for numbers, latents, errors in self._latents(images):
+        for numbers, latents, errors in self._latents(images, texts, len(texts)):
             scores: dict[int, Tensor] = {}
             if numbers:
                 image_of = torch.arange(len(numbers)).repeat_interleave(len(texts))
@@ -110,14 +115,16 @@ class Matcher:
         if not image_of:
             return torch.empty(0)
         texts = self._encode(list(captions))
-        images, scores = torch.tensor(image_of), torch.empty(len(pairs))
-        for numbers, latents, errors in self._latents(image for _, image in sources.values()):
+        images, texts_of, scores = torch.tensor(image_of), torch.tensor(text_of), torch.empty(len(pairs))
+        # The pairs of an image side by side, whatever their order.
+        ordered, order = torch.sort(images, stable=True)
+        each = -(-len(pairs) // len(sources))
+        for numbers, latents, errors in self._latents([image for _, image in sources.values()], texts, each):
             if errors:
                 raise errors[min(errors)]
-            chosen = torch.nonzero((images >= numbers[0]) & (images <= numbers[-1])).flatten()
-            scores[chosen] = self._scorer.score(
-                latents, texts, images[chosen] - numbers[0], torch.tensor(text_of)[chosen]
-            )
+            first, last = torch.searchsorted(ordered, torch.tensor([numbers[0], numbers[-1] + 1])).tolist()
+            chosen = order[first:last]
+            scores[chosen] = self._scorer.score(latents, texts, images[chosen] - numbers[0], texts_of[chosen])
         return scores
 
     def rank(
@@ -146,22 +153,26 @@ class Matcher:
             scores = self.score(images, [text])[:, 0]
         else:
             raise ValueError("rank: give image= and texts=, or text= and images=")
-        order = torch.argsort(scores, descending=True, stable=True)[:top_k]
+        # A NaN, from an overflow in half precision, is no match.
+        order = torch.argsort(scores.nan_to_num(nan=float("-inf")), descending=True, stable=True)[:top_k]
         return [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
 
-    def _encode(self, captions: Sequence[str]) -> PromptStates:
-        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+    def _encode(self, captions: Iterable[str]) -> Captions:
+        texts = [captions] if isinstance(captions, str) else list(captions)
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in texts):
             raise ValueError("captions: expected a sequence of strings")
-        if not len(captions):
+        if not texts:
             raise ValueError("captions: got none, expected at least one")
-        return self._scorer.encode_texts(captions)
+        return self._scorer.encode_texts(texts)
 
-    def _latents(self, images: Iterable[ImageSource]) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
-        """Chunks of images through the VAE, each image once: their numbers, (n, C, h, w) latents, and the errors."""
-        if isinstance(images, (str, bytes, os.PathLike)):
-            raise ValueError(f"images: got {type(images).__name__}, expected a sequence of images")
+    def _latents(
+        self, images: Iterable[ImageSource], captions: Captions, texts: int
+    ) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
+        """Chunks of images, ``texts`` texts each, through the VAE: numbers, (n, C, h, w) latents, and the errors."""
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray, Tensor)):
+            raise ValueError(f"images: got one {type(images).__name__}, expected a sequence of images")
         height, width = self._scorer.size
-        at_once = max(1, min(self._scorer.images_at_once, _PIXEL_BYTES // (12 * height * width)))
+        at_once = max(1, min(self._scorer.images_together(captions, texts), _PIXEL_BYTES // (12 * height * width)))
         numbers: list[int] = []
         pixels: list[Tensor] = []
         errors: dict[int, ImageError] = {}
@@ -171,7 +182,7 @@ class Matcher:
             else:
                 numbers.append(number)
                 pixels.append(image)
-            if len(pixels) == at_once:
+            if len(numbers) + len(errors) == at_once:
                 yield numbers, self._encode_images(pixels), errors
                 numbers, pixels, errors = [], [], {}
         if numbers or errors:
@@ -180,11 +191,16 @@ class Matcher:
     def _encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
         if not pixels:
             return torch.empty(0)
+        vae = self.model.vae
+        per_image = _VAE_TENSORS * vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
+        given = self.config.memory_budget
+        budget = default_budget(self.model.unet.device) if given is None else given
+        batch = max(1, min(_VAE_BATCH, budget // per_image))
         with torch.no_grad():
             return torch.cat(
                 [
-                    self.model.encode_images(torch.stack(list(pixels[start : start + _VAE_BATCH])))
-                    for start in range(0, len(pixels), _VAE_BATCH)
+                    self.model.encode_images(torch.stack(list(pixels[start : start + batch])))
+                    for start in range(0, len(pixels), batch)
                 ]
             )
 

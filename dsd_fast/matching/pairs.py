@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,8 @@ from dsd_fast.diffusion import noise, resolve_timesteps
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.layers import layer_weights
 from dsd_fast.unet import Output, TextKV, UNetProgram
-from dsd_fast.unet.stream import default_budget
+from dsd_fast.unet.adapters import AdapterScope, adapter_names
+from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
 
 # Noised latents held at once: enough images to fill any micro-batch, whatever the number of images given.
 _LATENT_BYTES = 64 << 20
+# Micro-batches scored together: enough that a partly filled last one costs little, few enough that results come soon.
+_MICRO_BATCHES = 4
+
+
+class Captions:
+    """M encoded captions, held in host memory, and their keys once those of all fit the budget together."""
+
+    def __init__(self, states: PromptStates) -> None:
+        self.states = states
+        self.keys: TextKV | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
 
 
 class PairScorer:
@@ -29,7 +44,7 @@ class PairScorer:
         timesteps: S·draws timesteps, each with its own draw.
         plan: the cut through the network that answers them.
         size, latent_size: (height, width) of images in pixels, and of their latents.
-        images_at_once: how many images are noised together.
+        images_at_once: how many images may be noised together.
     """
 
     def __init__(self, model: Model, config: MatchConfig, adapter: str | Sequence[str] | None = None) -> None:
@@ -43,28 +58,46 @@ class PairScorer:
             raise ValueError(f"image_size: got {self.size}, expected multiples of {factor} pixels")
         self.latent_size = (self.size[0] // factor, self.size[1] // factor)
         per_image = len(self.timesteps) * model.unet.config.in_channels * self.latent_size[0] * self.latent_size[1] * 4
-        self.images_at_once = max(1, _LATENT_BYTES // per_image)
+        self.images_at_once: int = max(1, _LATENT_BYTES // per_image)
         weights = layer_weights(self.program, config.layers) if config.attention_weight else {}
+        unet_adapter, self._encoder_scopes = _adapters(model, adapter)
         self.plan = self.program.plan(
-            scores=tuple(weights), noise_pred=config.noise_weight != 0, pool=config.pool, adapter=adapter
+            scores=tuple(weights), noise_pred=config.noise_weight != 0, pool=config.pool, adapter=unet_adapter
         )
         self.weights = {name: value.to(model.unet.device) for name, value in weights.items()}
         self.needs_unconditional = config.noise_weight != 0 or config.official
-        self._unconditional: PromptStates | None = None
+        self._empty: PromptStates | None = None
 
-    def encode_texts(self, captions: Sequence[str]) -> PromptStates:
-        """Each caption once through the text encoder.
+    def encode_texts(self, captions: Sequence[str]) -> Captions:
+        """Each caption once through the text encoder, under this scorer's adapters.
 
         Raises:
             ValueError: a caption that is not a string or is longer than the encoder's limit.
         """
-        with torch.no_grad():
-            return self.model.encode_prompts(captions)
+        with ExitStack() as scopes:
+            for scope in self._encoder_scopes:
+                scopes.enter_context(scope.active())
+            scopes.enter_context(torch.no_grad())
+            if self._empty is None and self.needs_unconditional:
+                self._empty = self.model.encode_unconditional().to("cpu")
+            return Captions(self.model.encode_prompts(captions).to("cpu"))
+
+    def images_together(self, captions: Captions, texts: int) -> int:
+        """How many images make a few full micro-batches of rows, with ``texts`` of the captions each.
+
+        Raises:
+            ValueError: a memory budget that does not hold one row.
+        """
+        if captions.keys is None and self._texts_at_once(captions) < len(captions):
+            # The keys of all captions do not fit together and are made again for each chunk: the fewer, the better.
+            return self.images_at_once
+        rows = _MICRO_BATCHES * self._rows_at_once(captions, 0)
+        return max(1, min(self.images_at_once, 10**9 -(-rows // (texts * len(self.timesteps)))))
 
     def score(
         self,
         latents: Tensor,
-        texts: PromptStates,
+        captions: Captions,
         image_of: Tensor,
         text_of: Tensor,
         seeds: Sequence[int] | None = None,
@@ -73,7 +106,7 @@ class PairScorer:
 
         Args:
             latents: (n, C, h, w) clean latents, at most :attr:`images_at_once`.
-            texts: M texts.
+            captions: from :meth:`encode_texts`.
             image_of, text_of: (B,) int64.
             seeds: one per image; None: the configuration's for all.
         """
@@ -89,7 +122,7 @@ class PairScorer:
         slots = pairs * steps + (images * steps if self.needs_unconditional else 0)
         attention = torch.zeros(slots, device=device, dtype=torch.float32)
         error = torch.zeros(slots, device=device, dtype=torch.float32)
-        for text, latent_rows, text_rows, slot in self._rows(texts, image_of, text_of, images):
+        for text, latent_rows, text_rows, slot in self._rows(captions, image_of, text_of, images):
             for rows, out in self.plan.stream(
                 noised,
                 times,
@@ -102,55 +135,69 @@ class PairScorer:
                 where = slot[rows].to(device)
                 attention[where] = self._attention(out, len(rows), device)
                 if out.noise_pred is not None:
-                    at = latent_rows[rows]
+                    at = latent_rows[rows].to(device)
                     predicted = self.model.schedule.to_epsilon(
-                        out.noise_pred.float(), noised[at.to(device)].float(), times[at]
+                        out.noise_pred.float(), noised[at].float(), times[latent_rows[rows]]
                     )
-                    error[where] = (every[at.to(device)].float() - predicted).flatten(1).norm(dim=1)
+                    error[where] = (every[at].float() - predicted).flatten(1).norm(dim=1)
         return self._combine(attention.cpu().double(), error.cpu().double(), image_of, steps)
 
     def _rows(
-        self, texts: PromptStates, image_of: Tensor, text_of: Tensor, images: int
+        self, captions: Captions, image_of: Tensor, text_of: Tensor, images: int
     ) -> Iterator[tuple[TextKV, Tensor, Tensor, Tensor]]:
         """The rows of each group of texts whose keys fit the budget: texts, latents, texts' positions, slots."""
         steps = torch.arange(len(self.timesteps))
-        pairs = len(image_of)
-        size = self._texts_at_once(texts)
-        for start in range(0, max(len(texts), 1), size):
-            group = texts[start : start + size]
-            chosen = torch.nonzero((text_of >= start) & (text_of < start + size)).flatten()
+        at_once = self._texts_at_once(captions) if captions.keys is None else len(captions)
+        if at_once >= len(captions):
+            # One group: its keys are made once and kept for the next images.
+            if captions.keys is None:
+                captions.keys = self._encode(captions.states, with_empty=self.needs_unconditional)
+            used = torch.arange(len(captions))
+        else:
+            used, text_of = torch.unique(text_of, return_inverse=True)
+        for start in range(0, max(len(used), 1), at_once):
+            group = used[start : start + at_once]
+            chosen = torch.nonzero((text_of >= start) & (text_of < start + at_once)).flatten()
             latent_rows = (image_of[chosen, None] * len(steps) + steps).flatten()
             text_rows = (text_of[chosen, None] - start).expand(-1, len(steps)).flatten()
             slot = (chosen[:, None] * len(steps) + steps).flatten()
-            if start == 0 and self.needs_unconditional:
+            unconditional = start == 0 and self.needs_unconditional
+            if unconditional:
                 every = torch.arange(images * len(steps))
                 latent_rows = torch.cat([latent_rows, every])
                 text_rows = torch.cat([text_rows, torch.full_like(every, len(group))])
-                slot = torch.cat([slot, pairs * len(steps) + every])
-                group = group.followed_by(self._empty())
-            if len(slot):
-                yield self._encode(group), latent_rows, text_rows, slot
+                slot = torch.cat([slot, len(image_of) * len(steps) + every])
+            keys = captions.keys or self._encode(captions.states[group], with_empty=unconditional)
+            yield keys, latent_rows, text_rows, slot
 
-    def _encode(self, texts: PromptStates) -> TextKV:
+    def _encode(self, states: PromptStates, with_empty: bool) -> TextKV:
+        if with_empty:
+            assert self._empty is not None
+            states = states.followed_by(self._empty)
+        unet = self.model.unet
         mask = None
         if self.config.tokens == "real":
-            mask = torch.arange(texts.states.shape[1]) < texts.lengths[:, None]
+            mask = torch.arange(states.states.shape[1]) < states.lengths[:, None]
+        pooled = None if states.pooled is None else states.pooled.to(unet.device, unet.dtype)
         with torch.no_grad():
-            return self.plan.encode_text(texts.states, pooled=texts.pooled, score_mask=mask)
+            return self.plan.encode_text(states.states.to(unet.device, unet.dtype), pooled=pooled, score_mask=mask)
 
-    def _empty(self) -> PromptStates:
-        if self._unconditional is None:
-            with torch.no_grad():
-                self._unconditional = self.model.encode_unconditional()
-        return self._unconditional
+    def _texts_at_once(self, captions: Captions) -> int:
+        """Captions whose keys and values, with the unconditional text's, take half the budget and leave a row room."""
+        unet, given = self.model.unet, self.config.memory_budget
+        names = (*self.plan.key_layers, *self.plan.value_layers)
+        width: int = sum(self.program.attention(name).inner_dim for name in names)
+        per_text = max(1, width * captions.states.states.shape[1] * unet.dtype.itemsize)
+        budget = default_budget(unet.device) // 2
+        if given is not None:
+            room = given - self.plan.run_bytes(1, *self.latent_size, captions.states.states.shape[1])
+            budget = min(given // 2, room)
+        count: int = budget // per_text - int(self.needs_unconditional)
+        return max(1, count)
 
-    def _texts_at_once(self, texts: PromptStates) -> int:
-        """PromptStates whose keys and values take half the budget."""
-        device = self.model.unet.device
-        budget = default_budget(device) if self.config.memory_budget is None else self.config.memory_budget
-        width = sum(self.program.attention(name).inner_dim for name in self.plan.key_layers)
-        per_text = 2 * width * texts.states.shape[1] * texts.states.element_size() if len(texts) else 1
-        return max(1, budget // (2 * max(1, per_text)))
+    def _rows_at_once(self, captions: Captions, keys: int) -> int:
+        tokens = captions.states.states.shape[1]
+        return rows_at_once(self.plan, *self.latent_size, tokens, keys=keys, memory_budget=self.config.memory_budget)
 
     def _noise(self, seeds: Sequence[int] | None, shape: Sequence[int]) -> Tensor:
         """(S·draws, C, h, w), or as many for each seed."""
@@ -174,3 +221,21 @@ class PairScorer:
             if config.official:
                 score = score + config.attention_weight * free_att
         return score.mean(1).float()
+
+
+def _adapters(model: Model, names: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None, list[AdapterScope]]:
+    """The adapters of the UNet, and the scopes of the text encoders: a LoRA may be in one of them, or in several.
+
+    Raises:
+        ValueError: an adapter that no part of the model has.
+    """
+    if names is None:
+        return None, []
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    parts = [model.unet, *model.text_encoders]
+    known = set().union(*(adapter_names(part) for part in parts))
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"adapter: the model has no adapter {name!r}; it has {', '.join(sorted(known)) or 'none'}")
+    chosen = [tuple(name for name in wanted if name in adapter_names(part)) for part in parts]
+    return chosen[0], [AdapterScope(part, own) for part, own in zip(parts[1:], chosen[1:], strict=True)]

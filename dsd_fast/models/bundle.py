@@ -58,6 +58,7 @@ class Model:
         """
         self.unet = unet
         self.vae = vae
+        self._float32_vae: Any = None
         self.text_encoders = tuple(text_encoders)
         self.tokenizers = tuple(tokenizers)
         self.clip = clip
@@ -237,10 +238,12 @@ class Model:
         )
 
     def _precise_vae(self) -> Any:
-        """The VAE, or a float32 copy of one that overflows in float16."""
-        if self.family == "sdxl" and self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            return copy.deepcopy(self.vae).float()
-        return self.vae
+        """The VAE, or a float32 copy, made once, of one that overflows in float16."""
+        if not (self.family == "sdxl" and self.vae.dtype == torch.float16 and self.vae.config.force_upcast):
+            return self.vae
+        if self._float32_vae is None or self._float32_vae.device != self.vae.device:
+            self._float32_vae = copy.deepcopy(self.vae).float()
+        return self._float32_vae
 
     def _latent_affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Shift and scale of latents; VAEs with statistics per channel have them in their config."""

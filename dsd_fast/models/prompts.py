@@ -32,10 +32,15 @@ class PromptStates:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, rows: slice) -> "PromptStates":
-        """The prompts of a slice; tensors are views."""
+    def __getitem__(self, rows: slice | Tensor) -> "PromptStates":
+        """The prompts of a slice (views) or of a tensor of positions (copies)."""
         pooled = None if self.pooled is None else self.pooled[rows]
         return PromptStates(self.states[rows], pooled, self.lengths[rows], self.token_ids[rows])
+
+    def to(self, device: torch.device | str) -> "PromptStates":
+        """These prompts with the states on ``device``."""
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return PromptStates(self.states.to(device), pooled, self.lengths, self.token_ids)
 
     def followed_by(self, other: "PromptStates") -> "PromptStates":
         """These prompts and then those of ``other``, of the same model."""

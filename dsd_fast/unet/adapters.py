@@ -10,57 +10,68 @@ Signature = tuple[Any, ...]
 
 
 class AdapterScope:
-    """Switches a network to the adapters of one plan and back.
+    """Switches a network to chosen adapters and back.
 
     Args:
-        unet: the network.
-        names: None leaves the network as it stands at each call; otherwise exactly these adapters are active, and an
-            empty sequence means none.
+        network: a UNet or text encoder.
+        names: None leaves the network as it stands at each call; otherwise exactly these adapters are active, at the
+            strength they have now, and an empty sequence means none.
 
     Raises:
-        ValueError: an adapter the network does not have, or adapters fused into its weights.
+        ValueError: an adapter the network does not have.
     """
 
-    def __init__(self, unet: Any, names: str | Sequence[str] | None) -> None:
-        self._unet = unet
+    def __init__(self, network: Any, names: str | Sequence[str] | None) -> None:
+        self._network = network
         self.names = None if names is None else (names,) if isinstance(names, str) else tuple(names)
-        self._depth = 0
+        self._scaling: dict[Any, dict[str, float]] = {}
         if self.names is None:
             return
-        known = set(getattr(unet, "peft_config", {}))
+        known = adapter_names(network)
         for name in self.names:
             if name not in known:
                 raise ValueError(
                     f"adapter: the network has no adapter {name!r}; it has {', '.join(sorted(known)) or 'none'}"
                 )
+        for layer in _tuner_layers(network):
+            self._scaling[layer] = {name: layer.scaling[name] for name in self.names if name in layer.scaling}
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The plan's adapters inside the ``with`` block, the network's own again after it, whatever happens."""
-        if self.names is None or self._depth:
+        """The chosen adapters inside the ``with`` block, the network's own again after it, whatever happens.
+
+        Raises:
+            ValueError: an adapter is fused into the weights, so that it cannot be switched.
+        """
+        if self.names is None:
             yield
             return
-        layers = list(_tuner_layers(self._unet))
-        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+        layers = list(_tuner_layers(self._network))
         fused = sorted({name for layer in layers for name in layer.merged_adapters})
         if fused:
             raise ValueError(f"adapter: {', '.join(fused)} is fused into the weights; call unfuse_lora() first")
-        self._depth += 1
+        before = [(layer, layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in layers]
         try:
             # Not layer.set_adapter(): that also changes which parameters are trainable.
             for layer in layers:
                 layer._active_adapter = list(self.names)
                 layer._disable_adapters = not self.names
+                layer.scaling.update(self._scaling.get(layer, {}))
             yield
         finally:
-            self._depth -= 1
-            for layer, adapter, disabled in before:
+            for layer, adapter, disabled, scaling in before:
                 layer._active_adapter = adapter
                 layer._disable_adapters = disabled
+                layer.scaling.update(scaling)
+
+
+def adapter_names(network: Any) -> set[str]:
+    """The names of the adapters a network has."""
+    return set(getattr(network, "peft_config", None) or {})
 
 
 def signature(modules: Sequence[Any]) -> Signature:
-    """What adapters do to ``modules`` now: equal signatures mean equally adapted layers."""
+    """What adapters do to ``modules`` now: equal signatures mean equally adapted layers, down to the weights' state."""
     result: list[Signature] = []
     for module in modules:
         merged: Signature = ()
@@ -68,16 +79,23 @@ def signature(modules: Sequence[Any]) -> Signature:
         if hasattr(module, "lora_A"):
             merged = tuple(module.merged_adapters)
             if not module.disable_adapters:
-                active = tuple((name, module.scaling[name]) for name in module.active_adapters if name in module.lora_A)
+                names = [name for name in module.active_adapters if name in module.lora_A]
+                active = tuple((name, module.scaling[name], *_state(module, name)) for name in names)
         result.append((merged, active))
     return tuple(result)
 
 
-def _tuner_layers(unet: Any) -> Iterator[Any]:
-    if not getattr(unet, "peft_config", None):
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _state(module: Any, name: str) -> Signature:
+    """Identity and version of an adapter's weights: another file or an optimiser's step changes one of them."""
+    weights = (module.lora_A[name].weight, module.lora_B[name].weight)
+    return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
 
-    for module in unet.modules():
-        if isinstance(module, BaseTunerLayer):
+
+def _tuner_layers(network: Any) -> Iterator[Any]:
+    if not adapter_names(network):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
             yield module

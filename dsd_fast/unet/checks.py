@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsd_fast.unet.step import Size
 from dsd_fast.unet.text import TextKV
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ Residuals = tuple[Sequence[Tensor], Tensor]
 def index(name: str, value: Index, count: int | None, limit: int, device: torch.device) -> Tensor:
     """(count,) int64 on ``device``, every value from 0 to limit − 1."""
     given = torch.as_tensor(value)
+    if not given.numel():
+        given = given.long()
     if given.ndim != 1 or given.dtype.is_floating_point or given.dtype == torch.bool:
         raise ValueError(f"{name}: got {tuple(given.shape)} {given.dtype}, expected a list of integers")
     if count is not None and len(given) != count:
@@ -32,10 +35,22 @@ def index(name: str, value: Index, count: int | None, limit: int, device: torch.
 
 
 def timesteps(value: Tensor | Sequence[int] | int, count: int, device: torch.device) -> Tensor:
+    """(count,) on ``device``."""
     times = torch.as_tensor(value, device=device)
     if times.ndim > 1 or (times.ndim == 1 and len(times) != count):
         raise ValueError(f"timesteps: got {tuple(times.shape)}, expected one or ({count},)")
     return times.expand(count)
+
+
+def time_ids(plan: Plan, value: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+    """(count, 6) on ``device`` for a network that reads image sizes, else None."""
+    if not plan.program.reads_pooled_text or plan.boundary == len(plan.steps):
+        return None
+    given = None if value is None else torch.as_tensor(value)
+    if given is None or given.shape not in ((6,), (count, 6)):
+        got = None if given is None else tuple(given.shape)
+        raise ValueError(f"time_ids: got {got}, expected (6,) or ({count}, 6): this network reads image sizes")
+    return given.to(device).expand(count, 6)
 
 
 def latents(plan: Plan, value: Tensor) -> None:
@@ -54,14 +69,16 @@ def states(
     lengths: Index | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The arguments of ``encode_text``; returns key bias, score mask and lengths as a TextKV holds them."""
-    width = plan.program.unet.config.cross_attention_dim
+    width = plan.program.text_width
     if value.ndim != 3 or value.shape[2] != width:
         raise ValueError(f"states: got {tuple(value.shape)}, expected (M, T, {width})")
     _type(plan, "states", value)
     count, tokens, device = value.shape[0], value.shape[1], value.device
-    if plan.program.reads_pooled_text and (pooled is None or pooled.ndim != 2 or len(pooled) != count):
-        got = None if pooled is None else tuple(pooled.shape)
-        raise ValueError(f"pooled: got {got}, expected ({count}, E): this network reads pooled text states")
+    if plan.program.reads_pooled_text:
+        wanted = (count, plan.program.pooled_width)
+        if pooled is None or pooled.shape != wanted:
+            got = None if pooled is None else tuple(pooled.shape)
+            raise ValueError(f"pooled: got {got}, expected {wanted}: this network reads pooled text states")
     for name, given in (("key_bias", key_bias), ("score_mask", score_mask)):
         boolean = given is not None and given.dtype == torch.bool
         if given is not None and (given.shape != (count, tokens) or boolean != (name == "score_mask")):
@@ -100,16 +117,18 @@ def text(plan: Plan, value: TextKV | None, text_index: Index | None, rows: int, 
     return index("text_index", text_index, rows, len(value), device)
 
 
-def residuals(plan: Plan, value: Residuals | None, rows: int) -> Residuals | None:
+def residuals(plan: Plan, value: Residuals | None, rows: int, sizes: Sequence[Size]) -> Residuals | None:
     if value is None:
         return None
     down, mid = value
-    pushes = sum(1 for step in plan.program.steps if step.pushes)
-    if len(down) != pushes:
-        raise ValueError(f"residuals: got {len(down)} down residuals, expected {pushes} and one for the middle")
-    for residual in (*down, mid):
-        if len(residual) != rows:
-            raise ValueError(f"residuals: got {len(residual)} rows, expected one per requested row, {rows}")
+    wanted = [(rows, step.pushes, *sizes[step.level]) for step in plan.program.steps if step.pushes]
+    if len(down) != len(wanted):
+        raise ValueError(f"residuals: got {len(down)} down residuals, expected {len(wanted)} and one for the middle")
+    wanted.append((rows, plan.program.unet.config.block_out_channels[-1], *sizes[-1]))
+    for number, (residual, shape) in enumerate(zip((*down, mid), wanted, strict=True)):
+        if residual.shape != shape:
+            which = "the middle one" if number == len(down) else f"down residual {number}"
+            raise ValueError(f"residuals: {which} is {tuple(residual.shape)}, expected {shape}, one per requested row")
     return down, mid
 
 
@@ -122,6 +141,8 @@ def map_tokens(
     if value is None or text is None:
         raise ValueError("map_tokens: needed for a plan with maps")
     chosen = torch.as_tensor(value)
+    if chosen.dtype.is_floating_point and chosen.numel():
+        raise ValueError(f"map_tokens: got {chosen.dtype}, expected integers")
     if chosen.ndim not in (1, 2) or (chosen.ndim == 2 and len(chosen) != rows):
         raise ValueError(f"map_tokens: got {tuple(chosen.shape)}, expected (n,) or ({rows}, n)")
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < text.tokens:

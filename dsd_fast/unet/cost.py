@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from dsd_fast.kernels.common.attention import CHUNK_COPIES, chunk_elements
 from dsd_fast.unet.flops import linear_flops
 from dsd_fast.unet.step import Size, Step, Want
 
@@ -44,10 +47,10 @@ def _text_flops(plan: Plan, texts: int, tokens: int) -> int:
 
 
 def _time_flops(plan: Plan, latents: int, rows: int) -> int:
+    if not plan.reads_time:
+        return 0
     unet, ran = plan.program.unet, {step.name for step in plan.steps}
     blocks = [block for name, block in plan.program.time_blocks if name in ran]
-    if not blocks:
-        return 0
     made, read = unet.time_embedding, latents
     total = linear_flops(made.linear_1, latents) + linear_flops(made.linear_2, latents)
     if plan.program.reads_pooled_text:
@@ -56,26 +59,59 @@ def _time_flops(plan: Plan, latents: int, rows: int) -> int:
     return total + sum(linear_flops(block.time_emb_proj, read) for block in blocks)
 
 
-def row_bytes(plan: Plan, sizes: Sequence[Size], tokens: int, map_tokens: int) -> int:
-    """Bytes that one row needs at the plan's peak: what is alive at a step, skip connections and outputs so far."""
-    config = plan.program.unet.config
+def run_bytes(plan: Plan, rows: int, sizes: Sequence[Size], tokens: int, map_tokens: int = 0, extra: int = 0) -> int:
+    """Bytes alive at the peak of a run of ``rows`` rows; ``extra`` bytes come with each row."""
+    most = _chunk_bytes(plan)
+    return max(
+        rows * (alive + extra) + min(most, rows * chunk) for alive, chunk in _alive(plan, sizes, tokens, map_tokens)
+    )
+
+
+def rows_within(plan: Plan, budget: int, sizes: Sequence[Size], tokens: int, map_tokens: int, extra: int) -> int:
+    """The most rows that :func:`run_bytes` of them fit ``budget`` bytes, 0 if none do."""
+    most = _chunk_bytes(plan)
+    return max(
+        0,
+        min(
+            max(budget // (alive + extra + chunk), (budget - most) // (alive + extra))
+            for alive, chunk in _alive(plan, sizes, tokens, map_tokens)
+        ),
+    )
+
+
+def _chunk_bytes(plan: Plan) -> int:
+    """Bytes of the most logits that an attention operator holds at once."""
+    real = 8 if plan.program.unet.dtype == torch.float64 else 4
+    return CHUNK_COPIES * real * chunk_elements(plan.program.unet.device)
+
+
+def _alive(plan: Plan, sizes: Sequence[Size], tokens: int, map_tokens: int) -> set[tuple[int, int]]:
+    """At each step, the bytes of one row that are alive (outputs and skip connections so far included), and the bytes
+    of its logits if the step has them all at once."""
+    config, itemsize = plan.program.unet.config, plan.program.unet.dtype.itemsize
+    real = max(4, itemsize)
     areas = [h * w for h, w in sizes]
     # The row's latents and time embedding live as long as the run.
-    held = config.in_channels * areas[0] + 4 * 4 * config.block_out_channels[0]
-    kept = pushed = peak = 0
+    held = itemsize * (config.in_channels * areas[0] + 4 * 4 * config.block_out_channels[0])
+    kept = pushed = 0
     stack: list[int] = []
+    result = set()
     for step, want in zip(plan.steps, plan.wants, strict=True):
+        area = areas[step.level]
         if step.pops:
             held -= stack.pop()
-        peak = max(peak, held + kept + step.elements(sizes[step.level], tokens))
+        # Whole attention maps are made in float32, whatever the network is.
+        alive = step.elements(sizes[step.level], tokens) * (real if step.optional else itemsize)
+        chunk = CHUNK_COPIES * real * step.heads * area * tokens
+        result.add((held + kept + alive, chunk))
         if step.pushes:
             if pushed in plan.kept_skips:
-                stack.append(step.pushes * areas[step.level])
+                stack.append(step.pushes * area * itemsize)
                 held += stack[-1]
             pushed += 1
         if want.feature and step.shape is not None:
-            kept += math.prod(step.shape(sizes[step.level], tokens))
-        # Scores and maps are float32, whatever the network is.
-        kept += 2 * (step.heads if want.score else 0)
-        kept += 2 * map_tokens * areas[step.level] if want.maps else 0
-    return int((peak + kept) * plan.program.unet.dtype.itemsize)
+            kept += math.prod(step.shape(sizes[step.level], tokens)) * itemsize
+        kept += real * step.heads if want.score else 0
+        kept += real * map_tokens * area if want.maps else 0
+    result.add((held + 2 * kept, 0))
+    return result

@@ -14,9 +14,11 @@ class Output:
 
     Attributes:
         features: layer id → (B, C, h, w) in the network's type; a ``…-map`` id → (B, H, L, T).
-        scores: score id → (B, H) float32, natural logarithm.
-        maps: score id → (B, n, h, w) float32, probabilities averaged over heads.
+        scores: score id → (B, H) float32 (float64 for a float64 network), natural logarithm.
+        maps: score id → (B, n, h, w) of the same type, probabilities averaged over heads.
         noise_pred: (B, C, h, w), the model's output as diffusers gives it (v for v-models), or None.
+
+    A value may share memory with another, or with the latents given (``unet-in``).
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -32,11 +34,27 @@ class Output:
         if self.noise_pred is not None:
             yield "noise_pred", self.noise_pred
 
+    def check_rows(self, rows: int) -> None:
+        """Refuse an output that is not for ``rows`` rows.
+
+        Raises:
+            ValueError: names a tensor of another number of rows.
+        """
+        for name, value in self.tensors():
+            if len(value) != rows:
+                raise ValueError(f"out: {name} has {len(value)} rows, expected {rows}")
+
     def fill(self, other: Output, rows: Tensor | slice) -> None:
-        """Copy ``other`` into the rows ``rows`` of this one."""
-        for (name, target), (given, value) in zip(self.tensors(), other.tensors(), strict=True):
-            if name != given or target.shape[1:] != value.shape[1:]:
-                raise ValueError(
-                    f"out: {name} {tuple(target.shape)} cannot hold {given} {tuple(value.shape)} of this plan"
-                )
-            target[rows] = value.to(target.device, target.dtype)
+        """Copy ``other`` into the rows ``rows`` of this one.
+
+        Raises:
+            ValueError: this one does not hold what ``other`` does, or has not that many rows.
+        """
+        mine, given = dict(self.tensors()), dict(other.tensors())
+        if mine.keys() != given.keys():
+            raise ValueError(f"out: holds {', '.join(mine) or 'nothing'}, expected {', '.join(given)}")
+        for name, value in given.items():
+            target = mine[name][rows]
+            if target.shape != value.shape:
+                raise ValueError(f"out: {name} has {tuple(target.shape)} for these rows, expected {tuple(value.shape)}")
+            mine[name][rows] = value.to(target.device, target.dtype)

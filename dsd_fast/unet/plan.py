@@ -11,7 +11,7 @@ from torch import Tensor
 from dsd_fast.unet import checks
 from dsd_fast.unet.adapters import AdapterScope, Signature, signature
 from dsd_fast.unet.checks import Index, Residuals
-from dsd_fast.unet.cost import flops_by_step, row_bytes
+from dsd_fast.unet.cost import flops_by_step, run_bytes
 from dsd_fast.unet.output import Output
 from dsd_fast.unet.step import State, Step, Taken, Want
 from dsd_fast.unet.stream import stream
@@ -30,6 +30,7 @@ class Plan:
         features, scores, maps, noise_pred, pool: what was asked for.
         boundary: how many of the steps do not depend on the text and run once per noised latent.
         kept_skips: numbers of the skip connections that a step uses; no other is kept.
+        reads_time: whether a step reads the time embedding.
         key_layers, value_layers: score ids whose keys, and whose values, the steps read.
     """
 
@@ -66,6 +67,8 @@ class Plan:
         pushes = sum(1 for step in program.steps if step.pushes)
         pops = sum(1 for step in self.steps if step.pops)
         self.kept_skips = frozenset(range(pushes - pops, pushes))
+        ran = {step.name for step in self.steps}
+        self.reads_time = any(name in ran for name, _ in program.time_blocks)
         cross = [step.name for step in self.steps if step.score]
         mapped = [step.name.removesuffix("-map") for step in self.steps if step.name.endswith("-cross-map")]
         self.key_layers: tuple[str, ...] = tuple(dict.fromkeys([*cross, *mapped]))
@@ -142,7 +145,7 @@ class Plan:
             ValueError: an argument that does not fit, by name; a text encoded under another adapter.
         """
         if not torch.compiler.is_compiling():
-            self.program.check()
+            self.program.check(training=torch.is_grad_enabled())
         with self._adapter.active():
             result = self._run(latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens)
         if out is None:
@@ -198,24 +201,29 @@ class Plan:
     ) -> Output | Iterator[tuple[Tensor, Output]]:
         """:meth:`run` for any number of rows, split by a memory budget; no gradients.
 
-        Rows of one latent are kept together, so that what does not depend on the text is computed once. Latents may
-        lie in host memory; each micro-batch moves its own to the network's device. When the device runs out of
-        memory the micro-batch is halved, once, with a warning.
+        Rows of one latent are kept together, so that what does not depend on the text is computed once. Latents and
+        residuals may lie in host memory; each micro-batch moves its own to the network's device. When the device runs
+        out of memory the micro-batch is halved, once, with a warning.
 
         Args:
-            memory_budget: bytes for activations and text keys together; None takes
-                :func:`dsd_fast.unet.stream.default_budget`. All other arguments are those of :meth:`run`.
+            memory_budget: bytes for activations and text keys together. None leaves activations what
+                :func:`dsd_fast.unet.stream.default_budget` says, or the bytes of one row if those are more. All other
+                arguments are those of :meth:`run`.
 
         Returns:
             ``out``, filled, if it is given; else an iterator of (rows, Output), ``rows`` (b,) int64 saying which
             requested rows the micro-batch answers.
 
         Raises:
-            ValueError: as :meth:`run`; a budget too small for the texts and one row.
+            ValueError: as :meth:`run`, at the call; a budget too small for the texts and one row.
         """
-        batches = stream(
-            self, latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens, memory_budget
-        )
+        if out is not None:
+            out.check_rows(len(latents) if latent_index is None else len(latent_index))
+        # The arguments are checked here, so under the plan's adapters; each micro-batch switches to them itself.
+        with self._adapter.active():
+            batches = stream(
+                self, latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens, memory_budget
+            )
         if out is None:
             return batches
         for rows, result in batches:
@@ -225,6 +233,7 @@ class Plan:
     def empty_output(self, rows: int, height: int, width: int, *, tokens: int = 77, map_tokens: int = 0) -> Output:
         """An uninitialised :class:`Output` for ``rows`` rows of (height, width) latents, on the network's device."""
         unet, sizes = self.program.unet, self.program.sizes(height, width)
+        real = torch.float64 if unet.dtype == torch.float64 else torch.float32
         result = Output()
         for step, want in zip(self.steps, self.wants, strict=True):
             size = sizes[step.level]
@@ -235,9 +244,9 @@ class Plan:
                 if step.name == "unet-out" and self.noise_pred:
                     result.noise_pred = value if step.name not in self.features else torch.empty_like(value)
             if want.score:
-                result.scores[step.name] = torch.empty((rows, step.heads), device=unet.device)
+                result.scores[step.name] = torch.empty((rows, step.heads), dtype=real, device=unet.device)
             if want.maps:
-                result.maps[step.name] = torch.empty((rows, map_tokens, *size), device=unet.device)
+                result.maps[step.name] = torch.empty((rows, map_tokens, *size), dtype=real, device=unet.device)
         return result
 
     def flops(self, *, latents: int, texts: int, rows: int, height: int, width: int, tokens: int) -> int:
@@ -258,9 +267,9 @@ class Plan:
         with self._adapter.active():
             return flops_by_step(self, latents, texts, rows, self.program.sizes(height, width), tokens)
 
-    def row_bytes(self, height: int, width: int, tokens: int, *, map_tokens: int = 0) -> int:
-        """Bytes of activations that one row needs at the plan's peak, its outputs included (an upper estimate)."""
-        return row_bytes(self, self.program.sizes(height, width), tokens, map_tokens)
+    def run_bytes(self, rows: int, height: int, width: int, tokens: int, *, map_tokens: int = 0) -> int:
+        """Bytes alive at the peak of a run of ``rows`` rows, weights and text keys aside (an upper estimate)."""
+        return run_bytes(self, rows, self.program.sizes(height, width), tokens, map_tokens)
 
     def signatures(self) -> dict[str, Signature]:
         """What adapters do now to the key and value projections of each layer whose keys the plan reads."""
@@ -281,6 +290,7 @@ class Plan:
         checks.latents(self, latents)
         device, count = latents.device, len(latents)
         times = checks.timesteps(timesteps, count, device)
+        sizes = self.program.sizes(*latents.shape[-2:])
         latent_rows = None if latent_index is None else checks.index("latent_index", latent_index, None, count, device)
         rows = count if latent_rows is None else len(latent_rows)
         state = State(
@@ -289,12 +299,12 @@ class Plan:
             latent_index=latent_rows,
             text_index=checks.text(self, text, text_index, rows, device),
             text=text,
-            sizes=self.program.sizes(*latents.shape[-2:]),
+            sizes=sizes,
             keep=self.kept_skips,
-            residuals=checks.residuals(self, residuals, rows),
+            residuals=checks.residuals(self, residuals, rows, sizes),
             map_tokens=checks.map_tokens(self, map_tokens, rows, text, device),
         )
-        self._embed(state, times, time_ids)
+        self._embed(state, times, checks.time_ids(self, time_ids, count, device))
         result = Output()
         for step, want in zip(self.steps, self.wants, strict=True):
             if step.reads_text:
@@ -316,18 +326,16 @@ class Plan:
             result.maps[step.name] = taken.maps
 
     def _embed(self, state: State, times: Tensor, time_ids: Tensor | None) -> None:
+        if not self.reads_time:
+            return
         unet = self.program.unet
         embedding = unet.time_embedding(unet.time_proj(times).to(state.sample.dtype))
-        if self.program.reads_pooled_text and self.boundary < len(self.steps):
-            count = len(state.sample)
-            if time_ids is None or time_ids.shape not in ((6,), (count, 6)):
-                got = None if time_ids is None else tuple(time_ids.shape)
-                raise ValueError(f"time_ids: got {got}, expected (6,) or ({count}, 6): this network reads image sizes")
+        if time_ids is not None:
             assert state.text is not None
             pooled = state.text.pooled
             assert pooled is not None
             pooled = pooled if state.text_index is None else pooled.index_select(0, state.text_index)
-            ids = unet.add_time_proj(time_ids.to(embedding.device).expand(count, 6).flatten()).view(count, -1)
+            ids = unet.add_time_proj(time_ids.flatten()).view(len(time_ids), -1)
             added = torch.cat([pooled, state.rows(ids.to(pooled.dtype), False)], dim=-1).to(embedding.dtype)
             embedding = state.rows(embedding, False) + unet.add_embedding(added)
             state.embedding_expanded = True

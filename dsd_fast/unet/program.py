@@ -86,9 +86,9 @@ class UNetProgram:
         self.check()
         return Plan(self, tuple(features), tuple(scores), tuple(maps), noise_pred, pool, adapter)
 
-    def check(self) -> None:
+    def check(self, training: bool = False) -> None:
         """Refuse what has been attached to the network since (see :mod:`dsd_fast.unet.refusals`)."""
-        check_attachments(self.unet, self._attentions, self._bypassed)
+        check_attachments(self.unet, self._attentions, self._bypassed, training)
 
     def sizes(self, height: int, width: int) -> list[Size]:
         """The image size at each level, from the latents' size."""
@@ -101,6 +101,18 @@ class UNetProgram:
     def reads_pooled_text(self) -> bool:
         """Whether the time embedding reads the pooled text (SDXL)."""
         return bool(self.unet.config.addition_embed_type == "text_time")
+
+    @property
+    def text_width(self) -> int:
+        """E, the width of the text states."""
+        width = self.unet.config.cross_attention_dim
+        return int(width if isinstance(width, int) else width[0])
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text states of a network that reads them."""
+        config = self.unet.config
+        return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
 
     def attention(self, score_id: str) -> Any:
         """The cross-attention module that a score id names."""

@@ -65,6 +65,9 @@ def check_architecture(unet: Any) -> None:
     only_cross = unet.config.get("only_cross_attention", False)
     if any(only_cross) if isinstance(only_cross, (list, tuple)) else only_cross:
         raise UnsupportedNetworkError("unet.config.only_cross_attention: True is not supported, expected False")
+    widths = unet.config.cross_attention_dim
+    if not isinstance(widths, int) and len(set(widths)) > 1:
+        raise UnsupportedNetworkError(f"unet.config.cross_attention_dim: {widths} is not supported, expected one width")
     if getattr(unet, "hf_quantizer", None) is not None:
         raise UnsupportedNetworkError(
             "unet: quantised layers are not supported; load it in float32, float16 or bfloat16"
@@ -89,12 +92,15 @@ def _check_module(path: str, module: nn.Module) -> None:
         raise UnsupportedNetworkError(f"{path}: quantised layers are not supported, found {kind}")
 
 
-def check_attachments(unet: Any, attentions: Iterable[tuple[str, Any]], bypassed: Iterable[tuple[str, Any]]) -> None:
+def check_attachments(
+    unet: Any, attentions: Iterable[tuple[str, Any]], bypassed: Iterable[tuple[str, Any]], training: bool
+) -> None:
     """Refuse what was attached to a known network: cheap enough for every call.
 
     Args:
         attentions: the attention modules by path.
         bypassed: the modules whose forward the program does not call, by path.
+        training: whether gradients are wanted, so that checkpointing them would matter.
 
     Raises:
         UnsupportedNetworkError: names the module and what is attached to it.
@@ -108,9 +114,16 @@ def check_attachments(unet: Any, attentions: Iterable[tuple[str, Any]], bypassed
         if any(getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")):
             raise UnsupportedNetworkError(f"up_blocks.{index}: FreeU is enabled; call disable_freeu() first")
     for path, module in bypassed:
+        what = ""
         if module._forward_hooks or module._forward_pre_hooks:
+            what = "a forward hook is registered on"
+        elif "forward" in module.__dict__:
+            what = "another forward was put on"
+        if what:
+            raise UnsupportedNetworkError(f"{path}: {what} a module whose forward the program does not call; remove it")
+        if training and getattr(module, "gradient_checkpointing", False):
             raise UnsupportedNetworkError(
-                f"{path}: a forward hook is registered on a module whose forward the program does not call; remove it"
+                f"{path}: gradient checkpointing is enabled, which the program does not do; disable it"
             )
     if hasattr(unet, "_hf_hook") or hasattr(unet, "_diffusers_hook"):
         _check_module("unet", unet)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsd_fast.unet import checks
+from dsd_fast.unet.cost import rows_within, run_bytes
 from dsd_fast.unet.text import TextKV
 
 if TYPE_CHECKING:
@@ -21,12 +23,14 @@ log = logging.getLogger("dsd_fast")
 
 # Share of the free memory of a GPU that a stream may take; the rest is for the allocator's fragments and workspaces.
 GPU_SHARE = 0.8
-# On a CPU rows beyond this gain nothing and fall out of the caches.
+# On a CPU more rows than these hold gain nothing and fall out of the caches.
 CPU_BUDGET = 256 << 20
+
+CPU = torch.device("cpu")
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that :meth:`Plan.stream` may use on ``device``: 80 % of what is free on a GPU, 256 MiB on a CPU.
+    """Bytes of activations that a stream uses on ``device``: 80 % of what is free on a GPU, 256 MiB on a CPU.
 
     ``DSD_FAST_MEMORY_BUDGET`` (bytes) overrides both.
     """
@@ -43,20 +47,42 @@ def default_budget(device: torch.device) -> int:
     return int(GPU_SHARE * (free + unused))
 
 
-def rows_in_budget(plan: Plan, height: int, width: int, text: TextKV | None, budget: int, *, map_tokens: int) -> int:
-    """How many rows one micro-batch may hold, the texts' keys counted in the budget.
+def rows_at_once(
+    plan: Plan,
+    height: int,
+    width: int,
+    tokens: int,
+    *,
+    keys: int = 0,
+    map_tokens: int = 0,
+    residuals: int = 0,
+    memory_budget: int | None = None,
+) -> int:
+    """How many rows one micro-batch holds.
+
+    Args:
+        height, width: of the latents.
+        tokens: T.
+        keys: bytes of the texts' keys and values, which a given budget includes.
+        map_tokens: tokens per row of attention maps.
+        residuals: bytes of a ControlNet's residuals for one row.
+        memory_budget: bytes; None: the device's default, and one row at least.
 
     Raises:
-        ValueError: the budget does not hold the texts and one row.
+        ValueError: a given budget that does not hold the keys and one row.
     """
-    keys = 0 if text is None else text.nbytes
-    per_row = plan.row_bytes(height, width, 0 if text is None else text.tokens, map_tokens=map_tokens)
-    if keys + per_row > budget:
+    sizes = plan.program.sizes(height, width)
+    if memory_budget is None:
+        budget = default_budget(plan.program.unet.device)
+        return max(1, rows_within(plan, budget, sizes, tokens, map_tokens, residuals))
+    rows = rows_within(plan, memory_budget - keys, sizes, tokens, map_tokens, residuals)
+    if rows < 1:
+        row = run_bytes(plan, 1, sizes, tokens, map_tokens, residuals)
         raise ValueError(
-            f"memory_budget: {budget:,} bytes cannot hold the keys of {0 if text is None else len(text)} texts "
-            f"({keys:,} bytes) and one row ({per_row:,} bytes)"
+            f"memory_budget: {memory_budget:,} bytes cannot hold the texts' keys ({keys:,} bytes) and one row "
+            f"({row:,} bytes)"
         )
-    return (budget - keys) // per_row
+    return rows
 
 
 def stream(
@@ -71,55 +97,77 @@ def stream(
     map_tokens: Tensor | Sequence[int] | None,
     memory_budget: int | None,
 ) -> Iterator[tuple[Tensor, Output]]:
-    """See :meth:`Plan.stream`."""
-    device = plan.program.unet.device
+    """See :meth:`Plan.stream`. Arguments are checked at the call, not at the first micro-batch."""
     count = len(latents)
-    times = torch.as_tensor(timesteps).expand(count)
-    rows = torch.arange(count) if latent_index is None else torch.as_tensor(latent_index).cpu().long()
-    texts = None
-    if text is not None:
-        texts = torch.arange(len(text)) if text_index is None else torch.as_tensor(text_index).cpu().long()
-        if len(texts) != len(rows):
-            raise ValueError(f"text_index: got {len(texts)} entries for {len(rows)} rows")
-    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
-        raise ValueError(f"latent_index: values outside 0 to {count - 1}")
-    tokens = None if map_tokens is None else torch.as_tensor(map_tokens)
-    budget = default_budget(device) if memory_budget is None else memory_budget
+    times = checks.timesteps(timesteps, count, CPU)
+    rows = torch.arange(count) if latent_index is None else checks.index("latent_index", latent_index, None, count, CPU)
+    texts = checks.text(plan, text, text_index, len(rows), CPU)
+    if text is not None and texts is None:
+        texts = torch.arange(len(rows))
     height, width = latents.shape[-2:]
-    size = rows_in_budget(plan, height, width, text, budget, map_tokens=0 if tokens is None else tokens.shape[-1])
+    residuals = checks.residuals(plan, residuals, len(rows), plan.program.sizes(height, width))
+    per_row = 0 if residuals is None else sum(x[:1].nbytes for x in (*residuals[0], residuals[1]))
+    tokens = checks.map_tokens(plan, map_tokens, len(rows), text, CPU)
+    at_once = rows_at_once(
+        plan,
+        height,
+        width,
+        0 if text is None else text.tokens,
+        keys=0 if text is None else text.nbytes,
+        map_tokens=0 if tokens is None else tokens.shape[1],
+        residuals=per_row,
+        memory_budget=memory_budget,
+    )
+    ids = checks.time_ids(plan, time_ids, count, CPU)
+    return _batches(plan, latents, times, text, rows, texts, ids, residuals, tokens, at_once)
+
+
+def _batches(
+    plan: Plan,
+    latents: Tensor,
+    times: Tensor,
+    text: TextKV | None,
+    rows: Tensor,
+    texts: Tensor | None,
+    time_ids: Tensor | None,
+    residuals: Residuals | None,
+    tokens: Tensor | None,
+    size: int,
+) -> Iterator[tuple[Tensor, Output]]:
+    device = plan.program.unet.device
     # Rows of one latent side by side: its text-free steps then run in as few micro-batches as possible.
     order = torch.argsort(rows, stable=True)
     start, halved = 0, False
-    with torch.no_grad():
-        while start < len(order):
-            chosen = order[start : start + size]
-            used, local = torch.unique(rows[chosen], return_inverse=True)
-            ids = time_ids if time_ids is None or time_ids.ndim == 1 else time_ids[used.to(time_ids.device)]
-            try:
+    while start < len(order):
+        chosen = order[start : start + size]
+        used, local = torch.unique(rows[chosen], return_inverse=True)
+        try:
+            # Not around the yield: the caller's own gradients are none of our business.
+            with torch.no_grad():
                 result = plan.run(
                     latents[used.to(latents.device)].to(device),
-                    times[used.to(times.device)],
+                    times[used],
                     text,
                     latent_index=local,
                     text_index=None if texts is None else texts[chosen],
-                    time_ids=ids,
-                    residuals=_residual_rows(residuals, chosen),
-                    map_tokens=tokens if tokens is None or tokens.ndim == 1 else tokens[chosen],
+                    time_ids=None if time_ids is None else time_ids[used],
+                    residuals=_residual_rows(residuals, chosen, device),
+                    map_tokens=None if tokens is None else tokens[chosen],
                 )
-            except torch.OutOfMemoryError:
-                if halved or size == 1:
-                    raise
-                halved, size = True, max(1, len(chosen) // 2)
-                log.warning("out of memory with %d rows in one micro-batch; going on with %d", len(chosen), size)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            yield chosen, result
-            start += len(chosen)
+        except torch.OutOfMemoryError:
+            if halved or len(chosen) == 1:
+                raise
+            halved, size = True, len(chosen) // 2
+            log.warning("out of memory with %d rows in one micro-batch; going on with %d", len(chosen), size)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        yield chosen, result
+        start += len(chosen)
 
 
-def _residual_rows(residuals: Residuals | None, rows: Tensor) -> Residuals | None:
+def _residual_rows(residuals: Residuals | None, rows: Tensor, device: torch.device) -> Residuals | None:
     if residuals is None:
         return None
     down, mid = residuals
-    return [value[rows.to(value.device)] for value in down], mid[rows.to(mid.device)]
+    return [value[rows.to(value.device)].to(device) for value in down], mid[rows.to(mid.device)].to(device)

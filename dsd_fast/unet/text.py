@@ -41,7 +41,7 @@ class TextKV:
 
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> TextKV:
         """The texts of a slice (views) or of a list of positions (copies)."""
-        if isinstance(index, int):
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim != 1):
             raise TypeError("text: index with a slice or a list of positions, not one integer: text[i : i + 1]")
         kept = torch.arange(self.count)[index if isinstance(index, slice) else torch.as_tensor(index)]
 

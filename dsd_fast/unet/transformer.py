@@ -6,13 +6,23 @@ never captured: adapters replace them in place.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast.kernels.common.attention import attention_logits, join_heads, probabilities, split_heads, text_bias
+from dsd_fast.kernels.common.attention import (
+    attention_logits,
+    full_precision,
+    join_heads,
+    probabilities,
+    real_dtype,
+    split_heads,
+    text_bias,
+    without_masked,
+)
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
 from dsd_fast.kernels.token_maps import token_maps
 from dsd_fast.unet.flops import attention_flops, base_layer, conv_flops, linear_flops
@@ -86,8 +96,10 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
         )
 
     def attention_map(state: State, want: Want) -> Taken:
-        logits = attention_logits(state.live["q"], state.live["k"], None, heads, attn.scale)
-        return Taken(torch.softmax(logits, dim=-1).to(state.live["q"].dtype))
+        q, k = state.live["q"], state.live["k"]
+        with full_precision(q.device):
+            logits = attention_logits(q, k, None, heads, attn.scale)
+        return Taken(torch.softmax(logits, dim=-1).to(q.dtype))
 
     def attend(state: State, want: Want) -> Taken:
         q, k, v = (split_heads(state.live.pop(name), heads) for name in "qkv")
@@ -104,7 +116,7 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
             level,
             attention_map,
             flops=lambda s, t: attention_flops(area(s), area(s), width) // 2,
-            elements=lambda s, t: (channels + 6 * width + 3 * heads * area(s)) * area(s),
+            elements=lambda s, t: (channels + 6 * width + 4 * heads * area(s)) * area(s),
             shape=lambda s, t: (heads, area(s), area(s)),
             optional=True,
         ),
@@ -132,8 +144,9 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
         q, text = state.live["q"], _text(state)
         texts = _text_index(state, q)
         k = text.k[name][texts]
-        bias = text_bias(k.shape[1], text.lengths, text.key_bias, texts, torch.float32)
-        logits = attention_logits(q, k, bias, heads, attn.scale)
+        bias = text_bias(k.shape[1], text.lengths, text.key_bias, texts, real_dtype(q))
+        with full_precision(q.device):
+            logits = attention_logits(q, without_masked(k, bias), bias, heads, attn.scale)
         return Taken(probabilities(logits, torch.logsumexp(logits, dim=-1)).to(q.dtype))
 
     def attend(state: State, want: Want) -> Taken:
@@ -177,7 +190,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
             level,
             attention_map,
             flops=lambda s, t: attention_flops(area(s), t, width) // 2,
-            elements=lambda s, t: (2 * channels + 3 * width + 4 * heads * t) * area(s),
+            elements=lambda s, t: (2 * channels + 3 * width + 5 * heads * t) * area(s),
             shape=lambda s, t: (heads, area(s), t),
             reads_text=True,
             optional=True,
@@ -253,5 +266,7 @@ def _pool(score: Tensor, pool: str | float) -> Tensor:
     if pool == "max":
         return score.amax(-1)
     temperature = float(pool)
-    count = torch.log(torch.tensor(float(score.shape[-1])))
-    return temperature * (torch.logsumexp(score / temperature, dim=-1) - count.to(score))
+    # A row without keys scores −inf everywhere, and the gradient of a log-sum-exp of nothing but −inf is NaN.
+    none = (score == float("-inf")).all(-1)
+    pooled = torch.logsumexp(score.masked_fill(none[..., None], 0.0) / temperature, dim=-1) - math.log(score.shape[-1])
+    return (temperature * pooled).masked_fill(none, float("-inf"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-# Logits held at once. 2**20 float32 are 4 MiB: they stay in a core's share of the last-level cache.
-CHUNK_ELEMENTS = 1 << 20
+# Logits held at once. On a CPU 4 MiB of float32, a core's share of the last-level cache; a GPU needs far more of them
+# to be busy.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Tensors of that size alive at a time: logits, what they become, and a mask.
+CHUNK_COPIES = 4
 
 
 def real_dtype(x: Tensor) -> torch.dtype:
@@ -16,11 +20,32 @@ def real_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def chunks(rows: int, length: int, heads: int, tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of (rows, positions) of at most CHUNK_ELEMENTS logits: whole rows where they fit, else parts of one."""
+def chunk_elements(device: torch.device) -> int:
+    """How many logits the operators hold at once on ``device``."""
+    return CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products in the type of their operands: neither autocast nor tf32 lowers them."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if device.type == "cuda":
+        matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if device.type == "cuda":
+            matmul.fp32_precision = before
+
+
+def chunks(device: torch.device, rows: int, length: int, heads: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of (rows, positions) of a bounded number of logits: whole rows where they fit, else parts of one."""
+    limit = chunk_elements(device)
     per_position = max(1, heads * tokens)
-    positions = max(1, min(length, CHUNK_ELEMENTS // per_position))
-    block = max(1, CHUNK_ELEMENTS // (per_position * positions)) if positions == length else 1
+    positions = max(1, min(length, limit // per_position))
+    block = max(1, limit // (per_position * positions)) if positions == length else 1
     for b in range(0, rows, block):
         for start in range(0, length, positions):
             yield slice(b, min(b + block, rows)), slice(start, min(start + positions, length))
@@ -48,14 +73,17 @@ def text_bias(
 
 
 def attention_logits(q: Tensor, k: Tensor, bias: Tensor | None, heads: int, scale: float) -> Tensor:
-    """(b, H, l, T) = q kᵀ·scale + bias, from q (b, l, H·D), k (b, T, H·D) and bias (b, T)."""
+    """(b, H, l, T) = q kᵀ·scale + bias, from q (b, l, H·D), k (b, T, H·D) without masked keys, and bias (b, T)."""
     real = real_dtype(q)
     logits = (split_heads(q, heads).to(real) * scale) @ split_heads(k, heads).to(real).transpose(-1, -2)
     if bias is None:
         return logits
-    bias = bias[:, None, None, :]
-    # A masked key may hold anything, also NaN: its logit is set, not added to.
-    return (logits + bias).masked_fill(bias == float("-inf"), float("-inf"))
+    return logits + bias[:, None, None, :]
+
+
+def without_masked(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Keys or values (b, T, H·D), zeros where ``bias`` (b, T) is −inf: what is masked may hold anything, also NaN."""
+    return x if bias is None else x.masked_fill((bias == float("-inf"))[..., None], 0.0)
 
 
 def probabilities(logits: Tensor, lse: Tensor) -> Tensor:

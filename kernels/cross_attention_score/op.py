@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dsd_fast.kernels.common import backend
+from dsd_fast.kernels.common.attention import full_precision
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
@@ -34,9 +35,10 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend.choose(NAME, ("reference",))
-    return reference.forward(
-        q, k, v, text_index, text_length, key_bias, score_mask, heads=heads, scale=scale, mean=mean, save=save
-    )
+    with full_precision(q.device):
+        return reference.forward(
+            q, k, v, text_index, text_length, key_bias, score_mask, heads=heads, scale=scale, mean=mean, save=save
+        )
 
 
 @_forward.register_fake
@@ -78,9 +80,22 @@ def _backward(
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend.choose(NAME, ("reference",))
-    return reference.backward(
-        dout, dscore, q, k, v, text_index, text_length, key_bias, score_mask, saved, heads=heads, scale=scale, mean=mean
-    )
+    with full_precision(q.device):
+        return reference.backward(
+            dout,
+            dscore,
+            q,
+            k,
+            v,
+            text_index,
+            text_length,
+            key_bias,
+            score_mask,
+            saved,
+            heads=heads,
+            scale=scale,
+            mean=mean,
+        )
 
 
 @_backward.register_fake
@@ -170,8 +185,9 @@ def cross_attention_score(
 
     With S = q kᵀ·scale + key_bias: output = softmax(S) v, and score = log Σ exp(S) over the scored keys (natural
     logarithm), the quantity that DSD averages (He et al., arXiv 2305.10722, section 3). Accumulation and score are
-    float32 for 16-bit and 32-bit inputs, float64 for float64. Differentiable in q, k, v and key_bias, through the
-    score too. Every size may be 0. A row all of whose keys are masked has output 0, score −inf and gradients 0.
+    float32 for 16-bit and 32-bit inputs, float64 for float64. Differentiable (once) in q, k, v and key_bias,
+    through the score too. Every size may be 0. A row all of whose keys are masked has output 0, score −inf and
+    gradients 0.
 
     Args:
         q: (B, L, H·D) queries, any strides.
@@ -208,9 +224,10 @@ def cross_attention_score(
             )
     differentiable = [x for x in (q, k, v, key_bias) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    scale = (width // heads) ** -0.5 if scale is None and width else float(scale or 1.0)
+    if scale is None:
+        scale = (width // heads) ** -0.5 if width else 1.0
     out, score, _ = _forward(
-        q, k, v, text_index, text_length, key_bias, score_mask, heads=heads, scale=scale, mean=mean, save=save
+        q, k, v, text_index, text_length, key_bias, score_mask, heads=heads, scale=float(scale), mean=mean, save=save
     )
     return (None if v is None else out), score
 

@@ -18,6 +18,7 @@ from dsd_fast.kernels.common.attention import (
     real_dtype,
     split_heads,
     text_bias,
+    without_masked,
 )
 
 
@@ -56,10 +57,10 @@ def forward(
     out = q.new_empty(q.shape) if v is not None else q.new_empty(0)
     score = q.new_zeros((rows, heads) if mean else (rows, heads, length), dtype=real)
     saved = q.new_empty(((1 if score_mask is None else 2) if save else 0, rows, heads, length), dtype=real)
-    for b, span in chunks(rows, length, heads, k.shape[1]):
+    for b, span in chunks(q.device, rows, length, heads, k.shape[1]):
         texts = text_index[b]
         bias = text_bias(k.shape[1], text_length, key_bias, texts, real)
-        logits = attention_logits(q[b, span], k[texts], bias, heads, scale)
+        logits = attention_logits(q[b, span], without_masked(k[texts], bias), bias, heads, scale)
         lse = torch.logsumexp(logits, dim=-1)
         scored = lse
         if score_mask is not None:
@@ -67,7 +68,8 @@ def forward(
             scored = torch.logsumexp(logits.masked_fill(hidden, float("-inf")), dim=-1)
         if v is not None:
             p = probabilities(logits, lse)
-            out[b, span] = join_heads(p @ split_heads(v[texts], heads).to(real)).to(q.dtype)
+            values = split_heads(without_masked(v[texts], bias), heads).to(real)
+            out[b, span] = join_heads(p @ values).to(q.dtype)
         if mean:
             score[b] += scored.sum(-1) / length
         else:
@@ -112,16 +114,18 @@ def backward(
     dk = torch.zeros_like(k, dtype=real)
     dv = torch.zeros_like(v, dtype=real) if v is not None else q.new_zeros(0, dtype=real)
     dbias = k.new_zeros(k.shape[:2], dtype=real)
-    for b, span in chunks(rows, length, heads, k.shape[1]):
+    for b, span in chunks(q.device, rows, length, heads, k.shape[1]):
         texts = text_index[b]
         bias = text_bias(k.shape[1], text_length, key_bias, texts, real)
-        queries, keys = split_heads(q[b, span], heads).to(real), split_heads(k[texts], heads).to(real)
-        logits = attention_logits(q[b, span], k[texts], bias, heads, scale)
+        key = without_masked(k[texts], bias)
+        queries, keys = split_heads(q[b, span], heads).to(real), split_heads(key, heads).to(real)
+        logits = attention_logits(q[b, span], key, bias, heads, scale)
         ds = torch.zeros_like(logits)
         if dout is not None and v is not None:
             p = probabilities(logits, saved[0, b, :, span])
             grad = split_heads(dout[b, span], heads).to(real)
-            dp = grad @ split_heads(v[texts], heads).to(real).transpose(-1, -2)
+            values = split_heads(without_masked(v[texts], bias), heads).to(real)
+            dp = grad @ values.transpose(-1, -2)
             ds += p * (dp - (p * dp).sum(-1, keepdim=True))
             _add_by_text(dv, texts, join_heads(p.transpose(-1, -2) @ grad))
         if dscore is not None:

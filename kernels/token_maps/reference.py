@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsd_fast.kernels.common.attention import attention_logits, chunks, probabilities, real_dtype, text_bias
+from dsd_fast.kernels.common import backend
+from dsd_fast.kernels.common.attention import (
+    attention_logits,
+    chunks,
+    full_precision,
+    probabilities,
+    real_dtype,
+    text_bias,
+    without_masked,
+)
 
 
 def token_maps(
@@ -27,13 +36,15 @@ def token_maps(
     Args:
         q: (B, L, H·D); k: (M, T, H·D); tokens: (B, n) int64; the rest as in cross_attention_score.
     """
+    backend.choose("token_maps", ("reference",))
     rows, length, _ = q.shape
     real = real_dtype(q)
     parts: dict[int, list[Tensor]] = {}
-    for b, span in chunks(rows, length, heads, k.shape[1]):
+    for b, span in chunks(q.device, rows, length, heads, k.shape[1]):
         texts = text_index[b]
         bias = text_bias(k.shape[1], text_length, key_bias, texts, real)
-        logits = attention_logits(q[b, span], k[texts], bias, heads, scale)
+        with full_precision(q.device):
+            logits = attention_logits(q[b, span], without_masked(k[texts], bias), bias, heads, scale)
         chosen = tokens[b][:, None, None, :].expand(-1, heads, logits.shape[2], -1)
         p = probabilities(logits.gather(-1, chosen), torch.logsumexp(logits, dim=-1))
         parts.setdefault(b.start, []).append(p.mean(1).transpose(1, 2))

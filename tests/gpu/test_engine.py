@@ -97,7 +97,7 @@ def test_a_stream_stays_within_its_budget():
     with torch.no_grad():
         text = plan.encode_text(torch.randn(4, 77, CROSS_ATTENTION_DIM["sd15"], device="cuda"))
     latents, index = torch.randn(64, 4, 64, 64), torch.arange(256) // 4
-    budget = text.nbytes + 16 * plan.row_bytes(64, 64, 77)
+    budget = text.nbytes + plan.run_bytes(16, 64, 64, 77)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -86,7 +86,7 @@ def test_error_is_within_twice_plain_torch(shape, dtype):
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_option_and_gradient_against_autograd(monkeypatch, chunk, mean, masked, limited, biased):
-    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(attention.CHUNK_ELEMENTS, "cpu", chunk)
     q, k, v, g = inputs(rows=5, positions=3, texts=4, grad=True)
     index = torch.tensor([2, 0, 2, 3, 2])
     length = torch.tensor([7, 1, 4, 6]) if limited else None
@@ -163,16 +163,59 @@ def test_opcheck(shape, mean):
     opcheck(op, (strided, k.detach(), None, index, None, None, None, heads, 0.5, mean, False))
 
 
-def test_keys_beyond_the_length_are_not_read():
-    q, k, v, _ = inputs(dtype=torch.float32)
-    length = torch.tensor([3, 0])
-    index = torch.tensor([0, 1, 0])
-    want = cross_attention_score(q, k, v, heads=2, text_index=index, text_length=length)
-    for text, real in enumerate(length.tolist()):
-        k[text, real:] = float("nan")
-        v[text, real:] = 1e30
-    got = cross_attention_score(q, k, v, heads=2, text_index=index, text_length=length)
+@pytest.mark.parametrize("how", ["length", "bias"])
+def test_masked_keys_are_not_read(how):
+    q, k, v, g = inputs(grad=True)
+    options = {"heads": 2, "text_index": torch.tensor([0, 1, 0])}
+    real = torch.tensor([3, 0])
+    beyond = torch.arange(7) >= real[:, None]
+    if how == "length":
+        options["text_length"] = real
+    else:
+        options["key_bias"] = torch.zeros(2, 7, dtype=torch.float64).masked_fill(beyond, -INF)
+    weight = torch.randn(3, 5, 8, generator=g, dtype=torch.float64)
+
+    def results(k, v):
+        out, score = cross_attention_score(q, k, v, **options)
+        total = (out * weight).sum() + score[[0, 2]].square().sum()
+        return (out, score, *torch.autograd.grad(total, (q, k, v)))
+
+    want = results(k, v)
+    for poison in (float("nan"), INF):
+        spoiled = [x.detach().masked_fill(beyond[..., None], poison).requires_grad_() for x in (k, v)]
+        torch.testing.assert_close(results(*spoiled), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_at_the_end_alone(dtype):
+    """The arithmetic is float32: the score is that of the inputs in float32, the output that one rounded."""
+    q, k, v, _ = inputs(2, 33, 2, 77, 8, 40, dtype)
+    exact = written_out(q.double(), k.double(), v.double(), heads=8)
+    out, score = cross_attention_score(q, k, v, heads=8)
+    # Sums of 77 and of 40 products: their rounding in float32, and one rounding of the output.
+    eps = torch.finfo(torch.float32).eps
+    assert error(score, exact[1]) <= 77 * eps * float(exact[1].abs().max())
+    assert error(out, exact[0]) <= (0.5 * torch.finfo(dtype).eps + 2 * 77 * eps) * float(exact[0].abs().max())
+
+
+def test_autocast_does_not_lower_the_arithmetic():
+    q, k, v, _ = inputs(dtype=torch.float32, grad=True)
+    index = torch.tensor([0, 1, 1])
+
+    def results():
+        out, score = cross_attention_score(q, k, v, heads=2, text_index=index)
+        return (out, score, *torch.autograd.grad(out.sum() + score.sum(), (q, k, v)))
+
+    want = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results()
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_scale_of_zero_is_zero():
+    q, k, _, _ = inputs()
+    score = cross_attention_score(q, k[[0, 0, 0]], heads=2, scale=0.0)[1]
+    torch.testing.assert_close(score, torch.full_like(score, math.log(7)))
 
 
 @pytest.mark.parametrize("how", ["length", "bias", "no tokens"])
@@ -238,7 +281,7 @@ def test_nothing_of_size_heads_positions_tokens_is_allocated(monkeypatch):
     largest = max(allocations(lambda: cross_attention_score(q, k, v, heads=8, mean=True)))
     assert 0 < largest < per_row
     # The inputs are of a size at which the whole of a row would be seen: it is when a chunk holds it.
-    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", 1 << 40)
+    monkeypatch.setitem(attention.CHUNK_ELEMENTS, "cpu", 1 << 40)
     assert max(allocations(lambda: cross_attention_score(q, k, v, heads=8, mean=True))) >= per_row
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from dsd_fast.kernels.common import attention
+from dsd_fast.kernels.common import attention, backend
 from dsd_fast.kernels.token_maps import token_maps
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 50])
 def test_maps_equal_the_softmax_averaged_over_heads(monkeypatch, chunk):
-    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(attention.CHUNK_ELEMENTS, "cpu", chunk)
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(n, 6, 8, generator=g, dtype=torch.float64).requires_grad_() for n in (3, 2))
     index, length = torch.tensor([1, 0, 1]), torch.tensor([4, 6])
@@ -26,6 +26,12 @@ def test_maps_equal_the_softmax_averaged_over_heads(monkeypatch, chunk):
         torch.autograd.grad(got.square().sum(), (q, k)), torch.autograd.grad(want.square().sum(), (q, k)), strict=True
     ):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
+
+
+def test_a_backend_it_does_not_have_is_an_error():
+    index = torch.zeros(1, dtype=torch.int64)
+    with backend.force("triton"), pytest.raises(ValueError, match="token_maps has no 'triton' implementation"):
+        token_maps(torch.zeros(1, 5, 4), torch.zeros(1, 3, 4), index[None], index, None, None, heads=2, scale=1.0)
 
 
 def test_no_rows_no_maps():

@@ -96,14 +96,22 @@ def test_the_official_batch_mean_fails_the_needle_test(sd15):
 def test_micro_batches_and_groups_of_texts_do_not_change_scores(sd15):
     images = pictures(5)
     whole = matcher(sd15).score(images, CAPTIONS)
-    # Room for one row and the keys of one text at a time.
-    single = dsd.Matcher(dsd.from_pipeline(sd15), dsd.MatchConfig(timesteps=TIMES))
-    plan = single._scorer.plan
-    row = plan.row_bytes(16, 16, 77)
+    plan = matcher(sd15)._scorer.plan
+    # Room for one row and the keys of one caption and the unconditional text.
     keys = plan.encode_text(torch.zeros(2, 77, 24)).nbytes
-    tight = matcher(sd15, memory_budget=row + keys)
+    tight = matcher(sd15, memory_budget=plan.run_bytes(1, 16, 16, 77) + keys)
     assert tight._scorer._texts_at_once(tight._scorer.encode_texts(CAPTIONS)) == 1
     torch.testing.assert_close(tight.score(images, CAPTIONS), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+    short = matcher(sd15, memory_budget=plan.run_bytes(1, 16, 16, 77))
+    with pytest.raises(ValueError, match=r"memory_budget: .* cannot hold the texts' keys"):
+        short.score(images, CAPTIONS)
+
+
+def test_default_settings_take_a_row_of_any_size(sd15, monkeypatch):
+    want = matcher(sd15).score(pictures(2), CAPTIONS)
+    monkeypatch.setattr("dsd_fast.unet.stream.CPU_BUDGET", 1000)
+    got = matcher(sd15).score(pictures(2), CAPTIONS)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 class Counted:
@@ -153,6 +161,33 @@ def test_each_thing_is_computed_once(sd15):
     assert seen["vae"] == rows
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_keys_are_made_once_whatever_the_number_of_chunks(sd15, at_once):
+    m = matcher(sd15)
+    m._scorer.images_at_once = at_once
+    images = pictures(5)
+    with Counted(sd15) as seen:
+        m.score(images, CAPTIONS)
+        assert seen["keys"] == len(CAPTIONS) + 1
+        m.predict([(image, caption) for image in images for caption in CAPTIONS[:2]])
+        assert seen["keys"] == len(CAPTIONS) + 1 + 3
+
+
+def test_keys_that_do_not_fit_together_are_made_for_the_texts_a_chunk_needs(sd15):
+    images = pictures(4)
+    pairs = [(images[i], CAPTIONS[i]) for i in range(4)]
+    want = matcher(sd15).predict(pairs)
+    plan = matcher(sd15)._scorer.plan
+    keys = plan.encode_text(torch.zeros(2, 77, 24)).nbytes
+    tight = matcher(sd15, memory_budget=plan.run_bytes(1, 16, 16, 77) + keys)
+    tight._scorer.images_at_once = 1
+    with Counted(sd15) as seen:
+        got = tight.predict(pairs)
+    # One text and the unconditional one for each of the four chunks of one image.
+    assert seen["keys"] == 8
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
 def test_without_the_noise_term_there_is_no_unconditional_row_and_the_network_stops(sd15):
     with Counted(sd15) as seen:
         matcher(sd15, noise_weight=0, layers=["mid-vit-block0-cross"]).score(pictures(2), CAPTIONS)
@@ -166,6 +201,18 @@ def test_without_the_attention_term_no_layer_scores(sd15):
     assert noise_only.layers == {}
     want = reference.score(sd15, pictures(2), CAPTIONS, timesteps=TIMES, attention_weight=0)
     torch.testing.assert_close(noise_only.score(pictures(2), CAPTIONS), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise_weight", [0.3, 2.0])
+def test_weights_of_the_two_terms(sd15, noise_weight):
+    want = reference.score(
+        sd15, pictures(2), CAPTIONS, timesteps=TIMES, attention_weight=0.25, noise_weight=noise_weight
+    )
+    got = matcher(sd15, attention_weight=0.5, noise_weight=noise_weight).score(pictures(2), CAPTIONS)
+    # The reference's attention term is twice its weight times the mean over the text's row and the unconditional one.
+    got, want = got - got[:, :1], want - want[:, :1]
+    other = reference.score(sd15, pictures(2), CAPTIONS, timesteps=TIMES, attention_weight=0.25, noise_weight=0)
+    torch.testing.assert_close(got, want + other - other[:, :1], rtol=0, atol=1e-4)
 
 
 def attention_alone(pipe, image, caption, t, seed, weights, *, mask=None, pool="mean"):
@@ -285,15 +332,36 @@ def test_images_are_read_only_as_far_as_they_are_needed(sd15):
 
 
 def test_an_adapter_belongs_to_its_matcher(tmp_path):
+    """In the UNet and in the text encoder, whichever is active on the pipeline."""
     pipe = tiny_pipeline("sd15")
     images = pictures(1)
-    plain = matcher(pipe).score(images, CAPTIONS)
-    pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path), adapter_name="a")
-    model = dsd.from_pipeline(pipe)
-    config = dsd.MatchConfig(timesteps=TIMES, official=True)
-    adapted = dsd.Matcher(model, config, adapter="a").score(images, CAPTIONS)
-    torch.testing.assert_close(adapted, reference.score(pipe, images, CAPTIONS, timesteps=TIMES), rtol=0, atol=1e-4)
-    assert float((adapted - plain).abs().max()) > 1e-3
+    want = {(): reference.score(pipe, images, CAPTIONS, timesteps=TIMES)}
+    for name, seed in (("a", 1), ("b", 2)):
+        pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path / name, seed=seed), adapter_name=name)
+        pipe.set_adapters(name)
+        want[name] = reference.score(pipe, images, CAPTIONS, timesteps=TIMES)
+    assert float((want["a"] - want["b"]).abs().max()) > 1e-3
+    model, config = dsd.from_pipeline(pipe), dsd.MatchConfig(timesteps=TIMES, official=True)
+    matchers = {name: dsd.Matcher(model, config, adapter=name) for name in want}
+    for active in ("a", "b"):
+        pipe.set_adapters(active, 0.5)
+        for name, m in matchers.items():
+            torch.testing.assert_close(m.score(images, CAPTIONS), want[name], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="adapter: the model has no adapter 'c'; it has a, b"):
+        dsd.Matcher(model, config, adapter="c")
+
+
+def test_parts_of_different_types():
+    pipe = tiny_pipeline("sd15")
+    want = matcher(pipe).score(pictures(1), CAPTIONS)
+    pipe.unet.double()
+    torch.testing.assert_close(matcher(pipe).score(pictures(1), CAPTIONS), want, rtol=0, atol=1e-4)
+
+
+def test_an_overflow_ranks_last(sd15, monkeypatch):
+    m = matcher(sd15)
+    monkeypatch.setattr(m, "score", lambda images, texts: torch.tensor([[0.5, float("nan"), 2.0]]))
+    assert [entry["corpus_id"] for entry in m.rank(image=pictures(1)[0], texts=["a", "b", "c"])] == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -314,6 +382,10 @@ def test_an_adapter_belongs_to_its_matcher(tmp_path):
         ({"official": True, "tokens": "real"}, "official: the official score has tokens='all', got 'real'"),
         ({"official": True, "noise_weight": 2}, "official: the official score has noise_weight 0 or 1"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed: got 4294967296"),
+        ({"draws": 1.5}, "draws: got 1.5"),
+        ({"memory_budget": 3e6}, "memory_budget: got 3000000.0"),
+        ({"image_size": 64}, "image_size: got 64"),
         ({"image_size": (50, 48)}, "image_size"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -340,6 +412,8 @@ def test_bad_captions_are_named(sd15, captions, message):
 def test_paths_as_strings_are_refused(sd15):
     with pytest.raises(ValueError, match="images"):
         matcher(sd15).score("picture.png", CAPTIONS)
+    with pytest.raises(ValueError, match="images: got one ndarray"):
+        matcher(sd15).score(pictures(1)[0], CAPTIONS)
     with pytest.raises(ImageError, match="pathlib"):
         matcher(sd15).score(["picture.png"], CAPTIONS)
 

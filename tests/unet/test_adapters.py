@@ -128,3 +128,41 @@ def test_gradients_reach_the_adapter_as_in_diffusers(tmp_path):
     scale = max(float(g.abs().max()) for g in want)
     assert len(leaves) == 256
     assert all(float((x - y).abs().max()) <= 1e-12 * scale for x, y in zip(got, want, strict=True))
+
+
+def test_a_text_of_an_adapter_that_has_changed_since_is_refused(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    plan = case.program.plan(noise_pred=True, adapter="a")
+    text = plan.encode_text(case.states)
+    with torch.no_grad():
+        case.program.attention(plan.key_layers[0]).to_k.lora_B["a"].weight.add_(0.1)
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        plan.run(case.latents, 0, text)
+    text = plan.encode_text(case.states)
+    plan.run(case.latents, 0, text)
+    case.pipe.delete_adapters("a")
+    case.pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path / "c", seed=3), adapter_name="a")
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        plan.run(case.latents, 0, text)
+
+
+def test_a_text_of_fused_weights_is_refused_once_they_are_not(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    plan = case.program.plan(noise_pred=True)
+    case.pipe.fuse_lora()
+    text = plan.encode_text(case.states)
+    case.pipe.unfuse_lora()
+    case.pipe.disable_lora()
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        plan.run(case.latents, 0, text)
+
+
+def test_the_strength_of_an_adapter_belongs_to_the_plan(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    case.pipe.set_adapters("a", 0.7)
+    plan = case.program.plan(noise_pred=True, adapter="a")
+    want = case.diffusers()
+    case.pipe.set_adapters("a", 0.1)
+    weaker = case.diffusers()
+    close(case.ours(plan), want)
+    close(case.diffusers(), weaker)

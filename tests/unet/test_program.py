@@ -400,3 +400,86 @@ def test_texts_slice_and_concatenate():
     for asked in (plan, further):
         with pytest.raises(ValueError, match="encoded by a plan that does not run"):
             asked.run(case.latents, case.times, other, latent_index=[0], text_index=[0])
+
+
+def test_scales_that_published_models_leave_at_one():
+    """The settings of a network that divide, centre or pad."""
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=[24, 24],
+        attention_head_dim=4,
+        norm_num_groups=8,
+        center_input_sample=True,
+        downsample_padding=0,
+        mid_block_scale_factor=1.7,
+    )
+    trained_like(unet, 0)
+    for block in (*unet.down_blocks, *unet.up_blocks):
+        for resnet in block.resnets:
+            resnet.output_scale_factor = 1.3
+        for vit in getattr(block, "attentions", ()):
+            vit.transformer_blocks[0].attn2.rescale_output_factor = 0.8
+    g = torch.Generator().manual_seed(0)
+    latents, states = torch.randn(2, 4, 16, 16, generator=g), torch.randn(2, TOKENS, 24, generator=g)
+    with torch.no_grad():
+        plan = UNetProgram(unet).plan(noise_pred=True)
+        close(plan.run(latents, 9, plan.encode_text(states)).noise_pred, unet(latents, 9, states).sample)
+
+
+def test_maps_heed_masks_weights_and_lengths():
+    case = Case("sd15")
+    name = case.program.score_ids[4]
+    plan = case.program.plan(maps=[name], features=[f"{name}-map"])
+    g = torch.Generator().manual_seed(2)
+    bias, lengths = torch.randn(3, TOKENS, generator=g), [5, TOKENS, 8]
+    text = plan.encode_text(case.states, key_bias=bias, lengths=lengths)
+    index = {"latent_index": case.latent_index, "text_index": case.text_index}
+    out = plan.run(case.latents, case.times, text, map_tokens=[0, 4], **index)
+    k = text.k[name][case.text_index].unflatten(-1, (4, -1)).transpose(1, 2)
+    beyond = torch.arange(TOKENS) >= torch.tensor(lengths)[:, None]
+    added = bias.masked_fill(beyond, float("-inf"))[case.text_index][:, None, None]
+    # Masked texts change what comes before this layer too, so its queries are read under the same texts.
+    again = case.program.plan(features=[f"{name}-q"])
+    text_again = again.encode_text(case.states, key_bias=bias, lengths=lengths)
+    q = again.run(case.latents, case.times, text_again, **index).features[f"{name}-q"]
+    q = q.flatten(2).transpose(1, 2).unflatten(-1, (4, -1)).transpose(1, 2)
+    want = torch.softmax(q @ k.transpose(-1, -2) * case.program.attention(name).scale + added, -1)
+    close(out.features[f"{name}-map"], want)
+    close(out.maps[name].flatten(2), want.mean(1)[..., [0, 4]].transpose(1, 2))
+
+
+def test_slices_carry_all_that_belongs_to_a_text():
+    case = Case("sdxl")
+    g = torch.Generator().manual_seed(2)
+    plan = case.program.plan(scores=case.program.score_ids[:1])
+    given = {
+        "pooled": case.pooled,
+        "key_bias": torch.randn(3, TOKENS, generator=g),
+        "score_mask": torch.rand(3, TOKENS, generator=g) > 0.5,
+        "lengths": torch.tensor([3, 4, 5]),
+    }
+    text = plan.encode_text(case.states, **given)
+    for part in (TextKV.concat([text[2:], text[[1]], text[:1]]), text[torch.tensor([2, 1, 0])]):
+        for name, value in given.items():
+            torch.testing.assert_close(getattr(part, name), value.flip(0), rtol=0, atol=0)
+    with pytest.raises(TypeError, match="slice or a list"):
+        text[0]
+
+
+def test_a_row_without_keys_gives_no_gradient_under_any_pooling():
+    for pool in ("mean", "max", 0.5):
+        case = Case("sd15")
+        case.states.requires_grad_()
+        plan = case.program.plan(scores=["down-level0-repeat0-vit-block0-cross"], pool=pool)
+        bias = torch.zeros(3, TOKENS)
+        bias[0] = float("-inf")
+        text = plan.encode_text(case.states, key_bias=bias)
+        score = plan.run(case.latents, 5, text, latent_index=[0, 1], text_index=[0, 1]).scores[plan.scores[0]]
+        assert (score[0] == float("-inf")).all()
+        grad = torch.autograd.grad(score[1].sum(), case.states)[0]
+        assert grad.isfinite().all()
+        assert not grad[0].any()
+        assert grad[1].any()

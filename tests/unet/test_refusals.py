@@ -40,7 +40,13 @@ def quantised(unet):
     linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e5m2), requires_grad=False)
 
 
+def other_forward(unet):
+    block = unet.mid_block
+    block.forward = type(block).forward.__get__(block)
+
+
 ATTACHED = {
+    other_forward: r"mid_block: another forward was put on",
     foreign: r"mid_block.attentions.0.transformer_blocks.0.attn2: an attention processor is set \(ForeignProcessor\)",
     freeu: r"up_blocks.0: FreeU is enabled",
     hook: r"down_blocks.1: a forward hook is registered",
@@ -83,6 +89,17 @@ def test_ip_adapter_is_refused_by_its_name():
     unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.set_processor(processor)
     with pytest.raises(UnsupportedNetworkError, match="an IP-Adapter is loaded"):
         UNetProgram(unet)
+
+
+def test_gradient_checkpointing_is_refused_where_gradients_are_wanted():
+    unet = tiny_unet("sd15")
+    plan = UNetProgram(unet).plan(noise_pred=True)
+    text = plan.encode_text(torch.zeros(1, 3, CROSS_ATTENTION_DIM["sd15"]))
+    unet.enable_gradient_checkpointing()
+    with torch.no_grad():
+        plan.run(torch.zeros(1, 4, 16, 16), 0, text)
+    with pytest.raises(UnsupportedNetworkError, match="gradient checkpointing is enabled"):
+        plan.run(torch.zeros(1, 4, 16, 16), 0, text)
 
 
 def test_freeu_switched_off_again_is_fine():
@@ -158,6 +175,7 @@ STATES = torch.zeros(2, 3, CROSS_ATTENTION_DIM["sd15"])
             {"residuals": ([torch.zeros(2, 16, 16, 16)], torch.zeros(2, 32, 2, 2))},
             "residuals: got 1 down residuals, expected 12",
         ),
+        ({"residuals": ([torch.zeros(2, 16, 1, 1)] * 12, STATES)}, r"down residual 0 is \(2, 16, 1, 1\), expected"),
         ({"map_tokens": None}, "map_tokens: needed"),
         ({"map_tokens": [3]}, "map_tokens: positions outside 0 to 2"),
         ({"text": None}, "text: needed by step 'down-level0-repeat0-vit-block0-cross'"),
@@ -200,6 +218,8 @@ def test_sdxl_needs_pooled_text_and_sizes():
     states = torch.zeros(1, 3, CROSS_ATTENTION_DIM["sdxl"])
     with pytest.raises(ValueError, match="pooled: got None"):
         plan.encode_text(states)
+    with pytest.raises(ValueError, match=r"pooled: got \(1, 19\), expected \(1, 20\)"):
+        plan.encode_text(states, pooled=torch.zeros(1, 19))
     text = plan.encode_text(states, pooled=torch.zeros(1, 20))
     with pytest.raises(ValueError, match="time_ids: got None"):
         plan.run(torch.zeros(1, 4, 16, 16), 0, text)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from dsd_fast.unet import Plan, UNetProgram
+from dsd_fast.unet import Output, Plan, UNetProgram
 from dsd_fast.unet.stream import default_budget
 from tests.memory import peak_bytes
 from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, tiny_unet
@@ -33,14 +33,16 @@ class Rows:
             "map_tokens": torch.randint(TOKENS, (rows, 2), generator=g),
         }
 
+    def budget(self, rows):
+        return self.text.nbytes + self.plan.run_bytes(rows, 16, 16, TOKENS, map_tokens=2)
+
     def run(self):
         with torch.no_grad():
             return self.plan.run(self.latents, self.times, self.text, **self.arguments)
 
     def stream(self, rows_at_once=None, **kwargs):
         if rows_at_once:
-            per_row = self.plan.row_bytes(16, 16, TOKENS, map_tokens=2)
-            kwargs["memory_budget"] = self.text.nbytes + per_row * rows_at_once
+            kwargs["memory_budget"] = self.budget(rows_at_once)
         return self.plan.stream(self.latents, self.times, self.text, **self.arguments, **kwargs)
 
 
@@ -121,10 +123,62 @@ def test_out_of_memory_halves_once_and_says_so(rows, monkeypatch, caplog):
 
 
 def test_a_budget_too_small_is_refused_with_what_is_needed(rows):
-    with pytest.raises(
-        ValueError, match=r"memory_budget: 1,000 bytes cannot hold the keys of 4 texts \([\d,]+ bytes\)"
-    ):
-        next(rows.stream(memory_budget=1000))
+    message = r"memory_budget: 1,000 bytes cannot hold the texts' keys \([\d,]+ bytes\) and one row \([\d,]+ bytes\)"
+    with pytest.raises(ValueError, match=message):
+        rows.stream(memory_budget=1000)
+
+
+def test_without_a_budget_one_row_always_fits(rows, monkeypatch):
+    monkeypatch.setattr("dsd_fast.unet.stream.CPU_BUDGET", 1000)
+    out = rows.plan.empty_output(17, 16, 16, tokens=TOKENS, map_tokens=2)
+    same(rows.stream(out=out), rows.run())
+    assert {len(numbers) for numbers, _ in rows.stream()} == {1}
+
+
+def test_the_callers_gradients_stay_on(rows):
+    for _ in rows.stream(6):
+        assert torch.is_grad_enabled()
+    for _ in rows.stream(6):
+        break
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_index": [0.5] * 17}, "latent_index: got"),
+        ({"text_index": [7] * 17}, "text_index: values from 7 to 7"),
+        ({"text_index": [0]}, "text_index: got 1 entries, expected 17"),
+        ({"map_tokens": [[0, 1]]}, "map_tokens: got"),
+        ({"map_tokens": [0.5]}, "map_tokens: got torch.float32"),
+        ({"timesteps": [1, 2, 3]}, "timesteps: got"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_arguments_are_named_at_the_call(change, message):
+    rows = Rows("sd15")
+    arguments = {"timesteps": rows.times} | rows.arguments | change
+    with pytest.raises(ValueError, match=message):
+        rows.plan.stream(rows.latents, arguments.pop("timesteps"), rows.text, **arguments)
+
+
+def test_no_rows(rows):
+    none = {"latent_index": [], "text_index": [], "map_tokens": [0]}
+    assert list(rows.plan.stream(rows.latents, 5, rows.text, time_ids=rows.arguments["time_ids"], **none)) == []
+    out = rows.plan.run(rows.latents, 5, rows.text, time_ids=rows.arguments["time_ids"], **none)
+    assert out.noise_pred.shape == (0, 4, 16, 16)
+
+
+def test_an_output_of_another_size_or_plan_is_refused(rows):
+    for count in (16, 40):
+        with pytest.raises(ValueError, match=f"out: .* has {count} rows, expected 17"):
+            rows.stream(out=rows.plan.empty_output(count, 16, 16, tokens=TOKENS, map_tokens=2))
+    with pytest.raises(ValueError, match="out: holds nothing, expected"):
+        rows.stream(out=Output())
+    for count, tokens in ((20, 2), (17, 1)):
+        other = rows.plan.empty_output(count, 16, 16, tokens=TOKENS, map_tokens=tokens)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"out: .* has \(.*\) for these rows, expected"):
+            rows.plan.run(rows.latents, rows.times, rows.text, **rows.arguments, out=other)
 
 
 def test_budget_from_the_environment(monkeypatch):
@@ -135,22 +189,25 @@ def test_budget_from_the_environment(monkeypatch):
         default_budget(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_estimate_of_a_rows_memory_is_an_upper_bound_and_not_a_loose_one(family):
-    rows = Rows(family, latents=12, texts=2, rows=12, size=(32, 32))
-    index = torch.arange(12)
-    text = rows.text
-    ids = None if rows.arguments["time_ids"] is None else rows.arguments["time_ids"]
+def test_the_estimate_of_memory_is_an_upper_bound_and_not_a_loose_one(family, dtype):
+    g = torch.Generator().manual_seed(0)
+    program = UNetProgram(tiny_unet(family).to(dtype))
+    count, size, tokens = 12, 32, 77
+    latents = torch.randn(count, 4, size, size, generator=g).to(dtype)
+    states = torch.randn(2, tokens, CROSS_ATTENTION_DIM[family], generator=g).to(dtype)
+    pooled = torch.randn(2, POOLED_DIM, generator=g).to(dtype) if family == "sdxl" else None
+    options = {"latent_index": torch.arange(count), "text_index": torch.arange(count) % 2}
+    if family == "sdxl":
+        options["time_ids"] = torch.ones(6)
     for plan in (
-        rows.program.plan(noise_pred=True),
-        rows.program.plan(scores=rows.program.score_ids[-1:]),
-        rows.program.plan(features=["mid-vit-out"]),
+        program.plan(noise_pred=True),
+        program.plan(scores=program.score_ids[-1:]),
+        program.plan(features=["mid-vit-out"]),
+        program.plan(features=[f"{program.score_ids[0]}-map"]),
     ):
         with torch.no_grad():
-            measured = peak_bytes(
-                lambda plan=plan: plan.run(
-                    rows.latents, rows.times, text, latent_index=index, text_index=index % 2, time_ids=ids
-                )
-            )
-        estimate = 12 * plan.row_bytes(32, 32, TOKENS)
-        assert measured <= estimate <= 3 * measured
+            text = plan.encode_text(states, pooled=pooled)
+            measured = peak_bytes(lambda plan=plan, text=text: plan.run(latents, 5, text, **options))
+        assert measured <= plan.run_bytes(count, size, size, tokens) <= 3 * measured
