@@ -41,10 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # The GPU tests must run under an interpreter that lacks what the other tests import.
-    if config.option.markexpr == "gpu" and collection_path.match("test_*.py"):
-        return "mark.gpu" not in collection_path.read_text() or None
-    return None
+    # The GPU tests must run under an interpreter that lacks what the other tests and their conftests import.
+    if config.option.markexpr != "gpu" or not collection_path.is_relative_to(config.rootpath):
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return not any(file.match("test_*.py") and "mark.gpu" in file.read_text() for file in files) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,15 +59,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """A green run on a CPU must not be taken for a proof about GPUs."""
     gpu_tests = config.stash.get(GPU_TESTS, set())
-    skipped = Counter(
-        report.longrepr[2].removeprefix("Skipped: ")
-        for report in terminalreporter.stats.get("skipped", [])
-        if report.nodeid in gpu_tests
-    )
+    reports = terminalreporter.stats.get("skipped", [])
+    skipped = Counter(_reason(report) for report in reports if report.nodeid in gpu_tests)
     for reason, count in skipped.items():
         terminalreporter.write_line(f"{count} GPU tests skipped: {reason}", yellow=True)
     if not skipped:
         terminalreporter.write_line("0 GPU tests skipped")
+    for report in reports:
+        # A module that skips itself as a whole, of which only the name is known.
+        if isinstance(report, pytest.CollectReport) and "mark.gpu" in (config.rootpath / report.nodeid).read_text():
+            terminalreporter.write_line(f"all GPU tests of {report.nodeid} skipped: {_reason(report)}", yellow=True)
 
 
 def block_network() -> None:
@@ -113,6 +115,10 @@ def poison_empty_tensors() -> None:
     ):
         for name in names:
             setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return report.longrepr[2].removeprefix("Skipped: ")
 
 
 def _is_loopback(host: str | bytes) -> bool:

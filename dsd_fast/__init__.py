@@ -1,0 +1,49 @@
+"""Diffusion models as discriminative learners, fast: image-text matching with Stable Diffusion.
+
+Public names load on first use: importing this package imports neither torch nor Triton nor diffusers, compiles
+nothing, and touches neither a GPU nor the network.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MatchConfig",
+    "Matcher",
+    "__version__",
+    "diffusion",
+    "from_pipeline",
+    "images",
+    "kernels",
+    "load",
+    "matching",
+    "models",
+    "reference",
+    "unet",
+]
+
+if TYPE_CHECKING:
+    from dsd_fast import diffusion, images, kernels, matching, models, reference, unet
+    from dsd_fast.matching import MatchConfig, Matcher
+    from dsd_fast.models import from_pipeline, load
+else:
+    # Hidden from type checkers, for which a module with __getattr__ has every name.
+    _HOMES = {
+        "MatchConfig": "dsd_fast.matching",
+        "Matcher": "dsd_fast.matching",
+        "from_pipeline": "dsd_fast.models",
+        "load": "dsd_fast.models",
+    }
+
+    def __getattr__(name: str) -> object:
+        import importlib
+
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        if name in __all__:
+            return importlib.import_module(f"dsd_fast.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,88 @@
+"""What `make` would do: set up when something changed, and only then."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.repository.source import ROOT
+
+CPU = "https://download.pytorch.org/whl/cpu"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def install(tree: Path, index: str = "") -> None:
+    """Leaves the mark of a finished set-up, newer than its inputs."""
+    (tree / ".venv").mkdir()
+    (tree / ".venv/installed").write_text(index + "\n")
+    later = time.time() + 10
+    os.utime(tree / ".venv/installed", (later, later))
+
+
+def make(tree: Path, *arguments: str) -> list[str]:
+    """Lines that `make` would run."""
+    # Without what a surrounding make hands on: its flags and its command-line variables.
+    environment = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["make", "-n", *arguments], cwd=tree, env=environment, capture_output=True, text=True, check=True
+    )
+    return [" ".join(line.split()) for line in done.stdout.splitlines()]
+
+
+def test_first_run_sets_up(tree):
+    lines = make(tree, "test")
+    assert "python3 -m venv .venv" in lines
+    pip = [line for line in lines if " pip " in line]
+    assert pip == [
+        ".venv/bin/python -m pip install -c constraints.txt setuptools wheel",
+        ".venv/bin/python -m pip install -c constraints.txt torch==2.13.0",
+        '.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"',
+    ]
+    assert lines[-1] == ".venv/bin/python -m pytest"
+
+
+@pytest.mark.parametrize("target", ["test", "demo", "lint", "gpu"])
+def test_later_runs_do_not_set_up(tree, target):
+    install(tree)
+    assert not [line for line in make(tree, target) if "pip" in line or "venv .venv" in line]
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml", "setup.py"])
+def test_changed_inputs_set_up_again(tree, name):
+    install(tree, CPU)
+    later = time.time() + 20
+    os.utime(tree / name, (later, later))
+    lines = make(tree, "test")
+    assert "python3 -m venv .venv" in lines
+    # The index chosen before is kept.
+    assert f".venv/bin/python -m pip install -c constraints.txt --no-deps --index-url {CPU} torch==2.13.0" in lines
+
+
+@pytest.mark.parametrize(("before", "now"), [("", CPU), (CPU, "https://example.com/other"), (CPU, "")])
+def test_another_index_means_a_new_environment(tree, before, now):
+    install(tree, before)
+    lines = make(tree, "test", f"TORCH_INDEX={now}")
+    assert "python3 -m venv --clear .venv" in lines
+    assert f'echo "{now}" > .venv/installed' in lines
+    assert not [line for line in make(tree, "test", f"TORCH_INDEX={before}") if "pip" in line]
+
+
+def test_gpu_uses_a_given_interpreter_as_it_is(tree):
+    assert make(tree, "gpu", "PYTHON=python3") == ["python3 -m pytest -m gpu"]
+    assert make(tree, "gpu")[-1] == ".venv/bin/python -m pytest -m gpu"
+    assert any("pip install" in line for line in make(tree, "gpu"))
+
+
+def test_ci_runs_the_tests():
+    run = ROOT / ".ci/run"
+    assert os.access(run, os.X_OK)
+    assert "make test" in run.read_text()

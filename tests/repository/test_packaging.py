@@ -1,0 +1,142 @@
+"""What the wheel and the sdist hold, and that the wheel works without the source tree (promise 34)."""
+
+import fnmatch
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dsd_fast
+from tests.repository.processes import run_python
+from tests.repository.source import ROOT, python_files
+
+# Reviewed: a file of the package that is not in this list is not meant to be shipped.
+PACKAGED = (Path(__file__).parent / "packaged.txt").read_text().split()
+
+WHEEL_METADATA = ["METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"]
+SDIST_EXTRA = [
+    "CHANGELOG.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "PKG-INFO",
+    "README.md",
+    "constraints.txt",
+    "pyproject.toml",
+    "setup.cfg",
+    "setup.py",
+    *(
+        f"dsd_fast.egg-info/{name}"
+        for name in (
+            "PKG-INFO",
+            "SOURCES.txt",
+            "dependency_links.txt",
+            "entry_points.txt",
+            "requires.txt",
+            "top_level.txt",
+        )
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> tuple[Path, Path]:
+    """The sdist, built from a copy of the tree, and the wheel, built from the sdist."""
+    source = tmp_path_factory.mktemp("source") / "tree"
+    source.mkdir()
+    caches = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("dsd_fast", "kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=caches)
+    for name in (
+        "CHANGELOG.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "README.md",
+        "constraints.txt",
+        "pyproject.toml",
+        "setup.py",
+    ):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
+    (sdist,), (wheel,) = source.glob("dist/*.tar.gz"), source.glob("dist/*.whl")
+    return sdist, wheel
+
+
+def difference(files: list[str], patterns: list[str]) -> dict[str, list[str]]:
+    """Files that no pattern names, and patterns that name no file."""
+    return {
+        "not in the list": [file for file in files if not any(fnmatch.fnmatch(file, pattern) for pattern in patterns)],
+        "not in the archive": [pattern for pattern in patterns if not fnmatch.filter(files, pattern)],
+    }
+
+
+SAME = {"not in the list": [], "not in the archive": []}
+
+
+def test_difference():
+    assert difference(["a.py", "w/x/y.json"], ["a.py", "w/*"]) == SAME
+    assert difference(["a.py", "b.txt"], ["a.py", "c.py"]) == {
+        "not in the list": ["b.txt"],
+        "not in the archive": ["c.py"],
+    }
+
+
+def test_wheel_holds_the_reviewed_files(distributions):
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        files = wheel.namelist()
+    info = f"dsd_fast-{dsd_fast.__version__}.dist-info"
+    assert difference(files, [*PACKAGED, *(f"{info}/{name}" for name in WHEEL_METADATA)]) == SAME
+    assert "dsd_fast/py.typed" in files
+    assert "dsd_fast/kernels/cross_attention_score/op.py" in files
+    assert not [file for file in files if file.startswith("kernels/")]
+
+
+def test_sdist_holds_the_reviewed_files(distributions):
+    with tarfile.open(distributions[0]) as sdist:
+        members = sdist.getmembers()
+    assert not [member.name for member in members if member.issym()]
+    root = f"dsd_fast-{dsd_fast.__version__}/"
+    files = [member.name.removeprefix(root) for member in members if member.isfile()]
+    assert difference(files, [*PACKAGED, *SDIST_EXTRA]) == SAME
+
+
+def test_every_python_file_is_reviewed():
+    files = [str(file.relative_to(ROOT)) for file in python_files("dsd_fast", "kernels")]
+    files = [f"dsd_fast/{file}" if file.startswith("kernels/") else file for file in files]
+    assert sorted(files) == sorted(name for name in PACKAGED if name.endswith(".py"))
+
+
+def test_installed_wheel_works_without_the_source_tree(distributions, tmp_path):
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    options = ["--quiet", "--no-deps", "--no-index", "--target", installed]
+    run_python(["-m", "pip", "install", *options, distributions[1]], cwd=elsewhere)
+    shutil.copy(Path(__file__).parent / "smoke.py", elsewhere)
+    run_python(["-P", elsewhere / "smoke.py", installed], cwd=elsewhere, path=[installed])
+
+
+def test_metadata_of_the_wheel(distributions):
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        info = f"dsd_fast-{dsd_fast.__version__}.dist-info"
+        text = wheel.read(f"{info}/METADATA").decode()
+        entry_points = wheel.read(f"{info}/entry_points.txt").decode()
+    assert "Name: dsd-fast\n" in text
+    assert "License-Expression: Apache-2.0\n" in text
+    assert "Requires-Python: >=3.11\n" in text
+    assert set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE)) == {
+        "triton",
+        "onnx",
+        "onnx-gpu",
+        "bench",
+        "dev",
+    }
+    assert entry_points == "[console_scripts]\ndsd-fast = dsd_fast.cli:main\n"
