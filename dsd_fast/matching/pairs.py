@@ -92,7 +92,7 @@ class PairScorer:
             # The keys of all captions do not fit together and are made again for each chunk: the fewer, the better.
             return self.images_at_once
         rows = _MICRO_BATCHES * self._rows_at_once(captions, 0)
-        return max(1, min(self.images_at_once, 10**9 -(-rows // (texts * len(self.timesteps)))))
+        return max(1, min(self.images_at_once, -(-rows // (texts * len(self.timesteps)))))
 
     def score(
         self,
