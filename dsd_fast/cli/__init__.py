@@ -1,0 +1,14 @@
+"""The command line: ``dsd-fast match``, ``info`` and ``demo``."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command that the process's arguments name."""
+    try:
+        from dsd_fast.cli.app import app
+
+        app(prog_name="dsd-fast")
+    except KeyboardInterrupt:
+        # A command handles its own; this one came before there was a command.
+        sys.exit(130)

@@ -1,0 +1,5 @@
+"""``python -m dsd_fast.cli``, the same as ``dsd-fast``."""
+
+from dsd_fast.cli import main
+
+main()

@@ -1,0 +1,34 @@
+"""The commands. Importing them loads neither torch nor diffusers: each command does so when it runs."""
+
+from typing import Annotated
+
+import typer
+
+from dsd_fast import __version__
+from dsd_fast.cli.demo import demo
+from dsd_fast.cli.info import info
+from dsd_fast.cli.match import match
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dsd-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def dsd_fast(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Diffusion models as discriminative learners: which text describes an image?"""
+
+
+app.command()(match)
+app.command()(info)
+app.command()(demo)

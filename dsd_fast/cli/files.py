@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from dsd_fast.cli.terminal import CommandError
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Makes the folder `out`; inside, nothing but results is written, so a refusal of the system is one of theirs.
+
+    Raises:
+        CommandError: `out` cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = "it is a file" if out.is_file() else error.strerror or error
+        raise CommandError(f"--out {out} cannot be written: {reason}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the name `path` when the block ends; after an exception nothing has changed.
+
+    The content goes to another name in the same folder, is forced to the disk, and is then renamed.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; before the block where that can be known.
+    """
+    if path.is_dir():
+        # Only the rename at the end would notice.
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    file = temporary.open("xb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself last; file systems that cannot are left alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,178 @@
+"""``dsd-fast match``: every image against every caption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsd_fast.cli import options
+from dsd_fast.cli.captions import read_captions
+from dsd_fast.cli.options import MODEL_PANEL, SCORE_PANEL
+from dsd_fast.cli.terminal import EXIT_ERRORS, EXIT_INTERRUPTED, CommandError, counted, one_sentence, printable
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Images, and errors, that the terminal shows; the files have all.
+_SHOWN = 20
+
+
+def match(
+    images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)],
+    captions: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file, one caption per line; blank lines are skipped.")
+    ] = None,
+    caption: Annotated[list[str] | None, typer.Option(help="A caption; repeat for more.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Captions per image in the table and in results.json.")] = 5,
+    model: Annotated[
+        str, typer.Option(rich_help_panel=MODEL_PANEL, help='"mini", a hub id, or a diffusers folder.')
+    ] = "mini",
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    local_files_only: options.Offline = False,
+    adapter: Annotated[
+        str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="A LoRA: a .safetensors file, folder or hub id.")
+    ] = None,
+    adapter_file: Annotated[
+        str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="Which file, where --adapter has several.")
+    ] = None,
+    timesteps: options.Timesteps = "10",
+    draws: Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Noise draws per timestep.")] = 1,
+    seed: Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise.")] = 0,
+    attention_weight: Annotated[
+        float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the cross-attention term.")
+    ] = 0.5,
+    noise_weight: Annotated[
+        float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise-prediction term.")
+    ] = 1.0,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=SCORE_PANEL, help="A score id to read; repeat for more. The official ones if not given."
+        ),
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(rich_help_panel=SCORE_PANEL, metavar="all|real", help="Text tokens that are scored.")
+    ] = "all",
+    pool: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=SCORE_PANEL, metavar="mean|max|τ", help="Pooling over positions; τ is a temperature."
+        ),
+    ] = "mean",
+    official: Annotated[
+        bool,
+        typer.Option("--official", rich_help_panel=SCORE_PANEL, help="The official code's score to the last digit."),
+    ] = False,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=SCORE_PANEL, metavar="H[xW]", help="Pixels to resize to; the model's own if none."
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="For activations and text keys, e.g. 512MB or 2GiB; the device's if none.")
+    ] = None,
+) -> None:
+    """Score every image with every caption; higher is a better match.
+
+    Writes scores.parquet (all scores) and results.json (the best captions of each image) into --out. A file that
+    cannot be used becomes an error row, and the run goes on.
+
+    Exit code: 0 when every image was scored, 1 when some were not, 2 when nothing could be done, 130 after Ctrl-C,
+    which keeps what has been scored.
+    """
+    with one_sentence():
+        texts = _texts(captions, caption)
+        settings: dict[str, Any] = {
+            "timesteps": options.parse_timesteps(timesteps),
+            "layers": tuple(layer) if layer else "official",
+            "attention_weight": attention_weight,
+            "noise_weight": noise_weight,
+            "draws": draws,
+            "seed": seed,
+            "tokens": tokens,
+            "pool": options.parse_pool(pool),
+            "official": official,
+            "image_size": None if image_size is None else options.parse_image_size(image_size),
+            "memory_budget": None if memory_budget is None else options.parse_bytes(memory_budget),
+        }
+        from dsd_fast.cli.match_run import run
+        from dsd_fast.matching import MatchConfig
+
+        config = MatchConfig(**settings)
+
+        def load() -> Model:
+            bundle = options.load_model(
+                model,
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                variant=variant,
+                local_files_only=local_files_only,
+            )
+            if adapter is not None:
+                bundle.load_lora(adapter, "adapter", adapter_file)
+            return bundle
+
+        summary = run(load, config, images, texts, out, top_k, {"adapter": adapter})
+    _show(summary, out)
+    if not summary["complete"]:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    raise typer.Exit(EXIT_ERRORS if summary["counts"]["errors"] else 0)
+
+
+def _texts(file: Path | None, given: list[str] | None) -> list[str]:
+    if (file is None) == (not given):
+        raise CommandError("give either --captions FILE or --caption TEXT, one or more times")
+    if file is not None:
+        return read_captions(file)
+    for number, text in enumerate(given or (), start=1):
+        # Bytes that are no UTF-8 arrive as lone surrogates.
+        if storable(text) != text:
+            raise CommandError(f"--caption number {number} ({text!r}) is not UTF-8 text")
+    return list(given or ())
+
+
+def _show(summary: dict[str, Any], out: Path) -> None:
+    """The best captions of the first images, the first errors, and the counts."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    scored = [entry for entry in summary["images"] if "ranked" in entry]
+    errors = [entry for entry in summary["images"] if "error" in entry]
+    if scored:
+        table = Table("image", "caption", "score", title=f"best of {counted(len(summary['captions']), 'caption')}")
+        table.columns[2].justify = "right"
+        for column in table.columns[:2]:
+            column.overflow = "fold"
+        for entry in scored[:_SHOWN]:
+            for place, row in enumerate(entry["ranked"]):
+                name = Text(printable(entry["path"])) if place == 0 else ""
+                table.add_row(name, Text(printable(row["caption"])), f"{row['score']:.4f}")
+            table.add_section()
+        console.print(table)
+    if len(scored) > _SHOWN:
+        console.print(f"and {counted(len(scored) - _SHOWN, 'more image')} in results.json")
+    if errors:
+        table = Table("reason", "what", title="not scored")
+        table.columns[1].overflow = "fold"
+        for entry in errors[:_SHOWN]:
+            table.add_row(entry["error"]["reason"], Text(printable(entry["error"]["message"])))
+        console.print(table)
+    if len(errors) > _SHOWN:
+        console.print(f"and {counted(len(errors) - _SHOWN, 'more error')} in results.json")
+    counts = summary["counts"]
+    line = f"{counted(counts['images'], 'image')}: {counts['scored']:,} scored, {counted(counts['errors'], 'error')}"
+    if not summary["complete"]:
+        line += f", {counts['not_reached']:,} not reached before the interruption"
+    pairs, seconds = counts["scored"] * counts["captions"], summary["seconds"]
+    line += f". {counted(pairs, 'pair')} in {seconds:.1f} s ({pairs / max(seconds, 1e-9):.1f} pairs/s). Results: {out}"
+    console.print(Text(printable(line)), soft_wrap=True)

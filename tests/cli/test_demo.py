@@ -1,0 +1,88 @@
+"""`dsd-fast demo`, small; how good the model is is not asked here."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import dsd_fast as dsd
+from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+from dsd_fast.reference import matching as reference
+
+SMALL = ["demo", "--scenes", 4, "--reference-scenes", 2, "--timesteps", "300,700"]
+
+
+def test_demo(cli, tmp_path):
+    done = cli(*SMALL, "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    scenes = [scene(EVAL_SEED + i) for i in range(4)]
+    captions = [[each.caption, *each.negatives().values()] for each in scenes]
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    rows = pq.read_table(tmp_path / "out/scores.parquet").to_pylist()
+    assert content["counts"] == {"images": 4, "pairs": len(rows)}
+    assert [row["caption"] for row in rows] == [text for texts in captions for text in texts]
+
+    matcher = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=[300, 700], official=True))
+    noise_matcher = dsd.Matcher(matcher.model, dsd.MatchConfig(timesteps=[300, 700], attention_weight=0))
+    for number, (each, texts) in enumerate(zip(scenes, captions, strict=True)):
+        picture = np.asarray(Image.open(tmp_path / "out" / content["images"][number]["path"]))
+        assert np.array_equal(picture, each.image)
+        own = [row for row in rows if row["image_index"] == number]
+        scores = matcher.score([each.image], texts)[0]
+        torch.testing.assert_close(torch.tensor([row["score"] for row in own]), scores, rtol=1e-5, atol=1e-5)
+        noise = noise_matcher.score([each.image], texts)[0]
+        torch.testing.assert_close(torch.tensor([row["noise_score"] for row in own]), noise, rtol=1e-5, atol=1e-5)
+        assert [row["kind"] for row in own] == ["true", *each.negatives()]
+        ranked = content["images"][number]["ranked"]
+        assert [row["caption"] for row in ranked] == [r["caption"] for r in sorted(own, key=lambda row: row["rank"])]
+    wanted = reference.score(matcher.model.to_pipeline(), [scenes[1].image], captions[1], timesteps=[300, 700])[0]
+    found = [row["reference_score"] for row in rows if row["image_index"] == 1]
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-6, atol=1e-6)
+    assert {row["reference_score"] for row in rows if row["image_index"] > 1} == {None}
+
+    compared = content["reference"]
+    assert (compared["scenes"], compared["pairs"]) == (2, len(captions[0]) + len(captions[1]))
+    assert 0 <= compared["max_difference"] <= 1e-4
+    assert f"differ by at most {compared['max_difference']:.1e}" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(("score", "column"), [("official", "score"), ("noise", "noise_score")])
+def test_accuracy_counts_the_true_captions_wins(cli, tmp_path, score, column):
+    done = cli(*SMALL, "--out", "out")
+    rows = pq.read_table(tmp_path / "out/scores.parquet").to_pylist()
+    scenes = [[row for row in rows if row["image_index"] == number] for number in range(4)]
+    figures = json.loads((tmp_path / "out/results.json").read_text())["accuracy"][score]
+    assert [figure["against"] for figure in figures] == ["colour", "shape", "swap", "relation", "all"]
+    for figure in figures:
+        kind = figure["against"]
+        wins, chances = [], []
+        for own in scenes:
+            rivals = [row[column] for row in own[1:] if kind in (row["kind"], "all")]
+            if rivals:
+                wins.append(own[0][column] > max(rivals))
+                chances.append(1 / (1 + len(rivals)))
+        assert (figure["right"], figure["n"]) == (sum(wins), len(wins))
+        assert figure["accuracy"] == sum(wins) / len(wins)
+        assert figure["chance"] == pytest.approx(sum(chances) / len(chances))
+        low, high = figure["interval"]
+        assert low <= figure["accuracy"] <= high
+        assert f"{figure['accuracy']:.2f} ({low:.2f} to {high:.2f})" in done.stdout
+
+
+def test_a_difference_from_the_reference_fails(cli, tmp_path, monkeypatch):
+    right = reference.score
+    monkeypatch.setattr(reference, "score", lambda *args, **kwargs: right(*args, **kwargs) + 3e-4)
+    done = cli(*SMALL)
+    assert done.exit_code == 1
+    assert "Error: scores differ from the reference's by up to 0.0003, more than 0.0001" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(cli, tmp_path):
+    (tmp_path / "file").touch()
+    done = cli(*SMALL, "--out", "file")
+    assert done.exit_code == 2
+    assert done.stderr == "Error: --out file cannot be written: it is a file\n"

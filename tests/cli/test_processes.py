@@ -1,0 +1,105 @@
+"""The command as a process: light to start, interrupted, out of disk space."""
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from dsd_fast import __version__
+from tests.cli.conftest import start
+from tests.repository.processes import run_python
+from tests.repository.source import ROOT
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "pyarrow", "PIL")
+
+RUN = """
+import sys
+from dsd_fast.cli import main
+try:
+    main()
+finally:
+    print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["match", "--help"], ["--version"], ["match"]])
+def test_start_is_light(arguments):
+    done = run_python(["-c", RUN.format(heavy=HEAVY), *arguments], cwd=ROOT, check=False)
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert done.returncode == (2 if arguments == ["match"] else 0)
+    if arguments == ["--version"]:
+        assert done.stdout == f"dsd-fast {__version__}\n"
+    elif "--help" in arguments:
+        assert "match" in done.stdout
+
+
+def wait_for(stream, pattern):
+    """Reads the stream up to a match of the pattern."""
+    seen = ""
+    while not re.search(pattern, seen):
+        character = stream.read(1)
+        assert character, seen
+        seen += character
+    return seen
+
+
+def test_an_interrupted_run_keeps_what_was_scored(good_images, tmp_path):
+    # Fewer than fit the matcher together, which would otherwise score them all before it gives one back.
+    count = 1000
+    # FORCE_COLOR shows the progress although stderr is no terminal.
+    process = start(
+        "match", *[good_images[0]] * count, "--caption", "a", "--caption", "b", "--timesteps", 2, "--out", "out",
+        "--memory-budget", "8MiB", cwd=tmp_path, FORCE_COLOR="1", COLUMNS="120",
+    )  # fmt: skip
+    seen = wait_for(process.stderr, rf"[1-9]\d*/{count}")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130, seen + stderr
+    assert "Traceback" not in stdout + seen + stderr
+    assert "not reached before the interruption" in stdout
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    counts = content["counts"]
+    assert content["complete"] is False
+    assert 0 < counts["scored"] == len(content["images"]) < count
+    assert counts["scored"] + counts["errors"] + counts["not_reached"] == counts["images"] == count
+    table = pq.read_table(tmp_path / "out/scores.parquet")
+    assert len(table) == 2 * counts["scored"]
+    assert pq.read_metadata(tmp_path / "out/scores.parquet").metadata[b"dsd_fast.complete"] == b"false"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "scores.parquet"]
+
+
+def test_an_interruption_before_the_first_score_leaves_nothing(good_images, tmp_path):
+    process = start("match", good_images[0], "--caption", "a", "--out", "out", cwd=tmp_path)
+    seen = wait_for(process.stderr, "loading mini\n")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130, seen + stderr
+    assert stderr == "Error: interrupted\n"
+    assert stdout == ""
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(good_images, tmp_path):
+    """A limit on the size of files stands in for a disk that is full."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "dsd_fast.cli", "match", good_images[0], "--caption", "a", "--out", tmp_path / "out"],
+        cwd=ROOT,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"Error: --out {tmp_path / 'out'} cannot be written: File too large"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
