@@ -42,10 +42,7 @@ def demo(
     """
     with one_sentence():
         steps = options.parse_timesteps(timesteps)
-        from transformers.utils import logging
-
-        # The reference's pipeline imports image processors that nothing here uses, with a warning about each.
-        logging.set_verbosity_error()
+        options.quiet_transformers()
         from dsd_fast.cli.demo_run import TOLERANCE, run
 
         summary = run(out, scenes, min(reference_scenes, scenes), steps, seed, device)

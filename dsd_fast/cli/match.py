@@ -10,7 +10,15 @@ import typer
 from dsd_fast.cli import options
 from dsd_fast.cli.captions import read_captions
 from dsd_fast.cli.options import MODEL_PANEL, SCORE_PANEL
-from dsd_fast.cli.terminal import EXIT_ERRORS, EXIT_INTERRUPTED, CommandError, counted, one_sentence, printable
+from dsd_fast.cli.terminal import (
+    EXIT_ERRORS,
+    EXIT_INTERRUPTED,
+    CommandError,
+    counted,
+    one_sentence,
+    printable,
+    storable,
+)
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model

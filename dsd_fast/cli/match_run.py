@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from dsd_fast.cli.captions import check_lengths
 from dsd_fast.cli.files import replacing, writing
-from dsd_fast.cli.results import ScoreFile, ranked, settings_of, storable, versions, write_json
-from dsd_fast.cli.terminal import Interrupt, progress
+from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
+from dsd_fast.cli.terminal import Interrupt, progress, storable
 from dsd_fast.images import ImageError
 from dsd_fast.matching import MatchConfig, Matcher
 
@@ -57,7 +57,7 @@ def run(
         matcher = Matcher(model, config)
         settings = {**settings_of(matcher), **settings, "top_k": top_k}
         metadata = {
-            "model": storable(model.name),
+            "model": model.name,
             "revision": model.revision or "",
             "config": json.dumps(settings),
             "versions": json.dumps(versions()),

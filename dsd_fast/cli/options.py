@@ -74,6 +74,13 @@ def parse_image_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def quiet_transformers() -> None:
+    """Pipelines import image processors that nothing here uses, and transformers warns about each."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def load_model(
     name: str, *, device: str, dtype: str, revision: str | None, variant: str | None, local_files_only: bool
 ) -> Model:
@@ -83,6 +90,7 @@ def load_model(
     from dsd_fast.cli.terminal import CommandError, printable
     from dsd_fast.models import load
 
+    quiet_transformers()
     # Not a live display: the hub's own progress bars may follow.
     Console(stderr=True).print(f"loading {printable(name)}", style="dim", markup=False, highlight=False)
     try:

@@ -115,11 +115,6 @@ def ranked(
     ]
 
 
-def storable(path: str) -> str:
-    """A path as UTF-8 text: bytes that are none, which Linux allows in names, become escapes."""
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
 def settings_of(matcher: Matcher) -> dict[str, Any]:
     """Everything that the scores depend on, with what the configuration leaves to the model filled in."""
     model, config = matcher.model, matcher.config
@@ -152,7 +147,5 @@ def versions() -> dict[str, str]:
 
 def write_json(file: BinaryIO, content: Mapping[str, Any]) -> None:
     """Indented UTF-8 JSON."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    # Lone surrogates, of paths that are no UTF-8, become JSON's own escapes.
-    file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+    file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     file.flush()

@@ -25,12 +25,14 @@ log = logging.getLogger("dsd_fast")
 GPU_SHARE = 0.8
 # On a CPU more rows than these hold gain nothing and fall out of the caches.
 CPU_BUDGET = 256 << 20
+# What a process holds for each byte that is in use. The CPU's heap keeps the gaps that tensors of other sizes leave.
+HEADROOM = {"cpu": 4, "cuda": 1}
 
 CPU = torch.device("cpu")
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes of activations that a stream uses on ``device``: 80 % of what is free on a GPU, 256 MiB on a CPU.
+    """Bytes that a stream's activations may take on ``device``: 80 % of what is free on a GPU, 256 MiB on a CPU.
 
     ``DSD_FAST_MEMORY_BUDGET`` (bytes) overrides both.
     """
@@ -71,18 +73,16 @@ def rows_at_once(
     Raises:
         ValueError: a given budget that does not hold the keys and one row.
     """
-    sizes = plan.program.sizes(height, width)
-    if memory_budget is None:
-        budget = default_budget(plan.program.unet.device)
-        return max(1, rows_within(plan, budget, sizes, tokens, map_tokens, residuals))
-    rows = rows_within(plan, memory_budget - keys, sizes, tokens, map_tokens, residuals)
-    if rows < 1:
-        row = run_bytes(plan, 1, sizes, tokens, map_tokens, residuals)
+    sizes, device = plan.program.sizes(height, width), plan.program.unet.device
+    room = default_budget(device) if memory_budget is None else memory_budget - keys
+    row = run_bytes(plan, 1, sizes, tokens, map_tokens, residuals)
+    if memory_budget is not None and row > room:
         raise ValueError(
             f"memory_budget: {memory_budget:,} bytes cannot hold the texts' keys ({keys:,} bytes) and one row "
             f"({row:,} bytes)"
         )
-    return rows
+    in_use = room // HEADROOM["cuda" if device.type == "cuda" else "cpu"]
+    return max(1, rows_within(plan, in_use, sizes, tokens, map_tokens, residuals))
 
 
 def stream(

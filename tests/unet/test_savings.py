@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_fast.unet import Plan, UNetProgram
+from dsd_fast.unet.stream import HEADROOM
 from tests.memory import allocations
 from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, save_tiny_lora, tiny_pipeline, tiny_unet
 
@@ -107,14 +108,58 @@ def test_rows_repeated_before_the_first_step_would_be_noticed(family, monkeypatc
         check_sharing(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_keys_and_values_are_projected_once_per_text(family):
+def check_text_keys(family):
     unet = tiny_unet(family)
     plan = UNetProgram(unet).plan(noise_pred=True)
     rows = count_rows(unet, lambda: all_pairs(plan, family, 4, 3))
     projected = {k: v for k, v in rows.items() if "attn2.to_k" in k or "attn2.to_v" in k}
     assert len(projected) == 2 * len(plan.program.score_ids)
     assert set(projected.values()) == {3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_are_projected_once_per_text(family):
+    check_text_keys(family)
+
+
+def test_keys_projected_again_would_be_noticed(monkeypatch):
+    run = Plan.run
+
+    def projects_again(self, *args, **kwargs):
+        self.encode_text(request("sd15", 1, 3)[1])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Plan, "run", projects_again)
+    with pytest.raises(AssertionError):
+        check_text_keys("sd15")
+
+
+def check_batching(family, budget=None):
+    """All rows of a request that fits go through the network in one call of each module."""
+    unet = tiny_unet(family)
+    plan = UNetProgram(unet).plan(noise_pred=True)
+    z, states, pooled, ids = request(family, 4, 3)
+    with torch.no_grad():
+        text = plan.encode_text(states, pooled=pooled)
+    index = torch.arange(4).repeat_interleave(3)
+    options = {"latent_index": index, "text_index": torch.arange(3).repeat(4), "time_ids": ids}
+    if budget:
+        options["memory_budget"] = text.nbytes + HEADROOM["cpu"] * plan.run_bytes(budget, *SIZE, TOKENS)
+    calls = Counter()
+    handle = unet.conv_out.register_forward_hook(lambda m, args, out: calls.update([len(args[0])]))
+    list(plan.stream(z, 500, text, **options))
+    handle.remove()
+    assert calls == {12: 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_all_latents_and_texts_are_one_batch(family):
+    check_batching(family)
+
+
+def test_rows_in_smaller_batches_would_be_noticed():
+    with pytest.raises(AssertionError):
+        check_batching("sd15", budget=5)
 
 
 def check_early_stop(family):
