@@ -27,10 +27,13 @@ _MICRO_BATCHES = 4
 
 
 class Captions:
-    """M encoded captions, held in host memory, and their keys once those of all fit the budget together."""
+    """M encoded captions of one call, held in host memory, and the unconditional text if the score needs one.
 
-    def __init__(self, states: PromptStates) -> None:
-        self.states = states
+    ``keys`` are those of all of them, once made, where they fit the budget together.
+    """
+
+    def __init__(self, states: PromptStates, empty: PromptStates | None) -> None:
+        self.states, self.empty = states, empty
         self.keys: TextKV | None = None
 
     def __len__(self) -> int:
@@ -66,7 +69,6 @@ class PairScorer:
         )
         self.weights = {name: value.to(model.unet.device) for name, value in weights.items()}
         self.needs_unconditional = config.noise_weight != 0 or config.official
-        self._empty: PromptStates | None = None
 
     def encode_texts(self, captions: Sequence[str]) -> Captions:
         """Each caption once through the text encoder, under this scorer's adapters.
@@ -78,9 +80,9 @@ class PairScorer:
             for scope in self._encoder_scopes:
                 scopes.enter_context(scope.active())
             scopes.enter_context(torch.no_grad())
-            if self._empty is None and self.needs_unconditional:
-                self._empty = self.model.encode_unconditional().to("cpu")
-            return Captions(self.model.encode_prompts(captions).to("cpu"))
+            # Again for each call: the text encoder's own adapters may have changed since the last.
+            empty = self.model.encode_unconditional().to("cpu") if self.needs_unconditional else None
+            return Captions(self.model.encode_prompts(captions).to("cpu"), empty)
 
     def images_together(self, captions: Captions, texts: int) -> int:
         """How many images make a few full micro-batches of rows, with ``texts`` of the captions each.
@@ -91,7 +93,8 @@ class PairScorer:
         if captions.keys is None and self._texts_at_once(captions) < len(captions):
             # The keys of all captions do not fit together and are made again for each chunk: the fewer, the better.
             return self.images_at_once
-        rows = _MICRO_BATCHES * self._rows_at_once(captions, 0)
+        tokens, budget = captions.states.states.shape[1], self.config.memory_budget
+        rows = _MICRO_BATCHES * rows_at_once(self.plan, *self.latent_size, tokens, memory_budget=budget)
         return max(1, min(self.images_at_once, -(-rows // (texts * len(self.timesteps)))))
 
     def score(
@@ -151,7 +154,7 @@ class PairScorer:
         if at_once >= len(captions):
             # One group: its keys are made once and kept for the next images.
             if captions.keys is None:
-                captions.keys = self._encode(captions.states, with_empty=self.needs_unconditional)
+                captions.keys = self._encode(captions.states, captions.empty)
             used = torch.arange(len(captions))
         else:
             used, text_of = torch.unique(text_of, return_inverse=True)
@@ -161,19 +164,18 @@ class PairScorer:
             latent_rows = (image_of[chosen, None] * len(steps) + steps).flatten()
             text_rows = (text_of[chosen, None] - start).expand(-1, len(steps)).flatten()
             slot = (chosen[:, None] * len(steps) + steps).flatten()
-            unconditional = start == 0 and self.needs_unconditional
-            if unconditional:
+            empty = captions.empty if start == 0 else None
+            if empty is not None:
                 every = torch.arange(images * len(steps))
                 latent_rows = torch.cat([latent_rows, every])
                 text_rows = torch.cat([text_rows, torch.full_like(every, len(group))])
                 slot = torch.cat([slot, len(image_of) * len(steps) + every])
-            keys = captions.keys or self._encode(captions.states[group], with_empty=unconditional)
+            keys = captions.keys or self._encode(captions.states[group], empty)
             yield keys, latent_rows, text_rows, slot
 
-    def _encode(self, states: PromptStates, with_empty: bool) -> TextKV:
-        if with_empty:
-            assert self._empty is not None
-            states = states.followed_by(self._empty)
+    def _encode(self, states: PromptStates, empty: PromptStates | None) -> TextKV:
+        if empty is not None:
+            states = states.followed_by(empty)
         unet = self.model.unet
         mask = None
         if self.config.tokens == "real":
@@ -194,10 +196,6 @@ class PairScorer:
             budget = min(given // 2, room)
         count: int = budget // per_text - int(self.needs_unconditional)
         return max(1, count)
-
-    def _rows_at_once(self, captions: Captions, keys: int) -> int:
-        tokens = captions.states.states.shape[1]
-        return rows_at_once(self.plan, *self.latent_size, tokens, keys=keys, memory_budget=self.config.memory_budget)
 
     def _noise(self, seeds: Sequence[int] | None, shape: Sequence[int]) -> Tensor:
         """(S·draws, C, h, w), or as many for each seed."""

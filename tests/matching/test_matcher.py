@@ -351,6 +351,17 @@ def test_an_adapter_belongs_to_its_matcher(tmp_path):
         dsd.Matcher(model, config, adapter="c")
 
 
+def test_without_an_adapter_named_each_call_takes_what_is_active(tmp_path):
+    pipe = tiny_pipeline("sd15")
+    for name, seed in (("a", 1), ("b", 2)):
+        pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path / name, seed=seed), adapter_name=name)
+    m = matcher(pipe, official=True)
+    for active in ("a", "b"):
+        pipe.set_adapters(active)
+        want = reference.score(pipe, pictures(1), CAPTIONS, timesteps=TIMES)
+        torch.testing.assert_close(m.score(pictures(1), CAPTIONS), want, rtol=0, atol=1e-4)
+
+
 def test_parts_of_different_types():
     pipe = tiny_pipeline("sd15")
     want = matcher(pipe).score(pictures(1), CAPTIONS)
