@@ -14,6 +14,7 @@ PACKAGES = [
     "dsd_fast.kernels.cross_attention_score",
     "dsd_fast.kernels.token_maps",
     "dsd_fast.matching",
+    "dsd_fast.metrics",
     "dsd_fast.models",
     "dsd_fast.models.mini",
     "dsd_fast.reference",

@@ -18,13 +18,14 @@ __all__ = [
     "kernels",
     "load",
     "matching",
+    "metrics",
     "models",
     "reference",
     "unet",
 ]
 
 if TYPE_CHECKING:
-    from dsd_fast import diffusion, images, kernels, matching, models, reference, unet
+    from dsd_fast import diffusion, images, kernels, matching, metrics, models, reference, unet
     from dsd_fast.matching import MatchConfig, Matcher
     from dsd_fast.models import from_pipeline, load
 else:

@@ -21,7 +21,7 @@ from dsd_fast.cli.options import load_model
 from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
 from dsd_fast.cli.terminal import progress
 from dsd_fast.matching import MatchConfig, Matcher
-from dsd_fast.models.mini.evaluate import wilson
+from dsd_fast.metrics import wilson
 from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, Scene, scene
 from dsd_fast.reference import matching as reference
 

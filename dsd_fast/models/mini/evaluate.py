@@ -24,7 +24,7 @@ from .digits import EVALUATION, caption, digit
 from .networks import preprocess
 from .scenes import EVAL_SEED, NEGATIVE_KINDS, scene
 
-__all__ = ["Figure", "evaluate", "noise_errors", "wilson"]
+__all__ = ["Figure", "evaluate", "noise_errors"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,6 @@ class Figure:
     def accuracy(self) -> float:
         """Share of right choices; nan without any."""
         return self.right / self.n if self.n else math.nan
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a proportion, 95 % by default."""
-    if n == 0:
-        return 0.0, 1.0
-    share, spread = right / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @torch.inference_mode()

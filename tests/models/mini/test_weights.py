@@ -10,7 +10,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from dsd_fast.models import mini
 from dsd_fast.models.mini.digits import DIGIT_NAMES
-from dsd_fast.models.mini.evaluate import noise_errors, wilson
+from dsd_fast.models.mini.evaluate import noise_errors
 from dsd_fast.models.mini.scenes import COLOURS, EVAL_SEED, RELATIONS, SHAPES, SIZES, scene
 
 
@@ -114,10 +114,3 @@ def test_noise_errors_do_not_depend_on_the_other_captions(pipe):
     together = noise_errors(pipe, picture.image, captions, 2)
     assert together.shape == (5,)
     assert torch.allclose(together[:1], noise_errors(pipe, picture.image, captions[:1], 2), rtol=1e-5)
-
-
-def test_wilson_interval():
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(50, 100)
-    assert (low, high) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
-    assert wilson(10, 10)[1] == 1.0
