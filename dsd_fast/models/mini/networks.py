@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -169,6 +170,10 @@ def _write(parts: Components, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # Published text encoders have this prefix, which every version of transformers reads and only some write.
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
     clip = folder / "clip"
     _half(parts.clip).save_pretrained(clip)
     parts.tokenizer.save_pretrained(clip)

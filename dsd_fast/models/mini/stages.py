@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from .digits import DIGIT_NAMES, TRAINING, caption, digit
 from .loop import Recipe, fit, generator, read, write
-from .networks import MAX_TOKENS, Components, preprocess
-from .scenes import scene
+from .networks import MAX_TOKENS, WIDTH, Components, preprocess
+from .scenes import COLOURS, RELATIONS, SHAPES, SIZES, scene
 
 __all__ = ["Example", "example", "load", "train_clip", "train_unet", "train_vae"]
 
@@ -34,10 +34,10 @@ class Example:
     negative: str
 
 
-def example(seed: int) -> Example:
-    """The training example of a seed: a digit in 12 of 100, else a scene."""
+def example(seed: int, digits: float = 0.12) -> Example:
+    """The training example of a seed: a digit with the probability `digits`, else a scene."""
     rng = np.random.default_rng((seed, 3))
-    if rng.random() < 0.12:
+    if rng.random() < digits:
         drawn = digit(int(rng.integers(len(TRAINING))), seed)
         wrong = (drawn.label + int(rng.integers(1, 10))) % len(DIGIT_NAMES)
         return Example(drawn.image, drawn.caption, caption(wrong))
@@ -77,7 +77,7 @@ def train_vae(parts: Components, recipe: Recipe, folder: Path, *, measured: int 
         posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
         decoded = vae.decode(posterior.sample(generator(recipe.seed, step))).sample
         kl: Tensor = posterior.kl().mean() / posterior.mean[0].numel()
-        return 5 * F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + 1e-3 * kl
+        return 5 * F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + 1e-4 * kl
 
     done = fit("vae", dict(vae.named_parameters()), loss, recipe, folder, **options)
     vae.load_state_dict(read(folder / "vae.safetensors", "ema.")[0])
@@ -107,19 +107,58 @@ def standardise(parts: Components, pictures: int = 2048) -> None:
 
 
 def train_clip(parts: Components, recipe: Recipe, folder: Path, **options: Any) -> bool:
-    """Trains both towers: InfoNCE over the batch, each picture with one nearly true caption besides."""
+    """Trains both towers: InfoNCE over the batch, each picture with one nearly true caption besides, and a description.
+
+    A linear head, the same for pictures and captions and not kept, reads from the common embedding what the caption
+    says. Without it the towers pass over what the batch seldom asks about, such as the relation of two objects.
+    """
     clip = parts.clip.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        head = torch.nn.Linear(WIDTH, sum(FACTS))
 
     def loss(step: int) -> Tensor:
-        batch = [example(seed) for seed in range(step * recipe.batch, (step + 1) * recipe.batch)]
-        tokens = _tokens(parts, [item.caption for item in batch] + [item.negative for item in batch])
+        batch = [example(seed, 0.2) for seed in range(step * recipe.batch, (step + 1) * recipe.batch)]
+        captions = [item.caption for item in batch] + [item.negative for item in batch]
+        tokens = _tokens(parts, captions)
         pixels = preprocess(torch.from_numpy(np.stack([item.image for item in batch])))
         images = F.normalize(clip.visual_projection(clip.vision_model(pixels).pooler_output), dim=-1)
         texts = clip.text_projection(clip.text_model(tokens).pooler_output)
-        return contrastive(images, texts, tokens[: len(batch)], clip.logit_scale)
+        match = contrastive(images, texts, tokens[: len(batch)], clip.logit_scale)
+        said = torch.tensor([facts(text) for text in captions])
+        read = head(10 * torch.cat((F.normalize(texts, dim=-1), images))).split(FACTS, -1)
+        wanted = torch.cat((said, said[: len(batch)])).unbind(-1)
+        # Summed, since the mean over a batch in which no caption answers is no number.
+        pairs = zip(read, wanted, strict=True)
+        missed = torch.stack([F.cross_entropy(*pair, ignore_index=-1, reduction="sum") for pair in pairs]).sum()
+        return match + 0.25 * missed / len(images)
 
     names = {f"clip.{key}": p for key, p in clip.named_parameters()}
+    names |= {f"head.{key}": p for key, p in head.named_parameters()}
     return fit("clip", names, loss, recipe, folder, **options)
+
+
+FACTS = ((len(SHAPES) + 1, len(RELATIONS) + 1, len(SIZES)) * len(COLOURS)) + (len(DIGIT_NAMES) + 1,)
+"""Number of answers to each of `facts`'s questions."""
+
+
+def facts(text: str) -> list[int]:
+    """What a caption of the task says: for each colour its shape, its side and its size, then the digit.
+
+    The last answer of shape, side and digit is "none"; an unnamed size is -1.
+    """
+    words = text.split()
+    if words[:2] == ["a", "photo"]:
+        return [len(SHAPES), len(RELATIONS), -1] * len(COLOURS) + [DIGIT_NAMES.index(words[-1])]
+    relation = next((name for name in RELATIONS if f" {name} " in text), None)
+    phrases = text.split(f" {relation} ") if relation else [text]
+    said: dict[str, list[int]] = {}
+    for phrase, side in zip(phrases, (relation, RELATIONS.get(relation or "")), strict=False):
+        *size, colour, shape = phrase.split()[1:]
+        place = list(RELATIONS).index(side) if side else len(RELATIONS)
+        said[colour] = [SHAPES.index(shape), place, list(SIZES).index(size[0]) if size else -1]
+    rows = [said.get(colour, [len(SHAPES), len(RELATIONS), -1]) for colour in COLOURS]
+    return [answer for row in rows for answer in row] + [len(DIGIT_NAMES)]
 
 
 def contrastive(images: Tensor, texts: Tensor, tokens: Tensor, logit_scale: Tensor) -> Tensor:
@@ -142,7 +181,7 @@ def train_unet(
     recipe: Recipe,
     folder: Path,
     *,
-    pictures: int = 40_960,
+    pictures: int = 81_920,
     bfloat16: bool = True,
     **options: Any,
 ) -> bool:
@@ -153,9 +192,11 @@ def train_unet(
     data = _cache(parts, folder / "cache.safetensors", pictures)
     clip, unet = parts.clip.train(), parts.unet.train()
     unet.set_attn_processor(AttnProcessor())
+    unet.to(memory_format=torch.channels_last)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    weights = snr.clamp(max=5) / snr
+    # min-SNR-5 with a floor, since where objects lie relative to each other is decided where hardly any signal is left.
+    weights = snr.clamp(0.1, 5) / snr
     empty = _tokens(parts, [""])[0]
     batch = recipe.batch
 
@@ -202,7 +243,7 @@ def _cache(parts: Components, file: Path, pictures: int) -> dict[str, Tensor]:
     parts.clip.eval()
     rows: dict[str, list[Tensor]] = {"latents": [], "images": [], "tokens": [], "negatives": []}
     for start in track(range(0, pictures, 64), "pictures to latents"):
-        batch = [example(seed) for seed in range(start, min(start + 64, pictures))]
+        batch = [example(seed, 0.3) for seed in range(start, min(start + 64, pictures))]
         pixels = preprocess(torch.from_numpy(np.stack([item.image for item in batch])))
         latents = parts.vae.encode(pixels).latent_dist.mean * parts.vae.config.scaling_factor
         embeds = parts.clip.visual_projection(parts.clip.vision_model(pixels).pooler_output)

@@ -43,7 +43,7 @@ def train(
     clip_steps: Annotated[int, typer.Option(min=1)] = 1800,
     unet_steps: Annotated[int, typer.Option(min=1)] = 6000,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step; CLIP takes twice as many.")] = 32,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures whose latents the UNet is trained on.")] = 40_960,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures whose latents the UNet is trained on.")] = 81_920,
     bfloat16: Annotated[bool, typer.Option(help="UNet stage: half-precision products, float32 weights.")] = True,
     minutes: Annotated[float | None, typer.Option(help="Stop each stage after this long; run again to go on.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
@@ -68,7 +68,7 @@ def train(
             recipe = Recipe(clip_steps, 2 * batch, 1e-3, seed=seed)
             done = train_clip(parts, recipe, out, **limits)
         elif name is Stage.unet:
-            recipe = Recipe(unet_steps, batch, 1e-3, seed=seed)
+            recipe = Recipe(unet_steps, batch, 1e-3, ema=0.999, seed=seed)
             done = train_unet(parts, recipe, out, pictures=pictures, bfloat16=bfloat16, **limits)
         else:
             # A stage leaves its last weights in the networks; what is exported is their average.

@@ -143,3 +143,38 @@ def test_learning_rate_is_independent_of_the_length_until_it_falls():
     short, long = Recipe(1000, 1, 1e-3), Recipe(2000, 1, 1e-3)
     assert all(short.rate_at(step) == long.rate_at(step) for step in range(500))
     assert short.rate_at(999) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("a red circle", {"red": [0, 4, -1]}),
+        ("a small cyan ring", {"cyan": [4, 4, 0]}),
+        ("a large red circle left of a blue square", {"red": [0, 0, 1], "blue": [1, 1, -1]}),
+        ("a purple cross below a small green square", {"purple": [3, 3, -1], "green": [1, 2, 0]}),
+        ("a photo of the digit seven", {"digit": 7}),
+    ],
+)
+def test_facts_are_what_the_caption_says(caption, said):
+    # Shapes, sides and sizes in the order of the task; 5, 4 and -1 stand for none.
+    rows = [said.get(colour, [5, 4, -1]) for colour in ("red", "green", "blue", "yellow", "purple", "cyan")]
+    assert stages.facts(caption) == [answer for row in rows for answer in row] + [said.get("digit", 10)]
+
+
+def test_facts_of_every_training_caption_are_answers():
+    for seed in range(500):
+        drawn = stages.example(seed, 0.2)
+        for caption in (drawn.caption, drawn.negative):
+            assert len(found := stages.facts(caption)) == len(stages.FACTS)
+            assert all(-1 <= answer < count for answer, count in zip(found, stages.FACTS, strict=True))
+        assert stages.facts(drawn.caption) != stages.facts(drawn.negative)
+
+
+def test_clip_stage_survives_a_batch_in_which_no_caption_names_a_size(tmp_path):
+    # Two pictures seldom name the size of all six colours: a mean over no answers would be no number.
+    parts = build()
+    assert stages.train_clip(parts, Recipe(3, 2, 1e-3), tmp_path)
+    saved = read(tmp_path / "clip.safetensors", "model.")[0]
+    assert all(bool(torch.isfinite(value).all()) for value in saved.values())
+    assert {name.split(".")[0] for name in saved} == {"clip", "head"}
+    assert stages.load(parts, tmp_path) == ["clip"]
