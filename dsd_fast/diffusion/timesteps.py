@@ -9,27 +9,32 @@ from typing import Any, SupportsIndex
 _OFFICIAL_MARGIN = 10
 
 
-def official_timesteps(sampling_steps: int, num_train_timesteps: int = 1000) -> list[int]:
+def official_timesteps(
+    sampling_steps: int, num_train_timesteps: int = 1000, *, margin: int = _OFFICIAL_MARGIN
+) -> list[int]:
     """The grid of the official DSD code for a requested number of steps, ascending.
 
-    t = (S − 1) − i for i in range(10, S − 10, ⌊S / sampling_steps⌋), S = num_train_timesteps. The margins and the
-    rounding make the grid shorter than asked for some counts: 50 gives 49 timesteps, 200 gives 196, 1000 gives 980.
+    t = (S − 1) − i for i in range(margin, S − margin, ⌊S / sampling_steps⌋), S = num_train_timesteps. The margins and
+    the rounding make the grid shorter than asked for some counts: 50 gives 49 timesteps, 200 gives 196, 1000 gives 980.
     Source: `sampled_timesteps` of eric-ai-lab/DSD (He et al., arXiv 2305.10722).
 
     Args:
         sampling_steps: 1 ≤ sampling_steps ≤ num_train_timesteps.
-        num_train_timesteps: length of the noise schedule, more than 20.
+        num_train_timesteps: length of the noise schedule, more than two margins.
+        margin: timesteps left out at either end, at least 0.
 
     Raises:
         ValueError: an argument outside its range.
     """
     total = _as_int("num_train_timesteps", num_train_timesteps)
-    if total <= 2 * _OFFICIAL_MARGIN:
-        raise ValueError(f"num_train_timesteps is {total}, expected more than {2 * _OFFICIAL_MARGIN}")
+    if _as_int("margin", margin) < 0:
+        raise ValueError(f"margin is {margin}, expected at least 0")
+    if total <= 2 * margin:
+        raise ValueError(f"num_train_timesteps is {total}, expected more than {2 * margin}")
     steps = _as_int("sampling_steps", sampling_steps)
     if not 1 <= steps <= total:
         raise ValueError(f"sampling_steps is {steps}, expected 1 to {total}")
-    return [total - 1 - i for i in range(_OFFICIAL_MARGIN, total - _OFFICIAL_MARGIN, total // steps)][::-1]
+    return [total - 1 - i for i in range(margin, total - margin, total // steps)][::-1]
 
 
 def img2img_timestep(scheduler: Any, t: int) -> int:

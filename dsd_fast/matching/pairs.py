@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,25 @@ if TYPE_CHECKING:
 _LATENT_BYTES = 64 << 20
 # Micro-batches scored together: enough that a partly filled last one costs little, few enough that results come soon.
 _MICRO_BATCHES = 4
+# Images in one call of the VAE, and its encoder's peak: so many float tensors of its first width at the image's size.
+_VAE_BATCH = 8
+_VAE_TENSORS = 6
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The two terms of B pairs at S timesteps, before weights and means, float64 on the CPU.
+
+    Attributes:
+        attention: (B, S), Σ_l w_l · mean over heads and positions of lse_l, of the text's row.
+        error: (B, S), ‖ε − ε_text‖; zeros where the plan predicts no noise.
+        free_attention, free_error: (B, S), the same of the unconditional row; None without one.
+    """
+
+    attention: Tensor
+    error: Tensor
+    free_attention: Tensor | None
+    free_error: Tensor | None
 
 
 class Captions:
@@ -97,6 +117,22 @@ class PairScorer:
         rows = _MICRO_BATCHES * rows_at_once(self.plan, *self.latent_size, tokens, memory_budget=budget)
         return max(1, min(self.images_at_once, -(-rows // (texts * len(self.timesteps)))))
 
+    def encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
+        """(n, C, h, w) clean latents of n images, each (3, height, width) in [−1, 1], a few at a time."""
+        if not len(pixels):
+            return torch.empty(0)
+        per_image = _VAE_TENSORS * self.model.vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
+        given = self.config.memory_budget
+        budget = default_budget(self.model.unet.device) if given is None else given
+        batch = max(1, min(_VAE_BATCH, budget // per_image))
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    self.model.encode_images(torch.stack(list(pixels[start : start + batch])))
+                    for start in range(0, len(pixels), batch)
+                ]
+            )
+
     def score(
         self,
         latents: Tensor,
@@ -113,16 +149,35 @@ class PairScorer:
             image_of, text_of: (B,) int64.
             seeds: one per image; None: the configuration's for all.
         """
+        return self._combine(self.terms(latents, captions, image_of, text_of, seeds))
+
+    def terms(
+        self,
+        latents: Tensor,
+        captions: Captions,
+        image_of: Tensor,
+        text_of: Tensor,
+        seeds: Sequence[int] | None = None,
+        *,
+        epsilon: Tensor | None = None,
+    ) -> Terms:
+        """What :meth:`score` is made of; there is an unconditional row where the captions have an empty text.
+
+        Args:
+            latents: as for :meth:`score`, or (n, S, C, h, w), one clean latent per timestep.
+            epsilon: (S, C, h, w) noise, instead of the seeds'.
+        """
         images, steps, pairs = len(latents), len(self.timesteps), len(image_of)
         device = self.model.unet.device
-        epsilon = self._noise(seeds, latents.shape[1:]).to(device)
+        epsilon = (self._noise(seeds, latents.shape[-3:]) if epsilon is None else epsilon).to(device)
         times = torch.tensor(self.timesteps).repeat(images)
-        clean = latents.to(device, torch.promote_types(latents.dtype, torch.float32)).repeat_interleave(steps, 0)
+        clean = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        clean = clean.flatten(0, 1) if latents.ndim == 5 else clean.repeat_interleave(steps, 0)
         every = epsilon.repeat(images, 1, 1, 1) if seeds is None else epsilon
         noised = self.model.schedule.add_noise(clean, every.to(clean.dtype), times).to(self.model.unet.dtype)
         ids = self.model.time_ids(*self.size)
         # One slot per row: the pairs' steps first, then the unconditional rows, one per noised latent.
-        slots = pairs * steps + (images * steps if self.needs_unconditional else 0)
+        slots = pairs * steps + (images * steps if captions.empty is not None else 0)
         attention = torch.zeros(slots, device=device, dtype=torch.float32)
         error = torch.zeros(slots, device=device, dtype=torch.float32)
         for text, latent_rows, text_rows, slot in self._rows(captions, image_of, text_of, images):
@@ -143,7 +198,17 @@ class PairScorer:
                         out.noise_pred.float(), noised[at].float(), times[latent_rows[rows]]
                     )
                     error[where] = (every[at].float() - predicted).flatten(1).norm(dim=1)
-        return self._combine(attention.cpu().double(), error.cpu().double(), image_of, steps)
+        attention, error = attention.cpu().double(), error.cpu().double()
+        free_attention = free_error = None
+        if captions.empty is not None:
+            free_attention = attention[pairs * steps :].view(-1, steps)[image_of]
+            free_error = error[pairs * steps :].view(-1, steps)[image_of]
+        return Terms(
+            attention[: pairs * steps].view(pairs, steps),
+            error[: pairs * steps].view(pairs, steps),
+            free_attention,
+            free_error,
+        )
 
     def _rows(
         self, captions: Captions, image_of: Tensor, text_of: Tensor, images: int
@@ -194,7 +259,7 @@ class PairScorer:
         if given is not None:
             room = given - self.plan.run_bytes(1, *self.latent_size, captions.states.states.shape[1])
             budget = min(given // 2, room)
-        count: int = budget // per_text - int(self.needs_unconditional)
+        count: int = budget // per_text - int(captions.empty is not None)
         return max(1, count)
 
     def _noise(self, seeds: Sequence[int] | None, shape: Sequence[int]) -> Tensor:
@@ -208,16 +273,13 @@ class PairScorer:
             total = total + out.scores[name].float() @ weight
         return total
 
-    def _combine(self, attention: Tensor, error: Tensor, image_of: Tensor, steps: int) -> Tensor:
-        config, pairs = self.config, len(image_of)
-        att, err = attention[: pairs * steps].view(pairs, steps), error[: pairs * steps].view(pairs, steps)
-        score = config.attention_weight * att
-        if self.needs_unconditional:
-            free_att = attention[pairs * steps :].view(-1, steps)[image_of]
-            free_err = error[pairs * steps :].view(-1, steps)[image_of]
-            score = score + config.noise_weight * (free_err - err)
+    def _combine(self, terms: Terms) -> Tensor:
+        config = self.config
+        score = config.attention_weight * terms.attention
+        if terms.free_attention is not None and terms.free_error is not None:
+            score = score + config.noise_weight * (terms.free_error - terms.error)
             if config.official:
-                score = score + config.attention_weight * free_att
+                score = score + config.attention_weight * terms.free_attention
         return score.mean(1).float()
 
 

@@ -69,12 +69,7 @@ class Model:
         self.family: Family = family_of(unet.config)
         widths = [encoder.config.hidden_size for encoder in self.text_encoders]
         check_text(unet.config, widths, self.text_encoders[-1].config.projection_dim, label)
-        self._scheduler_class = type(scheduler)
-        self.scheduler_config = {**copy.deepcopy(dict(scheduler.config)), "_class_name": type(scheduler).__name__}
-        try:
-            self.schedule = NoiseSchedule.from_scheduler(scheduler)
-        except ValueError as error:
-            raise ModelError(f"{label}: {error}") from error
+        self._set_scheduler(scheduler)
         self.vae_scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         sample = unet.config.sample_size
         sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
@@ -209,6 +204,19 @@ class Model:
             cache_dir=self._cache_dir,
         )
 
+    def with_scheduler(self, scheduler: Any) -> "Model":
+        """This model, the same networks, under another noise schedule.
+
+        Args:
+            scheduler: a diffusers scheduler of a discrete diffusion process; it is not changed.
+
+        Raises:
+            ModelError: a scheduler of another kind.
+        """
+        other = copy.copy(self)
+        other._set_scheduler(scheduler)
+        return other
+
     def new_scheduler(self) -> Any:
         """A fresh diffusers scheduler like the one the model came with."""
         config = {key: value for key, value in self.scheduler_config.items() if key != "_class_name"}
@@ -236,6 +244,14 @@ class Model:
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+    def _set_scheduler(self, scheduler: Any) -> None:
+        try:
+            self.schedule = NoiseSchedule.from_scheduler(scheduler)
+        except ValueError as error:
+            raise ModelError(f"{self.name or 'model'}: {error}") from error
+        self._scheduler_class = type(scheduler)
+        self.scheduler_config = {**copy.deepcopy(dict(scheduler.config)), "_class_name": type(scheduler).__name__}
 
     def _precise_vae(self) -> Any:
         """The VAE, or a float32 copy, made once, of one that overflows in float16."""

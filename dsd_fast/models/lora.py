@@ -1,8 +1,12 @@
 """LoRA files, safetensors only."""
 
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import download_file
@@ -30,11 +34,8 @@ def load_lora(
     if any(name in getattr(network, "peft_config", {}) for network in networks):
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
     file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
-    before = {id(parameter): parameter.requires_grad for network in networks for parameter in network.parameters()}
-    frozen = not any(before.values())
-    modes = [network.training for network in networks]
     pipe = model.to_pipeline()
-    try:
+    with _adding(name, networks, pipe.delete_adapters, f"LoRA {str(file)!r} cannot be loaded into {model.name!r}"):
         pipe.load_lora_weights(
             str(file.parent),
             weight_name=file.name,
@@ -42,13 +43,40 @@ def load_lora(
             use_safetensors=True,
             local_files_only=True,
         )
-    except Exception as error:
-        # Whatever part of it went in must not stay.
-        if any(name in getattr(network, "peft_config", {}) for network in networks):
-            pipe.delete_adapters(name)
-        raise ModelError(f"LoRA {str(file)!r} cannot be loaded into {model.name!r}: {_first_line(error)}") from error
     if not any(name in getattr(network, "peft_config", {}) for network in networks):
         raise ModelError(f"LoRA {str(file)!r} has no weights for the UNet or the text encoders of {model.name!r}")
+
+
+def put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str) -> None:
+    """Makes a LoRA, at scale 1, the active adapter of a UNet, in place of an adapter of that name.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel.
+        weights: "<module>.lora_A.weight" (rank, in) and "<module>.lora_B.weight" (out, rank).
+        name: of the adapter.
+        what: the LoRA's name in errors.
+
+    Raises:
+        ModelError: weights that do not fit.
+    """
+    if name in getattr(unet, "peft_config", {}):
+        unet.delete_adapters(name)
+    with _adding(name, (unet,), unet.delete_adapters, f"{what} cannot be loaded into the UNet"):
+        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name)
+
+
+@contextmanager
+def _adding(name: str, networks: Sequence[Any], delete: Callable[[str], None], failed: str) -> Iterator[None]:
+    """Around the loading of an adapter: modes and gradient flags are kept, and of a failed one nothing stays."""
+    before = {id(parameter): parameter.requires_grad for network in networks for parameter in network.parameters()}
+    frozen = not any(before.values())
+    modes = [network.training for network in networks]
+    try:
+        yield
+    except Exception as error:
+        if any(name in getattr(network, "peft_config", {}) for network in networks):
+            delete(name)
+        raise ModelError(f"{failed}: {_first_line(error)}") from error
     for network, training in zip(networks, modes, strict=True):
         if not training:
             network.eval()

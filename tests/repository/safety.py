@@ -27,14 +27,10 @@ def violations(source: str) -> list[str]:
     """What a Python source breaks, as "line N: …", in the order of the lines."""
     tree = ast.parse(source)
     found: list[tuple[int, str]] = []
-    aliases: dict[str, str] = {"eval": "builtins.eval", "exec": "builtins.exec"}
-    for node, module, attribute, local in imports(tree, "", False):
+    aliases = _aliases(tree)
+    for node, module, _, _ in imports(tree, "", False):
         if module.split(".")[0] in BANNED_MODULES:
             found.append((node.lineno, f"import of {module}"))
-        if attribute is not None:
-            aliases[local] = f"{module}.{attribute}"
-        else:
-            aliases[local] = module if local != module.split(".")[0] else local
 
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute):
@@ -58,6 +54,24 @@ def violations(source: str) -> list[str]:
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):
                     found += _keyword(key.value, value)
     return [f"line {line}: {text}" for line, text in sorted(set(found))]
+
+
+def torch_loads(source: str) -> int:
+    """How often a Python source calls torch.load."""
+    tree = ast.parse(source)
+    aliases = _aliases(tree)
+    return sum(isinstance(node, ast.Call) and _dotted(node.func, aliases) in TORCH_LOADS for node in ast.walk(tree))
+
+
+def _aliases(tree: ast.AST) -> dict[str, str]:
+    """Local name to full name."""
+    aliases: dict[str, str] = {"eval": "builtins.eval", "exec": "builtins.exec"}
+    for _, module, attribute, local in imports(tree, "", False):
+        if attribute is not None:
+            aliases[local] = f"{module}.{attribute}"
+        else:
+            aliases[local] = module if local != module.split(".")[0] else local
+    return aliases
 
 
 def _keyword(name: str | None, value: ast.expr) -> list[tuple[int, str]]:

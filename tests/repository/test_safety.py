@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.repository.safety import violations
+from tests.repository.safety import torch_loads, violations
 from tests.repository.source import ROOT, TREES, python_files
 
 BAD = {
@@ -52,6 +52,20 @@ def test_violations_finds(source):
 @pytest.mark.parametrize("source", GOOD)
 def test_violations_passes(source):
     assert violations(source) == []
+
+
+# May call torch.load, with weights_only=True: the official LoRA checkpoints are pickles.
+READS_PICKLES = ["dsd_fast/compat/attn_procs.py"]
+
+
+def test_pickles_are_read_in_one_place():
+    files = python_files("dsd_fast", "kernels")
+    assert [str(file.relative_to(ROOT)) for file in files if torch_loads(file.read_text())] == READS_PICKLES
+
+
+def test_torch_loads_finds_calls():
+    assert torch_loads("from torch import load as read\nread(path, weights_only=True)") == 1
+    assert torch_loads("from safetensors.torch import load\nload(data)") == 0
 
 
 def test_repository_is_safe():

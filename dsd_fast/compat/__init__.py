@@ -1,0 +1,5 @@
+"""The official entry points, with their own names and arguments, on this package's engine."""
+
+from dsd_fast.compat.pipeline import DSDPipeline
+
+__all__ = ["DSDPipeline"]

@@ -1,0 +1,103 @@
+"""The terms of the pairs of a call, and their official sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsd_fast.compat.inputs import Pictures, Texts
+from dsd_fast.matching.pairs import Captions, PairScorer, Terms
+
+
+@dataclass(frozen=True)
+class Request:
+    """B pairs: pair b is prompt b and image b modulo the number of images.
+
+    Attributes:
+        pictures, texts: of the pairs.
+        free: texts of the unconditional rows; None for none.
+        epsilon: (S, C, h, w) noise; None leaves it to the scorer's seed.
+        sample: draw from the VAE's posterior at each timestep.
+        generator: of those draws, one, or one per image.
+    """
+
+    pictures: Pictures
+    texts: Texts
+    free: Texts | None
+    epsilon: Tensor | None
+    sample: bool
+    generator: torch.Generator | Sequence[torch.Generator] | None
+
+
+def terms(scorer: PairScorer, request: Request) -> Terms:
+    """The (B, S) terms of all pairs."""
+    pairs = len(request.texts.of)
+    image_of = request.pictures.of.repeat(pairs // len(request.pictures.of))
+    shape = (pairs, len(scorer.timesteps))
+    names = ["attention", "error"] + (["free_attention", "free_error"] if request.free is not None else [])
+    whole = {name: torch.empty(shape, dtype=torch.float64) for name in names}
+    sampled = _sampled(scorer, request) if request.sample else None
+    free_of = torch.zeros(pairs, dtype=torch.int64) if request.free is None else request.free.of
+    for number in torch.unique(free_of).tolist():
+        empty = None if request.free is None else request.free.states[number : number + 1]
+        captions = Captions(request.texts.states, empty)
+        chosen = torch.nonzero(free_of == number).flatten()
+        for rows, images, places in _chunks(scorer, captions, chosen, image_of[chosen]):
+            if sampled is None:
+                latents = scorer.encode_images(list(request.pictures.pixels(images.tolist())))
+            else:
+                latents = sampled[images]
+            part = scorer.terms(latents, captions, places, request.texts.of[rows], epsilon=request.epsilon)
+            for name, value in whole.items():
+                value[rows] = getattr(part, name)
+    return Terms(whole["attention"], whole["error"], whole.get("free_attention"), whole.get("free_error"))
+
+
+def combined(found: Terms, *, use_bias: bool, free_attention: bool, batch_mean: bool, dtype: torch.dtype) -> Tensor:
+    """The (B, S) official scores a + b, or (1, S) where all of it is shared by the batch; every sum in ``dtype``.
+
+    Source: `forward` of the official `unet_2d_condition.py`.
+    """
+    attention = found.attention
+    if found.free_attention is not None:
+        # Half of the text's row where the other half is left out, so that texts rank the same.
+        attention = (attention + (found.free_attention if free_attention else 0)) / 2
+    if batch_mean:
+        attention = attention.mean(0, keepdim=True)
+    score = attention.to(dtype)
+    if use_bias:
+        assert found.free_error is not None
+        score = score + (found.free_error.to(dtype) - found.error.to(dtype))
+    return score
+
+
+def _chunks(
+    scorer: PairScorer, captions: Captions, pairs: Tensor, image_of: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The pairs of a few images at a time: (pairs, those images, each pair's image as a position among them)."""
+    images, places = torch.unique(image_of, return_inverse=True)
+    # The pairs of an image side by side, whatever their order.
+    ordered, order = torch.sort(places, stable=True)
+    at_once = scorer.images_together(captions, -(-len(pairs) // len(images)))
+    for start in range(0, len(images), at_once):
+        low, high = torch.searchsorted(ordered, torch.tensor([start, start + at_once])).tolist()
+        yield pairs[order[low:high]], images[start : start + at_once], ordered[low:high] - start
+
+
+def _sampled(scorer: PairScorer, request: Request) -> Tensor:
+    """(n, S, C, h, w) posterior samples, drawn in the official order: at each timestep all images."""
+    pixels = request.pictures.pixels(range(len(request.pictures)))
+    generator, model = request.generator, scorer.model
+    if generator is None or isinstance(generator, torch.Generator):
+        draws = [model.encode_images(pixels, sample=True, generator=generator) for _ in scorer.timesteps]
+        return torch.stack(draws, dim=1)
+    if len(generator) != len(pixels):
+        raise ValueError(f"generator: got {len(generator)}, expected one, or one for each of {len(pixels)} images")
+    each = [
+        [model.encode_images(one[None], sample=True, generator=own)[0] for _ in scorer.timesteps]
+        for one, own in zip(pixels, generator, strict=True)
+    ]
+    return torch.stack([torch.stack(draws) for draws in each])
