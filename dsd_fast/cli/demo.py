@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Scenes whose ranked captions are shown.
 _EXAMPLES = 3
 
-_LABELS = {
+LABELS = {
     "true": "true",
     "colour": "another colour",
     "shape": "another shape",
@@ -27,7 +27,7 @@ _LABELS = {
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Folder of the pictures and results; none are kept without.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report, the pictures and the results.")] = Path("demo"),
     scenes: Annotated[int, typer.Option(min=1, help="Scenes to score.")] = 150,
     reference_scenes: Annotated[int, typer.Option(min=1, help="How many of them the reference scores too.")] = 8,
     timesteps: options.Timesteps = "4",
@@ -36,9 +36,10 @@ def demo(
 ) -> None:
     """Match held-out scenes of the mini model with true and nearly true captions.
 
-    Each scene's caption stands against captions that differ in one thing: a colour, a shape, the objects' colours
-    swapped, or the opposite relation. Some scenes are scored by the plain reference too, pair by pair as the official
-    code runs; if any score differs by more than 1e-4 the exit code is 1.
+    Writes report.html, a page to look at, beside scores.parquet and results.json. Each scene's caption stands against
+    captions that differ in one thing: a colour, a shape, the objects' colours swapped, or the opposite relation. Some
+    scenes are scored by the plain reference too, pair by pair as the official code runs; if any score differs by more
+    than 1e-4 the exit code is 1.
     """
     with one_sentence():
         steps = options.parse_timesteps(timesteps)
@@ -53,7 +54,7 @@ def demo(
         fail(f"scores differ from the reference's by up to {difference:.2g}, more than {TOLERANCE:g}", EXIT_ERRORS)
 
 
-def _show(summary: dict[str, Any], out: Path | None) -> None:
+def _show(summary: dict[str, Any], out: Path) -> None:
     from rich.console import Console
 
     console = Console()
@@ -66,10 +67,10 @@ def _show(summary: dict[str, Any], out: Path | None) -> None:
         highlight=False,
     )
     _show_accuracy(console, summary)
+    _show_pointing(console, summary)
     _show_examples(console, summary)
     _show_reference(console, summary)
-    if out is not None:
-        console.print(f"Pictures, scores.parquet and results.json: {printable(str(out))}", soft_wrap=True, markup=False)
+    console.print(f"To look at: {printable(str(out / 'report.html'))}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _show_accuracy(console: Console, summary: dict[str, Any]) -> None:
@@ -84,7 +85,22 @@ def _show_accuracy(console: Console, summary: dict[str, Any]) -> None:
         if first["against"] == "all":
             table.add_section()
         cells = [f"{row['accuracy']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})" for row in rows]
-        table.add_row(_LABELS[first["against"]], str(first["n"]), f"{first['chance']:.2f}", *cells)
+        table.add_row(LABELS[first["against"]], str(first["n"]), f"{first['chance']:.2f}", *cells)
+    console.print(table)
+
+
+def _show_pointing(console: Console, summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    title = "How often a word's heat map is largest on its object, with its 95 % interval"
+    table = Table(title=title, title_justify="left")
+    table.add_column("words for")
+    for name in ("n", "chance", "hits"):
+        table.add_column(name, justify="right")
+    for row in summary["pointing"]:
+        low, high = row["interval"]
+        hits = f"{row['accuracy']:.2f} ({low:.2f} to {high:.2f})"
+        table.add_row(row["word"], str(row["n"]), f"{row['chance']:.2f}", hits)
     console.print(table)
 
 
@@ -102,7 +118,7 @@ def _show_examples(console: Console, summary: dict[str, Any]) -> None:
         for place, row in enumerate(entry["ranked"]):
             name = str(entry["seed"] - summary["first_seed"]) if place == 0 else ""
             style = "green" if row["kind"] == "true" else None
-            table.add_row(name, row["caption"], _LABELS[row["kind"]], f"{row['score']:.4f}", style=style)
+            table.add_row(name, row["caption"], LABELS[row["kind"]], f"{row['score']:.4f}", style=style)
         table.add_section()
     console.print(table)
 

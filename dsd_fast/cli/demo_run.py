@@ -1,11 +1,10 @@
-"""The demo's run: held-out scenes through the Matcher, some of them through the reference too."""
+"""The demo's run: held-out scenes through the Matcher, some of them through the reference too, into files."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,17 +15,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
+from dsd_fast.cli.demo_report import render
 from dsd_fast.cli.files import replacing, writing
 from dsd_fast.cli.options import load_model
 from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
 from dsd_fast.cli.terminal import progress
 from dsd_fast.matching import MatchConfig, Matcher
+from dsd_fast.matching.heatmaps import Heatmap
+from dsd_fast.matching.localisation import pointing
+from dsd_fast.matching.words import words
 from dsd_fast.metrics import wilson
 from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, Scene, scene
 from dsd_fast.reference import matching as reference
 
 TOLERANCE = 1e-4
 """How far scores may be from the reference's."""
+
+SHOWN = 16
+"""Scenes that the report shows."""
+
+# Words of a scene's caption that say little by themselves.
+_FUNCTION_WORDS = ("a",)
 
 # Scenes scored between two steps of the progress display.
 _SCENES_AT_ONCE = 10
@@ -35,9 +44,9 @@ Scores = list[NDArray[np.float32]]
 
 
 def run(
-    out: Path | None, count: int, reference_count: int, timesteps: int | Sequence[int], seed: int, device: str
+    out: Path, count: int, reference_count: int, timesteps: int | Sequence[int], seed: int, device: str
 ) -> dict[str, Any]:
-    """Scores the scenes and writes pictures and results into `out`, if there is one; returns the results.
+    """Scores the scenes, maps their captions' words, and writes report and results into `out`; returns the results.
 
     Raises:
         CommandError: `out` cannot be written.
@@ -45,17 +54,20 @@ def run(
     """
     scenes = [scene(EVAL_SEED + i) for i in range(count)]
     captions = [{"true": each.caption, **each.negatives()} for each in scenes]
-    with ExitStack() as stack:
-        if out is not None:
-            stack.enter_context(writing(out))
-            results = stack.enter_context(replacing(out / "results.json"))
-            table = stack.enter_context(replacing(out / "scores.parquet"))
+    with (
+        writing(out),
+        replacing(out / "results.json") as results,
+        replacing(out / "scores.parquet") as table,
+        replacing(out / "report.html") as page,
+    ):
         model = load_model("mini", device=device, dtype="float32", revision=None, variant=None, local_files_only=True)
         matcher = Matcher(model, MatchConfig(timesteps=timesteps, seed=seed, official=True))
         noise_matcher = Matcher(model, MatchConfig(timesteps=timesteps, seed=seed, attention_weight=0))
+        maps: list[list[Heatmap]] = []
         with progress("pairs") as display:
             scores = _score(display, "official score", matcher, scenes, captions)
             noise_scores = _score(display, "noise term", noise_matcher, scenes, captions)
+            points = pointing(scenes, _maps(display, matcher, scenes, maps))
         wanted, comparison = _compare(matcher, scenes[:reference_count], captions[:reference_count])
         summary = {
             "command": "demo",
@@ -64,14 +76,31 @@ def run(
             "first_seed": EVAL_SEED,
             "counts": {"images": count, "pairs": sum(len(each) for each in captions)},
             "accuracy": {"official": _accuracy(captions, scores), "noise": _accuracy(captions, noise_scores)},
+            "pointing": [
+                {"word": kind, **_figures(point.right, point.n, point.chance)} for kind, point in points.items()
+            ],
             "reference": comparison,
             "images": _entries(scenes, captions, scores),
         }
-        if out is not None:
-            _save_pictures(out, scenes)
-            _save_scores(table, captions, scores, noise_scores, wanted, summary)
-            write_json(results, summary)
+        _save_pictures(out, scenes)
+        _save_scores(table, captions, scores, noise_scores, wanted, summary)
+        page.write(render(summary, [each.image for each in scenes[:SHOWN]], maps))
+        write_json(results, summary)
     return summary
+
+
+def _maps(
+    display: Progress, matcher: Matcher, scenes: Sequence[Scene], kept: list[list[Heatmap]]
+) -> Iterator[list[Heatmap]]:
+    """The maps of each scene's caption; those of the scenes that the report shows are kept."""
+    task = display.add_task("heat maps", total=len(scenes), units=0)
+    for number, each in enumerate(scenes):
+        wanted = [span for span in words(each.caption) if each.caption[slice(*span)] not in _FUNCTION_WORDS]
+        maps = matcher.heatmap(each.image, each.caption, spans=wanted)
+        if number < SHOWN:
+            kept.append(maps)
+        display.update(task, advance=1, units=number + 1)
+        yield maps
 
 
 def _score(
@@ -137,9 +166,12 @@ def _accuracy(captions: Sequence[dict[str, str]], scores: Scores) -> list[dict[s
     for kind, results in wins.items():
         right, n = sum(results), len(results)
         if n:
-            figures = {"accuracy": right / n, "interval": wilson(right, n), "chance": sum(chances[kind]) / n}
-            table.append({"against": kind, "right": right, "n": n, **figures})
+            table.append({"against": kind, **_figures(right, n, sum(chances[kind]) / n)})
     return table
+
+
+def _figures(right: int, n: int, chance: float) -> dict[str, Any]:
+    return {"right": right, "n": n, "accuracy": right / n, "interval": wilson(right, n), "chance": chance}
 
 
 def _entries(scenes: Sequence[Scene], captions: Sequence[dict[str, str]], scores: Scores) -> list[dict[str, Any]]:

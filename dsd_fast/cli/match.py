@@ -35,6 +35,13 @@ def match(
     ] = None,
     caption: Annotated[list[str] | None, typer.Option(help="A caption; repeat for more.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Captions per image in the table and in results.json.")] = 5,
+    heatmaps: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="K", help="Heat maps of the words of each image's K best captions; makes the report too."
+        ),
+    ] = 0,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html, a page to look at.")] = False,
     model: Annotated[
         str, typer.Option(rich_help_panel=MODEL_PANEL, help='"mini", a hub id, or a diffusers folder.')
     ] = "mini",
@@ -89,14 +96,17 @@ def match(
 ) -> None:
     """Score every image with every caption; higher is a better match.
 
-    Writes scores.parquet (all scores) and results.json (the best captions of each image) into --out. A file that
-    cannot be used becomes an error row, and the run goes on.
+    Writes scores.parquet (all scores) and results.json (the best captions of each image) into --out, with --report
+    also report.html, a page that needs nothing else, and with --heatmaps K pictures and arrays of where each word of
+    the K best captions is looked at. A file that cannot be used becomes an error row, and the run goes on.
 
     Exit code: 0 when every image was scored, 1 when some were not, 2 when nothing could be done, 130 after Ctrl-C,
     which keeps what has been scored.
     """
     with one_sentence():
         texts = _texts(captions, caption)
+        if heatmaps > top_k:
+            raise CommandError(f"--heatmaps: got {heatmaps}, expected at most --top-k, {top_k}")
         settings: dict[str, Any] = {
             "timesteps": options.parse_timesteps(timesteps),
             "layers": tuple(layer) if layer else "official",
@@ -128,7 +138,7 @@ def match(
                 bundle.load_lora(adapter, "adapter", adapter_file)
             return bundle
 
-        summary = run(load, config, images, texts, out, top_k, {"adapter": adapter})
+        summary = run(load, config, images, texts, out, top_k, {"adapter": adapter}, heatmaps, report)
     _show(summary, out)
     if not summary["complete"]:
         raise typer.Exit(EXIT_INTERRUPTED)

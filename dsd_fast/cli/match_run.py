@@ -1,10 +1,11 @@
-"""A matching run: images through a Matcher into scores.parquet and results.json."""
+"""A matching run: images through a Matcher into scores.parquet, results.json, heat maps and report.html."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from dsd_fast.cli.captions import check_lengths
 from dsd_fast.cli.files import replacing, writing
+from dsd_fast.cli.match_report import MatchReport
 from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
 from dsd_fast.cli.terminal import Interrupt, progress, storable
 from dsd_fast.images import ImageError
@@ -29,6 +31,8 @@ def run(
     out: Path,
     top_k: int,
     settings: Mapping[str, Any],
+    heatmaps: int = 0,
+    report: bool = False,
 ) -> dict[str, Any]:
     """Scores every image with every caption; Ctrl-C ends it early, with what has been scored.
 
@@ -37,6 +41,8 @@ def run(
         out: folder of the results, made if missing.
         top_k: captions per image in results.json.
         settings: what results.json says besides the model's and the configuration's settings.
+        heatmaps: of how many of each image's best captions heat maps are written, at most `top_k`.
+        report: whether report.html is written; `heatmaps` implies it.
 
     Returns:
         The content of results.json.
@@ -51,20 +57,23 @@ def run(
         writing(out),
         replacing(out / "results.json") as results,
         replacing(out / "scores.parquet") as table,
+        ExitStack() as stack,
     ):
+        page = stack.enter_context(replacing(out / "report.html")) if report or heatmaps else None
         model = load()
         check_lengths(model, captions)
         matcher = Matcher(model, config)
-        settings = {**settings_of(matcher), **settings, "top_k": top_k}
+        settings = {**settings_of(matcher), **settings, "top_k": top_k, "heatmaps": heatmaps}
         metadata = {
             "model": model.name,
             "revision": model.revision or "",
             "config": json.dumps(settings),
             "versions": json.dumps(versions()),
         }
+        gallery = None if page is None else MatchReport(out, matcher, heatmaps)
         start = time.perf_counter()
         with ScoreFile(table, metadata) as scores:
-            entries = _score(matcher, images, captions, scores, top_k, interrupt)
+            entries = _score(matcher, images, captions, scores, top_k, interrupt, gallery)
             complete = len(entries) == len(images)
             scores.close(complete)
         summary = {
@@ -77,6 +86,8 @@ def run(
             "captions": list(captions),
             "images": entries,
         }
+        if page is not None and gallery is not None:
+            page.write(gallery.page(summary))
         write_json(results, summary)
     return summary
 
@@ -88,8 +99,9 @@ def _score(
     file: ScoreFile,
     top_k: int,
     interrupt: Interrupt,
+    gallery: MatchReport | None,
 ) -> list[dict[str, Any]]:
-    """One entry per image, in order, and the scores into the file."""
+    """One entry per image, in order, the scores into the file, and the images to the report."""
     entries: list[dict[str, Any]] = []
     column = pa.array(captions, pa.string())
     pairs = 0
@@ -105,7 +117,10 @@ def _score(
             else:
                 values = result.numpy()
                 order = file.add(index, path, column, values)
-                entries.append({"path": path, "ranked": ranked(order, captions, values, top_k)})
+                rows = ranked(order, captions, values, top_k)
+                if gallery is not None:
+                    gallery.add(index, images[index], path, rows, float(values.min()), float(values.max()))
+                entries.append({"path": path, "ranked": rows})
                 pairs += len(captions)
             display.update(task, advance=1, units=pairs)
     return entries

@@ -196,6 +196,8 @@ def _to_rgb(image: Image.Image, source: Path | str) -> Image.Image:
         flat.paste(rgba, mask=rgba.getchannel("A"))
     else:
         flat = image.convert("RGB")
+    # Metadata would turn the image once more when it is given back to this function.
+    flat.info = {}
     return flat if transposition is None else flat.transpose(transposition)
 
 

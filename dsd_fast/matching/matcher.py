@@ -11,19 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsd_fast.images import ImageError, ImageSource, decode
+from dsd_fast.images import ImageError, ImageSource, decode, load_image, to_tensor
 from dsd_fast.matching.config import MatchConfig
+from dsd_fast.matching.heatmaps import Heatmap, heatmaps
 from dsd_fast.matching.pairs import Captions, PairScorer
-from dsd_fast.unet.stream import default_budget
+from dsd_fast.matching.words import Span
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
 
 # Pixels of decoded images waiting for their turn, float32.
 _PIXEL_BYTES = 64 << 20
-# Images in one call of the VAE, and its encoder's peak: so many float tensors of its first width at the image's size.
-_VAE_BATCH = 8
-_VAE_TENSORS = 6
 
 
 class Matcher:
@@ -157,6 +155,44 @@ class Matcher:
         order = torch.argsort(scores.nan_to_num(nan=float("-inf")), descending=True, stable=True)[:top_k]
         return [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
 
+    def heatmap(
+        self,
+        image: ImageSource,
+        caption: str,
+        *,
+        spans: Sequence[str | Span] | None = None,
+        layers: str | Sequence[str] = "up-finest",
+    ) -> list[Heatmap]:
+        """Where the image is looked at for each word of the caption (DAAM, Tang et al., arXiv 2210.04885).
+
+        A map is the attention probability of the word's tokens (their mean), averaged over heads, layers and the
+        matcher's timesteps and draws, upsampled bilinearly. It is not normalised: over all tokens of the text, begin,
+        end and padding included, the values of a pixel sum to 1. :mod:`dsd_fast.matching.heatmaps` says what else
+        follows DAAM and what does not.
+
+        Args:
+            image: as for :meth:`score`.
+            caption: one string.
+            spans: phrases ("red circle") or ranges of characters (start, end) to map instead of the words. A phrase is
+                mapped wherever it stands, whatever its case; a range takes every token that has a character in it.
+            layers: cross-attentions to average: "up-finest", those of the up part with the highest resolution, whose
+                maps point at objects best; "all"; or score ids. The score's own `layers` play no part.
+
+        Returns:
+            [(characters, (start, end), map), …], a map for each word in the caption's order, so that a word that stands
+            twice has two, or for each of ``spans``. (start, end) are positions in ``caption``, the end exclusive; a map
+            is float32 (height, width), 0 to 1, at the configuration's image size. White space, punctuation and special
+            tokens have no map.
+
+        Raises:
+            ImageError: an image that cannot be used.
+            ValueError: a caption that is no string or too long, a span that it does not have, unknown layers.
+        """
+        if not isinstance(caption, str):
+            raise ValueError(f"caption: got {type(caption).__name__}, expected a string")
+        latent = self._scorer.encode_images([to_tensor(load_image(image), self._scorer.size)])
+        return heatmaps(self._scorer, latent, caption, spans, layers)
+
     def _encode(self, captions: Iterable[str]) -> Captions:
         texts = [captions] if isinstance(captions, str) else list(captions)
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in texts):
@@ -183,26 +219,10 @@ class Matcher:
                 numbers.append(number)
                 pixels.append(image)
             if len(numbers) + len(errors) == at_once:
-                yield numbers, self._encode_images(pixels), errors
+                yield numbers, self._scorer.encode_images(pixels), errors
                 numbers, pixels, errors = [], [], {}
         if numbers or errors:
-            yield numbers, self._encode_images(pixels), errors
-
-    def _encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
-        if not pixels:
-            return torch.empty(0)
-        vae = self.model.vae
-        per_image = _VAE_TENSORS * vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
-        given = self.config.memory_budget
-        budget = default_budget(self.model.unet.device) if given is None else given
-        batch = max(1, min(_VAE_BATCH, budget // per_image))
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    self.model.encode_images(torch.stack(list(pixels[start : start + batch])))
-                    for start in range(0, len(pixels), batch)
-                ]
-            )
+            yield numbers, self._scorer.encode_images(pixels), errors
 
 
 def _seed(seeds: Sequence[int], number: int) -> int:

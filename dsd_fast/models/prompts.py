@@ -76,7 +76,7 @@ def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prom
         pooled = None if one.pooled is None else one.pooled[:0]
         return PromptStates(one.states[:0], pooled, one.lengths[:0], one.token_ids[:0])
     limit = token_limit(tokenizers, text_encoders)
-    tokens = [_tokenize(tokenizer, texts, limit) for tokenizer in tokenizers]
+    tokens = [tokenize(tokenizer, texts, limit) for tokenizer in tokenizers]
     chunks = [
         _encode(
             text_encoders, [(ids[i : i + _PROMPTS_AT_ONCE], mask[i : i + _PROMPTS_AT_ONCE]) for ids, mask in tokens]
@@ -92,8 +92,12 @@ def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prom
     )
 
 
-def _tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of real tokens, both (M, limit) int64."""
+def tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of real tokens, both (M, limit) int64, learned tokens spelled out.
+
+    Raises:
+        ModelError: a text of more than `limit` tokens.
+    """
     from diffusers.loaders import TextualInversionLoaderMixin
 
     # Spells a learned token of several vectors out into its several tokens, as stock pipelines do.

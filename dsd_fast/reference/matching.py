@@ -20,16 +20,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
+from dsd_fast.reference.heatmaps import heatmap
+from dsd_fast.reference.inputs import (
+    added_conditions,
+    draw_noise,
+    encode_images,
+    encode_text,
+    official_timesteps,
+    preprocess,
+    resolve_timesteps,
+    upcast_vae,
+)
+
+__all__ = ["heatmap", "official_timesteps", "pair_terms", "row_terms", "score"]
+
 SECTIONS = ("down", "mid", "up")
-PIL_BICUBIC = 3
 
 
 @torch.no_grad()
@@ -71,15 +82,15 @@ def score(
         ValueError: an argument that does not fit the pipeline, with its name, what was given and what was expected.
     """
     unet = pipe.unet
-    steps = _timesteps(pipe, timesteps)
+    steps = resolve_timesteps(pipe, timesteps)
     if latents is None:
-        pixels = _preprocess(pipe, images)
+        pixels = preprocess(pipe, images)
         shape = (unet.config.in_channels, *(side // pipe.vae_scale_factor for side in pixels.shape[-2:]))
     else:
         latents = latents.to(unet.device, torch.float32)
         shape = tuple(latents.shape[1:])
     if noise is None:
-        noise = torch.stack([_draw(seed, k, shape) for k in range(len(steps))])
+        noise = torch.stack([draw_noise(seed, k, shape) for k in range(len(steps))])
     elif tuple(noise.shape) != (len(steps), *shape):
         raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected {(len(steps), *shape)}")
     noise = noise.to(unet.device, torch.float32)
@@ -88,13 +99,13 @@ def score(
     count = len(pixels) if latents is None else len(latents)
     groups = [slice(0, count)] if batch_mean else [slice(n, n + 1) for n in range(count)]
     scores = torch.zeros(count, len(captions))
-    with _recording(unet, SECTIONS) as lse, _upcast_vae(pipe.vae):
+    with _recording(unet, SECTIONS) as lse, upcast_vae(pipe.vae):
         for group in groups:
             for m, caption in enumerate(captions):
-                text, pooled = _encode_text(pipe, caption)
+                text, pooled = encode_text(pipe, caption)
                 total = torch.zeros((), device=unet.device)
                 for k, t in enumerate(steps):
-                    clean = _encode_images(pipe.vae, pixels[group]) if latents is None else latents[group]
+                    clean = encode_images(pipe.vae, pixels[group]) if latents is None else latents[group]
                     noised = alphas[t].sqrt() * clean + (1 - alphas[t]).sqrt() * noise[k]
                     attention, gain = _terms(
                         unet,
@@ -105,7 +116,7 @@ def score(
                         text[1:],
                         lse,
                         alpha=alphas[t] if pipe.scheduler.config.prediction_type == "v_prediction" else None,
-                        conditions=_added_conditions(pipe, pooled, noised),
+                        conditions=added_conditions(pipe, pooled, noised),
                     )
                     if batch_mean:
                         attention = attention.mean()
@@ -143,18 +154,30 @@ def pair_terms(
         return _terms(unet, latents, timestep, noise, uncond, cond, lse)
 
 
-def official_timesteps(count: int, train_timesteps: int = 1000) -> list[int]:
-    """The official grid: every int(1000 / count)-th of the schedule's timesteps 989, 988, … 10, ascending.
+@torch.no_grad()
+def row_terms(
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    timestep: int,
+    noise: Tensor,
+    text: Tensor,
+    *,
+    sections: Sequence[str] = SECTIONS,
+) -> tuple[Tensor, Tensor]:
+    """What R rows contribute at one timestep, in one UNet call: a pair's a_t is the mean of its two rows' log-sum-exps,
+    its b_t the difference of their errors.
 
-    Not always `count` of them, as in the official code: 50 gives 49, since the ends of the schedule are left out.
+    Args:
+        unet, timestep, sections: as for :func:`pair_terms`.
+        latents: (R, C, h, w), already noised.
+        noise: that the predictions are compared with, (R, C, h, w) or (C, h, w).
+        text: states of the rows' texts, (R, 77, E).
 
-    Raises:
-        ValueError: `count` is not between 1 and `train_timesteps`.
+    Returns:
+        Each (R,) float32: the log-sum-exps, meaned over layers, heads and positions, and ‖ε − ε_row‖₂.
     """
-    if not 1 <= count <= train_timesteps:
-        raise ValueError(f"timesteps: got {count}, expected a count from 1 to {train_timesteps}")
-    indices = range(10, train_timesteps - 10, train_timesteps // count)
-    return sorted(train_timesteps - 1 - index for index in indices)
+    with _recording(unet, sections) as lse:
+        return _row_terms(unet, latents, timestep, noise, text, lse)
 
 
 def _terms(
@@ -171,21 +194,41 @@ def _terms(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pair_terms`; `alpha` is ᾱ_t of a v-prediction, `lse` what :func:`_recording` fills."""
     pairs = len(latents)
-    text = torch.cat([uncond.expand(pairs, -1, -1), cond.expand(pairs, -1, -1)]).to(unet.dtype)
+    text = torch.cat([uncond.expand(pairs, -1, -1), cond.expand(pairs, -1, -1)])
+    twice = torch.cat([latents, latents])
+    every = noise.expand_as(latents)
+    attention, errors = _row_terms(
+        unet, twice, timestep, torch.cat([every, every]), text, lse, alpha=alpha, conditions=conditions
+    )
+    errors = errors.view(2, pairs)
+    return attention.view(2, pairs).mean(0), errors[0] - errors[1]
+
+
+def _row_terms(
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    timestep: int,
+    noise: Tensor,
+    text: Tensor,
+    lse: list[Tensor],
+    *,
+    alpha: Tensor | None = None,
+    conditions: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`row_terms`; the rest as for :func:`_terms`."""
     lse.clear()
+    # diffusers walks all parameters to tell the type.
+    dtype = unet.dtype
     predicted = unet(
-        torch.cat([latents, latents]).to(unet.dtype),
+        latents.to(dtype),
         timestep,
-        encoder_hidden_states=text,
+        encoder_hidden_states=text.to(dtype),
         added_cond_kwargs=conditions,
         return_dict=False,
     )[0].float()
     if alpha is not None:
-        predicted = alpha.sqrt() * predicted + (1 - alpha).sqrt() * torch.cat([latents, latents])
-    # (layers, rows) → the mean over layers and over a pair's two rows.
-    attention = torch.stack(lse).mean(0).view(2, pairs).mean(0)
-    errors = (noise - predicted.view(2, pairs, *latents.shape[1:])).flatten(2).norm(dim=-1)
-    return attention, errors[0] - errors[1]
+        predicted = alpha.sqrt() * predicted + (1 - alpha).sqrt() * latents
+    return torch.stack(lse).mean(0), (noise - predicted).flatten(1).norm(dim=-1)
 
 
 def _score_layers(unet: UNet2DConditionModel, sections: Sequence[str]) -> list[Attention]:
@@ -241,97 +284,3 @@ class _RecordingProcessor:
         for layer in attn.to_out:
             output = layer(output)
         return output
-
-
-def _timesteps(pipe: DiffusionPipeline, timesteps: int | Sequence[int]) -> list[int]:
-    train_timesteps = pipe.scheduler.config.num_train_timesteps
-    prediction_type = pipe.scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"pipe: its prediction_type is {prediction_type!r}, expected 'epsilon' or 'v_prediction'")
-    if isinstance(timesteps, int):
-        return official_timesteps(timesteps, train_timesteps)
-    steps = [int(t) for t in timesteps]
-    if not steps or not all(0 <= t < train_timesteps for t in steps):
-        raise ValueError(f"timesteps: got {steps}, expected at least one, each from 0 to {train_timesteps - 1}")
-    return steps
-
-
-def _draw(seed: int, k: int, shape: tuple[int, ...]) -> Tensor:
-    """Noise of the k-th timestep, float32 on the CPU: it depends on (seed, k) alone."""
-    state = np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int(state >> np.uint64(1))))
-
-
-def _preprocess(pipe: DiffusionPipeline, images: Sequence[Any]) -> Tensor:
-    """(N, 3, height, width) float32 in [−1, 1] at the UNet's size, on its device; the aspect ratio is not kept."""
-    sample = pipe.unet.config.sample_size
-    sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
-    height, width = (side * pipe.vae_scale_factor for side in sides)
-    if len(images) == 0:
-        raise ValueError("images: got none, expected at least one")
-    pixels = []
-    for image in images:
-        if isinstance(image, Tensor):
-            image = image.detach().cpu().permute(1, 2, 0).float().numpy()
-        elif isinstance(image, np.ndarray):
-            image = image / 255
-        if isinstance(image, np.ndarray):
-            image = VaeImageProcessor.numpy_to_pil(image)[0]
-        array = np.array(image.convert("RGB").resize((width, height), PIL_BICUBIC))
-        pixels.append(2 * (torch.from_numpy(array).permute(2, 0, 1).float() / 255) - 1)
-    return torch.stack(pixels).to(pipe.unet.device)
-
-
-def _encode_images(vae: Any, pixels: Tensor) -> Tensor:
-    """Scaled posterior means, (P, C, h, w) float32."""
-    latents: Tensor = vae.config.scaling_factor * vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
-    return latents.float()
-
-
-def _encode_text(pipe: DiffusionPipeline, caption: str) -> tuple[Tensor, Tensor | None]:
-    """Text states (2, 77, E) of the empty text and the caption, and SDXL's pooled states (2, width) or None."""
-    if not hasattr(pipe, "text_encoder_2"):
-        return pipe.text_encoder(_tokenize(pipe, pipe.tokenizer, caption).to(pipe.text_encoder.device))[0], None
-    states = []
-    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
-        output = encoder(_tokenize(pipe, tokenizer, caption).to(encoder.device), output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-    text, pooled = torch.cat(states, dim=-1), output[0]
-    if pipe.config.force_zeros_for_empty_prompt:
-        text[0], pooled[0] = 0, 0
-    return text, pooled
-
-
-def _tokenize(pipe: DiffusionPipeline, tokenizer: Any, caption: str) -> Tensor:
-    length = tokenizer.model_max_length
-    caption = pipe.maybe_convert_prompt(caption, tokenizer)
-    ids = tokenizer(["", caption], padding="max_length", max_length=length).input_ids
-    if len(ids[1]) > length:
-        raise ValueError(f"captions: {caption!r} has {len(ids[1])} tokens, expected at most {length}")
-    return torch.tensor(ids)
-
-
-def _added_conditions(pipe: DiffusionPipeline, pooled: Tensor | None, latents: Tensor) -> dict[str, Tensor] | None:
-    """SDXL's pooled text and image sizes for 2P rows: original size, no crop, target size, all the latents' own."""
-    if pooled is None:
-        return None
-    size = [side * pipe.vae_scale_factor for side in latents.shape[-2:]]
-    time_ids = torch.tensor([*size, 0, 0, *size], device=latents.device, dtype=pipe.unet.dtype)
-    return {
-        "text_embeds": pooled.repeat_interleave(len(latents), 0).to(pipe.unet.dtype),
-        "time_ids": time_ids.repeat(2 * len(latents), 1),
-    }
-
-
-@contextmanager
-def _upcast_vae(vae: Any) -> Iterator[None]:
-    """float32 for a VAE that overflows in float16 (SDXL's), as the stock pipeline does; exact in both directions."""
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and vae.config.force_upcast
-    if upcast:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if upcast:
-            vae.to(dtype)

@@ -9,8 +9,12 @@ import torch
 from PIL import Image
 
 import dsd_fast as dsd
+from dsd_fast.cli import demo_run
+from dsd_fast.cli.demo import LABELS
+from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import matching as reference
+from tests.cli.test_report import Seen
 
 SMALL = ["demo", "--scenes", 4, "--reference-scenes", 2, "--timesteps", "300,700"]
 
@@ -72,13 +76,50 @@ def test_accuracy_counts_the_true_captions_wins(cli, tmp_path, score, column):
         assert f"{figure['accuracy']:.2f} ({low:.2f} to {high:.2f})" in done.stdout
 
 
+def test_words_that_point_and_the_page(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsd_fast.cli.demo_run.SHOWN", 3)
+    kept, render = [], demo_run.render
+    monkeypatch.setattr(demo_run, "render", lambda *given: kept.append(len(given[2])) or render(*given))
+    done = cli(*SMALL, "--out", "out")
+    # Maps are held of the scenes that are shown alone, however many there are.
+    assert kept == [3]
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    matcher = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=[300, 700]))
+    wanted = pointing_game(matcher, [scene(EVAL_SEED + i) for i in range(4)])
+    assert [row["word"] for row in content["pointing"]] == list(wanted)
+    page = Seen((tmp_path / "out/report.html").read_text(encoding="utf-8"))
+    for row in content["pointing"]:
+        found = wanted[row["word"]]
+        assert (row["right"], row["n"]) == (found.right, found.n)
+        assert row["chance"] == pytest.approx(found.chance)
+        low, high = row["interval"]
+        assert f"{row['accuracy']:.2f} ({low:.2f} to {high:.2f})" in done.stdout
+        assert f"{row['accuracy']:.2f} ({low:.2f} to {high:.2f})" in page.text
+    for rows in content["accuracy"].values():
+        for row in rows:
+            low, high = row["interval"]
+            assert LABELS[row["against"]] in page.text
+            assert f"{row['accuracy']:.2f} ({low:.2f} to {high:.2f})" in page.text
+    assert f"differ by at most {content['reference']['max_difference']:.1e}" in page.text
+    assert "The first 3 images are shown of 4; 1 more is in" in page.text
+    # In each of the three scenes every caption, the true one marked, and a map for each of its words but "a".
+    assert [attributes.get("class") for name, attributes in page.tags if name == "li"] == [
+        "right" if row["kind"] == "true" else None for entry in content["images"][:3] for row in entry["ranked"]
+    ]
+    assert page.marked == [word for entry in content["images"][:3] for word in entry["caption"].split() if word != "a"]
+    assert f"{content['images'][2]['ranked'][0]['score']:.4f}" in page.text
+
+
 def test_a_difference_from_the_reference_fails(cli, tmp_path, monkeypatch):
     right = reference.score
     monkeypatch.setattr(reference, "score", lambda *args, **kwargs: right(*args, **kwargs) + 3e-4)
     done = cli(*SMALL)
     assert done.exit_code == 1
     assert "Error: scores differ from the reference's by up to 0.0003, more than 0.0001" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    # What was found can be looked at all the same, in the folder that is taken where none is named.
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
+        "report.html", "results.json", "scenes", "scores.parquet",
+    ]  # fmt: skip
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(cli, tmp_path):

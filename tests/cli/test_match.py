@@ -173,6 +173,8 @@ def test_strange_names_and_captions(cli, good_images, tmp_path):
         (["--caption", "a", "--out", "taken"], "--out taken cannot be written: Is a directory"),
         (["--caption", "a", "--out", "/proc/nothing"], "--out /proc/nothing cannot be written"),
         (["--caption", "a", "--top-k", "0"], "Invalid value for '--top-k'"),
+        (["--caption", "a", "--heatmaps", "6"], "--heatmaps: got 6, expected at most --top-k, 5"),
+        (["--caption", "a", "--heatmaps", "-1"], "Invalid value for '--heatmaps'"),
     ],
 )
 def test_usage_errors_are_one_sentence(cli, good_images, tmp_path, arguments, message):

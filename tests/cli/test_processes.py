@@ -40,11 +40,24 @@ def test_start_is_light(arguments):
 
 def test_only_the_commands_own_words_are_printed(tmp_path):
     done = run_python(
-        ["-m", "dsd_fast.cli", "demo", "--scenes", 1, "--reference-scenes", 1, "--timesteps", "500,"], cwd=ROOT
+        [
+            "-m",
+            "dsd_fast.cli",
+            "demo",
+            "--scenes",
+            1,
+            "--reference-scenes",
+            1,
+            "--timesteps",
+            "500,",
+            "--out",
+            tmp_path,
+        ],
+        cwd=ROOT,
     )
     lines = done.stderr.splitlines()
     assert lines[0] == "loading mini"
-    assert [line.split()[0] for line in lines[1:] if line] == ["official", "noise", "reference"]
+    assert [line.split()[0] for line in lines[1:] if line] == ["official", "noise", "heat", "reference"]
 
 
 def wait_for(stream, pattern):

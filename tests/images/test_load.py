@@ -83,6 +83,8 @@ def test_load_applies_exif_orientation(kind, orientation, tmp_path):
         8: stored.swapaxes(0, 1)[::-1],
     }[orientation]
     result = pixels(path)
+    # What has been turned upright stays so.
+    assert np.array_equal(np.asarray(load_image(load_image(path))), result)
     assert result.shape == upright.shape
     assert np.abs(result.astype(int) - upright).max() <= (3 if kind == "JPEG" else 0)
 

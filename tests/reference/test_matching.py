@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dsd_fast.reference import matching
+from dsd_fast.reference import inputs, matching
 from tests.tiny import FAMILIES, tiny_pipeline
 
 DATA = Path(__file__).parents[1] / "data/sd15like"
@@ -138,6 +138,19 @@ def test_pair_terms_equal_official_code(official, t, sections):
     name = "all" if len(sections) == 3 else sections[0]
     torch.testing.assert_close(attention, numbers[f"t{t}.{name}.bias0"], rtol=0, atol=1e-4)
     torch.testing.assert_close(attention + gain, numbers[f"t{t}.{name}.bias1"], rtol=0, atol=1e-4)
+
+
+def test_row_terms_are_the_halves_of_pair_terms(official):
+    unet, numbers = official
+    pairs = len(numbers["latents"])
+    uncond, cond = (numbers[name].expand(pairs, -1, -1) for name in ("uncond", "cond"))
+    texts, latents = torch.cat([uncond, cond]), torch.cat([numbers["latents"]] * 2)
+    rows, errors = matching.row_terms(unet, latents, 261, numbers["noise"][0], texts, sections=("mid",))
+    assert rows.shape == errors.shape == (2 * pairs,)
+    arguments = (numbers["latents"], 261, numbers["noise"][0], uncond, cond)
+    attention, gain = matching.pair_terms(unet, *arguments, sections=("mid",))
+    assert torch.equal((rows[:pairs] + rows[pairs:]) / 2, attention)
+    assert torch.equal(errors[:pairs] - errors[pairs:], gain)
 
 
 def test_official_timesteps():
@@ -307,13 +320,13 @@ def test_kinds_of_images():
     image = pictures(1)[0]
     array = np.array(image)
     small = np.array(image.resize((side, side), Image.Resampling.BICUBIC))
-    expected = matching._preprocess(pipe, [image])
+    expected = inputs.preprocess(pipe, [image])
     assert expected.shape == (1, 3, side, side)
-    assert torch.equal(matching._preprocess(pipe, [array]), expected)
+    assert torch.equal(inputs.preprocess(pipe, [array]), expected)
     assert torch.equal(expected[0], 2 * (torch.from_numpy(small).permute(2, 0, 1) / 255) - 1)
-    assert torch.equal(matching._preprocess(pipe, [torch.from_numpy(array).permute(2, 0, 1) / 255]), expected)
+    assert torch.equal(inputs.preprocess(pipe, [torch.from_numpy(array).permute(2, 0, 1) / 255]), expected)
     grey = image.convert("L")
-    assert torch.equal(matching._preprocess(pipe, [grey]), matching._preprocess(pipe, [grey.convert("RGB")]))
+    assert torch.equal(inputs.preprocess(pipe, [grey]), inputs.preprocess(pipe, [grey.convert("RGB")]))
 
 
 def test_half_precision_vae_is_upcast_where_its_config_asks():
@@ -372,6 +385,6 @@ def test_learned_tokens_of_several_vectors_are_spelled_out():
     pipe.load_textual_inversion({"<bird>": torch.randn(2, 24)})
     scores = matching.score(pipe, pictures(1), ["a <bird>", "a <bird> <bird>_1"], timesteps=[500])
     # The second spells it out by hand, after which the first vector is followed by both.
-    ids = matching._tokenize(pipe, pipe.tokenizer, "a <bird>")[1]
+    ids = inputs.tokenize(pipe, pipe.tokenizer, "a <bird>")[1]
     assert ids.tolist()[2:4] == pipe.tokenizer.convert_tokens_to_ids(["<bird>", "<bird>_1"])
     assert scores[0, 0] != scores[0, 1]

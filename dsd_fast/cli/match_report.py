@@ -1,0 +1,92 @@
+"""What `dsd-fast match` shows people: heat maps as files, and report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsd_fast.cli.heatmaps import picture, save, shown
+from dsd_fast.cli.report import Card, cards, page, paragraph, section, settings, table, visible
+from dsd_fast.cli.terminal import counted
+from dsd_fast.images import ImageError, load_image
+from dsd_fast.matching import Matcher
+
+# Images, words of a caption, and errors on the page; the files have all.
+SHOWN, _WORDS, _ERRORS = 50, 24, 50
+
+
+class MatchReport:
+    """Collects the first images for the page, and writes the heat maps of all.
+
+    Args:
+        out: folder of the results.
+        matcher: that scores, for the heat maps.
+        heatmaps: of how many of each image's best captions.
+    """
+
+    def __init__(self, out: Path, matcher: Matcher, heatmaps: int) -> None:
+        self.out, self.matcher, self.heatmaps = out, matcher, heatmaps
+        self._cards: list[Card] = []
+
+    def add(
+        self, index: int, source: Path, path: str, ranked: Sequence[dict[str, Any]], lowest: float, highest: float
+    ) -> None:
+        """One scored image; the entries of `ranked` with heat maps get their files' names as "heatmap".
+
+        Args:
+            index: of the image in the run.
+            source: the file.
+            path: its name as it is written into results.
+            ranked: its best captions, best first.
+            lowest, highest: of all its scores.
+        """
+        wanted = len(self._cards) < SHOWN
+        if not wanted and not self.heatmaps:
+            return
+        try:
+            image = load_image(source)
+        except ImageError:
+            # It was there when it was scored, so the scores stand.
+            self._cards += [Card(path, None, ranked, lowest, highest)] if wanted else []
+            return
+        maps = []
+        for rank, row in enumerate(ranked[: self.heatmaps], start=1):
+            found = self.matcher.heatmap(image, row["caption"])
+            row["heatmap"] = save(self.out, index, rank, image, path, row["caption"], found)
+            if wanted:
+                maps.append(shown(image, row["caption"], found, _WORDS))
+        if wanted:
+            self._cards.append(Card(path, picture(image), ranked, lowest, highest, maps))
+
+    def page(self, summary: Mapping[str, Any]) -> bytes:
+        """report.html of a run, from the content of its results.json."""
+        counts, chosen = summary["counts"], summary["settings"]
+        scored = counts["scored"]
+        lead = [
+            f"{counted(scored, 'image')} scored with {counted(counts['captions'], 'caption')} by {chosen['model']}. "
+            "A higher score is a better match."
+        ]
+        if not summary["complete"]:
+            lead.append(f"Interrupted: {counted(counts['not_reached'], 'image')} not reached.")
+        if counts["errors"]:
+            lead.append(f"{counted(counts['errors'], 'image')} could not be scored; the reasons are at the end.")
+        what = "Bars go from the lowest score of an image, over all captions, to its highest."
+        if self.heatmaps:
+            what += (
+                " A heat map is the share of the cross-attention at each place that goes to a word, the mean over"
+                " timesteps, heads and layers."
+            )
+        parts = []
+        if scored:
+            parts.append(section("Best captions", paragraph(what), cards(self._cards, scored)))
+        errors = [(entry["path"], entry["error"]) for entry in summary["images"] if "error" in entry]
+        if errors:
+            rows = [[visible(path), visible(error["reason"]), visible(error["message"])] for path, error in errors]
+            body = table("Images that could not be scored", ["file", "reason", "what"], rows[:_ERRORS])
+            if len(rows) > _ERRORS:
+                body += paragraph(f"{counted(len(rows) - _ERRORS, 'more error')} in results.json.")
+            parts.append(section("Not scored", body))
+        shown_settings = {name: value for name, value in {**chosen, **summary["versions"]}.items() if value is not None}
+        shown_settings["layers"] = ", ".join(chosen["layers"])
+        return page("Which caption describes the image?", lead, [*parts, settings(shown_settings)])

@@ -1,0 +1,214 @@
+"""A page that stands by itself: images inside, no script, nothing loaded, every text escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from PIL import Image
+
+from dsd_fast import __version__
+from dsd_fast.cli.heatmaps import WordMaps, scale
+from dsd_fast.cli.terminal import counted
+
+# Joiners that emoji and some scripts cannot do without; all other invisible characters are shown as escapes.
+_KEPT = frozenset("\u200c\u200d")
+
+
+@dataclass(frozen=True)
+class Card:
+    """An image with its ranked captions.
+
+    Attributes:
+        name: of the image.
+        picture: to show; None for a file that could not be read again.
+        ranked: best first: "caption", "score", and perhaps "note" (a few words) and "right" (it is the true one).
+        lowest, highest: of all scores of the image.
+        maps: heat maps of some of the captions.
+    """
+
+    name: str
+    picture: Image.Image | None
+    ranked: Sequence[Mapping[str, Any]]
+    lowest: float
+    highest: float
+    maps: Sequence[WordMaps] = field(default=())
+
+
+def page(title: str, lead: Sequence[str], sections: Sequence[str]) -> bytes:
+    """The whole document in UTF-8.
+
+    Args:
+        title: plain text.
+        lead: paragraphs of plain text below it.
+        sections: HTML, made by this module's functions.
+    """
+    style = _style()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    paragraphs = "".join(f"<p>{visible(text)}</p>\n" for text in lead)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{visible(title)}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>{visible(title)}</h1>
+{paragraphs}</header>
+<main>
+{"".join(sections)}</main>
+<footer>dsd-fast {visible(__version__)}</footer>
+</body>
+</html>
+""".encode()
+
+
+def section(title: str, *parts: str) -> str:
+    """Parts, which are HTML, under a title, which is plain text."""
+    return f"<section>\n<h2>{visible(title)}</h2>\n{''.join(parts)}</section>\n"
+
+
+def paragraph(text: str) -> str:
+    """Plain text."""
+    return f"<p>{visible(text)}</p>\n"
+
+
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
+    """A table of HTML cells under a plain header and caption; the last `numbers` columns are set to the right.
+
+    It scrolls by itself where it is wider than the screen.
+    """
+    first = len(header) - numbers
+    sides = ["" if i < first else ' class="number"' for i in range(len(header))]
+    head = "".join(f'<th scope="col"{side}>{visible(text)}</th>' for side, text in zip(sides, header, strict=True))
+    body = ""
+    for row in rows:
+        cells = [f"<td{side}>{cell}</td>" for side, cell in zip(sides, row, strict=True)]
+        cells[0] = f'<th scope="row">{row[0]}</th>'
+        body += f"<tr>{''.join(cells)}</tr>\n"
+    return (
+        f'<div class="scroll" role="region" aria-label="{visible(caption)}" tabindex="0"><table>\n'
+        f"<caption>{visible(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n"
+        "</table></div>\n"
+    )
+
+
+def share(value: float, interval: tuple[float, float], chance: float) -> str:
+    """A bar from 0 to 1: a dot at `value`, its interval, and a line at `chance`."""
+    low, high = interval
+    return (
+        '<svg class="share" viewBox="0 0 100 10" aria-hidden="true">'
+        '<rect class="track" x="0" y="4" width="100" height="2"/>'
+        f'<rect class="interval" x="{100 * low:.2f}" y="3.5" width="{100 * (high - low):.2f}" height="3"/>'
+        f'<rect class="chance" x="{100 * chance - 0.5:.2f}" y="0" width="1" height="10"/>'
+        f'<circle class="dot" cx="{100 * value:.2f}" cy="5" r="3"/></svg>'
+    )
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Names and values, folded away."""
+    rows = "".join(f"<dt>{visible(name)}</dt><dd>{visible(str(value))}</dd>\n" for name, value in values.items())
+    return f"<details><summary>Settings and versions</summary>\n<dl>\n{rows}</dl></details>\n"
+
+
+def cards(items: Sequence[Card], total: int) -> str:
+    """The cards, and how many of `total` images they leave out."""
+    made = "".join(_card(item) for item in items)
+    if total <= len(items):
+        return made
+    count, left = len(items), total - len(items)
+    shown = "The first image is" if count == 1 else f"The first {count:,} images are"
+    return made + paragraph(
+        f"{shown} shown of {total:,}; {left:,} more {'is' if left == 1 else 'are'} in results.json and scores.parquet."
+    )
+
+
+def visible(text: str) -> str:
+    """Plain text as HTML; control, direction and other invisible characters, and undecodable bytes, as escapes."""
+    shown = (
+        c if c.isprintable() or c in _KEPT or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+    return html.escape("".join(shown))
+
+
+def _card(item: Card) -> str:
+    picture = '<p class="missing">The file could not be read a second time.</p>'
+    if item.picture is not None:
+        picture = _image(item.picture, item.name)
+    rows = "".join(_ranked(row, item) for row in item.ranked)
+    maps = "".join(_maps(each, item.name) for each in item.maps)
+    return (
+        f'<article>\n<h3><bdi>{visible(item.name)}</bdi></h3>\n<div class="pair">\n<div class="shown">{picture}</div>\n'
+        f"<ol>\n{rows}</ol>\n</div>\n{maps}</article>\n"
+    )
+
+
+def _ranked(row: Mapping[str, Any], item: Card) -> str:
+    width = item.highest - item.lowest
+    part = 100 * (row["score"] - item.lowest) / width if width > 0 else 100
+    note = f' <span class="note">{visible(row["note"])}</span>' if row.get("note") else ""
+    kind = ' class="right"' if row.get("right") else ""
+    return (
+        f'<li{kind}><span class="text"><bdi>{visible(row["caption"])}</bdi>{note}</span>'
+        f'<span class="score">{row["score"]:.4f}</span>'
+        '<svg class="bar" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="track" width="100" height="4"/><rect class="fill" width="{part:.2f}" height="4"/></svg></li>\n'
+    )
+
+
+def _maps(maps: WordMaps, name: str) -> str:
+    caption = maps.caption
+    tiles = ""
+    for start, end, picture in maps.words:
+        word = visible(caption[start:end])
+        marked = f"{visible(caption[:start])}<mark>{word}</mark>{visible(caption[end:])}"
+        tiles += (
+            f"<figure>{_image(picture, f'Heat map of “{caption[start:end]}” over {name}')}"
+            f"<figcaption><bdi>{marked}</bdi></figcaption></figure>\n"
+        )
+    if not maps.words:
+        return paragraph("This caption has no words to map.")
+    more = paragraph(f"The maps of {counted(maps.left_out, 'more word')} are in the files.") if maps.left_out else ""
+    return (
+        f"<h4>Where the words of “<bdi>{visible(caption)}</bdi>” are looked at</h4>\n"
+        f'<div class="maps">\n{tiles}</div>\n{more}'
+        f'<p class="scale"><span>0</span><img src="{_scale()}" alt="dark to light" width="256" height="12">'
+        f"<span>{maps.top:.2g}</span> <span>attention probability, one scale for all words of this caption</span></p>\n"
+    )
+
+
+def _image(image: Image.Image, alt: str) -> str:
+    return f'<img src="{_uri(image)}" alt="{visible(alt)}" width="{image.width}" height="{image.height}">'
+
+
+def _uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@cache
+def _scale() -> str:
+    return _uri(scale())
+
+
+@cache
+def _style() -> str:
+    return resources.files("dsd_fast.cli").joinpath("report.css").read_text(encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Where in an image each word of a caption is looked at: cross-attention maps (DAAM, Tang et al., arXiv 2210.04885).
+
+    map(word)[y, x] = mean over timesteps, layers, heads and the word's tokens of upsampled softmax(Q Kᵀ / √D)[token]
+
+As in DAAM, maps of all layers are upsampled to one size before they are averaged, and a word of several tokens is the
+mean of its tokens' maps. What differs: the image is given, so its latents are noised at the matcher's timesteps, where
+DAAM follows a generation; the layers are :func:`map_layers`' rather than all; the upsampling is bilinear rather than
+bicubic with negative values cut off, so that values stay probabilities, which over all tokens of the text (begin, end
+and padding tokens included) sum to 1 at every pixel; and nothing is normalised afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsd_fast.diffusion import noise
+from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.words import Span, find_spans, positions, words
+from dsd_fast.models.offsets import token_offsets
+from dsd_fast.unet import UNetProgram
+from dsd_fast.unet.step import Size
+
+Heatmap = tuple[str, Span, NDArray[np.float32]]
+"""The characters, their (start, end) in the caption, and their (h, w) map."""
+
+
+def map_layers(program: UNetProgram, layers: str | Sequence[str]) -> list[str]:
+    """Score ids whose attention a heat map averages.
+
+    Args:
+        program: of the network.
+        layers: "up-finest" (of the up part, the cross-attentions of the highest resolution), "all" (DAAM's choice), or
+            score ids.
+
+    Raises:
+        ValueError: another string, or no layers; unknown ids are left to the plan, which names the nearest.
+    """
+    if layers == "all":
+        return list(program.score_ids)
+    if layers == "up-finest":
+        levels = {step.name: step.level for step in program.steps if step.score and step.name.startswith("up-")}
+        return [name for name, level in levels.items() if level == min(levels.values())]
+    if isinstance(layers, str) or not len(layers):
+        raise ValueError(f"layers: got {layers!r}, expected 'up-finest', 'all', or at least one score id")
+    return list(layers)
+
+
+def heatmaps(
+    scorer: PairScorer,
+    latent: Tensor,
+    caption: str,
+    spans: Sequence[str | Span] | None = None,
+    layers: str | Sequence[str] = "up-finest",
+) -> list[Heatmap]:
+    """See :meth:`Matcher.heatmap`; ``latent`` is the image's, (1, C, h, w)."""
+    wanted = words(caption) if spans is None else find_spans(caption, spans)
+    states = scorer.encode_texts([caption]).states
+    offsets = token_offsets(scorer.model.tokenizers, caption, states.states.shape[1])
+    tokens = {span: own for span in wanted if (own := positions(span, offsets))}
+    for start, end in wanted:
+        if spans is not None and (start, end) not in tokens:
+            raise ValueError(f"spans: the characters {caption[start:end]!r} at ({start}, {end}) have no tokens")
+    if not tokens:
+        return []
+    chosen = sorted({token for own in tokens.values() for token in own})
+    maps = _token_maps(scorer, latent, states.states, states.pooled, chosen, layers)
+    place = {token: i for i, token in enumerate(chosen)}
+    return [
+        (caption[slice(*span)], span, maps[[place[token] for token in tokens[span]]].mean(0).numpy())
+        for span in wanted
+        if span in tokens
+    ]
+
+
+def _token_maps(
+    scorer: PairScorer,
+    latent: Tensor,
+    states: Tensor,
+    pooled: Tensor | None,
+    tokens: Sequence[int],
+    layers: str | Sequence[str],
+) -> Tensor:
+    """(n, height, width) float32 on the CPU, the mean map of each token position, at the image's size."""
+    model, unet, times = scorer.model, scorer.model.unet, torch.tensor(scorer.timesteps)
+    epsilon = torch.stack([noise(scorer.config.seed, draw, latent.shape[1:]) for draw in range(len(times))])
+    clean = latent.to("cpu", torch.promote_types(latent.dtype, torch.float32)).expand(len(times), -1, -1, -1)
+    noised = model.schedule.add_noise(clean, epsilon.to(clean.dtype), times).to(unet.dtype)
+    names = map_layers(scorer.program, layers)
+    plan = scorer.program.plan(maps=names, adapter=scorer.plan.adapter)
+    pooled = None if pooled is None else pooled.to(unet.device, unet.dtype)
+    with torch.no_grad():
+        text = plan.encode_text(states.to(unet.device, unet.dtype), pooled=pooled)
+    # Bilinear upsampling is linear: it may wait until maps of one size have been added up.
+    sums: dict[Size, Tensor] = {}
+    for _, out in plan.stream(
+        noised,
+        times,
+        text,
+        text_index=torch.zeros(len(times), dtype=torch.int64),
+        time_ids=model.time_ids(*scorer.size),
+        map_tokens=tokens,
+        memory_budget=scorer.config.memory_budget,
+    ):
+        for value in out.maps.values():
+            size: Size = (value.shape[2], value.shape[3])
+            sums[size] = sums.get(size, torch.zeros((), device=value.device)) + value.float().sum(0)
+    total = torch.zeros(len(tokens), *scorer.size)
+    for value in sums.values():
+        total += F.interpolate(value[None].cpu(), size=scorer.size, mode="bilinear", align_corners=False)[0]
+    return total / (len(names) * len(times))
