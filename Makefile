@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.12   the interpreter the .venv is made from; `make gpu PYTHON=python3` uses that one as it is
 #   TORCH_INDEX=URL     the package index torch comes from, remembered by the .venv; TORCH_INDEX= goes back to the default
-#   ARGS="-k matching"  further arguments for pytest
+#   ARGS="-k matching"  further arguments for pytest, or for `make bench` of `dsd-fast bench`
+#   SUITE=match         the suite that `make bench` runs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,15 +12,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+SUITE ?= match
 STAMP := $(VENV)/installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test lint gpu force
+.PHONY: install demo test lint bench gpu force
 
 install: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/dsd-fast demo --out demo
+	$(BIN)/dsd-fast demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -28,6 +30,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/dsd-fast bench $(SUITE) $(ARGS)
+	$(BIN)/dsd-fast bench-docs
 
 # A given interpreter has its own torch and perhaps no network: nothing is installed into it.
 ifeq ($(origin PYTHON),command line)

@@ -6,7 +6,11 @@ from setuptools import setup
 # ship it under that name, must not run; here it is reached through the link dsd_fast/kernels -> ../kernels alone.
 PACKAGES = [
     "dsd_fast",
+    "dsd_fast.bench",
+    "dsd_fast.bench.suites",
+    "dsd_fast.bench.suites.mini_card",
     "dsd_fast.cli",
+    "dsd_fast.compat",
     "dsd_fast.diffusion",
     "dsd_fast.images",
     "dsd_fast.kernels",
@@ -23,6 +27,7 @@ PACKAGES = [
 
 PACKAGE_DATA = {
     "dsd_fast": ["py.typed"],
+    "dsd_fast.cli": ["*.css"],
     "dsd_fast.models.mini": ["weights/**/*"],
 }
 

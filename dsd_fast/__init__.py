@@ -12,6 +12,8 @@ __all__ = [
     "MatchConfig",
     "Matcher",
     "__version__",
+    "bench",
+    "compat",
     "diffusion",
     "from_pipeline",
     "images",
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dsd_fast import diffusion, images, kernels, matching, metrics, models, reference, unet
+    from dsd_fast import bench, compat, diffusion, images, kernels, matching, metrics, models, reference, unet
     from dsd_fast.matching import MatchConfig, Matcher
     from dsd_fast.models import from_pipeline, load
 else:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from dsd_fast import __version__
+from dsd_fast.cli.bench import bench, bench_docs
 from dsd_fast.cli.demo import demo
 from dsd_fast.cli.info import info
 from dsd_fast.cli.match import match
@@ -32,3 +33,5 @@ def dsd_fast(
 app.command()(match)
 app.command()(info)
 app.command()(demo)
+app.command()(bench)
+app.command()(bench_docs)

@@ -48,7 +48,7 @@ def test_constraints_pin_everything_that_make_installs():
 
 
 # Imports that an extra brings: import name to the extra.
-OPTIONAL = {"triton": "triton", "sklearn": "bench"}
+OPTIONAL = {"triton": "triton", "matplotlib": "bench", "sklearn": "bench"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
 
 

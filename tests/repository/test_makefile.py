@@ -50,7 +50,7 @@ def test_first_run_sets_up(tree):
     assert lines[-1] == ".venv/bin/python -m pytest"
 
 
-@pytest.mark.parametrize("target", ["test", "demo", "lint", "gpu"])
+@pytest.mark.parametrize("target", ["test", "demo", "lint", "bench", "gpu"])
 def test_later_runs_do_not_set_up(tree, target):
     install(tree)
     assert not [line for line in make(tree, target) if "pip" in line or "venv .venv" in line]
@@ -74,6 +74,13 @@ def test_another_index_means_a_new_environment(tree, before, now):
     assert "python3 -m venv --clear .venv" in lines
     assert f'echo "{now}" > .venv/installed' in lines
     assert not [line for line in make(tree, "test", f"TORCH_INDEX={before}") if "pip" in line]
+
+
+def test_bench_measures_a_suite_and_makes_the_documents(tree):
+    install(tree)
+    documents = ".venv/bin/dsd-fast bench-docs"
+    assert make(tree, "bench") == [".venv/bin/dsd-fast bench match", documents]
+    assert make(tree, "bench", "SUITE=other", "ARGS=--threads 2")[0] == ".venv/bin/dsd-fast bench other --threads 2"
 
 
 def test_gpu_uses_a_given_interpreter_as_it_is(tree):

@@ -6,10 +6,15 @@ from tests.repository.processes import run_python
 from tests.repository.source import ROOT
 
 
-def test_example_runs(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "example.py").write_text(example)
-    printed = run_python([tmp_path / "example.py"], cwd=tmp_path, path=[ROOT]).stdout.splitlines()
-    scores = [float(line.split()[0]) for line in printed]
+def test_examples_run(tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    printed = []
+    for number, example in enumerate(examples):
+        (tmp_path / f"example{number}.py").write_text(example)
+        done = run_python(["-W", "error::UserWarning", f"example{number}.py"], cwd=tmp_path, path=[ROOT])
+        printed.append(done.stdout)
+    scores = [float(line.split()[0]) for line in printed[0].splitlines()]
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
+    assert re.fullmatch(r"tensor\(\[[\d.]+, [\d.]+\]\)\n", printed[1])

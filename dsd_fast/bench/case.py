@@ -1,0 +1,219 @@
+"""What a benchmark is made of: suites, cases, the sides they compare, and figures of quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from dsd_fast.metrics import wilson
+
+T = TypeVar("T")
+
+Plot = Literal["latency", "waterfall", "quality"]
+
+
+class Context:
+    """What the cases of one run share.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N".
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._made: dict[str, Any] = {}
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once under that name."""
+        if name not in self._made:
+            self._made[name] = make()
+        value: T = self._made[name]
+        return value
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way of doing a case's job.
+
+    Attributes:
+        name: what it is, in a few words.
+        run: does the whole job once and returns its result; each call does all of it anew.
+        batch: rows in its largest network call.
+        sizes: whatever else sets the cost, by name.
+        bytes: that one run moves, where that is known.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    batch: int
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """The job of a case, set up.
+
+    Attributes:
+        sides: two or more, the baseline first; each is measured against the one before it. More than two are the rungs
+            of a ladder.
+        difference: (result, oracle's result) → how far apart they are.
+        tolerance: the largest difference at which a side is timed.
+        accuracy: what ``difference`` measures, e.g. "largest difference of a score".
+        oracle: gives the right result; None: the first side's result is right.
+        oracle_name: what the oracle is.
+        item, items: what a run makes, in the singular, and how many, e.g. "pair", 256.
+        dtype: of the bulk of the arithmetic, a torch type's name.
+    """
+
+    sides: Sequence[Side]
+    difference: Callable[[Any, Any], float]
+    tolerance: float
+    accuracy: str
+    oracle_name: str
+    item: str
+    items: int
+    oracle: Callable[[], Any] | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if len(self.sides) < 2:
+            raise ValueError(f"sides: got {len(self.sides)}, expected a baseline and at least one more")
+        names = [side.name for side in self.sides]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sides: got {names}, expected names that differ")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement of speed.
+
+    Attributes:
+        name: unique within the suite.
+        group: the :class:`Group` it is shown in.
+        prepare: sets the job up; nothing heavy happens before it is called.
+        repeats: timed runs of each side. From 6 on the interval of the ratio covers 95 %.
+    """
+
+    name: str
+    group: str
+    prepare: Callable[[Context], Work]
+    repeats: int = 7
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of merit with its interval.
+
+    Attributes:
+        name: unique within the suite. In plots, figures whose names differ after the last comma alone share a line.
+        value, low, high: the figure and its 95 % interval; for a share right, Wilson's, by :meth:`share`.
+        n: observations behind it.
+        unit: "share", or what else the value is; of shares alone it is known that more is better.
+        chance: what guessing gives.
+        floor: the least value that passes; below it the result counts as wrong.
+        sizes: settings that it was measured with, by name.
+        seconds: that one item took, where the cost was measured too.
+        item: what one item is, e.g. "pair".
+        command: that makes the figure; "": the harness's own.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str = "share"
+    chance: float | None = None
+    floor: float | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    item: str = "item"
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(
+                f"figure {self.name!r}: got {self.value}, which is outside of its interval {self.low} to {self.high}"
+            )
+
+    @classmethod
+    def share(cls, name: str, right: int, n: int, **rest: Any) -> Figure:
+        """``right`` of ``n``, with the 95 % Wilson interval.
+
+        Raises:
+            ValueError: ``n`` is 0, or ``right`` is not between 0 and ``n``.
+        """
+        if n < 1:
+            raise ValueError(f"figure {name!r}: got n = {n}, expected at least 1")
+        low, high = wilson(right, n)
+        # Rounding may put the bound of a perfect share beside it.
+        return cls(name, right / n, min(low, right / n), max(high, right / n), n, **rest)
+
+    @property
+    def passes(self) -> bool:
+        """Whether the value is a number and not below its floor."""
+        return math.isfinite(self.value) and (self.floor is None or self.value >= self.floor)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measurement of figures of merit.
+
+    Attributes:
+        name: unique within the suite.
+        group: the :class:`Group` its figures are shown in.
+        measure: makes the figures.
+    """
+
+    name: str
+    group: str
+    measure: Callable[[Context], Sequence[Figure]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that share a table, and perhaps a plot.
+
+    Attributes:
+        name: of the table's marker in the documents, ``bench:SUITE/NAME``, and of the plot's file.
+        title: of both.
+        plot: "latency" (time per item against ``x``), "waterfall" (the rungs of a ladder) or "quality" (figures against
+            the seconds they cost); None: no plot.
+        x: for "latency" the size on the horizontal axis, for "quality" the size that labels a point.
+    """
+
+    name: str
+    title: str
+    plot: Plot | None = None
+    x: str = "rows"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that are run together and keep their records in one file.
+
+    Raises:
+        ValueError: two cases of one name, or a case in a group that the suite lacks.
+    """
+
+    name: str
+    summary: str
+    groups: Sequence[Group]
+    cases: Sequence[Case | Quality]
+
+    def __post_init__(self) -> None:
+        names = [case.name for case in self.cases]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"suite {self.name!r}: cases of one name: {', '.join(twice)}")
+        groups = {group.name for group in self.groups}
+        for case in self.cases:
+            if case.group not in groups:
+                raise ValueError(f"suite {self.name!r}: case {case.name!r} is in no group of it, {case.group!r}")
+
+    def place(self, case: str) -> int:
+        """Position of the case of that name; −1 if there is none."""
+        return next((place for place, each in enumerate(self.cases) if each.name == case), -1)

@@ -1,0 +1,79 @@
+"""Where and by what a record was made: device, versions, commit. Neither names of hosts nor paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsd_fast import __version__
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+_DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+
+# Records themselves are not part of what was measured.
+_STATUS = ["status", "--porcelain", "--", ".", ":(exclude)benchmarks/results"]
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Device, threads and load, the keys of a record's ``machine``."""
+    place = torch.device(device)
+    cuda = place.type == "cuda"
+    return {
+        "kind": place.type,
+        "name": torch.cuda.get_device_name(place) if cuda else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "driver": _run(_DRIVER) if cuda else None,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, of this package and of what it computes with; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "dsd_fast": __version__}
+    for name in ("torch", "triton", "diffusers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    # The distribution's metadata lacks the build (+cpu, +cu130) where an index renames it.
+    found["torch"] = str(torch.__version__)
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """The commit of the source tree that runs and whether it has changes; (None, None) outside a repository."""
+    if not (_ROOT / ".git").exists():
+        return None, None
+    head, status = _run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]), _run(["git", "-C", str(_ROOT), *_STATUS])
+    return (None, None) if head is None or status is None else (head, bool(status))
+
+
+def now() -> str:
+    """The time in UTC, to the second, ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def cpu_name() -> str:
+    """The processor's model, as the system names it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _run(command: list[str]) -> str | None:
+    """What a command prints, or None if it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else None

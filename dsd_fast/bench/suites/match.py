@@ -1,0 +1,216 @@
+"""Image–text matching: the Matcher beside the reference, where its speed comes from, and what its scores are worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Suite, Work
+from dsd_fast.bench.suites import match_rungs as rungs
+from dsd_fast.bench.suites.match_rungs import Job
+from dsd_fast.bench.suites.mini_card.captions import rivals
+from dsd_fast.bench.timing import quantile
+from dsd_fast.diffusion import noise
+from dsd_fast.matching import MatchConfig, Matcher, official_layers
+from dsd_fast.models import Model, load
+from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+from dsd_fast.unet import UNetProgram
+
+SCORE_TOLERANCE = 1e-4
+"""Scores hold differences of two norms of about √(4 · 16 · 16) = 32. A float32 prediction is off by some 1e-6 of its
+norm, so each norm by 3e-5 at the most and the difference of two by 6e-5; the mean over timesteps adds nothing, and
+log-sum-exps near 5 with the same relative error add a tenth of that."""
+
+PREDICTION_TOLERANCE = 1e-5
+"""Relative to the largest prediction: what batches of another size may change, since convolutions then sum in another
+order."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+TIMESTEPS = (1, 2, 4, 8, 16)
+HELD_OUT_TIMESTEPS = 4
+SCENES = 1000
+
+# Scenes scored together when quality is measured.
+_SCENES_AT_ONCE = 20
+
+_SCORES = "largest difference of a score"
+_PREDICTIONS = "largest relative difference of a prediction"
+
+
+def _model(context: Context) -> Model:
+    return context.shared("mini", lambda: load("mini", device=context.device, local_files_only=True))
+
+
+def _job(context: Context, images: int, captions: int, timesteps: int) -> Job:
+    """The first evaluation scenes and their captions."""
+
+    def make() -> Job:
+        scenes = [scene(EVAL_SEED + i) for i in range(max(images, captions))]
+        pictures, texts = [each.image for each in scenes[:images]], [each.caption for each in scenes[:captions]]
+        return Job(_model(context), pictures, texts, timesteps)
+
+    return context.shared(f"job of {images}, {captions}, {timesteps}", make)
+
+
+def _right(job: Job, context: Context) -> Tensor:
+    """The reference's scores of a job, computed once."""
+    name = f"scores of {len(job.images)}, {len(job.captions)}, {job.timesteps}"
+    return context.shared(name, lambda: rungs.pair_by_pair(job))
+
+
+def _difference(result: Tensor, right: Tensor) -> float:
+    return float((result - right).abs().max())
+
+
+def _relative(result: Tensor, right: Tensor) -> float:
+    return float((result - right).abs().max() / right.abs().max())
+
+
+def _scores(job: Job, sides: list[Side], oracle: Callable[[], Any] | None) -> Work:
+    return Work(
+        sides=sides,
+        difference=_difference,
+        tolerance=SCORE_TOLERANCE,
+        accuracy=_SCORES,
+        oracle=oracle,
+        oracle_name="the reference, pair by pair",
+        item="pair",
+        items=job.pairs,
+    )
+
+
+def _headline(context: Context) -> Work:
+    job = _job(context, 16, 16, 4)
+    rows = 2 * job.pairs * len(job.steps)
+
+    def reference(job: Job) -> Tensor:
+        # The oracle of the next case is this side's result; it is not computed twice.
+        scores = rungs.pair_by_pair(job)
+        context.shared(f"scores of {len(job.images)}, {len(job.captions)}, {job.timesteps}", lambda: scores)
+        return scores
+
+    return _scores(job, [job.side("pair by pair", reference, rows, 2), rungs.matcher_side(job)], None)
+
+
+def _batched(context: Context) -> Work:
+    job = _job(context, 16, 16, 4)
+    rows = len(job.images) * len(job.steps) * (len(job.captions) + 1)
+    name = "captions in one batch, stock diffusers"
+    plain = job.side(name, rungs.unconditional_once, rows, len(job.captions) + 1)
+    return _scores(job, [plain, rungs.matcher_side(job)], lambda: _right(job, context))
+
+
+def _waterfall(context: Context) -> Work:
+    job = _job(context, 2, 16, 4)
+    return _scores(job, rungs.ladder(job), None)
+
+
+def _stop_early(sections: tuple[str, ...], context: Context) -> Work:
+    job = _job(context, 4, 16, 4)
+    program = UNetProgram(job.model.unet)
+    layers = [name for name in official_layers(program) if name.startswith(sections)]
+    rows = len(job.images) * len(job.steps) * (len(job.captions) + 1)
+
+    def side(name: str, noise_pred: bool) -> Side:
+        plan = program.plan(scores=layers, noise_pred=noise_pred)
+        return job.side(name, lambda job: rungs.attention_by_plan(job, plan), rows, len(job.captions) + 1)
+
+    sides = [side("whole network", True), side("stop after the last layer that scores", False)]
+    return _scores(job, sides, lambda: rungs.attention_pair_by_pair(job, sections))
+
+
+def _latency(rows: int, one_latent: bool, context: Context) -> Work:
+    """A call of the network for its noise prediction."""
+    model = _model(context)
+    captions = [scene(EVAL_SEED + i).caption for i in range(rows)]
+    plan = UNetProgram(model.unet).plan(noise_pred=True)
+    side = model.image_size[0] // model.vae_scale_factor
+    with torch.no_grad():
+        states = model.encode_prompts(captions).states
+        text = plan.encode_text(states)
+    draws = [noise(0, draw, (4, side, side)) for draw in range(1 if one_latent else rows)]
+    latents = torch.stack(draws).to(model.device)
+    repeated = latents.expand(rows, -1, -1, -1).contiguous()
+
+    @torch.no_grad()
+    def ours() -> Tensor | None:
+        if one_latent:
+            return plan.run(latents, 500, text, latent_index=[0] * rows, text_index=range(rows)).noise_pred
+        return plan.run(latents, 500, plan.encode_text(states)).noise_pred
+
+    @torch.no_grad()
+    def stock() -> Any:
+        return model.unet(repeated, 500, encoder_hidden_states=states).sample
+
+    name = "plan, keys made before" if one_latent else "plan, keys made anew"
+    return Work(
+        sides=[Side("diffusers", stock, rows, {"rows": rows}), Side(name, ours, rows, {"rows": rows})],
+        difference=_relative,
+        tolerance=PREDICTION_TOLERANCE,
+        accuracy=_PREDICTIONS,
+        oracle_name="diffusers",
+        item="row",
+        items=rows,
+    )
+
+
+def _quality(kind: str, timesteps: int, held_out: bool, context: Context) -> list[Figure]:
+    """How often the true caption has the highest score of three, and the seconds that a pair takes."""
+    matcher = Matcher(_model(context), MatchConfig(timesteps=timesteps))
+    right, seconds = 0, []
+    for start in range(0, SCENES, _SCENES_AT_ONCE):
+        scenes = [scene(EVAL_SEED + i, held_out=held_out) for i in range(start, min(start + _SCENES_AT_ONCE, SCENES))]
+        pairs = [(each.image, text) for each in scenes for text in (each.caption, *rivals(each).values())]
+        begin = time.perf_counter()
+        scores = matcher.predict(pairs).view(len(scenes), 3)
+        seconds.append((time.perf_counter() - begin) / len(pairs))
+        right += int((scores[:, 0] > scores[:, 1:].amax(1)).sum())
+    return [
+        Figure.share(
+            f"{kind}, T = {timesteps}",
+            right,
+            SCENES,
+            chance=1 / 3,
+            sizes={"timesteps": timesteps},
+            seconds=quantile(seconds, 0.5),
+            item="pair",
+        )
+    ]
+
+
+def _qualities() -> list[Quality]:
+    cases = []
+    for kind, held_out, counts in (("new scenes", False, TIMESTEPS), ("held-out pairs", True, (HELD_OUT_TIMESTEPS,))):
+        for count in counts:
+            name = f"quality/{kind.replace(' ', '-')}/{count}"
+            cases.append(Quality(name, "quality", partial(_quality, kind, count, held_out)))
+    return cases
+
+
+suite = Suite(
+    name="match",
+    summary="Image–text matching with the mini model: the Matcher beside the reference.",
+    groups=[
+        Group("headline", "16 images against 16 captions at 4 timesteps, the official score with its noise term"),
+        Group("waterfall", "Where the speed comes from: 2 images, 16 captions, 4 timesteps", plot="waterfall"),
+        Group("stop-early", "The attention term alone: the network stops after the last layer that scores"),
+        Group("rows", "One call of the network, rows that share nothing", plot="latency"),
+        Group("texts", "One call of the network, one noised latent with several texts", plot="latency"),
+        Group("quality", "The true caption against two nearly true ones", plot="quality", x="timesteps"),
+    ],
+    cases=[
+        Case("headline", "headline", _headline, repeats=6),
+        Case("headline-batched", "headline", _batched),
+        Case("waterfall", "waterfall", _waterfall),
+        Case("stop-early/official-layers", "stop-early", partial(_stop_early, ("down", "mid", "up"))),
+        Case("stop-early/middle-layer", "stop-early", partial(_stop_early, ("mid",))),
+        *(Case(f"rows/{rows}", "rows", partial(_latency, rows, False), repeats=15) for rows in ROWS),
+        *(Case(f"texts/{rows}", "texts", partial(_latency, rows, True), repeats=15) for rows in ROWS),
+        *_qualities(),
+    ],
+)

@@ -1,0 +1,175 @@
+"""``dsd-fast bench``: measures a suite; ``dsd-fast bench-docs``: makes the documents' tables and plots from records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsd_fast.cli import options
+from dsd_fast.cli.terminal import EXIT_ERRORS, CommandError, counted, one_sentence, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dsd_fast.bench.case import Case, Quality, Suite
+    from dsd_fast.bench.compare import Comparison
+    from dsd_fast.bench.records import Record
+
+_RESULTS = Path("benchmarks/results")
+
+
+def bench(
+    suite: Annotated[str, typer.Argument(help="Which suite; match is the first.", show_default=False)],
+    only: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Cases whose name fits, e.g. headline or 'rows/*'.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Records to compare with; a regression is an error.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records, and the comparison, as JSON.")] = False,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the records.")] = _RESULTS,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs of each side; each case's own if none.")
+    ] = None,
+    device: options.Device = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if none.")] = None,
+) -> None:
+    """Measure a suite's cases and append records to DIR/SUITE.jsonl.
+
+    Each case is checked against its oracle, then timed in turn with its baseline. A case whose result is wrong gives a
+    record that says so instead of figures, and the others still run. With --compare a case is a regression when its
+    speed relative to its baseline is worse than in FILE beyond the noise of both.
+
+    Exit code: 0 when all is well, 1 after a wrong result or a regression, 2 when nothing could be run, 130 after
+    Ctrl-C, which keeps the records made so far.
+    """
+    with one_sentence():
+        from dsd_fast.bench.records import load
+        from dsd_fast.bench.suites import SUITES
+
+        if suite not in SUITES:
+            raise CommandError(f"suite {suite!r} is unknown; there are {', '.join(sorted(SUITES))}")
+        old = None if compare is None else load(compare)
+        options.quiet_transformers()
+        chosen = SUITES[suite]()
+        cases = _cases(chosen, only)
+        records = _run(chosen, cases, results / f"{suite}.jsonl", repeats, device, threads)
+        comparisons = None
+        if old is not None:
+            from dsd_fast.bench.compare import compare as comparison
+
+            comparisons = comparison(old, records)
+    if as_json:
+        content: dict[str, Any] = {"records": records}
+        if comparisons is not None:
+            content["comparisons"] = [vars(each) for each in comparisons]
+        typer.echo(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        _show(records, comparisons, results / f"{suite}.jsonl")
+    worse = any(each.state == "worse" for each in comparisons or ())
+    raise typer.Exit(EXIT_ERRORS if worse or not all(record["ok"] for record in records) else 0)
+
+
+def bench_docs(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; name the files that are not what the records say.")
+    ] = False,
+    root: Annotated[Path, typer.Option(metavar="DIR", help="The repository's root.")] = Path("."),
+) -> None:
+    """Make tables, CSV files and plots from the records in benchmarks/results.
+
+    Markdown tables stand in README.md and docs/*.md between <!-- bench:SUITE/GROUP --> and
+    <!-- /bench:SUITE/GROUP -->, plots in docs/figures.
+
+    Exit code: 0; with --check 1 if a file is stale; 2 when a record or a marker is wrong.
+    """
+    with one_sentence():
+        from dsd_fast.bench.documents import RESULTS, update
+        from dsd_fast.bench.suites import SUITES
+
+        if not (root / RESULTS.parent).is_dir():
+            raise CommandError(f"--root {root}: it has no folder {RESULTS.parent}")
+        options.quiet_transformers()
+        try:
+            stale = update(root, SUITES, check)
+        except ImportError as error:
+            raise CommandError(str(error)) from error
+    for file in stale:
+        typer.echo(f"{'stale' if check else 'written'}: {file}")
+    raise typer.Exit(EXIT_ERRORS if check and stale else 0)
+
+
+def _cases(suite: Suite, only: str | None) -> list[Case | Quality]:
+    cases = [case for case in suite.cases if only is None or fnmatchcase(case.name, only)]
+    if not cases:
+        names = ", ".join(case.name for case in suite.cases)
+        raise CommandError(f"--only {only!r} fits no case of {suite.name}: {names}")
+    return cases
+
+
+def _run(
+    suite: Suite,
+    cases: Sequence[Case | Quality],
+    path: Path,
+    repeats: int | None,
+    device: str,
+    threads: int | None,
+) -> list[Record]:
+    import torch
+    from rich.console import Console
+
+    from dsd_fast.bench.case import Context
+    from dsd_fast.bench.records import append
+    from dsd_fast.bench.run import Runner
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device {device}: there is no CUDA device")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # What a case calls float32 has IEEE products; cuDNN would take tf32.
+    torch.backends.cudnn.allow_tf32 = False
+    words = [f"--device {device}", f"--threads {torch.get_num_threads()}"]
+    words += [] if repeats is None else [f"--repeats {repeats}"]
+    runner = Runner(suite, Context(device), repeats=repeats, options=words)
+    console, records = Console(stderr=True), []
+    for number, case in enumerate(cases, start=1):
+        _say(console, f"{suite.name}, {number} of {len(cases)}: {case.name}", "dim")
+        for record, text in runner.run(case):
+            append(path, record)
+            records.append(record)
+            if text:
+                _say(console, f"{record['name']}: {text}", "red")
+    return records
+
+
+def _say(console: Console, text: str, style: str) -> None:
+    console.print(printable(" ".join(text.split())), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(records: Sequence[Record], comparisons: Sequence[Comparison] | None, path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from dsd_fast.bench.tables import rich_tables
+
+    console = Console()
+    for table in rich_tables(records):
+        console.print(table)
+    refused = [record for record in records if not record["ok"]]
+    if refused:
+        table = Table("refused", "why")
+        for record in refused:
+            table.add_row(Text(record["name"]), Text(printable(record["reason"])))
+        console.print(table)
+    if comparisons is not None:
+        table = Table("what", "is", "because", title="compared with the old records")
+        for each in comparisons:
+            table.add_row(Text(each.name), each.state, Text(each.text))
+        console.print(table)
+    console.print(Text(printable(f"{counted(len(records), 'record')} appended to {path}")), soft_wrap=True)

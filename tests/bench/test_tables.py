@@ -1,0 +1,129 @@
+"""What the tables say, and that the CSV loses nothing."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from dsd_fast.bench.records import flat
+from dsd_fast.bench.tables import csv_text, duration, markdown, megabytes, provenance, rich_tables
+from tests.bench.samples import quality, refused, speed
+from tests.bench.tiny_suite import suite
+
+SUITE = suite()
+GROUPS = {group.name: group for group in SUITE.groups}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12.345, "12.3 s"), (1.0, "1 s"), (0.9994, "999 ms"), (0.00123, "1.23 ms"), (4.56e-5, "45.6 µs")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_megabytes():
+    assert (megabytes(1_234_567_890), megabytes(0), megabytes(None)) == ("1,235 MB", "0 MB", "-")
+
+
+def test_markdown_of_speeds():
+    text = markdown(SUITE, GROUPS["product"], [speed()])
+    head, blank, *table = text.splitlines()
+    assert head == (
+        "Products of matrices. Processor, 2 CPU threads; python 3.11.0, torch 2.13.0, diffusers 0.42.1, "
+        "dsd_fast 0.1.0; commit 012345678; 2026-01-02."
+    )
+    assert blank == ""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    assert dict(zip(rows[0], rows[2], strict=True)) == {
+        "what": "product/8: at once",
+        "time": "250 ms (200 ms to 500 ms)",
+        "per item": "31.2 ms per row",
+        "against": "one by one",
+        "its time": "1 s (800 ms to 1.5 s)",
+        "times faster (95 %)": "4.00 (3.50 to 4.50)",
+        "accuracy": "largest difference 1.0e-06, limit 1e-05 (one by one)",
+        "memory, its memory": "2 MB, 2 MB",
+        "of matmul peak": "50%",
+        "command": "`dsd-fast bench tiny --only product/8`",
+    }
+
+
+def test_markdown_of_figures():
+    text = markdown(SUITE, GROUPS["share"], [quality(floor=0.5), quality("share, size = 2", chance=None, seconds=None)])
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()[2:]]
+    command = "`dsd-fast bench tiny --only product/8`"
+    assert rows[0] == ["what", "value (95 %)", "n", "chance", "floor", "time per item", "command"]
+    assert rows[2] == ["share, size = 1", "0.800 (0.700 to 0.900)", "100", "0.50", "0.50", "10 ms per pair", command]
+    assert rows[3] == ["share, size = 2", "0.800 (0.700 to 0.900)", "100", "-", "-", "-", command]
+
+
+def test_tables_show_the_latest_passing_record_of_cases_that_exist_in_the_suites_order():
+    other = speed()["machine"] | {"name": "Another"}
+    records = [
+        speed("product/4"),
+        speed(median=1.0, low=1.0, high=1.0),
+        speed("gone/4"),
+        speed(),
+        refused(),
+        speed(machine=other, dirty=True),
+        quality(),
+    ]
+    parts = markdown(SUITE, GROUPS["product"], records).split("\n\n")
+    assert len(parts) == 4
+    assert "Another, 2 CPU threads" in parts[0]
+    assert "commit 012345678 with changes" in parts[0]
+    assert [line.split(":")[0] for line in parts[3].splitlines()[2:]] == ["| product/8", "| product/4"]
+    assert "4.00 (3.50 to 4.50)" in parts[3]
+    assert "1.00 (1.00 to 1.00)" not in parts[3]
+
+
+def test_a_group_without_records_says_so():
+    text = markdown(SUITE, GROUPS["empty"], [speed()])
+    assert text == "Nothing yet: not measured yet; `dsd-fast bench tiny` does it."
+
+
+def test_provenance_names_every_version_commit_and_day():
+    rows = [speed(), speed(commit="fedcba9876543210", date="2026-02-03T00:00:00Z", machine=speed()["machine"])]
+    rows[1]["versions"] = rows[1]["versions"] | {"torch": "2.14.0"}
+    text = provenance(rows)
+    assert "torch 2.13.0" in text
+    assert "torch 2.14.0" in text
+    assert text.endswith("commit 012345678, fedcba987; 2026-01-02 to 2026-02-03.")
+    gpu = speed(machine={**speed()["machine"], "kind": "cuda", "name": "GPU", "driver": "1.2", "threads": 1})
+    assert provenance([gpu]).startswith("GPU, 1 CPU thread, driver 1.2; ")
+
+
+def test_a_cell_cannot_break_the_table():
+    record = speed(subject=speed()["subject"] | {"name": "a | b"})
+    assert "product/8: a \\| b |" in markdown(SUITE, GROUPS["product"], [record])
+
+
+def read(cell, like):
+    """A cell as what it was."""
+    if like is None:
+        return None if cell == "" else cell
+    if isinstance(like, dict):
+        return json.loads(cell)
+    if isinstance(like, bool):
+        return {"true": True, "false": False}[cell]
+    return type(like)(cell)
+
+
+def test_csv_round_trip():
+    records = [speed(), quality(value=1 / 3, low=0.1), refused(), speed('a, "b"\nc', median=0.1 + 0.2)]
+    rows = list(csv.DictReader(io.StringIO(csv_text(records), newline="")))
+    assert len(rows) == 4
+    for record, row in zip(records, rows, strict=True):
+        fields = flat(record)
+        assert {name: read(row[name], value) for name, value in fields.items()} == fields
+        assert {row[name] for name in row.keys() - fields.keys()} <= {""}
+
+
+def test_tables_for_the_terminal_have_all_but_the_refused():
+    speeds, figures = rich_tables([speed(), quality(), refused()])
+    assert speeds.row_count == figures.row_count == 1
+    cells = [next(iter(column.cells)).plain for column in speeds.columns]
+    assert cells == ["product/8", "31.2 ms per row", "125 ms", "4.00 (3.50 to 4.50)", "1.0e-06, 1e-05"]
+    assert rich_tables([refused()]) == []
