@@ -200,7 +200,6 @@ class Suite:
     """
 
     name: str
-    summary: str
     groups: Sequence[Group]
     cases: Sequence[Case | Quality]
 

@@ -16,7 +16,7 @@ THRESHOLD = 0.1
 
 # What is compared is the ratio to the baseline, which ran in turn with its subject: a slower machine slows both. Each
 # ratio has an interval that holds its median with 95 % probability. Two such intervals of equal width that do not
-# overlap lie 2 · 1.96 / √2 = 2.8 standard errors of their difference apart, which chance does once in 370 comparisons
+# overlap lie 2 · 1.96 / √2 = 2.8 standard errors of their difference apart, which chance does once in 359 comparisons
 # of unchanged code in this direction. What differs between two processes but not within one (where tensors lie in
 # memory, what else the machine does) is in neither interval; the threshold is for that.
 
@@ -47,8 +47,8 @@ def _compare(before: Record | None, now: Record, old: Sequence[Record]) -> Compa
     if not now["ok"]:
         return Comparison(name, "not compared", "it gave no result to compare")
     if before is None:
-        others = {", ".join(machine_key(record)[1:]) for record in old if record["name"] == name and record["ok"]}
-        where = f"only on other machines ({'; '.join(sorted(others))} threads)" if others else "not at all"
+        others = {_conditions(record) for record in old if record["name"] == name and record["ok"]}
+        where = f"only under other conditions ({'; '.join(sorted(others))})" if others else "not at all"
         return Comparison(name, "not compared", f"the old records have it {where}")
     if before["kind"] != now["kind"]:
         return Comparison(name, "not compared", f"the old record is one of {before['kind']}")
@@ -88,6 +88,11 @@ def _quality(name: str, before: Record, now: Record) -> Comparison:
     if not apart:
         return Comparison(name, "same", text)
     return Comparison(name, "worse" if now["value"] < before["value"] else "better", text)
+
+
+def _conditions(record: Record) -> str:
+    _, name, threads, environment = machine_key(record)
+    return ", ".join(filter(None, (name, f"{threads} threads", environment)))
 
 
 def _ratio(ratio: Record) -> str:

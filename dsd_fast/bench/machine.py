@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dsd_fast import __version__
+from dsd_fast.bench.suites.shared import mini_digest
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +38,8 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of this package and of what it computes with; None for what is not installed."""
+    """Of Python, of this package, of what it computes with (None for what is not installed), and of the weights of the
+    embedded model."""
     found: dict[str, str | None] = {"python": platform.python_version(), "dsd_fast": __version__}
     for name in ("torch", "triton", "diffusers"):
         try:
@@ -46,7 +48,13 @@ def versions() -> dict[str, str | None]:
             found[name] = None
     # The distribution's metadata lacks the build (+cpu, +cu130) where an index renames it.
     found["torch"] = str(torch.__version__)
+    found["mini"] = mini_digest()
     return found
+
+
+def environment() -> str:
+    """The environment variables that change how this package computes, "NAME=value" with spaces between."""
+    return " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("DSD_FAST_"))
 
 
 def commit() -> tuple[str | None, bool | None]:

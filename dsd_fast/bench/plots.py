@@ -24,8 +24,8 @@ def plot_data(suite: Suite, group: Group, records: Sequence[Record]) -> dict[str
         return None
     make = {"latency": _latency, "waterfall": _waterfall, "quality": _quality}[group.plot]
     panels = []
-    for (_, name, threads), rows in chosen(suite, group, records).items():
-        title = f"{name}, {threads} thread{'' if threads == '1' else 's'}"
+    for (_, name, threads, environment), rows in chosen(suite, group, records).items():
+        title = ", ".join(filter(None, (name, f"{threads} thread{'' if threads == '1' else 's'}", environment)))
         panels.append({"machine": title, **make(group, rows)})
     return {"title": group.title, "plot": group.plot, "panels": panels} if panels else None
 

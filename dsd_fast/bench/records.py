@@ -58,7 +58,9 @@ _COMMON: dict[str, Any] = {
         "triton": (str, None),
         "diffusers": (str, None),
         "dsd_fast": str,
+        "mini": str,
     },
+    "environment": str,
     "commit": (str, None),
     "dirty": (bool, None),
 }
@@ -152,18 +154,22 @@ def load(path: Path) -> list[Record]:
 
 
 def latest(records: list[Record]) -> dict[tuple[str, ...], Record]:
-    """The last passing record of each name on each machine, in the order in which the names first appear."""
+    """The last record with a result of each name on each machine, in the order in which the names first appear.
+
+    A figure below its floor is a result too; otherwise its floor would choose which figures are shown.
+    """
     found: dict[tuple[str, ...], Record] = {}
     for record in records:
-        if record["ok"]:
+        if record["ok"] or record["kind"] == "quality":
             found[(record["name"], *machine_key(record))] = record
     return found
 
 
-def machine_key(record: Record) -> tuple[str, str, str]:
-    """What two records must share for their ratios to be compared: the device, by name, and the threads."""
+def machine_key(record: Record) -> tuple[str, str, str, str]:
+    """What two records must share for their ratios to be compared: the device, by name, the threads, and what
+    environment variables asked for."""
     machine = record["machine"]
-    return machine["kind"], machine["name"], str(machine["threads"])
+    return machine["kind"], machine["name"], str(machine["threads"]), record["environment"]
 
 
 def check(record: Any, where: str) -> None:

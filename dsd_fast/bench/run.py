@@ -152,6 +152,7 @@ class Runner:
             "date": machine.now(),
             "machine": machine.describe(self.context.device),
             "versions": machine.versions(),
+            "environment": machine.environment(),
             "commit": head,
             "dirty": dirty,
         }

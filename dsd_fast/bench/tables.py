@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsd_fast.bench.case import Group, Suite
 from dsd_fast.bench.records import Record, flat, latest, machine_key
+from dsd_fast.bench.timing import CONFIDENCE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +39,7 @@ def speed_row(record: Record) -> tuple[str, ...]:
         f"{duration(ours['median'] / record['items'])} per {record['item']}",
         other["name"],
         f"{duration(other['median'])} ({duration(other['p20'])} to {duration(other['p80'])})",
-        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        _times(ratio),
         f"{accuracy['measure']} {accuracy['value']:.1e}, limit {accuracy['tolerance']:.0e} ({accuracy['oracle']})",
         f"{megabytes(ours['memory'])}, {megabytes(other['memory'])}",
         f"{ours['matmul_share']:.0%}",
@@ -52,7 +53,7 @@ def quality_row(record: Record) -> tuple[str, ...]:
         _figure(record),
         f"{record['n']:,}",
         "-" if record["chance"] is None else f"{record['chance']:.2f}",
-        "-" if record["floor"] is None else f"{record['floor']:.2f}",
+        "-" if record["floor"] is None else f"{record['floor']:.2f}{'' if record['ok'] else ', not reached'}",
         "-" if record["seconds"] is None else f"{duration(record['seconds'])} per {record['item']}",
     )
 
@@ -76,10 +77,15 @@ def rich_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def chosen(suite: Suite, group: Group, records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
-    """The latest passing records of a group by machine, in the order of the suite's cases."""
+    """The latest records of a group by machine, in the order of the suite's cases.
+
+    Figures of merit of former weights of the embedded model are left out: one table is about one model.
+    """
     found: dict[tuple[str, ...], list[Record]] = {}
+    weights = next((record["versions"]["mini"] for record in reversed(records) if record["kind"] == "quality"), None)
     for record in latest(list(records)).values():
-        if record["group"] == group.name and suite.place(record["case"]) >= 0:
+        former = record["kind"] == "quality" and record["versions"]["mini"] != weights
+        if record["group"] == group.name and suite.place(record["case"]) >= 0 and not former:
             found.setdefault(machine_key(record), []).append(record)
     for rows in found.values():
         # Stable: the rungs of a ladder stay in the order in which they were recorded.
@@ -106,6 +112,7 @@ def provenance(rows: Sequence[Record]) -> str:
     machine = rows[0]["machine"]
     threads = f"{machine['threads']} CPU thread{'' if machine['threads'] == 1 else 's'}"
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    driver += f", {rows[0]['environment']}" if rows[0]["environment"] else ""
     made = sorted({tuple((name, version) for name, version in row["versions"].items() if version) for row in rows})
     versions = "; ".join(", ".join(f"{name} {version}" for name, version in each) for each in made)
     commits = sorted({_commit(row) for row in rows})
@@ -133,9 +140,15 @@ def _short_row(record: Record) -> tuple[str, ...]:
         record["name"],
         f"{ours} per {record['item']}",
         other,
-        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        _times(ratio),
         f"{accuracy['value']:.1e}, {accuracy['tolerance']:.0e}",
     )
+
+
+def _times(ratio: Record) -> str:
+    """With its interval, unless there were too few runs for one."""
+    interval = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio["coverage"] >= CONFIDENCE else ""
+    return f"{ratio['median']:.2f}{interval}"
 
 
 def _figure(record: Record) -> str:

@@ -37,7 +37,15 @@ _SPEED = {
     "peaks": {"dtype": "float32", "matmul_flops": 1e11, "copy_bytes": 1e10},
     "date": "2026-01-02T03:04:05Z",
     "machine": {"kind": "cpu", "name": "Processor", "cores": 2, "threads": 2, "driver": None, "load": 0.5},
-    "versions": {"python": "3.11.0", "torch": "2.13.0", "triton": None, "diffusers": "0.42.1", "dsd_fast": "0.1.0"},
+    "environment": "",
+    "versions": {
+        "python": "3.11.0",
+        "torch": "2.13.0",
+        "triton": None,
+        "diffusers": "0.42.1",
+        "dsd_fast": "0.1.0",
+        "mini": "01234567",
+    },
     "commit": "0123456789abcdef",
     "dirty": False,
 }

@@ -52,9 +52,9 @@ def test_work_needs_two_sides_with_names_that_differ():
 
 def test_a_suite_knows_its_cases_and_groups():
     cases = [Case("a", "g", lambda _: None), Quality("b", "g", lambda _: [])]
-    suite = Suite("s", "", [Group("g", "G")], cases)
+    suite = Suite("s", [Group("g", "G")], cases)
     assert [suite.place(name) for name in ("a", "b", "c")] == [0, 1, -1]
     with pytest.raises(ValueError, match="suite 's': cases of one name: a"):
-        Suite("s", "", [Group("g", "G")], [cases[0], cases[0]])
+        Suite("s", [Group("g", "G")], [cases[0], cases[0]])
     with pytest.raises(ValueError, match="suite 's': case 'a' is in no group of it, 'g'"):
-        Suite("s", "", [], cases)
+        Suite("s", [], cases)

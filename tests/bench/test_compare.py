@@ -59,12 +59,12 @@ def test_changed_versions_are_told():
         (
             [speed(machine=OLD["machine"] | {"threads": 1})],
             OLD,
-            "the old records have it only on other machines (Processor, 1 threads)",
+            "the old records have it only under other conditions (Processor, 1 threads)",
         ),
         (
             [speed(machine=OLD["machine"] | {"kind": "cuda", "name": "GPU"})],
             OLD,
-            "the old records have it only on other machines (GPU, 2 threads)",
+            "the old records have it only under other conditions (GPU, 2 threads)",
         ),
         ([OLD], refused(), "it gave no result to compare"),
         ([quality("product/8")], OLD, "the old record is one of quality"),

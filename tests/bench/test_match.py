@@ -8,6 +8,7 @@ from dsd_fast.bench import Case, Context, Quality
 from dsd_fast.bench.measure import count_flops
 from dsd_fast.bench.suites import match, match_rungs
 from dsd_fast.bench.suites.mini_card import captions
+from dsd_fast.bench.suites.shared import middles, mini
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import matching as reference
 
@@ -36,6 +37,7 @@ RUNGS = [
     ("text encoder once per caption", 24, 2),
     ("captions in one batch", 24, 6),
     ("unconditional row once", 16, 4),
+    ("the same rows by the plan", 16, 4),
     ("text keys and values once", 16, 4),
     ("text-free layers once", 16, 4),
     ("Matcher", 16, 16),
@@ -74,8 +76,8 @@ def counted(module, batches):
 
 def test_each_saving_saves_flops(job):
     flops = [count_flops(side.run)[1] for side in match_rungs.ladder(job)]
-    vae_once, text_once, batched, free_once, keys_once, prefix_once, matcher = flops[1:]
-    assert flops[0] > vae_once > text_once == batched > free_once > keys_once > prefix_once == matcher
+    vae_once, text_once, batched, free_once, planned_rows, keys_once, prefix_once, matcher = flops[1:]
+    assert flops[0] > vae_once > text_once == batched > free_once == planned_rows > keys_once > prefix_once == matcher
     # Of the last: the plan's own count for 4 noised latents, 4 texts and 16 rows, beside the VAE and the text encoder.
     size = {"height": 16, "width": 16, "tokens": job.pipe.tokenizer.model_max_length}
     planned = job.plan.flops(latents=4, texts=4, rows=16, **size)
@@ -86,7 +88,7 @@ def test_each_saving_saves_flops(job):
 @pytest.mark.parametrize("sections", [("down", "mid", "up"), ("mid",)])
 def test_stopping_early_gives_the_references_attention_term(context, monkeypatch, sections):
     monkeypatch.setattr(match, "_job", lambda context, *sizes: job)
-    job = match.Job(match._model(context), *pictures(1, 2), 2)
+    job = match.Job(mini(context), *pictures(1, 2), 2)
     work = match._stop_early(sections, context)
     wanted = work.oracle()
     if len(sections) == 3:
@@ -122,7 +124,9 @@ def test_quality_is_how_often_the_reference_puts_the_true_caption_first(context,
     pipe, right = dsd.load("mini").to_pipeline(), 0
     for i in range(6):
         drawn = scene(EVAL_SEED + i, held_out=held_out)
-        scores = reference.score(pipe, [drawn.image], [drawn.caption, *captions.rivals(drawn).values()], timesteps=2)[0]
+        scores = reference.score(
+            pipe, [drawn.image], [drawn.caption, *captions.rivals(drawn).values()], timesteps=[250, 750]
+        )[0]
         right += int(scores.argmax() == 0)
     assert (figure.name, figure.n, figure.value) == ("some scenes, T = 2", 6, right / 6)
     assert figure.seconds > 0
@@ -140,3 +144,9 @@ def test_the_suite_has_what_it_promises():
     # From 6 repeats on the interval of a ratio covers 95 %.
     assert all(case.repeats >= 6 for case in cases.values() if isinstance(case, Case))
     assert all(isinstance(case, Quality) == name.startswith("quality/") for name, case in cases.items())
+
+
+def test_middles_are_those_of_equal_parts():
+    assert middles(1) == [500]
+    assert middles(4) == [125, 375, 625, 875]
+    assert middles(3, 12) == [2, 6, 10]

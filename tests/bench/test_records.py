@@ -148,7 +148,7 @@ def test_a_bad_record_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_latest_is_the_last_passing_one_by_case_and_machine():
+def test_latest_is_the_last_with_a_result_by_name_and_conditions():
     other = speed()["machine"] | {"threads": 1}
     made = [
         speed("a", 1.0, 1.0, 1.0),
@@ -156,11 +156,19 @@ def test_latest_is_the_last_passing_one_by_case_and_machine():
         refused("a"),
         speed("a", 3.0, 3.0, 3.0, machine=other),
     ]
-    made.append(quality("b"))
+    forced = speed("a", 4.0, 4.0, 4.0, environment="DSD_FAST_BACKEND=reference")
+    # A figure below its floor is a result.
+    made += [quality("b"), quality("b", value=0.7, low=0.6, high=0.8, ok=False, reason="below"), forced]
     found = latest(made)
     cpu = ("cpu", "Processor")
-    assert list(found) == [("a", *cpu, "2"), ("a", *cpu, "1"), ("b", *cpu, "2")]
-    assert [record.get("ratio", {}).get("median") for record in found.values()] == [2.0, 3.0, None]
+    assert list(found) == [
+        ("a", *cpu, "2", ""),
+        ("a", *cpu, "1", ""),
+        ("b", *cpu, "2", ""),
+        ("a", *cpu, "2", "DSD_FAST_BACKEND=reference"),
+    ]
+    assert [record.get("ratio", {}).get("median") for record in found.values()] == [2.0, 3.0, None, 4.0]
+    assert found[("b", *cpu, "2", "")]["value"] == 0.7
 
 
 def test_flat_names_nested_fields_by_their_path():

@@ -7,7 +7,17 @@ import json
 import pytest
 
 from dsd_fast.bench.records import flat
-from dsd_fast.bench.tables import csv_text, duration, markdown, megabytes, provenance, rich_tables
+from dsd_fast.bench.tables import (
+    chosen,
+    csv_text,
+    duration,
+    markdown,
+    megabytes,
+    provenance,
+    quality_row,
+    rich_tables,
+    speed_row,
+)
 from tests.bench.samples import quality, refused, speed
 from tests.bench.tiny_suite import suite
 
@@ -32,7 +42,7 @@ def test_markdown_of_speeds():
     head, blank, *table = text.splitlines()
     assert head == (
         "Products of matrices. Processor, 2 CPU threads; python 3.11.0, torch 2.13.0, diffusers 0.42.1, "
-        "dsd_fast 0.1.0; commit 012345678; 2026-01-02."
+        "dsd_fast 0.1.0, mini 01234567; commit 012345678; 2026-01-02."
     )
     assert blank == ""
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
@@ -127,3 +137,28 @@ def test_tables_for_the_terminal_have_all_but_the_refused():
     cells = [next(iter(column.cells)).plain for column in speeds.columns]
     assert cells == ["product/8", "31.2 ms per row", "125 ms", "4.00 (3.50 to 4.50)", "1.0e-06, 1e-05"]
     assert rich_tables([refused()]) == []
+
+
+def test_a_figure_below_its_floor_is_shown_and_says_so():
+    low = quality(value=0.7, low=0.6, high=0.75, floor=0.8, ok=False, reason="below its floor")
+    assert quality_row(low)[1:5:3] == ("0.700 (0.600 to 0.750)", "0.80, not reached")
+
+
+def test_too_few_repeats_give_no_interval():
+    row = speed_row(speed(ratio={"median": 2.0, "low": 1.0, "high": 3.0, "coverage": 0.75}))
+    assert row[5] == "2.00"
+
+
+def test_units_other_than_shares_are_named_and_counts_have_no_interval():
+    assert quality_row(quality(unit="MB", value=15.0, low=15.0, high=15.0))[1] == "15.000 MB"
+
+
+def test_figures_of_former_weights_are_left_out():
+    former = quality(versions=quality()["versions"] | {"mini": "76543210"})
+
+    def shown(*records):
+        return [row for rows in chosen(SUITE, GROUPS["share"], records).values() for row in rows]
+
+    assert shown(former) == [former]
+    assert shown(former | {"name": "share, size = 2"}, quality()) == [quality()]
+    assert shown(quality(), former | {"name": "share, size = 2"}) == [former | {"name": "share, size = 2"}]

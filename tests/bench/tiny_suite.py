@@ -59,7 +59,7 @@ def suite(**changes) -> Suite:
         Group("share", "Shares", plot="quality", x="size"),
         Group("empty", "Nothing yet", plot="latency"),
     ]
-    return Suite("tiny", "Small products.", groups, [case for case in (cases | changes).values() if case])
+    return Suite("tiny", groups, [case for case in (cases | changes).values() if case])
 
 
 def shares() -> list[Figure]:

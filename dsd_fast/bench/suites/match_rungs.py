@@ -22,6 +22,9 @@ from dsd_fast.reference import inputs, matching
 from dsd_fast.unet import Plan, UNetProgram
 from dsd_fast.unet.stream import rows_at_once
 
+# On a GPU the Matcher would take what is free; how many rows share a call is part of what is measured.
+_CUDA_BUDGET = 8 << 30
+
 
 @dataclass
 class Job:
@@ -48,7 +51,8 @@ class Job:
         self.steps = matching.official_timesteps(self.timesteps)
         program = UNetProgram(self.model.unet)
         self.plan = program.plan(scores=official_layers(program), noise_pred=True)
-        self.matcher = Matcher(self.model, MatchConfig(timesteps=self.timesteps, official=True))
+        budget = _CUDA_BUDGET if self.model.device.type == "cuda" else None
+        self.matcher = Matcher(self.model, MatchConfig(timesteps=self.timesteps, official=True, memory_budget=budget))
 
     @property
     def pairs(self) -> int:
@@ -106,6 +110,12 @@ def unconditional_once(job: Job) -> Tensor:
 
 
 @torch.no_grad()
+def by_plan(job: Job) -> Tensor:
+    """The same rows by the plan: scores come from the attention itself, not from a second product beside it."""
+    return _planned(job, job.plan, share=False, anew=True)
+
+
+@torch.no_grad()
 def keys_once(job: Job) -> Tensor:
     """And each text's keys and values are projected once, not at every call."""
     return _planned(job, job.plan, share=False)
@@ -132,6 +142,7 @@ def ladder(job: Job) -> list[Side]:
         job.side("text encoder once per caption", text_once, 2 * captions * calls, 2),
         job.side("captions in one batch", batched, 2 * captions * calls, 2 * captions),
         job.side("unconditional row once", unconditional_once, (captions + 1) * calls, captions + 1),
+        job.side("the same rows by the plan", by_plan, (captions + 1) * calls, captions + 1),
         job.side("text keys and values once", keys_once, (captions + 1) * calls, captions + 1),
         job.side("text-free layers once", prefix_once, (captions + 1) * calls, captions + 1),
         matcher_side(job),
@@ -142,7 +153,8 @@ def matcher_side(job: Job) -> Side:
     """The Matcher as a side."""
     rows = len(job.images) * len(job.steps) * (len(job.captions) + 1)
     side = job.model.image_size[0] // job.model.vae_scale_factor
-    at_once = rows_at_once(job.plan, side, side, int(job.pipe.tokenizer.model_max_length))
+    tokens, budget = int(job.pipe.tokenizer.model_max_length), job.matcher.config.memory_budget
+    at_once = rows_at_once(job.plan, side, side, tokens, memory_budget=budget)
     return job.side("Matcher", matcher, rows, min(rows, at_once))
 
 
@@ -164,11 +176,13 @@ def attention_by_plan(job: Job, plan: Plan) -> Tensor:
     return _planned(job, plan, share=True, noise_term=False)
 
 
-def _planned(job: Job, plan: Plan, *, share: bool, noise_term: bool = True) -> Tensor:
-    text = plan.encode_text(torch.cat(_texts(job)))
-    rows = len(text)
+def _planned(job: Job, plan: Plan, *, share: bool, noise_term: bool = True, anew: bool = False) -> Tensor:
+    """The scores by calls of a plan; ``anew`` projects the texts' keys and values at every call."""
+    states = torch.cat(_texts(job))
+    rows, once = len(states), None if anew else plan.encode_text(states)
     scores = torch.zeros(len(job.images), len(job.captions))
     for n, t, noised, noise in _noised(job):
+        text = plan.encode_text(states) if once is None else once
         if share:
             out = plan.run(noised, t, text, latent_index=[0] * rows, text_index=range(rows))
         else:

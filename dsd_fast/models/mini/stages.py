@@ -187,7 +187,7 @@ def train_unet(
 ) -> bool:
     """Trains the UNet and, by the same noise loss and the contrastive loss, the text tower of CLIP.
 
-    `bfloat16` multiplies matrices in half precision, 1.6 times as fast on a CPU with AVX512-BF16; weights stay float32.
+    `bfloat16` multiplies matrices in half precision, faster on a CPU with AVX512-BF16; weights stay float32.
     """
     data = _cache(parts, folder / "cache.safetensors", pictures)
     clip, unet = parts.clip.train(), parts.unet.train()

@@ -41,7 +41,7 @@ def train(
     stage: Annotated[Stage, typer.Option(help="The stage to run.")] = Stage.all,
     vae_steps: Annotated[int, typer.Option(min=1)] = 2700,
     clip_steps: Annotated[int, typer.Option(min=1)] = 1800,
-    unet_steps: Annotated[int, typer.Option(min=1)] = 6000,
+    unet_steps: Annotated[int, typer.Option(min=1)] = 9600,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step; CLIP takes twice as many.")] = 32,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures whose latents the UNet is trained on.")] = 81_920,
     bfloat16: Annotated[bool, typer.Option(help="UNet stage: half-precision products, float32 weights.")] = True,

@@ -9,8 +9,11 @@ import numpy as np
 from rich.progress import track
 
 from dsd_fast.bench.case import Figure
+from dsd_fast.bench.suites.shared import middles
+from dsd_fast.bench.timing import quantile
 from dsd_fast.matching import MatchConfig, Matcher
 from dsd_fast.matching.localisation import pointing_game
+from dsd_fast.metrics import wilson
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, caption, digit
 from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, Scene, scene
@@ -37,9 +40,7 @@ def digit_choices(index: int, label: int) -> list[str]:
     return [caption(label), *(caption(int(other)) for other in others)]
 
 
-def scenes(
-    model: Model, steps: int, n: int, group: str, held_out: bool, floors: dict[str, float] | None = None
-) -> list[Figure]:
+def scenes(model: Model, steps: int, n: int, group: str, held_out: bool, floor: float | None = None) -> list[Figure]:
     """Shares of `n` evaluation scenes whose true caption the noise term of `steps` timesteps puts first.
 
     The timesteps are the middles of `steps` equal parts of the schedule.
@@ -49,7 +50,7 @@ def scenes(
     """
     right = dict.fromkeys(_WAYS, 0)
     counts = dict.fromkeys(_WAYS, 0)
-    pairs, seconds = 0, 0.0
+    seconds = []
     matcher = _matcher(model, steps)
     for start in track(range(0, n, _AT_ONCE), f"{group}, T = {steps}", transient=True):
         drawn = [scene(EVAL_SEED + i, held_out=held_out) for i in range(start, min(start + _AT_ONCE, n))]
@@ -57,9 +58,8 @@ def scenes(
         texts = [[each.caption, *wrong.values()] for each, wrong in zip(drawn, negatives, strict=True)]
         begin = time.perf_counter()
         found = _predict(matcher, [each.image for each in drawn], texts)
-        seconds += time.perf_counter() - begin
+        seconds.append((time.perf_counter() - begin) / sum(len(some) for some in texts))
         for each, wrong, scores in zip(drawn, negatives, found, strict=True):
-            pairs += len(scores)
             won = {kind: bool(scores[0] > score) for kind, score in zip(wrong, scores[1:], strict=True)}
             won["3-way"] = all(won[kind] for kind in rivals(each))
             for kind, win in won.items():
@@ -71,9 +71,9 @@ def scenes(
             right[kind],
             counts[kind],
             chance=1 / ways,
-            floor=(floors or {}).get(kind),
+            floor=floor if kind == "3-way" else None,
             sizes={"timesteps": steps},
-            seconds=seconds / pairs,
+            seconds=quantile(seconds, 0.5),
             item="pair",
         )
         for kind, ways in _WAYS.items()
@@ -83,7 +83,7 @@ def scenes(
 
 def digits(model: Model, steps: int, n: int = len(EVALUATION), floor: float | None = None) -> list[Figure]:
     """Share of the evaluation digits whose caption the noise term puts before those of three other digits."""
-    right, seconds = 0, 0.0
+    right, seconds = 0, []
     matcher = _matcher(model, steps)
     indices = list(EVALUATION)[:n]
     for start in track(range(0, n, _AT_ONCE), f"digits, T = {steps}", transient=True):
@@ -91,7 +91,7 @@ def digits(model: Model, steps: int, n: int = len(EVALUATION), floor: float | No
         texts = [digit_choices(start + EVALUATION.start + i, each.label) for i, each in enumerate(drawn)]
         begin = time.perf_counter()
         found = _predict(matcher, [each.image for each in drawn], texts)
-        seconds += time.perf_counter() - begin
+        seconds.append((time.perf_counter() - begin) / sum(len(some) for some in texts))
         right += sum(bool(scores[0] > scores[1:].max()) for scores in found)
     return [
         Figure.share(
@@ -101,26 +101,34 @@ def digits(model: Model, steps: int, n: int = len(EVALUATION), floor: float | No
             chance=1 / 4,
             floor=floor,
             sizes={"timesteps": steps},
-            seconds=seconds / (4 * n),
+            seconds=quantile(seconds, 0.5),
             item="pair",
         )
     ]
 
 
 def pointing(model: Model, n: int) -> list[Figure]:
-    """The pointing game over the words of `n` evaluation scenes' captions, heat maps of four timesteps."""
+    """The pointing game over the words of `n` evaluation scenes' captions, heat maps of four timesteps.
+
+    Two words of one scene share picture, text and noise: the interval is that of `n` observations, however many words.
+    """
     played = track([scene(EVAL_SEED + i) for i in range(n)], "heat maps", transient=True)
     found = pointing_game(_matcher(model, 4), played)
     return [
-        Figure.share(f"{kind} words", point.right, point.n, chance=point.chance, sizes={"timesteps": 4})
+        Figure(
+            f"{kind} words",
+            point.right / point.n,
+            *wilson(round(n * point.right / point.n), n),
+            n,
+            chance=point.chance,
+            sizes={"timesteps": 4},
+        )
         for kind, point in found.items()
     ]
 
 
 def _matcher(model: Model, steps: int) -> Matcher:
-    total = model.schedule.num_train_timesteps
-    middles = [total * (2 * place + 1) // (2 * steps) for place in range(steps)]
-    return Matcher(model, MatchConfig(timesteps=middles, attention_weight=0))
+    return Matcher(model, MatchConfig(timesteps=middles(steps), attention_weight=0))
 
 
 def _predict(matcher: Matcher, images: Sequence[np.ndarray], texts: Sequence[Sequence[str]]) -> list[np.ndarray]:

@@ -24,14 +24,9 @@ from dsd_fast.models.mini.digits import DIGIT_NAMES, TRAINING, digit
 from dsd_fast.models.mini.loop import Recipe, fit, generator, read, write
 from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, scene
+from dsd_fast.models.mini.stages import FACTS
 
-__all__ = ["ANSWERS", "Seen", "answers", "cache_folder", "judge", "look", "seen", "train"]
-
-ANSWERS = ((len(SHAPES) + 1, len(RELATIONS) + 1, len(SIZES)) * len(COLOURS)) + (len(DIGIT_NAMES) + 1,)
-"""Number of answers to each question: shape, side and size of each colour's object, then the digit.
-
-The last answer of shape, side and digit is "none".
-"""
+__all__ = ["Seen", "answers", "cache_folder", "judge", "look", "seen", "to_bytes", "train"]
 
 FIRST_SEED = 500_000_000
 """Of the judge's scenes: neither the model's training scenes nor those for evaluation."""
@@ -39,6 +34,7 @@ FIRST_SEED = 500_000_000
 _RECIPE = Recipe(steps=3000, batch=64, learning_rate=2e-3, weight_decay=0.02, ema=0.99)
 _PICTURES = 16_384
 _DIGITS = 0.25
+_STRENGTH = 0.15
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class _Judge(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
         self.narrow = nn.Conv2d(widths[-1], 24, 1)
         self.hidden = nn.Linear(24 * 8 * 8, 256)
-        self.answer = nn.Linear(256, sum(ANSWERS))
+        self.answer = nn.Linear(256, sum(FACTS))
 
     def forward(self, pixels: Tensor) -> Tensor:
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
@@ -77,7 +73,7 @@ class _Judge(nn.Module):
 
 
 def answers(scene: Scene) -> list[int]:
-    """The right answers for a scene."""
+    """The right answers to the questions of `facts` for a scene."""
     sides = (scene.relation, RELATIONS[scene.relation]) if scene.relation else (None,)
     said = {}
     for item, side in zip(scene.objects, sides, strict=True):
@@ -99,8 +95,11 @@ def seen(given: list[int]) -> Seen:
 
 
 def cache_folder(vae: AutoencoderKL) -> Path:
-    """Where the judge of this VAE's pictures is kept: its name depends on the VAE's weights and the recipe."""
-    digest = hashlib.sha256(repr((_RECIPE, _PICTURES, _DIGITS, ANSWERS)).encode())
+    """Where the judge of this VAE's pictures is kept, under `$XDG_CACHE_HOME` or `~/.cache`.
+
+    The folder's name depends on the VAE's weights and on how the judge is trained.
+    """
+    digest = hashlib.sha256(repr((_RECIPE, _PICTURES, _DIGITS, _STRENGTH, FIRST_SEED, _Judge())).encode())
     for name, value in sorted(vae.state_dict().items()):
         digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -132,28 +131,29 @@ def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, picture
         chosen = torch.where((torch.rand(recipe.batch, generator=draw) < 0.5).view(-1, 1, 1, 1), drawn, decoded)
         pixels = preprocess(chosen)
         # What a sampler leaves behind is not what the VAE leaves behind: a judge must not depend on either's texture.
-        strength = 0.15 * torch.rand(recipe.batch, 1, 1, 1, generator=draw)
+        strength = _STRENGTH * torch.rand(recipe.batch, 1, 1, 1, generator=draw)
         pixels = pixels + strength * torch.randn(pixels.shape, generator=draw)
         wanted = data["answers"][rows].long().unbind(-1)
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
             torch.manual_seed(step)
-            given = network(pixels.contiguous(memory_format=torch.channels_last)).split(ANSWERS, -1)
+            given = network(pixels.contiguous(memory_format=torch.channels_last)).split(FACTS, -1)
         pairs = zip(given, wanted, strict=True)
         return torch.stack([_cross_entropy(logits.float(), right) for logits, right in pairs]).sum()
 
     fit("judge", dict(network.named_parameters()), loss, recipe, folder)
     write(folder / "judge-final.safetensors", read(folder / "judge.safetensors", "ema.")[0])
     for name in ("judge.safetensors", "pictures.safetensors"):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
 
 
 @torch.inference_mode()
 def look(network: nn.Module, images: np.ndarray) -> list[Seen]:
     """What each of the images shows; `images` are uint8 (N, 64, 64, 3)."""
     given = []
+    device = next(network.parameters()).device
     for start in range(0, len(images), 64):
-        logits = network(preprocess(torch.from_numpy(images[start : start + 64])))
-        given.append(torch.stack([part.argmax(-1) for part in logits.split(ANSWERS, -1)], -1))
+        logits = network(preprocess(torch.from_numpy(images[start : start + 64])).to(device))
+        given.append(torch.stack([part.argmax(-1) for part in logits.split(FACTS, -1)], -1))
     return [seen(row) for row in torch.cat(given).tolist()]
 
 
@@ -182,12 +182,13 @@ def _pictures(vae: AutoencoderKL, file: Path, pictures: int) -> dict[str, Tensor
     images = torch.from_numpy(np.stack(drawn))
     decoded = torch.empty_like(images)
     for start in track(range(0, pictures, 64), "pictures for the judge", transient=True):
-        latents = vae.encode(preprocess(images[start : start + 64])).latent_dist.mean
-        decoded[start : start + 64] = _bytes(vae.decode(latents).sample)
+        pixels = preprocess(images[start : start + 64]).to(vae.device)
+        decoded[start : start + 64] = to_bytes(vae.decode(vae.encode(pixels).latent_dist.mean).sample)
     data = {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}
     write(file, data, {"pictures": pictures})
     return data
 
 
-def _bytes(pixels: Tensor) -> Tensor:
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+def to_bytes(pixels: Tensor) -> Tensor:
+    """(N, 3, h, w) in [-1, 1], clamped, to uint8 (N, h, w, 3) on the CPU."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()

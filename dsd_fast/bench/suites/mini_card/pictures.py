@@ -12,7 +12,8 @@ from rich.progress import track
 from torch import nn
 
 from dsd_fast.bench.case import Figure
-from dsd_fast.bench.suites.mini_card.judge import Seen, look
+from dsd_fast.bench.suites.mini_card.judge import Seen, look, to_bytes
+from dsd_fast.bench.timing import quantile
 from dsd_fast.diffusion import noise
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, caption, digit
@@ -27,19 +28,19 @@ _SIZES = {"steps": STEPS}
 
 
 def draw(model: Model, prompts: Sequence[str], first_seed: int = 0) -> tuple[np.ndarray, float]:
-    """Pictures of the prompts by the stock pipeline with DDIM, uint8 (N, 64, 64, 3), and the seconds they took.
+    """Pictures of the prompts by the stock pipeline with DDIM, uint8 (N, 64, 64, 3), and the seconds one takes.
 
-    Picture k starts from the noise of seed `first_seed` + k.
+    The seconds are the median over batches. Picture k starts from the noise of seed `first_seed` + k.
     """
     pipe = model.to_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     side = model.image_size[0] // model.vae_scale_factor
-    made = []
-    begin = time.perf_counter()
+    made, seconds = [], []
     for start in track(range(0, len(prompts), _AT_ONCE), "pictures", transient=True):
         some = list(prompts[start : start + _AT_ONCE])
         latents = torch.stack([noise(first_seed + start + k, 0, (4, side, side)) for k in range(len(some))])
+        begin = time.perf_counter()
         given = pipe(
             some,
             latents=latents.to(model.device, model.dtype),
@@ -47,8 +48,9 @@ def draw(model: Model, prompts: Sequence[str], first_seed: int = 0) -> tuple[np.
             num_inference_steps=STEPS,
             output_type="np",
         )
+        seconds.append((time.perf_counter() - begin) / len(some))
         made.append((given.images * 255).round().astype(np.uint8))
-    return np.concatenate(made), time.perf_counter() - begin
+    return np.concatenate(made), quantile(seconds, 0.5)
 
 
 def one_object(
@@ -71,7 +73,7 @@ def one_object(
             n,
             floor=floor if name == "all" else None,
             sizes=_SIZES,
-            seconds=seconds / n,
+            seconds=seconds,
             item="picture",
         )
         for name, right in tests.items()
@@ -85,7 +87,7 @@ def two_objects(model: Model, judge: nn.Module, n: int) -> list[Figure]:
     found = look(judge, images)
     both = [_both(each, seen) for each, seen in zip(asked, found, strict=True)]
     placed = [ok and _placed(each, seen) for ok, each, seen in zip(both, asked, found, strict=True)]
-    rest = {"sizes": _SIZES, "seconds": seconds / n, "item": "picture"}
+    rest = {"sizes": _SIZES, "seconds": seconds, "item": "picture"}
     return [
         Figure.share("two objects, both", sum(both), n, **rest),
         Figure.share("two objects, both where the prompt says", sum(placed), n, **rest),
@@ -97,7 +99,7 @@ def digit_pictures(model: Model, judge: nn.Module, n: int = 360) -> list[Figure]
     labels = [i % len(DIGIT_NAMES) for i in range(n)]
     images, seconds = draw(model, [caption(label) for label in labels])
     right = sum(seen.digit == label for seen, label in zip(look(judge, images), labels, strict=True))
-    rest = {"sizes": _SIZES, "seconds": seconds / n, "item": "picture"}
+    rest = {"sizes": _SIZES, "seconds": seconds, "item": "picture"}
     return [Figure.share("digits", right, n, chance=1 / len(DIGIT_NAMES), **rest)]
 
 
@@ -140,6 +142,5 @@ def _through(model: Model, images: np.ndarray) -> np.ndarray:
     made = []
     for start in range(0, len(images), _AT_ONCE):
         pixels = preprocess(torch.from_numpy(images[start : start + _AT_ONCE])).to(model.device)
-        decoded = model.decode_latents(model.encode_images(pixels)).clamp(-1, 1)
-        made.append(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        made.append(to_bytes(model.decode_latents(model.encode_images(pixels))).numpy())
     return np.concatenate(made)
