@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,6 @@ from rich.progress import track
 
 from dsd_fast.bench.case import Figure
 from dsd_fast.bench.suites.shared import middles
-from dsd_fast.bench.timing import quantile
 from dsd_fast.matching import MatchConfig, Matcher
 from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.metrics import wilson
@@ -50,15 +48,12 @@ def scenes(model: Model, steps: int, n: int, group: str, held_out: bool, floor: 
     """
     right = dict.fromkeys(_WAYS, 0)
     counts = dict.fromkeys(_WAYS, 0)
-    seconds = []
     matcher = _matcher(model, steps)
     for start in track(range(0, n, _AT_ONCE), f"{group}, T = {steps}", transient=True):
         drawn = [scene(EVAL_SEED + i, held_out=held_out) for i in range(start, min(start + _AT_ONCE, n))]
         negatives = [each.negatives() for each in drawn]
         texts = [[each.caption, *wrong.values()] for each, wrong in zip(drawn, negatives, strict=True)]
-        begin = time.perf_counter()
         found = _predict(matcher, [each.image for each in drawn], texts)
-        seconds.append((time.perf_counter() - begin) / sum(len(some) for some in texts))
         for each, wrong, scores in zip(drawn, negatives, found, strict=True):
             won = {kind: bool(scores[0] > score) for kind, score in zip(wrong, scores[1:], strict=True)}
             won["3-way"] = all(won[kind] for kind in rivals(each))
@@ -73,8 +68,6 @@ def scenes(model: Model, steps: int, n: int, group: str, held_out: bool, floor: 
             chance=1 / ways,
             floor=floor if kind == "3-way" else None,
             sizes={"timesteps": steps},
-            seconds=quantile(seconds, 0.5),
-            item="pair",
         )
         for kind, ways in _WAYS.items()
         if counts[kind]
@@ -83,15 +76,13 @@ def scenes(model: Model, steps: int, n: int, group: str, held_out: bool, floor: 
 
 def digits(model: Model, steps: int, n: int = len(EVALUATION), floor: float | None = None) -> list[Figure]:
     """Share of the evaluation digits whose caption the noise term puts before those of three other digits."""
-    right, seconds = 0, []
+    right = 0
     matcher = _matcher(model, steps)
     indices = list(EVALUATION)[:n]
     for start in track(range(0, n, _AT_ONCE), f"digits, T = {steps}", transient=True):
         drawn = [digit(index, EVAL_SEED) for index in indices[start : start + _AT_ONCE]]
         texts = [digit_choices(start + EVALUATION.start + i, each.label) for i, each in enumerate(drawn)]
-        begin = time.perf_counter()
         found = _predict(matcher, [each.image for each in drawn], texts)
-        seconds.append((time.perf_counter() - begin) / sum(len(some) for some in texts))
         right += sum(bool(scores[0] > scores[1:].max()) for scores in found)
     return [
         Figure.share(
@@ -101,8 +92,6 @@ def digits(model: Model, steps: int, n: int = len(EVALUATION), floor: float | No
             chance=1 / 4,
             floor=floor,
             sizes={"timesteps": steps},
-            seconds=quantile(seconds, 0.5),
-            item="pair",
         )
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import nn
 
 from dsd_fast.bench.case import Figure
 from dsd_fast.bench.suites.mini_card.judge import Seen, look, to_bytes
-from dsd_fast.bench.timing import quantile
 from dsd_fast.diffusion import noise
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, caption, digit
@@ -27,20 +25,19 @@ _AT_ONCE = 32
 _SIZES = {"steps": STEPS}
 
 
-def draw(model: Model, prompts: Sequence[str], first_seed: int = 0) -> tuple[np.ndarray, float]:
-    """Pictures of the prompts by the stock pipeline with DDIM, uint8 (N, 64, 64, 3), and the seconds one takes.
+def draw(model: Model, prompts: Sequence[str], first_seed: int = 0) -> np.ndarray:
+    """Pictures of the prompts by the stock pipeline with DDIM, uint8 (N, 64, 64, 3).
 
-    The seconds are the median over batches. Picture k starts from the noise of seed `first_seed` + k.
+    Picture k starts from the noise of seed `first_seed` + k.
     """
     pipe = model.to_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     side = model.image_size[0] // model.vae_scale_factor
-    made, seconds = [], []
+    made = []
     for start in track(range(0, len(prompts), _AT_ONCE), "pictures", transient=True):
         some = list(prompts[start : start + _AT_ONCE])
         latents = torch.stack([noise(first_seed + start + k, 0, (4, side, side)) for k in range(len(some))])
-        begin = time.perf_counter()
         given = pipe(
             some,
             latents=latents.to(model.device, model.dtype),
@@ -48,9 +45,8 @@ def draw(model: Model, prompts: Sequence[str], first_seed: int = 0) -> tuple[np.
             num_inference_steps=STEPS,
             output_type="np",
         )
-        seconds.append((time.perf_counter() - begin) / len(some))
         made.append((given.images * 255).round().astype(np.uint8))
-    return np.concatenate(made), quantile(seconds, 0.5)
+    return np.concatenate(made)
 
 
 def one_object(
@@ -58,7 +54,7 @@ def one_object(
 ) -> list[Figure]:
     """ "a large red circle": is that one object there, in that colour, shape and size?"""
     asked = [scene(EVAL_SEED + i, objects=1, held_out=held_out).objects[0] for i in range(n)]
-    images, seconds = draw(model, [f"a {item.size} {item.colour} {item.shape}" for item in asked])
+    images = draw(model, [f"a {item.size} {item.colour} {item.shape}" for item in asked])
     found = [each.objects for each in look(judge, images)]
     tests: dict[str, Callable[[int], bool]] = {
         "colour": lambda i: list(found[i]) == [asked[i].colour],
@@ -73,8 +69,6 @@ def one_object(
             n,
             floor=floor if name == "all" else None,
             sizes=_SIZES,
-            seconds=seconds,
-            item="picture",
         )
         for name, right in tests.items()
     ]
@@ -83,24 +77,22 @@ def one_object(
 def two_objects(model: Model, judge: nn.Module, n: int) -> list[Figure]:
     """ "a red circle left of a blue square": are both there, and where the prompt puts them?"""
     asked = [scene(EVAL_SEED + i, objects=2) for i in range(n)]
-    images, seconds = draw(model, [each.caption for each in asked])
+    images = draw(model, [each.caption for each in asked])
     found = look(judge, images)
     both = [_both(each, seen) for each, seen in zip(asked, found, strict=True)]
     placed = [ok and _placed(each, seen) for ok, each, seen in zip(both, asked, found, strict=True)]
-    rest = {"sizes": _SIZES, "seconds": seconds, "item": "picture"}
     return [
-        Figure.share("two objects, both", sum(both), n, **rest),
-        Figure.share("two objects, both where the prompt says", sum(placed), n, **rest),
+        Figure.share("two objects, both", sum(both), n, sizes=_SIZES),
+        Figure.share("two objects, both where the prompt says", sum(placed), n, sizes=_SIZES),
     ]
 
 
 def digit_pictures(model: Model, judge: nn.Module, n: int = 360) -> list[Figure]:
     """ "a photo of the digit three": is it a three?"""
     labels = [i % len(DIGIT_NAMES) for i in range(n)]
-    images, seconds = draw(model, [caption(label) for label in labels])
+    images = draw(model, [caption(label) for label in labels])
     right = sum(seen.digit == label for seen, label in zip(look(judge, images), labels, strict=True))
-    rest = {"sizes": _SIZES, "seconds": seconds, "item": "picture"}
-    return [Figure.share("digits", right, n, chance=1 / len(DIGIT_NAMES), **rest)]
+    return [Figure.share("digits", right, n, chance=1 / len(DIGIT_NAMES), sizes=_SIZES)]
 
 
 @torch.inference_mode()
