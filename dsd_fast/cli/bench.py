@@ -126,13 +126,12 @@ def _run(
     from dsd_fast.bench.case import Context
     from dsd_fast.bench.records import append
     from dsd_fast.bench.run import Runner
+    from dsd_fast.models.load import resolve_device
 
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise CommandError(f"--device {device}: there is no CUDA device")
+    resolve_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    # What a case calls float32 has IEEE products; cuDNN would take tf32.
-    torch.backends.cudnn.allow_tf32 = False
+    options.exact_products()
     words = [f"--device {device}", f"--threads {torch.get_num_threads()}"]
     words += [] if repeats is None else [f"--repeats {repeats}"]
     runner = Runner(suite, Context(device), repeats=repeats, options=words)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dsd_fast.cli.demo import LABELS
 from dsd_fast.cli.heatmaps import picture, shown
-from dsd_fast.cli.report import Card, cards, page, paragraph, section, settings, share, table, visible
+from dsd_fast.cli.report import Card, card, cards, page, paragraph, section, settings, share, table, visible
 from dsd_fast.cli.terminal import counted
 from dsd_fast.matching.heatmaps import Heatmap
 
@@ -101,13 +101,15 @@ def _scenes(summary: Mapping[str, Any], images: Sequence[NDArray[np.uint8]], map
         scores = [row["score"] for row in rows]
         found = shown(image, entry["caption"], own, len(own))
         made.append(
-            Card(
-                f"Scene {entry['seed'] - summary['first_seed']}",
-                picture(image),
-                rows,
-                min(scores),
-                max(scores),
-                [found],
+            card(
+                Card(
+                    f"Scene {entry['seed'] - summary['first_seed']}",
+                    picture(image),
+                    rows,
+                    min(scores),
+                    max(scores),
+                    [found],
+                )
             )
         )
     return section(

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,52 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def replacing_files(folder: Path, ours: re.Pattern[str]) -> Iterator[Path]:
+    """A folder to write files into, which move to `folder` when the block ends; after an exception nothing has changed.
+
+    They take the place of all files there whose names `ours` matches; others stay.
+
+    Raises:
+        OSError: the folder cannot be written; before the block where `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    # A link may lead to another disk, where files cannot move to from here.
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        names = {file.name for file in temporary.iterdir()}
+        if names:
+            folder.mkdir(exist_ok=True)
+        for name in sorted(names):
+            os.replace(temporary / name, folder / name)
+        if folder.is_dir():
+            _remove_others(folder, ours, names)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def removing(path: Path) -> Iterator[None]:
+    """A file that is removed when the block ends; after an exception it stays."""
+    yield
+    if path.is_file():
+        path.unlink()
+
+
+def _remove_others(folder: Path, ours: re.Pattern[str], kept: set[str]) -> None:
+    for file in list(folder.iterdir()):
+        if file.is_file() and ours.fullmatch(file.name) and file.name not in kept:
+            file.unlink()
+    if any(folder.iterdir()):
+        _sync_folder(folder)
+    else:
+        folder.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

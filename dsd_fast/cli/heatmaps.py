@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from dsd_fast.images.panel import panel
 from dsd_fast.matching.heatmaps import Heatmap
 
 FOLDER = "heatmaps"
+
+NAMES = re.compile(r"\d{5,}-\d+\.(png|safetensors)")
+"""The names of the files that :func:`save` writes."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,19 @@ def picture(image: Image.Image) -> Image.Image:
 
 
 def save(
-    out: Path, index: int, rank: int, image: Image.Image, path: str, caption: str, maps: Sequence[Heatmap]
+    folder: Path, index: int, rank: int, image: Image.Image, path: str, caption: str, maps: Sequence[Heatmap]
 ) -> dict[str, str]:
-    """Writes the maps of an image and its caption of that rank; returns the files' names, relative to `out`.
+    """Writes the maps of an image and its caption of that rank into `folder`; returns the files' names in the results.
 
     The picture has them over the image. The arrays are "maps" (n, height, width) float32 and "spans" (n, 2) int64,
     start and end of each in the caption; image, caption and the n words stand in the metadata, the words as JSON.
     """
-    (out / FOLDER).mkdir(exist_ok=True)
-    names = {kind: f"{FOLDER}/{index:05d}-{rank}.{kind}" for kind in ("png", "safetensors")}
-    with replacing(out / names["png"]) as file:
+    names = {kind: f"{index:05d}-{rank}.{kind}" for kind in ("png", "safetensors")}
+    with replacing(folder / names["png"]) as file:
         panel(image, caption, [(span, values) for _, span, values in maps], largest(maps)).save(file, "PNG")
     spans = np.array([span for _, span, _ in maps], np.int64).reshape(-1, 2)
     values = np.stack([each for _, _, each in maps]) if maps else np.empty((0, 0, 0), np.float32)
     metadata = {"image": path, "caption": caption, "words": json.dumps([word for word, _, _ in maps])}
-    with replacing(out / names["safetensors"]) as file:
+    with replacing(folder / names["safetensors"]) as file:
         file.write(to_safetensors({"maps": np.ascontiguousarray(values), "spans": spans}, metadata))
-    return {"picture": names["png"], "arrays": names["safetensors"]}
+    return {"picture": f"{FOLDER}/{names['png']}", "arrays": f"{FOLDER}/{names['safetensors']}"}

@@ -98,7 +98,8 @@ def match(
 
     Writes scores.parquet (all scores) and results.json (the best captions of each image) into --out, with --report
     also report.html, a page that needs nothing else, and with --heatmaps K pictures and arrays of where each word of
-    the K best captions is looked at. A file that cannot be used becomes an error row, and the run goes on.
+    the K best captions is looked at. What an earlier run has left there is replaced. A file that cannot be used
+    becomes an error row, and the run goes on.
 
     Exit code: 0 when every image was scored, 1 when some were not, 2 when nothing could be done, 130 after Ctrl-C,
     which keeps what has been scored.
@@ -192,5 +193,8 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     if not summary["complete"]:
         line += f", {counts['not_reached']:,} not reached before the interruption"
     pairs, seconds = counts["scored"] * counts["captions"], summary["seconds"]
-    line += f". {counted(pairs, 'pair')} in {seconds:.1f} s ({pairs / max(seconds, 1e-9):.1f} pairs/s). Results: {out}"
+    line += f". {counted(pairs, 'pair')} in {seconds:.1f} s ({pairs / max(seconds, 1e-9):.1f} pairs/s)"
+    if summary["settings"]["heatmaps"]:
+        line += f", heat maps in {summary['heatmap_seconds']:.1f} s"
+    line += f". Results: {out}"
     console.print(Text(printable(line)), soft_wrap=True)

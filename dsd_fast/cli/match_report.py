@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dsd_fast.cli.heatmaps import picture, save, shown
-from dsd_fast.cli.report import Card, cards, page, paragraph, section, settings, table, visible
+from dsd_fast.cli.report import Card, card, cards, page, paragraph, section, settings, table, visible
 from dsd_fast.cli.terminal import counted
 from dsd_fast.images import ImageError, load_image
 from dsd_fast.matching import Matcher
 
-# Images, words of a caption, and errors on the page; the files have all.
+# Images, words of an image's captions together, and errors on the page; the files have all.
 SHOWN, _WORDS, _ERRORS = 50, 24, 50
 
 
@@ -20,14 +20,14 @@ class MatchReport:
     """Collects the first images for the page, and writes the heat maps of all.
 
     Args:
-        out: folder of the results.
+        folder: of the heat maps.
         matcher: that scores, for the heat maps.
         heatmaps: of how many of each image's best captions.
     """
 
-    def __init__(self, out: Path, matcher: Matcher, heatmaps: int) -> None:
-        self.out, self.matcher, self.heatmaps = out, matcher, heatmaps
-        self._cards: list[Card] = []
+    def __init__(self, folder: Path, matcher: Matcher, heatmaps: int) -> None:
+        self.folder, self.matcher, self.heatmaps = folder, matcher, heatmaps
+        self._cards: list[str] = []
 
     def add(
         self, index: int, source: Path, path: str, ranked: Sequence[dict[str, Any]], lowest: float, highest: float
@@ -48,16 +48,18 @@ class MatchReport:
             image = load_image(source)
         except ImageError:
             # It was there when it was scored, so the scores stand.
-            self._cards += [Card(path, None, ranked, lowest, highest)] if wanted else []
+            self._cards += [card(Card(path, None, ranked, lowest, highest))] if wanted else []
             return
-        maps = []
-        for rank, row in enumerate(ranked[: self.heatmaps], start=1):
-            found = self.matcher.heatmap(image, row["caption"])
-            row["heatmap"] = save(self.out, index, rank, image, path, row["caption"], found)
+        mapped = ranked[: self.heatmaps]
+        every = self.matcher.heatmaps(image, [row["caption"] for row in mapped]) if mapped else []
+        maps, room = [], _WORDS
+        for rank, (row, found) in enumerate(zip(mapped, every, strict=True), start=1):
+            row["heatmap"] = save(self.folder, index, rank, image, path, row["caption"], found)
             if wanted:
-                maps.append(shown(image, row["caption"], found, _WORDS))
+                maps.append(shown(image, row["caption"], found, room))
+                room -= len(maps[-1].words)
         if wanted:
-            self._cards.append(Card(path, picture(image), ranked, lowest, highest, maps))
+            self._cards.append(card(Card(path, picture(image), ranked, lowest, highest, maps)))
 
     def page(self, summary: Mapping[str, Any]) -> bytes:
         """report.html of a run, from the content of its results.json."""

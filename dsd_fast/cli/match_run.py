@@ -6,16 +6,18 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from dsd_fast.cli.captions import check_lengths
-from dsd_fast.cli.files import replacing, writing
+from dsd_fast.cli.files import removing, replacing, replacing_files, writing
+from dsd_fast.cli.heatmaps import FOLDER, NAMES
 from dsd_fast.cli.match_report import MatchReport
 from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
-from dsd_fast.cli.terminal import Interrupt, progress, storable
+from dsd_fast.cli.terminal import CommandError, Interrupt, progress, storable
 from dsd_fast.images import ImageError
 from dsd_fast.matching import MatchConfig, Matcher
 
@@ -36,6 +38,8 @@ def run(
 ) -> dict[str, Any]:
     """Scores every image with every caption; Ctrl-C ends it early, with what has been scored.
 
+    When the results take their names, report.html and heat maps of an earlier run that are not among them are removed.
+
     Args:
         load: gives the model; called once the folder is known to be writable.
         out: folder of the results, made if missing.
@@ -48,21 +52,31 @@ def run(
         The content of results.json.
 
     Raises:
-        CommandError: `out` cannot be written.
+        CommandError: `out` cannot be written, or captions or a memory budget allow no heat maps.
         ValueError: settings, captions or a memory budget that do not fit the model.
     """
     # results.json opens first, so that it takes its name last: it vouches for the scores.
     with (
         Interrupt() as interrupt,
         writing(out),
+        # What an earlier run has left goes after that, since its own results.json names it.
+        ExitStack() as afterwards,
         replacing(out / "results.json") as results,
         replacing(out / "scores.parquet") as table,
         ExitStack() as stack,
     ):
-        page = stack.enter_context(replacing(out / "report.html")) if report or heatmaps else None
+        page, folder = None, out / FOLDER
+        if heatmaps or folder.is_dir():
+            folder = afterwards.enter_context(replacing_files(folder, NAMES))
+        if report or heatmaps:
+            page = stack.enter_context(replacing(out / "report.html"))
+        else:
+            afterwards.enter_context(removing(out / "report.html"))
         model = load()
         check_lengths(model, captions)
         matcher = Matcher(model, config)
+        if heatmaps:
+            _check_heatmaps(matcher, captions)
         settings = {**settings_of(matcher), **settings, "top_k": top_k, "heatmaps": heatmaps}
         metadata = {
             "model": model.name,
@@ -70,10 +84,9 @@ def run(
             "config": json.dumps(settings),
             "versions": json.dumps(versions()),
         }
-        gallery = None if page is None else MatchReport(out, matcher, heatmaps)
-        start = time.perf_counter()
+        gallery = None if page is None else MatchReport(folder, matcher, heatmaps)
         with ScoreFile(table, metadata) as scores:
-            entries = _score(matcher, images, captions, scores, top_k, interrupt, gallery)
+            entries, times = _score(matcher, images, captions, scores, top_k, interrupt, gallery)
             complete = len(entries) == len(images)
             scores.close(complete)
         summary = {
@@ -82,7 +95,8 @@ def run(
             "settings": settings,
             "versions": versions(),
             "counts": _counts(entries, len(images), len(captions)),
-            "seconds": time.perf_counter() - start,
+            "seconds": times.scoring,
+            "heatmap_seconds": times.pictures if heatmaps else 0.0,
             "captions": list(captions),
             "images": entries,
         }
@@ -90,6 +104,22 @@ def run(
             page.write(gallery.page(summary))
         write_json(results, summary)
     return summary
+
+
+@dataclass
+class _Times:
+    """Seconds spent on scores, and on heat maps and the pictures of the page."""
+
+    scoring: float = 0.0
+    pictures: float = 0.0
+
+
+def _check_heatmaps(matcher: Matcher, captions: Sequence[str]) -> None:
+    """What refuses heat maps is found here rather than after hours of scoring."""
+    try:
+        matcher.check_heatmaps(captions)
+    except ValueError as error:
+        raise CommandError(f"--heatmaps: {error}") from error
 
 
 def _score(
@@ -100,11 +130,11 @@ def _score(
     top_k: int,
     interrupt: Interrupt,
     gallery: MatchReport | None,
-) -> list[dict[str, Any]]:
-    """One entry per image, in order, the scores into the file, and the images to the report."""
+) -> tuple[list[dict[str, Any]], _Times]:
+    """One entry per image, in order, the scores into the file, and the images to the report; and how long it took."""
     entries: list[dict[str, Any]] = []
     column = pa.array(captions, pa.string())
-    pairs = 0
+    pairs, times, start = 0, _Times(), time.perf_counter()
     with progress("pairs") as display:
         task = display.add_task("matching", total=len(images), units=0)
         for index, result in interrupt.until(matcher.score_iter(images, captions)):
@@ -119,11 +149,14 @@ def _score(
                 order = file.add(index, path, column, values)
                 rows = ranked(order, captions, values, top_k)
                 if gallery is not None:
+                    before = time.perf_counter()
                     gallery.add(index, images[index], path, rows, float(values.min()), float(values.max()))
+                    times.pictures += time.perf_counter() - before
                 entries.append({"path": path, "ranked": rows})
                 pairs += len(captions)
-            display.update(task, advance=1, units=pairs)
-    return entries
+            times.scoring = time.perf_counter() - start - times.pictures
+            display.update(task, advance=1, units=pairs, seconds=times.scoring)
+    return entries, times
 
 
 def _error(path: str, reason: str, message: str) -> dict[str, Any]:

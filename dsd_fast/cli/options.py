@@ -81,16 +81,24 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
+def exact_products() -> None:
+    """What a command calls float32 has IEEE products on a GPU too, where cuDNN's convolutions would take TF32."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def load_model(
     name: str, *, device: str, dtype: str, revision: str | None, variant: str | None, local_files_only: bool
 ) -> Model:
-    """:func:`dsd_fast.load`, announced on stderr."""
+    """:func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`."""
     from rich.console import Console
 
     from dsd_fast.cli.terminal import CommandError, printable
     from dsd_fast.models import load
 
     quiet_transformers()
+    exact_products()
     # Not a live display: the hub's own progress bars may follow.
     Console(stderr=True).print(f"loading {printable(name)}", style="dim", markup=False, highlight=False)
     try:

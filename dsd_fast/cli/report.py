@@ -127,9 +127,9 @@ def settings(values: Mapping[str, Any]) -> str:
     return f"<details><summary>Settings and versions</summary>\n<dl>\n{rows}</dl></details>\n"
 
 
-def cards(items: Sequence[Card], total: int) -> str:
-    """The cards, and how many of `total` images they leave out."""
-    made = "".join(_card(item) for item in items)
+def cards(items: Sequence[str], total: int) -> str:
+    """The cards, made by :func:`card`, and how many of `total` images they leave out."""
+    made = "".join(items)
     if total <= len(items):
         return made
     count, left = len(items), total - len(items)
@@ -148,7 +148,8 @@ def visible(text: str) -> str:
     return html.escape("".join(shown))
 
 
-def _card(item: Card) -> str:
+def card(item: Card) -> str:
+    """A card with its pictures inside; as text these take a fraction of the memory that they take as pixels."""
     picture = '<p class="missing">The file could not be read a second time.</p>'
     if item.picture is not None:
         picture = _image(item.picture, item.name)
@@ -183,12 +184,15 @@ def _maps(maps: WordMaps, name: str) -> str:
             f"<figure>{_image(picture, f'Heat map of “{caption[start:end]}” over {name}')}"
             f"<figcaption><bdi>{marked}</bdi></figcaption></figure>\n"
         )
-    if not maps.words:
+    if not maps.words and not maps.left_out:
         return paragraph("This caption has no words to map.")
-    more = paragraph(f"The maps of {counted(maps.left_out, 'more word')} are in the files.") if maps.left_out else ""
+    title = f"<h4>Where the words of “<bdi>{visible(caption)}</bdi>” are looked at</h4>\n"
+    left = counted(maps.left_out, "more word" if maps.words else "word")
+    more = paragraph(f"The maps of {left} are in the files.") if maps.left_out else ""
+    if not maps.words:
+        return title + more
     return (
-        f"<h4>Where the words of “<bdi>{visible(caption)}</bdi>” are looked at</h4>\n"
-        f'<div class="maps">\n{tiles}</div>\n{more}'
+        f'{title}<div class="maps">\n{tiles}</div>\n{more}'
         f'<p class="scale"><span>0</span><img src="{_scale()}" alt="dark to light" width="256" height="12">'
         f"<span>{maps.top:.2g}</span> <span>attention probability, one scale for all words of this caption</span></p>\n"
     )

@@ -73,7 +73,11 @@ def counted(count: int, noun: str) -> str:
 
 
 def progress(unit: str) -> Progress:
-    """A progress display on stderr. Its rate counts the task's field `units`, which the caller keeps."""
+    """A progress display on stderr.
+
+    Its rate counts the task's field `units`, which the caller keeps, over the time since the start, or over the field
+    `seconds` where a task also does something else.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -86,7 +90,7 @@ def progress(unit: str) -> Progress:
 
 
 class _RateColumn(ProgressColumn):
-    """Units per second since the start.
+    """Units per second.
 
     Rich's own speed looks at the intervals between steps; results arrive in batches, with none in between.
     """
@@ -97,8 +101,8 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The rate, once there is one."""
-        units = task.fields["units"]
-        rate = f"{units / task.elapsed:.1f}" if units and task.elapsed else "-"
+        units, seconds = task.fields["units"], task.fields.get("seconds", task.elapsed)
+        rate = f"{units / seconds:.1f}" if units and seconds else "-"
         return Text(f"{rate} {self.unit}/s", style="progress.data.speed")
 
 

@@ -143,27 +143,35 @@ def read_prompt(model: Model, prompt: Any, prompt_embeds: Tensor | None) -> Text
     return _written(model, "prompt", [prompt] if isinstance(prompt, str) else prompt)
 
 
-def read_negative(model: Model, negative_prompt: Any, negative_prompt_embeds: Tensor | None, pairs: int) -> Texts:
-    """The texts of the B pairs' unconditional rows: without a request the model's own, for all of them.
+def read_negative(model: Model, negative_prompt: Any, negative_prompt_embeds: Tensor | None, texts: Texts) -> Texts:
+    """The texts of the unconditional rows of the B pairs with ``texts``: without a request the model's own, for all.
 
     Raises:
-        ValueError: both are given, or what is given does not fit.
+        ValueError: both are given, what is given does not fit, or the two rows' texts have different numbers of tokens.
     """
+    pairs = len(texts.of)
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("negative_prompt, negative_prompt_embeds: expected one of them at most")
     if negative_prompt_embeds is not None:
-        texts = _embedded(model, "negative_prompt_embeds", negative_prompt_embeds)
+        free = _embedded(model, "negative_prompt_embeds", negative_prompt_embeds)
     elif negative_prompt is None:
-        return Texts(model.encode_unconditional().to("cpu"), torch.zeros(pairs, dtype=torch.int64))
-    elif isinstance(negative_prompt, str):
-        states = _written(model, "negative_prompt", [negative_prompt]).states
-        return Texts(states, torch.zeros(pairs, dtype=torch.int64))
+        free = Texts(model.encode_unconditional().to("cpu"), torch.zeros(1, dtype=torch.int64))
     else:
-        texts = _written(model, "negative_prompt", negative_prompt)
-    if len(texts.of) != pairs:
+        given = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        free = _written(model, "negative_prompt", given)
+    if len(free.of) not in (1, pairs):
         name = "negative_prompt" if negative_prompt_embeds is None else "negative_prompt_embeds"
-        raise ValueError(f"{name}: got {len(texts.of)}, expected one for each of {pairs} prompts")
-    return texts
+        raise ValueError(f"{name}: got {len(free.of)}, expected one, or one for each of {pairs} prompts")
+    # Both go through the network side by side, which takes texts of one length.
+    own, other = texts.states.states.shape[1], free.states.states.shape[1]
+    if own != other and negative_prompt_embeds is not None:
+        raise ValueError(f"negative_prompt_embeds: got {other} tokens, expected {own} as in the prompts")
+    if own != other:
+        raise ValueError(
+            f"prompt_embeds: got {own} tokens, expected {other} as in the unconditional text; for another number give "
+            f"negative_prompt_embeds of {own} tokens too"
+        )
+    return Texts(free.states, free.of.expand(pairs))
 
 
 def _written(model: Model, name: str, prompts: Any) -> Texts:

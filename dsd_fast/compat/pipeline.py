@@ -231,7 +231,8 @@ class DSDPipeline:
             negative_prompt, negative_prompt_embeds: text of the unconditional row instead of the empty one, one for
                 all, or B.
             generator: of the samples of `sample_posterior`, one for all images, or one for each.
-            prompt_embeds: (B, T, E) text states instead of `prompt` (not for SDXL).
+            prompt_embeds: (B, T, E) text states instead of `prompt` (not for SDXL). The unconditional row's text has as
+                many tokens, so that a T other than the encoder's needs `negative_prompt_embeds` too.
             num_images_per_prompt, eta, output_type, return_dict, callback, callback_steps, cross_attention_kwargs: have
                 no effect on an official score; anything but the default is an error.
             sampling_steps: how many timesteps are asked for on the official grid, which 50 turns into 49 and 1000, the
@@ -306,7 +307,7 @@ class DSDPipeline:
             Request(
                 pictures=pictures.each() if sample_posterior else pictures,
                 texts=texts,
-                free=read_negative(model, negative_prompt, negative_prompt_embeds, pairs) if has_free else None,
+                free=read_negative(model, negative_prompt, negative_prompt_embeds, texts) if has_free else None,
                 epsilon=self._bank(scorer),
                 sample=sample_posterior,
                 generator=generator,

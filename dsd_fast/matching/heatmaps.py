@@ -23,8 +23,10 @@ from dsd_fast.diffusion import noise
 from dsd_fast.matching.pairs import PairScorer
 from dsd_fast.matching.words import Span, find_spans, positions, words
 from dsd_fast.models.offsets import token_offsets
-from dsd_fast.unet import UNetProgram
+from dsd_fast.models.prompts import token_limit
+from dsd_fast.unet import Plan, TextKV, UNetProgram
 from dsd_fast.unet.step import Size
+from dsd_fast.unet.stream import rows_at_once
 
 Heatmap = tuple[str, Span, NDArray[np.float32]]
 """The characters, their (start, end) in the caption, and their (h, w) map."""
@@ -60,15 +62,14 @@ def heatmaps(
 ) -> list[Heatmap]:
     """See :meth:`Matcher.heatmap`; ``latent`` is the image's, (1, C, h, w)."""
     wanted = words(caption) if spans is None else find_spans(caption, spans)
-    states = scorer.encode_texts([caption]).states
-    offsets = token_offsets(scorer.model.tokenizers, caption, states.states.shape[1])
-    tokens = {span: own for span in wanted if (own := positions(span, offsets))}
+    tokens = _positions(scorer, caption, wanted)
     for start, end in wanted:
         if spans is not None and (start, end) not in tokens:
             raise ValueError(f"spans: the characters {caption[start:end]!r} at ({start}, {end}) have no tokens")
     if not tokens:
         return []
     chosen = sorted({token for own in tokens.values() for token in own})
+    states = scorer.encode_texts([caption], unconditional=False).states
     maps = _token_maps(scorer, latent, states.states, states.pooled, chosen, layers)
     place = {token: i for i, token in enumerate(chosen)}
     return [
@@ -76,6 +77,42 @@ def heatmaps(
         for span in wanted
         if span in tokens
     ]
+
+
+def check(scorer: PairScorer, captions: Sequence[str], layers: str | Sequence[str] = "up-finest") -> None:
+    """See :meth:`Matcher.check_heatmaps`."""
+    plan = _plan(scorer, layers)
+    most, largest = 0, ""
+    for caption in captions:
+        found = len({token for own in _positions(scorer, caption, words(caption)).values() for token in own})
+        if found > most:
+            most, largest = found, caption
+    budget = scorer.config.memory_budget
+    if budget is None or not most:
+        return
+    # All captions have keys of one size; the rows of the one with the most maps are the largest.
+    states = scorer.encode_texts([largest], unconditional=False).states
+    text = _keys(scorer, plan, states.states, states.pooled)
+    size = scorer.latent_size
+    rows_at_once(plan, *size, text.tokens, keys=text.nbytes, map_tokens=most, memory_budget=budget)
+
+
+def _positions(scorer: PairScorer, caption: str, spans: Sequence[Span]) -> dict[Span, list[int]]:
+    """The token positions of each span that has some."""
+    model = scorer.model
+    offsets = token_offsets(model.tokenizers, caption, token_limit(model.tokenizers, model.text_encoders))
+    return {span: own for span in spans if (own := positions(span, offsets))}
+
+
+def _plan(scorer: PairScorer, layers: str | Sequence[str]) -> Plan:
+    return scorer.program.plan(maps=map_layers(scorer.program, layers), adapter=scorer.plan.adapter)
+
+
+def _keys(scorer: PairScorer, plan: Plan, states: Tensor, pooled: Tensor | None) -> TextKV:
+    unet = scorer.model.unet
+    pooled = None if pooled is None else pooled.to(unet.device, unet.dtype)
+    with torch.no_grad():
+        return plan.encode_text(states.to(unet.device, unet.dtype), pooled=pooled)
 
 
 def _token_maps(
@@ -91,11 +128,8 @@ def _token_maps(
     epsilon = torch.stack([noise(scorer.config.seed, draw, latent.shape[1:]) for draw in range(len(times))])
     clean = latent.to("cpu", torch.promote_types(latent.dtype, torch.float32)).expand(len(times), -1, -1, -1)
     noised = model.schedule.add_noise(clean, epsilon.to(clean.dtype), times).to(unet.dtype)
-    names = map_layers(scorer.program, layers)
-    plan = scorer.program.plan(maps=names, adapter=scorer.plan.adapter)
-    pooled = None if pooled is None else pooled.to(unet.device, unet.dtype)
-    with torch.no_grad():
-        text = plan.encode_text(states.to(unet.device, unet.dtype), pooled=pooled)
+    plan = _plan(scorer, layers)
+    text = _keys(scorer, plan, states, pooled)
     # Bilinear upsampling is linear: it may wait until maps of one size have been added up.
     sums: dict[Size, Tensor] = {}
     for _, out in plan.stream(
@@ -113,4 +147,4 @@ def _token_maps(
     total = torch.zeros(len(tokens), *scorer.size)
     for value in sums.values():
         total += F.interpolate(value[None].cpu(), size=scorer.size, mode="bilinear", align_corners=False)[0]
-    return total / (len(names) * len(times))
+    return total / (len(plan.maps) * len(times))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsd_fast.images import ImageError, ImageSource, decode, load_image, to_tensor
 from dsd_fast.matching.config import MatchConfig
-from dsd_fast.matching.heatmaps import Heatmap, heatmaps
+from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
 from dsd_fast.matching.pairs import Captions, PairScorer
 from dsd_fast.matching.words import Span
 
@@ -190,13 +190,35 @@ class Matcher:
         """
         if not isinstance(caption, str):
             raise ValueError(f"caption: got {type(caption).__name__}, expected a string")
-        latent = self._scorer.encode_images([to_tensor(load_image(image), self._scorer.size)])
-        return heatmaps(self._scorer, latent, caption, spans, layers)
+        return heatmaps(self._scorer, self._latent(image), caption, spans, layers)
+
+    def heatmaps(
+        self, image: ImageSource, captions: Sequence[str], *, layers: str | Sequence[str] = "up-finest"
+    ) -> list[list[Heatmap]]:
+        """:meth:`heatmap` of each caption's words; the image is encoded once for all of them.
+
+        Raises:
+            ImageError: an image that cannot be used.
+            ValueError: captions that are not strings or too long, unknown layers.
+        """
+        texts = _strings(captions)
+        latent = self._latent(image)
+        return [heatmaps(self._scorer, latent, caption, layers=layers) for caption in texts]
+
+    def check_heatmaps(self, captions: Sequence[str], *, layers: str | Sequence[str] = "up-finest") -> None:
+        """Refuses what :meth:`heatmaps` would refuse for some image, before there is one.
+
+        Raises:
+            ValueError: captions that are not strings or too long, or whose tokens' characters are unknown; unknown
+                layers; a memory budget that does not hold one row with the maps of some caption.
+        """
+        check(self._scorer, _strings(captions), layers)
+
+    def _latent(self, image: ImageSource) -> Tensor:
+        return self._scorer.encode_images([to_tensor(load_image(image), self._scorer.size)])
 
     def _encode(self, captions: Iterable[str]) -> Captions:
-        texts = [captions] if isinstance(captions, str) else list(captions)
-        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in texts):
-            raise ValueError("captions: expected a sequence of strings")
+        texts = _strings(captions)
         if not texts:
             raise ValueError("captions: got none, expected at least one")
         return self._scorer.encode_texts(texts)
@@ -223,6 +245,13 @@ class Matcher:
                 numbers, pixels, errors = [], [], {}
         if numbers or errors:
             yield numbers, self._scorer.encode_images(pixels), errors
+
+
+def _strings(captions: Iterable[str]) -> list[str]:
+    texts = [captions] if isinstance(captions, str) else list(captions)
+    if isinstance(captions, str) or not all(isinstance(caption, str) for caption in texts):
+        raise ValueError("captions: expected a sequence of strings")
+    return texts
 
 
 def _seed(seeds: Sequence[int], number: int) -> int:

@@ -90,8 +90,12 @@ class PairScorer:
         self.weights = {name: value.to(model.unet.device) for name, value in weights.items()}
         self.needs_unconditional = config.noise_weight != 0 or config.official
 
-    def encode_texts(self, captions: Sequence[str]) -> Captions:
+    def encode_texts(self, captions: Sequence[str], unconditional: bool = True) -> Captions:
         """Each caption once through the text encoder, under this scorer's adapters.
+
+        Args:
+            captions: M strings.
+            unconditional: whether the unconditional text comes with them where the score needs it.
 
         Raises:
             ValueError: a caption that is not a string or is longer than the encoder's limit.
@@ -101,7 +105,8 @@ class PairScorer:
                 scopes.enter_context(scope.active())
             scopes.enter_context(torch.no_grad())
             # Again for each call: the text encoder's own adapters may have changed since the last.
-            empty = self.model.encode_unconditional().to("cpu") if self.needs_unconditional else None
+            wanted = unconditional and self.needs_unconditional
+            empty = self.model.encode_unconditional().to("cpu") if wanted else None
             return Captions(self.model.encode_prompts(captions).to("cpu"), empty)
 
     def images_together(self, captions: Captions, texts: int) -> int:

@@ -61,7 +61,7 @@ def load(
         ModelError: naming what was given and what was expected: no such folder, repository or revision, a missing
             component, weights only as pickle, another architecture, an unknown dtype or a device that is not there.
     """
-    torch_dtype, torch_device = _resolve_dtype(dtype), _resolve_device(device)
+    torch_dtype, torch_device = _resolve_dtype(dtype), resolve_device(device)
     folder: Path | None
     if model == "mini":
         from dsd_fast.models import mini
@@ -301,7 +301,12 @@ def _resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return resolved
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of that name, which is there and holds weights.
+
+    Raises:
+        ModelError: it is not, or the name is none.
+    """
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from dsd_fast.bench import Case, Figure, Quality, measure, suites
 from dsd_fast.bench.records import append, load
@@ -130,10 +131,32 @@ def test_what_the_user_got_wrong_is_one_sentence(cli, tiny, tmp_path, arguments,
     assert not (tmp_path / "benchmarks").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_gpu_is_one_sentence(cli, tiny):
-    done = cli("bench", "tiny", "--device", "cuda")
-    assert (done.exit_code, done.stderr) == (2, "Error: --device cuda: there is no CUDA device\n")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
+        ("cuda:99", f"device is 'cuda:99', but torch sees {torch.cuda.device_count()} devices of type 'cuda'"),
+    ],
+)
+def test_a_missing_device_is_one_sentence(cli, tiny, device, message):
+    done = cli("bench", "tiny", "--device", device)
+    assert (done.exit_code, done.stderr) == (2, f"Error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench tiny --only product/8 --repeats 1",
+        "match picture.png --caption a --timesteps 2 --official --out out",
+        "demo --scenes 1 --reference-scenes 1 --timesteps 2",
+    ],
+)
+def test_what_computes_takes_no_tf32(cli, tiny, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    done = cli(*command.split())
+    assert done.exit_code == 0, done.stderr
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 def test_an_interruption_keeps_what_was_measured(cli, tiny, tmp_path):

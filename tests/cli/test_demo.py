@@ -112,10 +112,10 @@ def test_words_that_point_and_the_page(cli, tmp_path, monkeypatch):
 
 def test_a_difference_from_the_reference_fails(cli, tmp_path, monkeypatch):
     right = reference.score
-    monkeypatch.setattr(reference, "score", lambda *args, **kwargs: right(*args, **kwargs) + 3e-4)
+    monkeypatch.setattr(reference, "score", lambda *args, **kwargs: right(*args, **kwargs) + 1e-2)
     done = cli(*SMALL)
     assert done.exit_code == 1
-    assert "Error: scores differ from the reference's by up to 0.0003, more than 0.0001" in done.stderr
+    assert "Error: scores differ from the reference's by up to 0.01, more than 0.0001" in done.stderr
     # What was found can be looked at all the same, in the folder that is taken where none is named.
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
         "report.html", "results.json", "scenes", "scores.parquet",

@@ -1,6 +1,8 @@
 """`dsd-fast match --heatmaps` and `--report`: the files, their arrays, and the page."""
 
+import gc
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import dsd_fast as dsd
+from dsd_fast.cli.match_report import MatchReport
 from dsd_fast.images.panel import panel
+from dsd_fast.matching.heatmaps import map_layers
+from dsd_fast.unet import UNetProgram
 from tests.cli.test_match import COMMON, TIMESTEPS, caption_options, results
 from tests.cli.test_report import Seen
 
@@ -89,6 +94,129 @@ def test_the_page_has_the_first_images_and_says_so(cli, good_images, monkeypatch
     assert "The first 4 images are shown of 9; 5 more are in results.json and scores.parquet." in page.text
     # The files are of all of them.
     assert len(list(Path("out/heatmaps").iterdir())) == 18
+
+
+def test_a_page_of_large_pictures_holds_text_alone(cli, good_images, tmp_path, monkeypatch):
+    """Pixels of a page's pictures would be gigabytes; and an image's captions share the words that are shown."""
+
+    def pictures():
+        gc.collect()
+        return sum(issubclass(type(thing), Image.Image) for thing in gc.get_objects())
+
+    def page(report):
+        return Seen(report.page(summary).decode())
+
+    monkeypatch.setattr("dsd_fast.cli.match_report._WORDS", 4)
+    matcher = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=TIMESTEPS))
+    report = MatchReport(tmp_path, matcher, 3)
+    rows = [{"caption": caption, "score": 1.0} for caption in ("a red ring", "a blue cross", "a green ring")]
+    before = pictures()
+    for index in range(2):
+        report.add(index, good_images[0], "picture", [dict(row) for row in rows], 0.0, 1.0)
+    assert pictures() == before
+    summary = {
+        "counts": {"scored": 2, "captions": 3, "errors": 0, "not_reached": 0}, "complete": True, "images": [],
+        "settings": {"model": "mini", "layers": []}, "versions": {},
+    }  # fmt: skip
+    assert page(report).marked == ["a", "red", "ring", "a"] * 2
+    assert page(report).text.count("The maps of 2 more words are in the files.") == 2
+    assert page(report).text.count("The maps of 3 words are in the files.") == 2
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_a_budget_too_small_for_the_maps_is_found_before_scoring(cli, good_images, tmp_path):
+    model = dsd.load("mini")
+    program = UNetProgram(model.unet)
+    plan, states = program.plan(maps=map_layers(program, "up-finest")), model.encode_prompts(["a red ring"]).states
+    # A byte too few for the three words, and more than a score needs that stops in the middle of the network.
+    budget = plan.run_bytes(1, 16, 16, 24, map_tokens=3) + plan.encode_text(states).nbytes - 1
+    command = [
+        "match", good_images[0], "--caption", "a red ring", *COMMON, "--noise-weight", 0, "--layer",
+        program.score_ids[0], "--memory-budget", budget, "--out", "out",
+    ]  # fmt: skip
+    done = cli(*command, "--heatmaps", 1)
+    assert done.exit_code == 2
+    assert f"Error: --heatmaps: memory_budget: {budget:,} bytes cannot hold" in done.stderr
+    assert "matching" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    assert cli(*command).exit_code == 0
+
+
+def test_words_without_places_are_found_before_scoring(cli, good_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(dsd.load("mini").tokenizers[0]), "is_fast", False)
+    command = ["match", good_images[0], "--caption", "a red ring", *COMMON, "--out", "out"]
+    done = cli(*command, "--heatmaps", 1)
+    assert done.exit_code == 2
+    assert "Error: --heatmaps: tokenizer: " in done.stderr
+    assert "matching" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    assert cli(*command).exit_code == 0
+
+
+def test_a_later_run_takes_the_place_of_all_that_an_earlier_one_left(cli, good_images, tmp_path, monkeypatch):
+    # Two files of different pictures.
+    one, other = good_images[0], good_images[-1]
+    out, command = tmp_path / "out", ["match", "--caption", "a ring", "--caption", "a cross", *COMMON, "--out", "out"]
+
+    def found():
+        return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+    assert cli(*command, one, other, "--heatmaps", 2).exit_code == 0
+    (out / "heatmaps/notes.txt").write_text("not ours")
+    first = found()
+    assert len(first) == 3 + 2 * 2 * 2 + 1
+
+    # A run that fails in its middle, when it has made other maps, leaves the whole set.
+    with monkeypatch.context() as patch:
+        score_iter = dsd.Matcher.score_iter
+
+        def fails(self, images, captions):
+            yield next(score_iter(self, images, captions))
+            raise MemoryError
+
+        patch.setattr(dsd.Matcher, "score_iter", fails)
+        done = cli(*command, other, one, "--heatmaps", 1)
+    assert done.exit_code == 2
+    assert found() == first
+
+    assert cli(*command, other, "--heatmaps", 1).exit_code == 0
+    second = found()
+    assert sorted(second) == [
+        "heatmaps/00000-1.png", "heatmaps/00000-1.safetensors", "heatmaps/notes.txt", "report.html", "results.json",
+        "scores.parquet",
+    ]  # fmt: skip
+    assert second["report.html"] != first["report.html"]
+    assert second["heatmaps/00000-1.png"] != first["heatmaps/00000-1.png"]
+
+    assert cli(*command, other).exit_code == 0
+    assert sorted(found()) == ["heatmaps/notes.txt", "results.json", "scores.parquet"]
+    (out / "heatmaps/notes.txt").unlink()
+    assert cli(*command, other).exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "scores.parquet"]
+
+
+def test_heat_maps_do_not_count_as_scoring(cli, good_images, tmp_path, monkeypatch):
+    def score_iter(self, images, captions):
+        for index in range(len(images)):
+            yield index, torch.zeros(len(captions))
+
+    def slow(self, image, captions):
+        time.sleep(0.3)
+        return [[] for _ in captions]
+
+    monkeypatch.setattr(dsd.Matcher, "score_iter", score_iter)
+    monkeypatch.setattr(dsd.Matcher, "heatmaps", slow)
+    command = ["match", *good_images[:3], "--caption", "a ring", *COMMON, "--out", "out"]
+    done = cli(*command, "--heatmaps", 1)
+    assert done.exit_code == 0, done.stderr
+    content = results(tmp_path / "out")
+    assert content["seconds"] < 0.3
+    assert content["heatmap_seconds"] >= 0.9
+    assert f"3 pairs in {content['seconds']:.1f} s ({3 / content['seconds']:.1f} pairs/s), heat maps in " in done.stdout
+    assert f"heat maps in {content['heatmap_seconds']:.1f} s. Results: out" in done.stdout
+    done = cli(*command)
+    assert results(tmp_path / "out")["heatmap_seconds"] == 0
+    assert "heat maps" not in done.stdout
 
 
 def test_a_file_that_has_gone_since_it_was_scored(cli, good_images, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dsd_fast.cli.heatmaps import shown
-from dsd_fast.cli.report import Card, cards, page, paragraph, section, settings, share, table, visible
+from dsd_fast.cli.report import Card, card, cards, page, paragraph, section, settings, share, table, visible
 
 IMAGE = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
 CAPTION = "a <b>red</b> 'ring' & \"ring\""
@@ -40,11 +40,11 @@ class Seen(HTMLParser):
             self.marked[-1] += data
 
 
-def card(**changes):
+def made(**changes):
     maps = [("ring", (14, 18), np.eye(8, dtype=np.float32)), ("ring", (23, 27), np.full((8, 8), 0.25, np.float32))]
     rows = [{"caption": CAPTION, "score": 2.0, "note": "<true>", "right": True}, {"caption": "b", "score": 1.0}]
     arguments = {"name": '<i>"x"', "picture": IMAGE, "ranked": rows, "lowest": 0.0, "highest": 2.0}
-    return Card(**{**arguments, "maps": [shown(IMAGE, CAPTION, maps, 9)], **changes})
+    return card(Card(**{**arguments, "maps": [shown(IMAGE, CAPTION, maps, 9)], **changes}))
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_visible(text, expected):
 
 
 def test_a_page_stands_by_itself_and_escapes_everything():
-    made = page(
+    whole = page(
         "<title>&", ["<p>lead"],
         [
             section("<h2>", paragraph("<em>"), table("<caption>", ["<th>", "n"], [["<i>cell</i>", "1"]], numbers=1)),
-            cards([card()], 3), settings({"<dt>": "<dd>"}),
+            cards([made()], 3), settings({"<dt>": "<dd>"}),
         ],
     ).decode()  # fmt: skip
-    seen = Seen(made)
+    seen = Seen(whole)
     # Cells are HTML already; all else was text.
     for tag in ("em", "b", "script", "link-x"):
         assert tag not in [name for name, _ in seen.tags]
@@ -95,9 +95,9 @@ def test_a_page_stands_by_itself_and_escapes_everything():
         assert not [key for key in attributes if key.startswith("on")]
         for key in ("src", "href"):
             assert attributes.get(key, "data:").startswith("data:"), (name, attributes)
-    assert not re.search(r"url\(|@import", made)
+    assert not re.search(r"url\(|@import", whole)
     policy = next(a["content"] for name, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy")
-    style = re.search(r"<style>(.*?)</style>", made, re.DOTALL)[1]
+    style = re.search(r"<style>(.*?)</style>", whole, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert (
         policy == f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -105,7 +105,7 @@ def test_a_page_stands_by_itself_and_escapes_everything():
 
 
 def test_a_card_shows_scores_marks_words_and_describes_pictures():
-    text = cards([card()], 1)
+    text = cards([made()], 1)
     seen = Seen(text)
     assert seen.marked == ["ring", "ring"]
     assert "<bdi>a &lt;b&gt;red&lt;/b&gt; &#x27;<mark>ring</mark>&#x27; &amp; &quot;ring&quot;</bdi>" in text
@@ -124,22 +124,22 @@ def test_a_card_shows_scores_marks_words_and_describes_pictures():
 
 
 def test_what_a_card_says_about_what_is_missing():
-    assert "The file could not be read a second time." in cards([card(picture=None, maps=[])], 1)
-    assert "This caption has no words to map." in cards([card(maps=[shown(IMAGE, "!", [], 9)])], 1)
+    assert "The file could not be read a second time." in made(picture=None, maps=[])
+    assert "This caption has no words to map." in made(maps=[shown(IMAGE, "!", [], 9)])
     maps = [("a", (0, 1), np.ones((8, 8), np.float32))] * 5
-    text = cards([card(maps=[shown(IMAGE, "a", maps, 2)])], 1)
+    text = made(maps=[shown(IMAGE, "a", maps, 2)])
     assert "The maps of 3 more words are in the files." in text
     assert text.count("<figure>") == 2
-    assert re.findall(r'class="fill" width="([\d.]+)"', cards([card(lowest=1.0, highest=1.0)], 1)) == [
-        "100.00",
-        "100.00",
-    ]
+    text = made(maps=[shown(IMAGE, "a", maps, 0)])
+    assert "The maps of 5 words are in the files." in text
+    assert "<figure>" not in text
+    assert re.findall(r'class="fill" width="([\d.]+)"', made(lowest=1.0, highest=1.0)) == ["100.00", "100.00"]
 
 
 def test_what_is_left_out_is_said():
-    assert "The first 2 images are shown of 1,234; 1,232 more are in results.json" in cards([card()] * 2, 1234)
-    assert "The first image is shown of 2; 1 more is in results.json" in cards([card()], 2)
-    assert "results.json" not in cards([card()], 1)
+    assert "The first 2 images are shown of 1,234; 1,232 more are in results.json" in cards([made()] * 2, 1234)
+    assert "The first image is shown of 2; 1 more is in results.json" in cards([made()], 2)
+    assert "results.json" not in cards([made()], 1)
 
 
 def test_share_puts_values_on_a_line_from_0_to_100():

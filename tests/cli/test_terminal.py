@@ -74,6 +74,9 @@ def test_progress_has_a_rate_and_the_time_left():
     now[0] += 30
     display.update(number, completed=10, units=1000)
     assert left.render(task).plain == "0:00:50 taken"
+    # Of which 10 s went into the units.
+    display.update(number, seconds=10.0)
+    assert rate.render(task).plain == "100.0 pairs/s"
 
 
 def test_the_first_interruption_ends_the_iteration_only():

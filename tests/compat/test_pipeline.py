@@ -328,6 +328,24 @@ def test_negative_prompts_take_the_unconditional_rows_place(stock, pipe):
     torch.testing.assert_close(pipe(prompt_embeds=embeds, negative_prompt_embeds=free, **options), got, **NEAR)
     one = pipe(prompt=PROMPTS, negative_prompt="a dog", **options)
     torch.testing.assert_close(one[[0, 2]], got[[0, 2]], **NEAR)
+    # One for all may stand in a list or a batch of one.
+    assert torch.equal(pipe(prompt=PROMPTS, negative_prompt=["a dog"], **options), one)
+    torch.testing.assert_close(pipe(prompt_embeds=embeds, negative_prompt_embeds=free[:1], **options), one, **NEAR)
+
+
+def test_embeds_of_another_length_need_an_unconditional_text_of_that_length(stock, pipe):
+    with torch.no_grad():
+        text, free = (states(stock, prompt)[:, :10] for prompt in (PROMPTS[0], ""))
+        latents, epsilon = noised(stock, images(1), 500, 0)
+        want = sum(reference.pair_terms(stock.unet, latents, 500, epsilon, free, text))
+    options = {"image": images(1), "sampled_timestep": 500}
+    torch.testing.assert_close(pipe(prompt_embeds=text, negative_prompt_embeds=free, **options), want, **NEAR)
+    with Counted(stock) as seen, pytest.raises(ValueError, match="prompt_embeds: got 10 tokens"):
+        pipe(prompt_embeds=text, **options)
+    assert seen["vae"] == 0
+    # Without an unconditional row there is nothing to differ from.
+    alone = pipe(prompt_embeds=text, unconditional=False, guidance_scale=0, use_bias=False, **options)
+    assert alone.isfinite().all()
 
 
 def test_kinds_of_images_and_fewer_images_than_prompts(stock, pipe, tmp_path):
@@ -410,7 +428,12 @@ def test_noise_samples_replace_the_seeds_noise(stock, pipe, monkeypatch):
         ({"seed": -1}, "seed: got -1"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt: got 2, which has no effect on a score"),
         ({"callback": print}, "callback: got .*, which has no effect on a score"),
-        ({"negative_prompt": ["a"]}, "negative_prompt: got 1, expected one for each of 3 prompts"),
+        ({"negative_prompt": ["a"] * 2}, "negative_prompt: got 2, expected one, or one for each of 3 prompts"),
+        ({"negative_prompt_embeds": torch.zeros(1, 10, 24)}, "negative_prompt_embeds: got 10 tokens, expected 77 as"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(3, 10, 24)},
+            "prompt_embeds: got 10 tokens, expected 77 as in the .* give negative_prompt_embeds of 10 tokens too",
+        ),
         (
             {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(3, 77, 24)},
             "negative_prompt, negative_prompt_e",

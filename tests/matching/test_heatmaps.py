@@ -12,10 +12,12 @@ from dsd_fast.images import ImageError
 from dsd_fast.matching import official_layers
 from dsd_fast.matching.heatmaps import map_layers
 from dsd_fast.matching.localisation import object_words, pointing, pointing_game
+from dsd_fast.matching.words import positions, words
 from dsd_fast.models.mini.scenes import EVAL_SEED, Scene, SceneObject, scene
+from dsd_fast.models.offsets import token_offsets
 from dsd_fast.reference import matching as reference
 from dsd_fast.unet import UNetProgram
-from tests.matching.test_matcher import matcher, pictures
+from tests.matching.test_matcher import Counted, matcher, pictures
 from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline
 
 TIMES = [40, 500, 901]
@@ -115,6 +117,53 @@ def test_the_network_stops_after_the_last_layer_and_runs_no_unconditional_row():
     pipe.unet.conv_out.register_forward_hook(lambda m, args, out: rows.append("out"))
     matcher(pipe).heatmap(pictures(1)[0], CAPTION)
     assert rows == [len(TIMES)]
+
+
+def test_captions_share_the_images_latent_and_need_no_unconditional_text():
+    pipe, image = tiny_pipeline("sd15"), pictures(1)[0]
+    m, captions = matcher(pipe), ["a dog", "the ball", "?!"]
+    with Counted(pipe) as seen:
+        found = m.heatmaps(image, captions)
+    # Nothing is computed for the caption without words.
+    assert (seen["vae"], seen["text encoder"], seen["shared"]) == (1, 2, 2 * len(TIMES))
+    assert found[2] == []
+    for own, caption in zip(found, captions, strict=True):
+        close(own, m.heatmap(image, caption), relative=0)
+    assert m.heatmaps(image, []) == []
+    with pytest.raises(ValueError, match="captions: expected a sequence of strings"):
+        m.heatmaps(image, "a dog")
+
+
+def test_what_refuses_maps_is_found_before_there_is_an_image(monkeypatch):
+    pipe, image = tiny_pipeline("sd15"), pictures(1)[0]
+    program = UNetProgram(pipe.unet)
+    plan = program.plan(maps=map_layers(program, "up-finest"))
+    offsets = token_offsets([pipe.tokenizer], CAPTION, 77)
+    count = len({token for span in words(CAPTION) for token in positions(span, offsets)})
+    least = plan.run_bytes(1, 16, 16, 77, map_tokens=count) + plan.encode_text(torch.zeros(1, 77, 24)).nbytes
+    captions, enough, tight = ["?!", CAPTION, "a dog"], matcher(pipe, memory_budget=least), least - 1
+    with Counted(pipe) as seen:
+        enough.check_heatmaps(captions)
+        matcher(pipe, memory_budget=tight).check_heatmaps(["?!", "a dog"])
+        with pytest.raises(ValueError, match=f"memory_budget: {tight:,} bytes cannot hold"):
+            matcher(pipe, memory_budget=tight).check_heatmaps(captions)
+    assert seen["vae"] == seen["shared"] == 0
+    # The same bound as that of the maps themselves.
+    assert len(enough.heatmap(image, CAPTION)) == len(WORDS)
+    with pytest.raises(ValueError, match=f"memory_budget: {tight:,} bytes cannot hold"):
+        matcher(pipe, memory_budget=tight).heatmap(image, CAPTION)
+    m = matcher(pipe)
+    m.check_heatmaps([])
+    for given, layers, message in (
+        (["a", "dog " * 80], "all", "prompts"),
+        (["a"], "finest", "layers: got 'finest'"),
+        ("a", "all", "captions: expected a sequence of strings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            m.check_heatmaps(given, layers=layers)
+    monkeypatch.setattr(type(pipe.tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match="does not tell which characters a token stands for"):
+        m.check_heatmaps(["a"])
 
 
 def test_an_adapter_belongs_to_its_matcher(tmp_path):

@@ -17,4 +17,4 @@ def test_examples_run(tmp_path):
     scores = [float(line.split()[0]) for line in printed[0].splitlines()]
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
-    assert re.fullmatch(r"tensor\(\[[\d.]+, [\d.]+\]\)\n", printed[1])
+    assert re.fullmatch(r"tensor\(\[ *[\d.]+, *[\d.]+\]\)\n", printed[1])
