@@ -3,6 +3,7 @@
 import functools
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from collections import Counter
@@ -38,6 +39,9 @@ class NetworkBlockedError(RuntimeError):
 def pytest_configure(config: pytest.Config) -> None:
     block_network()
     poison_empty_tensors()
+    # A shell starts background jobs with Ctrl-C ignored, and processes inherit that; some tests interrupt themselves.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -5,6 +5,9 @@ import torch
 import dsd_fast as dsd
 from dsd_fast.bench.suites import mini_card
 from dsd_fast.bench.suites.mini_card import captions, judge, pictures, probes
+from dsd_fast.bench.suites.shared import middles
+from dsd_fast.matching.localisation import pointing_game
+from dsd_fast.metrics import wilson
 from dsd_fast.models.mini.digits import EVALUATION, digit
 from dsd_fast.models.mini.loop import Recipe
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -100,12 +103,18 @@ def test_the_shipped_model_tells_captions_apart(model):
     assert figures["new, 3-way, T = 4"].value >= 40 / 48
 
 
-def test_pointing_counts_every_word_of_its_kind(model):
-    words = sum(len(scene(EVAL_SEED + i).objects) for i in range(8))
+def test_pointing_is_the_share_of_words_with_the_interval_of_the_scenes(model):
+    drawn = [scene(EVAL_SEED + i) for i in range(8)]
+    played = pointing_game(dsd.Matcher(model, dsd.MatchConfig(timesteps=middles(4), attention_weight=0)), drawn)
     figures = {figure.name: figure for figure in captions.pointing(model, 8)}
-    assert {name: figure.n for name, figure in figures.items()} == {"colour words": words, "shape words": words}
+    words = sum(len(each.objects) for each in drawn)
+    assert words > 8
+    for kind in ("colour", "shape"):
+        figure = figures[f"{kind} words"]
+        assert (figure.value, figure.n) == (played[kind].right / words, 8)
+        assert (figure.low, figure.high) == wilson(round(8 * figure.value), 8)
     assert figures["shape words"].chance == pytest.approx(
-        np.mean([item.mask.mean() for i in range(8) for item in scene(EVAL_SEED + i).objects])
+        np.mean([item.mask.mean() for each in drawn for item in each.objects])
     )
 
 
