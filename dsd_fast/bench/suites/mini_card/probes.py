@@ -21,7 +21,10 @@ from dsd_fast.unet import UNetProgram
 __all__ = ["LAYER", "PROBED", "activations", "content_shift", "probe", "reconstruction"]
 
 LAYER = "up-level1-upsampler-out"
-"""The output of `up_blocks[1]`, (96, 16, 16); the probe reads its mean over positions."""
+"""The output of `up_blocks[1]`, (96, 16, 16); the probe reads its mean and its maximum over positions.
+
+An object covers a small part of a picture: the mean alone is mostly about the background.
+"""
 
 PROBED = ("colour", "shape", "digit")
 
@@ -33,7 +36,7 @@ _AT_ONCE = 64
 
 @torch.inference_mode()
 def activations(model: Model, images: Sequence[NDArray[np.uint8]], timestep: int, first_seed: int = 0) -> Tensor:
-    """Mean over positions of `LAYER` for the empty prompt, (N, 96) float32.
+    """Mean and maximum over positions of `LAYER` for the empty prompt, (N, 192) float32.
 
     Image k gets the noise of seed `first_seed` + k: with one noise for all a probe could learn that noise.
     """
@@ -48,11 +51,12 @@ def activations(model: Model, images: Sequence[NDArray[np.uint8]], timestep: int
         noised = model.schedule.add_noise(latents, draws.to(latents), times)
         zeros = torch.zeros(len(some), dtype=torch.long)
         out = plan.run(noised, times, text, latent_index=torch.arange(len(some)), text_index=zeros)
-        rows.append(out.features[LAYER].float().mean((2, 3)).cpu())
+        found = out.features[LAYER].float()
+        rows.append(torch.cat((found.mean((2, 3)), found.amax((2, 3))), 1).cpu())
     return torch.cat(rows)
 
 
-def probe(model: Model, what: str, timestep: int, n: int, fitted: int = 3000, floor: float | None = None) -> Figure:
+def probe(model: Model, what: str, timestep: int, n: int, fitted: int = 10_000, floor: float | None = None) -> Figure:
     """Accuracy of a multinomial logistic regression on `activations`, fitted on `fitted` pictures, told on `n`.
 
     `what` is "colour" or "shape", of scenes with one object, or "digit": then all training digits and all evaluation
