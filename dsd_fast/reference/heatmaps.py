@@ -9,14 +9,13 @@ upsampling, not bicubic with negative values cut off, so that the values of all 
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from dsd_fast.reference.inputs import (
     resolve_timesteps,
     upcast_vae,
 )
+from dsd_fast.reference.recording import recording
 
 JOINERS = "'’-‐‑_."
 
@@ -78,7 +78,7 @@ def heatmap(
     sides = [side * pipe.vae_scale_factor for side in latents.shape[-2:]]
     # (77, height, width), as (T, h, w) of each layer comes.
     total = torch.zeros(text.shape[1], *sides, device=unet.device)
-    with _recording(_modules(unet, layers)) as recorded:
+    with recording(_modules(unet, layers), _RecordingProcessor) as recorded:
         for k, t in enumerate(steps):
             noised = alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise[k].to(unet.device)
             conditions = added_conditions(pipe, pooled, noised)
@@ -163,25 +163,8 @@ def _grid(size: Sequence[int], positions: int) -> tuple[int, int]:
     return height, width
 
 
-@contextmanager
-def _recording(layers: Sequence[Attention]) -> Iterator[list[Tensor]]:
-    """Inside, a UNet call of one row appends each layer's probabilities, (H, L, 77)."""
-    recorded: list[Tensor] = []
-    originals = [layer.processor for layer in layers]
-    for original in originals:
-        if type(original) not in (AttnProcessor, AttnProcessor2_0):
-            raise ValueError(f"pipe: its attention processor {type(original).__name__} computes something else")
-    try:
-        for layer in layers:
-            layer.set_processor(_RecordingProcessor(recorded.append))
-        yield recorded
-    finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.set_processor(original)
-
-
 class _RecordingProcessor:
-    """Cross-attention with its probabilities written out, as diffusers' `AttnProcessor` computes them."""
+    """Cross-attention that records its probabilities, (H, L, 77) for one row; as diffusers' `AttnProcessor`."""
 
     def __init__(self, record: Callable[[Tensor], None]) -> None:
         self.record = record

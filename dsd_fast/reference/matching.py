@@ -16,13 +16,12 @@ norms and log-sum-exps in float32.
 Letters: N images, M captions, T timesteps, P latents of one UNet call, H heads, L positions, E text width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from dsd_fast.reference.inputs import (
     resolve_timesteps,
     upcast_vae,
 )
+from dsd_fast.reference.recording import recording
 
 __all__ = ["heatmap", "official_timesteps", "pair_terms", "row_terms", "score"]
 
@@ -99,7 +99,7 @@ def score(
     count = len(pixels) if latents is None else len(latents)
     groups = [slice(0, count)] if batch_mean else [slice(n, n + 1) for n in range(count)]
     scores = torch.zeros(count, len(captions))
-    with _recording(unet, SECTIONS) as lse, upcast_vae(pipe.vae):
+    with recording(_score_layers(unet, SECTIONS), _RecordingProcessor) as lse, upcast_vae(pipe.vae):
         for group in groups:
             for m, caption in enumerate(captions):
                 text, pooled = encode_text(pipe, caption)
@@ -150,7 +150,7 @@ def pair_terms(
     Returns:
         a_t and b_t, each (P,) float32.
     """
-    with _recording(unet, sections) as lse:
+    with recording(_score_layers(unet, sections), _RecordingProcessor) as lse:
         return _terms(unet, latents, timestep, noise, uncond, cond, lse)
 
 
@@ -176,7 +176,7 @@ def row_terms(
     Returns:
         Each (R,) float32: the log-sum-exps, meaned over layers, heads and positions, and ‖ε − ε_row‖₂.
     """
-    with _recording(unet, sections) as lse:
+    with recording(_score_layers(unet, sections), _RecordingProcessor) as lse:
         return _row_terms(unet, latents, timestep, noise, text, lse)
 
 
@@ -192,7 +192,7 @@ def _terms(
     alpha: Tensor | None = None,
     conditions: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`pair_terms`; `alpha` is ᾱ_t of a v-prediction, `lse` what :func:`_recording` fills."""
+    """See :func:`pair_terms`; `alpha` is ᾱ_t of a v-prediction, `lse` what :class:`_RecordingProcessor` fills."""
     pairs = len(latents)
     text = torch.cat([uncond.expand(pairs, -1, -1), cond.expand(pairs, -1, -1)])
     twice = torch.cat([latents, latents])
@@ -247,26 +247,11 @@ def _score_layers(unet: UNet2DConditionModel, sections: Sequence[str]) -> list[A
     return layers
 
 
-@contextmanager
-def _recording(unet: UNet2DConditionModel, sections: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Inside, every UNet call appends to the list, per score layer, the mean log-sum-exp of each row: (rows,)."""
-    recorded: list[Tensor] = []
-    layers = _score_layers(unet, sections)
-    originals = [layer.processor for layer in layers]
-    for original in originals:
-        if type(original) not in (AttnProcessor, AttnProcessor2_0):
-            raise ValueError(f"pipe: its attention processor {type(original).__name__} computes something else")
-    try:
-        for layer in layers:
-            layer.set_processor(_RecordingProcessor(recorded.append))
-        yield recorded
-    finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.set_processor(original)
-
-
 class _RecordingProcessor:
-    """Cross-attention with its scores written out, (rows · H, L, 77), as the official `get_attention_scores`."""
+    """Cross-attention with its scores written out, (rows · H, L, 77), as the official `get_attention_scores`.
+
+    It records the mean log-sum-exp of each row: (rows,).
+    """
 
     def __init__(self, record: Callable[[Tensor], None]) -> None:
         self.record = record

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dsd_fast.reference import inputs, matching
+from dsd_fast.reference.recording import recording
 from tests.tiny import FAMILIES, tiny_pipeline
 
 DATA = Path(__file__).parents[1] / "data/sd15like"
@@ -252,8 +253,8 @@ def test_score_leaves_the_pipeline_as_it_was():
     assert all(after[name] is before[name] for name in before)
 
     def fail(*_):
-        recording = [type(p) for p in pipe.unet.attn_processors.values()].count(matching._RecordingProcessor)
-        raise RuntimeError(f"{recording} layers record")
+        count = [type(p) for p in pipe.unet.attn_processors.values()].count(matching._RecordingProcessor)
+        raise RuntimeError(f"{count} layers record")
 
     pipe.unet.up_blocks[3].attentions[1].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="6 layers record"):
@@ -266,7 +267,8 @@ def test_recording_changes_no_prediction():
     arguments = (torch.randn(2, 4, 16, 16), 321, torch.randn(2, 77, 32))
     with torch.no_grad():
         plain = pipe.unet(*arguments).sample
-        with matching._recording(pipe.unet, matching.SECTIONS) as lse:
+        layers = matching._score_layers(pipe.unet, matching.SECTIONS)
+        with recording(layers, matching._RecordingProcessor) as lse:
             recorded = pipe.unet(*arguments).sample
     assert [len(rows) for rows in lse] == [2] * 6
     torch.testing.assert_close(recorded, plain, rtol=1e-5, atol=1e-5)
