@@ -13,6 +13,7 @@ PACKAGES = [
     "dsd_fast.compat",
     "dsd_fast.diffusion",
     "dsd_fast.images",
+    "dsd_fast.jobs",
     "dsd_fast.kernels",
     "dsd_fast.kernels.common",
     "dsd_fast.kernels.cross_attention_score",

@@ -17,6 +17,7 @@ __all__ = [
     "diffusion",
     "from_pipeline",
     "images",
+    "jobs",
     "kernels",
     "load",
     "matching",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dsd_fast import bench, compat, diffusion, images, kernels, matching, metrics, models, reference, unet
+    from dsd_fast import bench, compat, diffusion, images, jobs, kernels, matching, metrics, models, reference, unet
     from dsd_fast.matching import MatchConfig, Matcher
     from dsd_fast.models import from_pipeline, load
 else:

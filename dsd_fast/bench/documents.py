@@ -9,7 +9,8 @@ from typing import Any
 
 from dsd_fast.bench import plots, tables
 from dsd_fast.bench.case import Group, Suite
-from dsd_fast.bench.records import Record, load, replace
+from dsd_fast.bench.records import Record, load
+from dsd_fast.jobs import replacing
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
@@ -109,4 +110,5 @@ def _write(path: Path, content: bytes | None) -> None:
         path.unlink()
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, content)
+    with replacing(path) as file:
+        file.write(content)

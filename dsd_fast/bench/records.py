@@ -6,11 +6,12 @@ import fcntl
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dsd_fast.jobs import replacing
 
 SCHEMA = 1
 
@@ -113,25 +114,8 @@ def append(path: Path, record: Record) -> None:
         before = path.read_bytes() if path.exists() else b""
         if before and not before.endswith(b"\n"):
             before += b"\n"
-        replace(path, before + line)
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Gives a file new content, all of it or none.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full; the file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with replacing(path) as file:
+            file.write(before + line)
 
 
 def load(path: Path) -> list[Record]:

@@ -16,10 +16,11 @@ from PIL import Image
 from rich.progress import Progress
 
 from dsd_fast.cli.demo_report import render
-from dsd_fast.cli.files import replacing, writing
+from dsd_fast.cli.files import writing
 from dsd_fast.cli.options import load_model
 from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
 from dsd_fast.cli.terminal import progress
+from dsd_fast.jobs import replacing
 from dsd_fast.matching import MatchConfig, Matcher
 from dsd_fast.matching.heatmaps import Heatmap
 from dsd_fast.matching.localisation import pointing

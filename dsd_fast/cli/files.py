@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""The folder of a command's results: writable, or one sentence; files in it that come and go together."""
 
 import errno
 import os
@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from dsd_fast.cli.terminal import CommandError
+from dsd_fast.jobs import sync_folder
 
 
 @contextmanager
@@ -26,32 +26,6 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = "it is a file" if out.is_file() else error.strerror or error
         raise CommandError(f"--out {out} cannot be written: {reason}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` when the block ends; after an exception nothing has changed.
-
-    The content goes to another name in the same folder, is forced to the disk, and is then renamed.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full; before the block where that can be known.
-    """
-    if path.is_dir():
-        # Only the rename at the end would notice.
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    file = temporary.open("xb")
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -95,18 +69,6 @@ def _remove_others(folder: Path, ours: re.Pattern[str], kept: set[str]) -> None:
         if file.is_file() and ours.fullmatch(file.name) and file.name not in kept:
             file.unlink()
     if any(folder.iterdir()):
-        _sync_folder(folder)
+        sync_folder(folder)
     else:
         folder.rmdir()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself last; file systems that cannot are left alone."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save as to_safetensors
 
-from dsd_fast.cli.files import replacing
 from dsd_fast.images.overlay import colours, enlarged, overlay
 from dsd_fast.images.panel import panel
+from dsd_fast.jobs import replacing
 from dsd_fast.matching.heatmaps import Heatmap
 
 FOLDER = "heatmaps"

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from dsd_fast.cli.captions import check_lengths
-from dsd_fast.cli.files import removing, replacing, replacing_files, writing
+from dsd_fast.cli.files import removing, replacing_files, writing
 from dsd_fast.cli.heatmaps import FOLDER, NAMES
 from dsd_fast.cli.match_report import MatchReport
 from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
 from dsd_fast.cli.terminal import CommandError, Interrupt, progress, storable
 from dsd_fast.images import ImageError
+from dsd_fast.jobs import replacing
 from dsd_fast.matching import MatchConfig, Matcher
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from dsd_fast.bench import records
 from dsd_fast.bench.records import RecordError, append, flat, latest, load
 from tests.bench.samples import quality, refused, speed
 from tests.repository.source import ROOT
@@ -97,7 +96,7 @@ def test_an_append_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         append(path, quality())
     assert load(path) == [speed()]

@@ -1,71 +1,12 @@
-"""Files appear whole or not at all."""
+"""The folder of a command's results."""
 
 import errno
 import os
 
 import pytest
 
-from dsd_fast.cli.files import replacing, writing
+from dsd_fast.cli.files import writing
 from dsd_fast.cli.terminal import CommandError
-
-
-def test_a_file_takes_its_name_at_the_end(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"old")
-    with replacing(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["a.txt"]
-    # The permissions of an ordinary new file, not those of a private temporary one.
-    (tmp_path / "b.txt").touch()
-    assert path.stat().st_mode == (tmp_path / "b.txt").stat().st_mode
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_exception_changes_nothing(tmp_path, error):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"old")
-
-    def write():
-        with replacing(path) as file:
-            file.write(b"new")
-            raise error
-
-    with pytest.raises(error):
-        write()
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_a_killed_process_changes_nothing(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"old")
-    child = os.fork()
-    if not child:
-        with replacing(path) as file:
-            file.write(b"new")
-            file.flush()
-            os._exit(1)
-    os.waitpid(child, 0)
-    assert path.read_bytes() == b"old"
-
-
-def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), replacing(path) as file:
-        file.write(b"new")
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_in_the_way_is_known_at_once(tmp_path):
-    with pytest.raises(IsADirectoryError), replacing(tmp_path):
-        pytest.fail("the block must not run")
 
 
 def test_writing_names_the_folder(tmp_path):

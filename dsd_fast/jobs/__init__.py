@@ -1,0 +1,5 @@
+"""What writes results in a way that a killed process, or a full disk, cannot spoil."""
+
+from dsd_fast.jobs.files import replacing, sync_folder
+
+__all__ = ["replacing", "sync_folder"]
