@@ -117,7 +117,6 @@ class Figure:
         sizes: settings that it was measured with, by name.
         seconds: that one item took, where the cost was measured too.
         item: what one item is, e.g. "pair".
-        command: that makes the figure; "": the harness's own.
     """
 
     name: str
@@ -131,7 +130,6 @@ class Figure:
     sizes: Mapping[str, int] = field(default_factory=dict)
     seconds: float | None = None
     item: str = "item"
-    command: str = ""
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:

@@ -77,9 +77,7 @@ class Runner:
             fields[key] = None if fields[key] is None else float(fields[key])
         fields["n"] = int(fields["n"])
         fields["sizes"] = {key: int(size) for key, size in fields["sizes"].items()}
-        name, command = fields.pop("name"), fields.pop("command")
-        record = self._record(case, name, "quality", reason=reason, **fields)
-        return {**record, "command": command} if command else record
+        return self._record(case, fields.pop("name"), "quality", reason=reason, **fields)
 
     def _speeds(self, case: Case) -> list[Record]:
         work = case.prepare(self.context)

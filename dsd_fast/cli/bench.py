@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsd_fast.bench.documents import RESULTS
 from dsd_fast.cli import options
 from dsd_fast.cli.terminal import EXIT_ERRORS, CommandError, counted, one_sentence, printable
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from dsd_fast.bench.case import Case, Quality, Suite
     from dsd_fast.bench.compare import Comparison
     from dsd_fast.bench.records import Record
-
-_RESULTS = Path("benchmarks/results")
 
 
 def bench(
@@ -32,7 +31,7 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Records to compare with; a regression is an error.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records, and the comparison, as JSON.")] = False,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the records.")] = _RESULTS,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the records.")] = RESULTS,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Timed runs of each side; each case's own if none.")
     ] = None,
@@ -89,7 +88,7 @@ def bench_docs(
     Exit code: 0; with --check 1 if a file is stale; 2 when a record or a marker is wrong.
     """
     with one_sentence():
-        from dsd_fast.bench.documents import RESULTS, update
+        from dsd_fast.bench.documents import update
         from dsd_fast.bench.suites import SUITES
 
         if not (root / RESULTS.parent).is_dir():
