@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsd_fast.jobs import replacing
+from dsd_fast.jobs import remove_stale, replacing
 
 SCHEMA = 1
 
@@ -101,7 +101,7 @@ def append(path: Path, record: Record) -> None:
     """Adds a record to a file, which holds either all its lines or all of them and the new one, whenever it is killed.
 
     The new content goes to another name in the same folder, is forced to the disk and renamed. Processes that append
-    to files of one folder wait for each other.
+    to files of one folder wait for each other, so what a killed one has left beside the file is removed.
 
     Raises:
         RecordError: a record that does not fit the schema.
@@ -111,6 +111,7 @@ def append(path: Path, record: Record) -> None:
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
+        remove_stale(path)
         before = path.read_bytes() if path.exists() else b""
         if before and not before.endswith(b"\n"):
             before += b"\n"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_stale(path: Path) -> None:
+    """Removes what writers of `path` that were killed inside :func:`replacing` have left beside it.
+
+    A living writer's file cannot be told from a dead one's, so only call this behind a lock that every writer of
+    `path` takes.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for file in list(path.parent.iterdir()):
+        if ours.fullmatch(file.name):
+            file.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -71,6 +71,29 @@ def test_a_killed_run_leaves_whole_lines_and_all_that_was_said_to_be_done(tmp_pa
     assert commands in ([f"A {n}" for n in range(count)] for count in (done + 1, done + 2))
 
 
+UNFINISHED = """
+import os, signal, sys
+from pathlib import Path
+from dsd_fast.bench.records import append
+from tests.bench.samples import speed
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+append(Path(sys.argv[1]), speed())
+"""
+
+
+def test_the_next_append_removes_what_a_killed_one_has_left(tmp_path):
+    path = tmp_path / "tiny.jsonl"
+    append(path, speed())
+    killed = subprocess.run(
+        [sys.executable, "-c", UNFINISHED, path], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+    append(path, quality())
+    assert load(path) == [speed(), quality()]
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.jsonl"]
+
+
 def test_two_writers_lose_nothing(tmp_path):
     path = tmp_path / "tiny.jsonl"
     writers = {name: start_writer(path, name) for name in "AB"}

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from dsd_fast.jobs import replacing, sync_folder
+from dsd_fast.jobs import remove_stale, replacing, sync_folder
 
 
 def test_a_file_takes_its_name_at_the_end(tmp_path):
@@ -50,6 +50,24 @@ def test_a_killed_process_changes_nothing(tmp_path):
             os._exit(1)
     os.waitpid(child, 0)
     assert path.read_bytes() == b"old"
+    assert len(os.listdir(tmp_path)) == 2
+    remove_stale(path)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_writers_of_other_files_have_open_is_not_stale(tmp_path):
+    path = tmp_path / "a[1].txt"
+    path.touch()
+    for name in (".a[1].txt.tmp", ".a[1].txt.12345678.tmp~", ".a1.txt.12345678.tmp"):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "b.txt") as file, replacing(tmp_path / "a[1].txt.12345678.tmp") as longer:
+        file.write(b"b")
+        longer.write(b"longer")
+        before = set(os.listdir(tmp_path))
+        (tmp_path / ".a[1].txt.12345678.tmp").touch()
+        remove_stale(path)
+        assert set(os.listdir(tmp_path)) == before
+    assert (tmp_path / "b.txt").read_bytes() == b"b"
 
 
 def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
