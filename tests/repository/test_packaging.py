@@ -18,6 +18,9 @@ from tests.repository.source import ROOT, python_files
 # Reviewed: a file of the package that is not in this list is not meant to be shipped.
 PACKAGED = (Path(__file__).parent / "packaged.txt").read_text().split()
 
+# Made by the build: in wheels, not in sdists.
+LIBRARIES = ["dsd_fast/_cpu.abi3.so"]
+
 WHEEL_METADATA = ["METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"]
 SDIST_EXTRA = [
     "CHANGELOG.md",
@@ -29,6 +32,7 @@ SDIST_EXTRA = [
     "pyproject.toml",
     "setup.cfg",
     "setup.py",
+    *(str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.is_file()),
     *(
         f"dsd_fast.egg-info/{name}"
         for name in (
@@ -48,8 +52,8 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
     """The sdist, built from a copy of the tree, and the wheel, built from the sdist."""
     source = tmp_path_factory.mktemp("source") / "tree"
     source.mkdir()
-    caches = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("dsd_fast", "kernels"):
+    caches = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+    for name in ("csrc", "dsd_fast", "kernels"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=caches)
     for name in (
         "CHANGELOG.md",
@@ -94,7 +98,7 @@ def test_wheel_holds_the_reviewed_files(distributions):
     with zipfile.ZipFile(distributions[1]) as wheel:
         files = wheel.namelist()
     info = f"dsd_fast-{dsd_fast.__version__}.dist-info"
-    assert difference(files, [*PACKAGED, *(f"{info}/{name}" for name in WHEEL_METADATA)]) == SAME
+    assert difference(files, [*PACKAGED, *LIBRARIES, *(f"{info}/{name}" for name in WHEEL_METADATA)]) == SAME
     assert "dsd_fast/py.typed" in files
     assert "dsd_fast/kernels/cross_attention_score/op.py" in files
     assert not [file for file in files if file.startswith("kernels/")]
