@@ -1,0 +1,68 @@
+"""What the memory-bound operators share: the choice of an implementation, and tensors as matrices of rows."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from dsd_fast.kernels.common import backend
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def runs_triton(device: str, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels run: on CUDA devices, and on the CPU under Triton's interpreter; never in float64."""
+    usable = device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return usable and dtype in TRITON_DTYPES and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+# A compiler calls it once and keeps the answer: plain torch is then traced into, and fused, without a graph break.
+@torch.compiler.assume_constant_result
+def choose(operator: str, device: str, dtype: torch.dtype) -> str:
+    """The implementation of ``operator`` for such inputs: plain torch, which a compiler can fuse, unless one is forced.
+
+    A compiled graph keeps the choice that it was traced with.
+    """
+    available = ("reference", "triton") if runs_triton(device, dtype) else ("reference",)
+    return backend.choose(operator, available)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes ``x``'s device the current one, where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(rows, width) with the last dimension dense: a view of x (..., width) where its strides allow it, else a copy."""
+    rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def check_parameters(weight: Tensor | None, bias: Tensor | None, channels: int, dtype: torch.dtype) -> None:
+    """Of a norm with inputs of ``dtype``.
+
+    Raises:
+        ValueError: a shape or type that does not fit, by the argument's name.
+    """
+    expected = {dtype, torch.float32 if dtype in TRITON_DTYPES else dtype}
+    if weight is not None and bias is not None:
+        expected = {weight.dtype} & expected or expected
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and (value.shape != (channels,) or value.dtype not in expected):
+            types = " or ".join(sorted(str(kind) for kind in expected))
+            raise ValueError(f"{name}: got {tuple(value.shape)} {value.dtype}, expected ({channels},) {types}")
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """A vector or matrix whose elements follow each other, as kernels read parameters."""
+    return None if x is None else x.contiguous()
