@@ -127,6 +127,22 @@ def test_output_score_and_gradients(shape, dtype, options):
             close(x, y, z, logit, size)
 
 
+def test_sums_over_many_positions_keep_their_digits():
+    """Rounding of a sum of n numbers one after another grows with √n; plain torch adds in blocks, and so must this."""
+    arguments = problem((2, 4096, 1, 77, 1, 40))
+    named = {"heads": 1, "scale": 40**-0.5, "mean": False}
+    truth = reference.forward(*map(exact, arguments), **named, save=True)
+    g = torch.Generator().manual_seed(1)
+    dout, dscore = torch.randn(2, 4096, 40, generator=g), torch.randn(2, 1, 4096, generator=g)
+    saved = truth[2].float()
+    got = ops.cross_attention_score_backward(dout, dscore, *arguments, saved, 1, 40**-0.5, False)
+    true = reference.backward(exact(dout), exact(dscore), *map(exact, arguments), truth[2], **named)
+    naive = reference.backward(dout, dscore, *arguments, saved, **named)
+    for mine, plain, right in zip(got, naive, true, strict=True):
+        floor = right.abs().max() * torch.finfo(torch.float32).eps
+        assert (mine - right).abs().max() <= 2 * (plain - right).abs().max() + floor
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_do_not_matter(dtype):
     arguments = problem((3, 37, 2, 9, 2, 20), dtype, strided=True, options=("bias",))

@@ -110,7 +110,8 @@ struct Broadcast {
 
 enum class Begin { zero, row, sum };  // what a product is added to: nothing, one row for all, what is there
 
-// c (R rows, C vectors) = begin + Σ_k a[r, k] b[k, :].
+// c (R rows, C vectors) = begin + Σ_k a[r, k] b[k, :]. What is there is added last: a sum over thousands of positions, made
+// of one for each block, then loses far fewer digits than one number after another.
 template <int R, int C, Begin B>
 inline __attribute__((always_inline)) void tile(Broadcast a, int64_t depth, const float* b, int64_t b_row, float* c,
                                                 int64_t c_row, const float* begin) {
@@ -119,7 +120,7 @@ inline __attribute__((always_inline)) void tile(Broadcast a, int64_t depth, cons
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int j = 0; j < C; ++j)
-      sum[r][j] = B == Begin::zero ? vec{} : B == Begin::row ? load(begin + j * kWidth) : load(c + r * c_row + j * kWidth);
+      sum[r][j] = B == Begin::row ? load(begin + j * kWidth) : vec{};
   for (int64_t k = 0; k < depth; ++k) {
     vec panel[C];
 #pragma GCC unroll 16
@@ -134,7 +135,10 @@ inline __attribute__((always_inline)) void tile(Broadcast a, int64_t depth, cons
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int j = 0; j < C; ++j) store(c + r * c_row + j * kWidth, sum[r][j]);
+    for (int j = 0; j < C; ++j) {
+      float* to = c + r * c_row + j * kWidth;
+      store(to, B == Begin::sum ? load(to) + sum[r][j] : sum[r][j]);
+    }
 }
 
 template <int C, Begin B>
@@ -422,7 +426,11 @@ void backward(const Backward& p, const Task& task, const Sums& sums, float* memo
         probabilities(logits + i * columns, p.scored[at + i], text.scored, columns, grad, logits + i * columns);
         for (int64_t j = 0; j < columns; j += kWidth) store(slope + j, load(slope + j) + load(logits + i * columns + j));
       }
-      for (int64_t t = 0; t < s.tokens; ++t) sums.dbias[t] += slope[t];
+    }
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      vec total = {};
+      for (int64_t i = 0; i < n; ++i) total += load(ds + i * columns + j);
+      for (int64_t t = 0; t < kWidth && j + t < s.tokens; ++t) sums.dbias[j + t] += total[t];
     }
     product<Begin::sum>(s.tokens, width, n, {ds, 1, columns}, q, width, sums.dk, width);
     if (p.dout.data) product<Begin::sum>(s.tokens, width, n, {weights, 1, columns}, dout, width, sums.dv, width);
