@@ -11,6 +11,7 @@ level), "sdxl" (Euler with leading spacing, factor-2 VAE, two text encoders, poo
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -193,6 +194,13 @@ def save_tiny_lora(family: str, folder: Path, seed: int = 0, rank: int = 2) -> P
         folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"]
     )
     return Path(folder) / "pytorch_lora_weights.safetensors"
+
+
+def load_tiny_lora(pipe: Any, family: str, folder: Path, seed: int = 0, rank: int = 2, **options: str) -> None:
+    """Makes a LoRA as :func:`save_tiny_lora` does, and loads it as diffusers does."""
+    # Offline, older diffusers wants a folder and a name instead of a file.
+    file = save_tiny_lora(family, folder, seed, rank)
+    pipe.load_lora_weights(file.parent, weight_name=file.name, **options)
 
 
 def trained_like(module: nn.Module, seed: int) -> nn.Module:

@@ -85,10 +85,14 @@ def signature(modules: Sequence[Any]) -> Signature:
     return tuple(result)
 
 
+def version(tensor: Any) -> tuple[int, int]:
+    """Identity and version of a tensor: another one, or a write to this one, changes it."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
 def _state(module: Any, name: str) -> Signature:
     """Identity and version of an adapter's weights: another file or an optimiser's step changes one of them."""
-    weights = (module.lora_A[name].weight, module.lora_B[name].weight)
-    return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+    return version(module.lora_A[name].weight), version(module.lora_B[name].weight)
 
 
 def _tuner_layers(network: Any) -> Iterator[Any]:

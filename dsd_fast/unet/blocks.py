@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dsd_fast.unet.flops import base_layer, conv_flops
-from dsd_fast.unet.step import Size, State, Step, Taken, Want, area
+from dsd_fast.unet.pieces import dropped, norm_activate
+from dsd_fast.unet.step import NOTHING, Size, State, Step, Taken, Want, area
 
 
 def input_steps(unet: Any) -> list[Step]:
@@ -20,9 +23,9 @@ def input_steps(unet: Any) -> list[Step]:
     channels, width = unet.config.in_channels, unet.config.block_out_channels[0]
 
     def take(state: State, want: Want) -> Taken:
-        sample = 2 * state.sample - 1.0 if unet.config.center_input_sample else state.sample
-        state.live["x"] = sample
-        return Taken(sample)
+        if unet.config.center_input_sample:
+            state.live["x"] = 2 * state.live["x"] - 1.0
+        return Taken(state.live["x"])
 
     def conv_in(state: State, want: Want) -> Taken:
         x = state.live["x"] = unet.conv_in(state.live["x"])
@@ -37,6 +40,7 @@ def input_steps(unet: Any) -> list[Step]:
             flops=lambda s, t: 0,
             elements=lambda s, t: channels * area(s),
             shape=lambda s, t: (channels, *s),
+            region="unet-in",
         ),
         Step(
             "unet-after-conv-in",
@@ -45,6 +49,7 @@ def input_steps(unet: Any) -> list[Step]:
             flops=lambda s, t: conv_flops(unet.conv_in, s),
             elements=lambda s, t: (channels + width) * area(s),
             shape=lambda s, t: (width, *s),
+            region="unet-in",
             pushes=width,
         ),
     ]
@@ -57,7 +62,7 @@ def output_step(unet: Any) -> Step:
     def run(state: State, want: Want) -> Taken:
         x = state.live["x"]
         if unet.conv_norm_out is not None:
-            x = unet.conv_act(unet.conv_norm_out(x))
+            x = norm_activate(x, unet.conv_norm_out, unet.conv_act)
         return Taken(unet.conv_out(x))
 
     return Step(
@@ -67,6 +72,7 @@ def output_step(unet: Any) -> Step:
         flops=lambda s, t: conv_flops(unet.conv_out, s),
         elements=lambda s, t: (3 * width + channels) * area(s),
         shape=lambda s, t: (channels, *s),
+        region="unet-out",
     )
 
 
@@ -77,12 +83,13 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
     def conv1(state: State, want: Want) -> Taken:
         if pops:
             state.live["x"] = torch.cat([state.live["x"], state.pop()], dim=1)
-        state.live["h"] = block.conv1(block.nonlinearity(block.norm1(state.live["x"])))
-        return Taken()
+        state.live["h"] = block.conv1(norm_activate(state.live["x"], block.norm1, block.nonlinearity))
+        return NOTHING
 
     def increment(state: State, want: Want) -> Taken:
-        h = block.norm2(state.live["h"] + state.project_time(block.time_emb_proj))
-        h = state.live["h"] = block.conv2(block.dropout(block.nonlinearity(h)))
+        shift = state.project_time(block.time_emb_proj)
+        h = norm_activate(state.live["h"], block.norm2, block.nonlinearity, shift)
+        h = state.live["h"] = block.conv2(dropped(h, block.dropout))
         return Taken(h)
 
     def out(state: State, want: Want) -> Taken:
@@ -104,6 +111,7 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
             conv1,
             flops=lambda s, t: conv_flops(block.conv1, s),
             elements=lambda s, t: (4 * wide + narrow) * area(s),
+            region=prefix,
             pops=pops,
         ),
         Step(
@@ -113,6 +121,7 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
             flops=lambda s, t: conv_flops(block.conv2, s),
             elements=lambda s, t: (wide + 4 * narrow) * area(s),
             shape=lambda s, t: (narrow, *s),
+            region=prefix,
             reads_text=time_reads_text,
         ),
         Step(
@@ -122,6 +131,7 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
             flops=lambda s, t: 0 if block.conv_shortcut is None else conv_flops(block.conv_shortcut, s),
             elements=lambda s, t: (wide + 3 * narrow) * area(s),
             shape=lambda s, t: (narrow, *s),
+            region=prefix,
             pushes=narrow if push else 0,
         ),
     ]
@@ -143,6 +153,7 @@ def downsample_step(module: Any, name: str, level: int) -> Step:
         flops=lambda s, t: conv_flops(module.conv, s),
         elements=lambda s, t: (4 * module.channels + channels) * area(s),
         shape=lambda s, t: (channels, *s),
+        region=name,
         pushes=channels,
     )
 
@@ -160,7 +171,7 @@ def upsample_step(module: Any, name: str, level: int) -> Step:
     channels = module.out_channels
 
     def run(state: State, want: Want) -> Taken:
-        x = state.live["x"] = module(state.live["x"], state.sizes[level])
+        x = state.live["x"] = module.conv(_nearest(state.live["x"], state.sizes[level]))
         return Taken(x)
 
     return Step(
@@ -170,7 +181,17 @@ def upsample_step(module: Any, name: str, level: int) -> Step:
         flops=lambda s, t: conv_flops(module.conv, s),
         elements=lambda s, t: (3 * channels) * area(s),
         shape=lambda s, t: (channels, *s),
+        region=name,
     )
+
+
+def _nearest(x: Tensor, size: Size) -> Tensor:
+    """The image at about twice its size, channels-last as it is: diffusers' module changes that from 64 rows on."""
+    rows, channels, height, width = x.shape
+    if size != (2 * height, 2 * width):
+        return F.interpolate(x, size=size, mode="nearest")
+    wide = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(rows, height, 2, width, 2, channels)
+    return wide.reshape(rows, *size, channels).permute(0, 3, 1, 2)
 
 
 def mid_residual_step(level: int) -> Step:
@@ -180,6 +201,6 @@ def mid_residual_step(level: int) -> Step:
         if state.residuals is not None:
             state.expand()
             state.live["x"] = state.live["x"] + state.residuals[1]
-        return Taken()
+        return NOTHING
 
-    return Step("mid-residual", level, run, flops=lambda s, t: 0, elements=lambda s, t: 0)
+    return Step("mid-residual", level, run, flops=lambda s, t: 0, elements=lambda s, t: 0, region="mid-residual")

@@ -31,12 +31,19 @@ def index(name: str, value: Index, count: int | None, limit: int, device: torch.
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= limit:
             raise ValueError(f"{name}: values from {low} to {high}, expected 0 to {limit - 1}")
-    return given.to(device, torch.int64)
+    return upload(given.long(), device)
+
+
+def upload(value: Tensor, device: torch.device) -> Tensor:
+    """``value`` on ``device``, without waiting for what the device is doing."""
+    # From pageable memory the copy has read all when the call returns; pinned memory the caller could overwrite.
+    waits = value.device.type == "cpu" and device.type == "cuda" and value.is_pinned()
+    return value.to(device, non_blocking=not waits)
 
 
 def timesteps(value: Tensor | Sequence[int] | int, count: int, device: torch.device) -> Tensor:
     """(count,) on ``device``."""
-    times = torch.as_tensor(value, device=device)
+    times = upload(torch.as_tensor(value), device)
     if times.ndim > 1 or (times.ndim == 1 and len(times) != count):
         raise ValueError(f"timesteps: got {tuple(times.shape)}, expected one or ({count},)")
     return times.expand(count)
@@ -50,7 +57,7 @@ def time_ids(plan: Plan, value: Tensor | None, count: int, device: torch.device)
     if given is None or given.shape not in ((6,), (count, 6)):
         got = None if given is None else tuple(given.shape)
         raise ValueError(f"time_ids: got {got}, expected (6,) or ({count}, 6): this network reads image sizes")
-    return given.to(device).expand(count, 6)
+    return upload(given, device).expand(count, 6)
 
 
 def latents(plan: Plan, value: Tensor) -> None:
@@ -147,12 +154,10 @@ def map_tokens(
         raise ValueError(f"map_tokens: got {tuple(chosen.shape)}, expected (n,) or ({rows}, n)")
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < text.tokens:
         raise ValueError(f"map_tokens: positions outside 0 to {text.tokens - 1}")
-    return chosen.to(device, torch.int64).expand(rows, -1)
+    return upload(chosen.long(), device).expand(rows, -1)
 
 
 def _type(plan: Plan, name: str, value: Tensor) -> None:
-    unet = plan.program.unet
-    if value.dtype != unet.dtype or value.device != unet.device:
-        raise ValueError(
-            f"{name}: got {value.dtype} on {value.device}, expected the network's {unet.dtype} on {unet.device}"
-        )
+    dtype, device = plan.program.dtype, plan.program.device
+    if value.dtype != dtype or value.device != device:
+        raise ValueError(f"{name}: got {value.dtype} on {value.device}, expected the network's {dtype} on {device}")

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import CHUNK_COPIES, chunk_elements
 from dsd_fast.unet.flops import linear_flops
 from dsd_fast.unet.step import Size, Step, Want
 
 if TYPE_CHECKING:
     from dsd_fast.unet.plan import Plan
+
+
+# Those that hold logits where they run in plain torch.
+OPERATORS = ("cross_attention_score", "token_maps")
 
 
 def flops_by_step(
@@ -80,15 +85,18 @@ def rows_within(plan: Plan, budget: int, sizes: Sequence[Size], tokens: int, map
 
 
 def _chunk_bytes(plan: Plan) -> int:
-    """Bytes of the most logits that an attention operator holds at once."""
-    real = 8 if plan.program.unet.dtype == torch.float64 else 4
-    return CHUNK_COPIES * real * chunk_elements(plan.program.unet.device)
+    """Bytes of the most logits that an attention operator holds at once: plain torch works them through in chunks."""
+    available = backend.available(plan.program.device.type, plan.program.dtype)
+    if all(backend.choice(name, available) != "reference" for name in OPERATORS):
+        return 0
+    real = 8 if plan.program.dtype == torch.float64 else 4
+    return CHUNK_COPIES * real * chunk_elements(plan.program.device)
 
 
 def _alive(plan: Plan, sizes: Sequence[Size], tokens: int, map_tokens: int) -> set[tuple[int, int]]:
     """At each step, the bytes of one row that are alive (outputs and skip connections so far included), and the bytes
     of its logits if the step has them all at once."""
-    config, itemsize = plan.program.unet.config, plan.program.unet.dtype.itemsize
+    config, itemsize = plan.program.unet.config, plan.program.dtype.itemsize
     real = max(4, itemsize)
     areas = [h * w for h, w in sizes]
     # The row's latents and time embedding live as long as the run.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -43,6 +44,33 @@ class Output:
         for name, value in self.tensors():
             if len(value) != rows:
                 raise ValueError(f"out: {name} has {len(value)} rows, expected {rows}")
+
+    def cut(self, rows: int) -> Output:
+        """The first ``rows`` rows, as views."""
+        return self._map(lambda value: value[:rows])
+
+    def clone(self) -> Output:
+        """A copy that shares no memory with this one."""
+        return self._map(torch.clone)
+
+    def into(self, out: Output | None) -> Output:
+        """``out``, filled with this one; this one where there is none.
+
+        Raises:
+            ValueError: as :meth:`fill`.
+        """
+        if out is None:
+            return self
+        out.fill(self, slice(None))
+        return out
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Output:
+        return Output(
+            features={name: change(value) for name, value in self.features.items()},
+            scores={name: change(value) for name, value in self.scores.items()},
+            maps={name: change(value) for name, value in self.maps.items()},
+            noise_pred=None if self.noise_pred is None else change(self.noise_pred),
+        )
 
     def fill(self, other: Output, rows: Tensor | slice) -> None:
         """Copy ``other`` into the rows ``rows`` of this one.

@@ -12,8 +12,11 @@ from dsd_fast.unet import checks
 from dsd_fast.unet.adapters import AdapterScope, Signature, signature
 from dsd_fast.unet.checks import Index, Residuals
 from dsd_fast.unet.cost import flops_by_step, run_bytes
+from dsd_fast.unet.execution import regions, run_eager
 from dsd_fast.unet.output import Output
-from dsd_fast.unet.step import State, Step, Taken, Want
+from dsd_fast.unet.request import Request
+from dsd_fast.unet.runtime import Runtime, make_runtime
+from dsd_fast.unet.step import Step, Want
 from dsd_fast.unet.stream import stream
 from dsd_fast.unet.text import TextKV
 
@@ -32,6 +35,8 @@ class Plan:
         kept_skips: numbers of the skip connections that a step uses; no other is kept.
         reads_time: whether a step reads the time embedding.
         key_layers, value_layers: score ids whose keys, and whose values, the steps read.
+        regions: the steps again, in the parts that a runtime compiles.
+        runtime: the name given to :meth:`compile`, or None.
     """
 
     def __init__(
@@ -66,18 +71,36 @@ class Plan:
         self.boundary = next((i for i, step in enumerate(self.steps) if step.reads_text), len(self.steps))
         pushes = sum(1 for step in program.steps if step.pushes)
         pops = sum(1 for step in self.steps if step.pops)
+        self.regions = regions(self.steps, self.wants)
+        self.runtime: str | None = None
+        self._runtime: Runtime | None = None
         self.kept_skips = frozenset(range(pushes - pops, pushes))
         ran = {step.name for step in self.steps}
         self.reads_time = any(name in ran for name, _ in program.time_blocks)
+        layers = (step.layer for step in self.steps if step.layer is not None)
+        self.key_layers: tuple[str, ...] = tuple(dict.fromkeys(layers))
         cross = [step.name for step in self.steps if step.score]
-        mapped = [step.name.removesuffix("-map") for step in self.steps if step.name.endswith("-cross-map")]
-        self.key_layers: tuple[str, ...] = tuple(dict.fromkeys([*cross, *mapped]))
         self.value_layers: tuple[str, ...] = tuple(cross[:-1] if self.steps[-1].score else cross)
 
     @property
     def adapter(self) -> tuple[str, ...] | None:
         """The adapters active during the plan's calls; None: those active on the network at each call."""
         return self._adapter.names
+
+    def compile(self, runtime: str = "inductor") -> Plan:
+        """From now on :meth:`run` and :meth:`stream` take a compiled runtime; the plan itself, for chaining.
+
+        "inductor" compiles each block of the network by itself, blocks of equal structure once. "cudagraph" records
+        runs of those as CUDA graphs and replays them; what it answers is copied out, and where gradients are wanted it
+        runs as "inductor" does. Both compute P, M and B rounded up to a bucket
+        (:func:`dsd_fast.unet.request.bucket`) and compile at the first request of a bucket, of other latent sizes or
+        another number of tokens.
+
+        Raises:
+            ValueError: an unknown runtime; "cudagraph" with a network that is not on a CUDA device.
+        """
+        self._runtime, self.runtime = make_runtime(self, runtime), runtime
+        return self
 
     def encode_text(
         self,
@@ -147,11 +170,10 @@ class Plan:
         if not torch.compiler.is_compiling():
             self.program.check(training=torch.is_grad_enabled())
         with self._adapter.active():
-            result = self._run(latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens)
-        if out is None:
-            return result
-        out.fill(result, slice(None))
-        return out
+            request = self._request(latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens)
+            if self._runtime is None or not request.rows:
+                return run_eager(self, request).into(out)
+            return self._runtime.run(self, request, out)
 
     @overload
     def stream(
@@ -232,21 +254,22 @@ class Plan:
 
     def empty_output(self, rows: int, height: int, width: int, *, tokens: int = 77, map_tokens: int = 0) -> Output:
         """An uninitialised :class:`Output` for ``rows`` rows of (height, width) latents, on the network's device."""
-        unet, sizes = self.program.unet, self.program.sizes(height, width)
-        real = torch.float64 if unet.dtype == torch.float64 else torch.float32
+        dtype, device = self.program.dtype, self.program.device
+        sizes = self.program.sizes(height, width)
+        real = torch.float64 if dtype == torch.float64 else torch.float32
         result = Output()
         for step, want in zip(self.steps, self.wants, strict=True):
             size = sizes[step.level]
             if want.feature and step.shape is not None:
-                value = torch.empty((rows, *step.shape(size, tokens)), dtype=unet.dtype, device=unet.device)
+                value = torch.empty((rows, *step.shape(size, tokens)), dtype=dtype, device=device)
                 if step.name in self.features:
                     result.features[step.name] = value
                 if step.name == "unet-out" and self.noise_pred:
                     result.noise_pred = value if step.name not in self.features else torch.empty_like(value)
             if want.score:
-                result.scores[step.name] = torch.empty((rows, step.heads), dtype=real, device=unet.device)
+                result.scores[step.name] = torch.empty((rows, step.heads), dtype=real, device=device)
             if want.maps:
-                result.maps[step.name] = torch.empty((rows, map_tokens, *size), dtype=real, device=unet.device)
+                result.maps[step.name] = torch.empty((rows, map_tokens, *size), dtype=real, device=device)
         return result
 
     def flops(self, *, latents: int, texts: int, rows: int, height: int, width: int, tokens: int) -> int:
@@ -276,7 +299,7 @@ class Plan:
         modules = {name: self.program.attention(name) for name in self.key_layers}
         return {name: signature([module.to_k, module.to_v]) for name, module in modules.items()}
 
-    def _run(
+    def _request(
         self,
         latents: Tensor,
         timesteps: Tensor | Sequence[int] | int,
@@ -286,57 +309,19 @@ class Plan:
         time_ids: Tensor | None,
         residuals: Residuals | None,
         map_tokens: Tensor | Sequence[int] | None,
-    ) -> Output:
+    ) -> Request:
         checks.latents(self, latents)
         device, count = latents.device, len(latents)
-        times = checks.timesteps(timesteps, count, device)
-        sizes = self.program.sizes(*latents.shape[-2:])
         latent_rows = None if latent_index is None else checks.index("latent_index", latent_index, None, count, device)
         rows = count if latent_rows is None else len(latent_rows)
-        state = State(
-            sample=latents,
-            embedding=latents,
+        return Request(
+            rows=rows,
+            latents=latents.contiguous(memory_format=torch.channels_last),
+            times=checks.timesteps(timesteps, count, device),
+            text=text,
             latent_index=latent_rows,
             text_index=checks.text(self, text, text_index, rows, device),
-            text=text,
-            sizes=sizes,
-            keep=self.kept_skips,
-            residuals=checks.residuals(self, residuals, rows, sizes),
+            time_ids=checks.time_ids(self, time_ids, count, device),
+            residuals=checks.residuals(self, residuals, rows, self.program.sizes(*latents.shape[-2:])),
             map_tokens=checks.map_tokens(self, map_tokens, rows, text, device),
         )
-        self._embed(state, times, checks.time_ids(self, time_ids, count, device))
-        result = Output()
-        for step, want in zip(self.steps, self.wants, strict=True):
-            if step.reads_text:
-                state.expand()
-            self._collect(result, step, want, step.run(state, want), state)
-        return result
-
-    def _collect(self, result: Output, step: Step, want: Want, taken: Taken, state: State) -> None:
-        if want.feature:
-            assert taken.feature is not None
-            value = state.rows(taken.feature, state.expanded)
-            if step.name in self.features:
-                result.features[step.name] = value
-            if step.name == "unet-out" and self.noise_pred:
-                result.noise_pred = value
-        if taken.score is not None:
-            result.scores[step.name] = taken.score
-        if taken.maps is not None:
-            result.maps[step.name] = taken.maps
-
-    def _embed(self, state: State, times: Tensor, time_ids: Tensor | None) -> None:
-        if not self.reads_time:
-            return
-        unet = self.program.unet
-        embedding = unet.time_embedding(unet.time_proj(times).to(state.sample.dtype))
-        if time_ids is not None:
-            assert state.text is not None
-            pooled = state.text.pooled
-            assert pooled is not None
-            pooled = pooled if state.text_index is None else pooled.index_select(0, state.text_index)
-            ids = unet.add_time_proj(time_ids.flatten()).view(len(time_ids), -1)
-            added = torch.cat([pooled, state.rows(ids.to(pooled.dtype), False)], dim=-1).to(embedding.dtype)
-            embedding = state.rows(embedding, False) + unet.add_embedding(added)
-            state.embedding_expanded = True
-        state.embedding = torch.nn.functional.silu(embedding)

@@ -6,7 +6,11 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dsd_fast.unet import blocks
+from dsd_fast.unet.inductor import Inductor
 from dsd_fast.unet.plan import Plan
 from dsd_fast.unet.refusals import check_architecture, check_attachments
 from dsd_fast.unet.step import Size, Step
@@ -27,6 +31,7 @@ class UNetProgram:
         layer_ids: the ids of the reference's grammar that can be tapped as features, in execution order.
         score_ids: one per cross-attention, that id without a suffix: ``up-level1-repeat1-vit-block0-cross``.
         time_blocks: the residual blocks, each with the name of the step that reads the time embedding for it.
+        inductor: the compiled regions that plans share.
 
     Raises:
         UnsupportedNetworkError: what the program would ignore or get wrong, by name.
@@ -47,6 +52,7 @@ class UNetProgram:
         self.steps: tuple[Step, ...] = tuple(self._build())
         self.layer_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.shape is not None)
         self.score_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score)
+        self.inductor = Inductor()
         self.check()
 
     def plan(
@@ -96,6 +102,18 @@ class UNetProgram:
         for module in self._downsamplers:
             sizes.append(blocks.downsampled(module, sizes[-1]))
         return sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's type. Of its first layer, because diffusers' own property walks through the whole network."""
+        weight: Tensor = self.unet.conv_in.weight
+        return weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        weight: Tensor = self.unet.conv_in.weight
+        return weight.device
 
     @property
     def reads_pooled_text(self) -> bool:
@@ -176,7 +194,7 @@ class UNetProgram:
         yield from transformer_steps(vit, prefix, level, push=push)
 
 
-# Modules whose forward the program replaces by its own steps; leaf modules, samplers and GEGLU are called.
+# Modules whose forward the program replaces by its own steps; leaf modules, Downsample2D and GEGLU are called.
 _BYPASSED = frozenset(
     {
         "UNet2DConditionModel",
@@ -186,6 +204,7 @@ _BYPASSED = frozenset(
         "CrossAttnUpBlock2D",
         "UpBlock2D",
         "ResnetBlock2D",
+        "Upsample2D",
         "Transformer2DModel",
         "BasicTransformerBlock",
         "Attention",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dsd_fast.unet.text import TextKV
+from dsd_fast.unet.text import LayerText
 
 Size = tuple[int, int]
 Count = Callable[[Size, int], int]
@@ -23,21 +23,20 @@ class State:
     from there on; :meth:`expand` is the passage. Skip connections stay as they were pushed until they are used.
 
     Attributes:
-        sample: (P, C, h, w) noised latents.
         embedding: (P, E) activated time embedding, (B, E) where it depends on the text.
         latent_index, text_index: (B,) int64; None means row b is latent b, text b.
         sizes: image size at each level.
         keep: numbers of the skip connections that the plan will use.
-        live: values that later steps read, by name.
+        text: the texts as the attention layer of the running step sees them.
+        live: values that later steps read, by name; at first "x", the (P, C, h, w) noised latents.
     """
 
-    sample: Tensor
     embedding: Tensor
     latent_index: Tensor | None
     text_index: Tensor | None
-    text: TextKV | None
     sizes: Sequence[Size]
     keep: frozenset[int]
+    text: LayerText | None = None
     residuals: tuple[Sequence[Tensor], Tensor] | None = None
     map_tokens: Tensor | None = None
     embedding_expanded: bool = False
@@ -50,6 +49,9 @@ class State:
         """``value`` with one row per requested row."""
         if expanded or self.latent_index is None:
             return value
+        if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
+            # index_select itself would answer in the layout (rows, C, h, w).
+            return value.permute(0, 2, 3, 1).index_select(0, self.latent_index).permute(0, 3, 1, 2)
         return value.index_select(0, self.latent_index)
 
     def expand(self) -> None:
@@ -71,11 +73,9 @@ class State:
         return value if self.residuals is None else value + self.residuals[0][index]
 
     def project_time(self, projection: Any) -> Tensor:
-        """A block's projection of the time embedding, (rows, C, 1, 1); projected before rows are repeated."""
+        """A block's projection of the time embedding, (rows, C); projected before rows are repeated."""
         value: Tensor = projection(self.embedding)
-        if self.expanded:
-            value = self.rows(value, self.embedding_expanded)
-        return value[:, :, None, None]
+        return self.rows(value, self.embedding_expanded) if self.expanded else value
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ class Taken:
     maps: Tensor | None = None
 
 
+NOTHING = Taken()
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of the program.
@@ -112,10 +115,13 @@ class Step:
     Attributes:
         name: the layer id whose value the step gives, a score id, or a name of its own.
         level: how many downsamplings precede its output.
-        run: the work; (state, want) → what is taken.
+        run: the work; (state, want) → what is taken. It knows neither its name nor its place, so that equal blocks
+            share compiled code.
         flops: FLOPs of one row, from the image size at ``level`` and the number of text tokens.
         elements: elements alive at the step's peak for one row, skip connections and outputs aside; same arguments.
+        region: steps in a row of the same region are compiled together.
         shape: shape of one row's value, from the same arguments; None for a step whose name is no layer id.
+        layer: score id of the cross-attention whose keys it reads.
         score: whether ``name`` is a score id.
         reads_text: whether it needs the text, so that it and all after it run once per row.
         optional: left out unless it is tapped.
@@ -129,7 +135,9 @@ class Step:
     run: Callable[[State, Want], Taken]
     flops: Count
     elements: Count
+    region: str
     shape: Callable[[Size, int], tuple[int, ...]] | None = None
+    layer: str | None = None
     score: bool = False
     reads_text: bool = False
     optional: bool = False
@@ -145,7 +153,8 @@ def area(size: Size) -> int:
 
 def grid(tokens: Tensor, size: Size) -> Tensor:
     """(B, h·w, C) → (B, C, h, w), a view."""
-    return tokens.view(len(tokens), *size, tokens.shape[-1]).permute(0, 3, 1, 2)
+    rows, _, channels = tokens.shape
+    return tokens.view(rows, *size, channels).permute(0, 3, 1, 2)
 
 
 def flat(image: Tensor) -> Tensor:

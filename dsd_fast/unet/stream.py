@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsd_fast.unet import checks
 from dsd_fast.unet.cost import rows_within, run_bytes
+from dsd_fast.unet.request import full_bucket
 from dsd_fast.unet.text import TextKV
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def rows_at_once(
     Raises:
         ValueError: a given budget that does not hold the keys and one row.
     """
-    sizes, device = plan.program.sizes(height, width), plan.program.unet.device
+    sizes, device = plan.program.sizes(height, width), plan.program.device
     room = default_budget(device) if memory_budget is None else memory_budget - keys
     row = run_bytes(plan, 1, sizes, tokens, map_tokens, residuals)
     if memory_budget is not None and row > room:
@@ -82,7 +83,9 @@ def rows_at_once(
             f"({row:,} bytes)"
         )
     in_use = room // HEADROOM["cuda" if device.type == "cuda" else "cpu"]
-    return max(1, rows_within(plan, in_use, sizes, tokens, map_tokens, residuals))
+    rows = max(1, rows_within(plan, in_use, sizes, tokens, map_tokens, residuals))
+    # A compiled runtime computes whole buckets: a micro-batch of that size is padded with nothing.
+    return full_bucket(rows) if plan.runtime else rows
 
 
 def stream(
@@ -134,7 +137,7 @@ def _batches(
     tokens: Tensor | None,
     size: int,
 ) -> Iterator[tuple[Tensor, Output]]:
-    device = plan.program.unet.device
+    device = plan.program.device
     # Rows of one latent side by side: its text-free steps then run in as few micro-batches as possible.
     order = torch.argsort(rows, stable=True)
     start, halved = 0, False
@@ -145,7 +148,7 @@ def _batches(
             # Not around the yield: the caller's own gradients are none of our business.
             with torch.no_grad():
                 result = plan.run(
-                    latents[used.to(latents.device)].to(device),
+                    checks.upload(latents[checks.upload(used, latents.device)], device),
                     times[used],
                     text,
                     latent_index=local,
@@ -169,5 +172,9 @@ def _batches(
 def _residual_rows(residuals: Residuals | None, rows: Tensor, device: torch.device) -> Residuals | None:
     if residuals is None:
         return None
+
+    def chosen(value: Tensor) -> Tensor:
+        return checks.upload(value[checks.upload(rows, value.device)], device)
+
     down, mid = residuals
-    return [value[rows.to(value.device)].to(device) for value in down], mid[rows.to(mid.device)].to(device)
+    return [chosen(value) for value in down], chosen(mid)

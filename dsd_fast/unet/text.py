@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsd_fast.unet.adapters import Signature
+from dsd_fast.unet.adapters import Signature, version
+
+
+@dataclass(frozen=True)
+class LayerText:
+    """M texts as one cross-attention layer sees them; the attributes are those of :class:`TextKV`."""
+
+    k: Tensor
+    v: Tensor | None
+    lengths: Tensor | None
+    key_bias: Tensor | None
+    score_mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class TextKV:
     score_mask: Tensor | None = None
     pooled: Tensor | None = None
     signature: Mapping[str, Signature] | None = None
+    _padded: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.count
@@ -45,27 +57,66 @@ class TextKV:
             raise TypeError("text: index with a slice or a list of positions, not one integer: text[i : i + 1]")
         kept = torch.arange(self.count)[index if isinstance(index, slice) else torch.as_tensor(index)]
 
-        def pick(value: Tensor | None) -> Any:
-            if value is None:
-                return None
-            return value[index] if isinstance(index, slice) else value[kept.to(value.device)]
+        if isinstance(index, slice):
+            return self._map(lambda value: value[index], len(kept))
+        return self._map(lambda value: value[kept.to(value.device)], len(kept))
+
+    def layer(self, name: str) -> LayerText:
+        """What the attention of that score id reads."""
+        return LayerText(self.k[name], self.v.get(name), self.lengths, self.key_bias, self.score_mask)
+
+    def padded(self, count: int) -> TextKV:
+        """These texts and the first one again until there are ``count``.
+
+        The answer is kept as long as this object lives and its tensors are not written to, so that a request whose
+        texts stay copies their keys once. With gradients it is made anew.
+        """
+        if count == self.count:
+            return self
+        tensors = list(self.tensors())
+        signature = (count, [version(x) for x in tensors])
+        if self._padded.get("signature") == signature:
+            padded: TextKV = self._padded["text"]
+            return padded
+        positions = torch.arange(count)
+        padded = self[positions.where(positions < self.count, 0)]
+        if not any(x.requires_grad for x in tensors):
+            self._padded.update(signature=signature, text=padded)
+        return padded
+
+    def cloned(self) -> TextKV:
+        """A copy that shares no memory with this one."""
+        return self._map(torch.clone, self.count)
+
+    @property
+    def optional(self) -> tuple[bool, ...]:
+        """Which of lengths, key_bias, score_mask and pooled there are."""
+        return tuple(x is not None for x in (self.lengths, self.key_bias, self.score_mask, self.pooled))
+
+    def _map(self, change: Callable[[Tensor], Tensor], count: int) -> TextKV:
+        def changed(value: Tensor | None) -> Any:
+            return None if value is None else change(value)
 
         return replace(
             self,
-            k={name: pick(value) for name, value in self.k.items()},
-            v={name: pick(value) for name, value in self.v.items()},
-            count=len(kept),
-            lengths=pick(self.lengths),
-            key_bias=pick(self.key_bias),
-            score_mask=pick(self.score_mask),
-            pooled=pick(self.pooled),
+            k={name: change(value) for name, value in self.k.items()},
+            v={name: change(value) for name, value in self.v.items()},
+            count=count,
+            lengths=changed(self.lengths),
+            key_bias=changed(self.key_bias),
+            score_mask=changed(self.score_mask),
+            pooled=changed(self.pooled),
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, in a fixed order."""
+        rest = (self.lengths, self.key_bias, self.score_mask, self.pooled)
+        return (x for x in (*self.k.values(), *self.v.values(), *rest) if x is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        rest = (self.lengths, self.key_bias, self.score_mask, self.pooled)
-        return sum(x.nbytes for x in [*self.k.values(), *self.v.values(), *rest] if x is not None)
+        return sum(x.nbytes for x in self.tensors())
 
     @staticmethod
     def concat(parts: Sequence[TextKV]) -> TextKV:

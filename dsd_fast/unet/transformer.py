@@ -26,7 +26,9 @@ from dsd_fast.kernels.common.attention import (
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
 from dsd_fast.kernels.token_maps import token_maps
 from dsd_fast.unet.flops import attention_flops, base_layer, conv_flops, linear_flops
-from dsd_fast.unet.step import Size, State, Step, Taken, Want, area, flat, grid
+from dsd_fast.unet.pieces import add_norm, dropped, gated, norm_activate, side_by_side
+from dsd_fast.unet.step import NOTHING, Size, State, Step, Taken, Want, area, flat, grid
+from dsd_fast.unet.text import LayerText
 
 
 def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[Step]:
@@ -37,9 +39,9 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
 
     def enter(state: State, want: Want) -> Taken:
         image = state.live["image"] = state.live["x"]
-        x = vit.norm(image)
+        x = norm_activate(image, vit.norm)
         state.live["x"] = vit.proj_in(flat(x)) if linear else flat(vit.proj_in(x))
-        return Taken()
+        return NOTHING
 
     def leave(state: State, want: Want) -> Taken:
         x, image = state.live["x"], state.live.pop("image")
@@ -57,7 +59,15 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
     def elements(s: Size, t: int) -> int:
         return (3 * channels + 2 * inner) * area(s)
 
-    steps = [Step(f"{prefix}-in", level, enter, flops=lambda s, t: project("proj_in", s), elements=elements)]
+    entering = Step(
+        f"{prefix}-in",
+        level,
+        enter,
+        flops=lambda s, t: project("proj_in", s),
+        elements=elements,
+        region=f"{prefix}-in",
+    )
+    steps = [entering]
     for index, block in enumerate(vit.transformer_blocks):
         steps += self_attention_steps(block, f"{prefix}-block{index}", level, channels)
         steps += cross_attention_steps(block, f"{prefix}-block{index}", level, channels)
@@ -69,6 +79,7 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
         flops=lambda s, t: project("proj_out", s),
         elements=elements,
         shape=lambda s, t: (channels, *s),
+        region=f"{prefix}-out",
         pushes=channels if push else 0,
     )
     return [*steps, leaving]
@@ -81,10 +92,16 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
 
     def projection(name: str, source: str, last: bool = False) -> Step:
         def run(state: State, want: Want) -> Taken:
+            live = state.live
             if name == "q":
-                state.live["n"] = block.norm1(state.live["x"])
-            x = state.live[name] = getattr(attn, source)(state.live.pop("n") if last else state.live["n"])
-            return Taken(grid(x, state.sizes[level]))
+                live["n"] = block.norm1(live["x"])
+                together = None if want.last else side_by_side(live["n"], (attn.to_q, attn.to_k, attn.to_v))
+                if together is not None:
+                    live["q"], live["k"], live["v"] = together
+            n = live.pop("n") if last else live["n"]
+            if name not in live:
+                live[name] = getattr(attn, source)(n)
+            return Taken(grid(live[name], state.sizes[level])) if want.feature else NOTHING
 
         return Step(
             f"{prefix}-self-{name}",
@@ -93,6 +110,7 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
             flops=lambda s, t: linear_flops(getattr(attn, source), area(s)),
             elements=lambda s, t: (channels + 5 * width) * area(s),
             shape=lambda s, t: (width, *s),
+            region=prefix,
         )
 
     def attention_map(state: State, want: Want) -> Taken:
@@ -104,8 +122,10 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
     def attend(state: State, want: Want) -> Taken:
         q, k, v = (split_heads(state.live.pop(name), heads) for name in "qkv")
         o = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
-        state.live["x"] = _project_out(attn, join_heads(o)) + state.live["x"]
-        return Taken()
+        # With the norm that the next step reads, so that the sum is read once.
+        x = _project_out(attn, join_heads(o))
+        state.live["x"], state.live["n"] = add_norm(x, state.live["x"], block.norm2)
+        return NOTHING
 
     return [
         projection("q", "to_q"),
@@ -118,6 +138,7 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
             flops=lambda s, t: attention_flops(area(s), area(s), width) // 2,
             elements=lambda s, t: (channels + 6 * width + 4 * heads * area(s)) * area(s),
             shape=lambda s, t: (heads, area(s), area(s)),
+            region=prefix,
             optional=True,
         ),
         Step(
@@ -125,7 +146,8 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
             level,
             attend,
             flops=lambda s, t: attention_flops(area(s), area(s), width) + linear_flops(attn.to_out[0], area(s)),
-            elements=lambda s, t: (channels + 8 * width) * area(s),
+            elements=lambda s, t: (2 * channels + 8 * width) * area(s),
+            region=prefix,
         ),
     ]
 
@@ -137,13 +159,13 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
     name = f"{prefix}-cross"
 
     def query(state: State, want: Want) -> Taken:
-        q = state.live["q"] = attn.to_q(block.norm2(state.live["x"]))
-        return Taken(grid(q, state.sizes[level]))
+        q = state.live["q"] = attn.to_q(state.live.pop("n"))
+        return Taken(grid(q, state.sizes[level])) if want.feature else NOTHING
 
     def attention_map(state: State, want: Want) -> Taken:
         q, text = state.live["q"], _text(state)
         texts = _text_index(state, q)
-        k = text.k[name][texts]
+        k = text.k[texts]
         bias = text_bias(k.shape[1], text.lengths, text.key_bias, texts, real_dtype(q))
         with full_precision(q.device):
             logits = attention_logits(q, without_masked(k, bias), bias, heads, attn.scale)
@@ -155,14 +177,14 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
         if want.maps:
             assert state.map_tokens is not None
             maps = token_maps(
-                q, text.k[name], state.map_tokens, _text_index(state, q), text.lengths, text.key_bias, heads, attn.scale
+                q, text.k, state.map_tokens, state.text_index, text.lengths, text.key_bias, heads, attn.scale
             )
             maps = maps.view(*maps.shape[:2], *state.sizes[level])
         if want.score or not want.last:
             o, score = cross_attention_score(
                 q,
-                text.k[name],
-                None if want.last else text.v[name],
+                text.k,
+                None if want.last else text.v,
                 heads=heads,
                 text_index=state.text_index,
                 text_length=text.lengths,
@@ -172,7 +194,8 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
                 mean=not want.score or want.pool == "mean",
             )
             if o is not None:
-                state.live["x"] = _project_out(attn, o) + state.live["x"]
+                x = _project_out(attn, o)
+                state.live["x"], state.live["n"] = add_norm(x, state.live["x"], block.norm3)
             score = _pool(score, want.pool) if want.score else None
         return Taken(score=score, maps=maps)
 
@@ -184,6 +207,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
             flops=lambda s, t: linear_flops(attn.to_q, area(s)),
             elements=lambda s, t: (2 * channels + 3 * width) * area(s),
             shape=lambda s, t: (width, *s),
+            region=prefix,
         ),
         Step(
             f"{prefix}-cross-map",
@@ -192,6 +216,8 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
             flops=lambda s, t: attention_flops(area(s), t, width) // 2,
             elements=lambda s, t: (2 * channels + 3 * width + 5 * heads * t) * area(s),
             shape=lambda s, t: (heads, area(s), t),
+            region=prefix,
+            layer=name,
             reads_text=True,
             optional=True,
         ),
@@ -201,6 +227,8 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
             attend,
             flops=lambda s, t: attention_flops(area(s), t, width) + linear_flops(attn.to_out[0], area(s)),
             elements=lambda s, t: (2 * channels + 5 * width + heads) * area(s),
+            region=prefix,
+            layer=name,
             score=True,
             reads_text=True,
             heads=heads,
@@ -214,15 +242,15 @@ def feed_forward_steps(block: Any, prefix: str, level: int, channels: int) -> li
     inner = base_layer(ff.net[2]).in_features
 
     def gate(state: State, want: Want) -> Taken:
-        g = state.live["g"] = ff.net[0](block.norm3(state.live["x"]))
-        return Taken(grid(g, state.sizes[level]))
+        g = state.live["g"] = gated(state.live.pop("n"), ff.net[0])
+        return Taken(grid(g, state.sizes[level])) if want.feature else NOTHING
 
     def out(state: State, want: Want) -> Taken:
         g = state.live.pop("g")
-        for layer in ff.net[1:]:
-            g = layer(g)
+        for layer in list(ff.net)[1:]:
+            g = dropped(g, layer)
         x = state.live["x"] = g + state.live["x"]
-        return Taken(grid(x, state.sizes[level]))
+        return Taken(grid(x, state.sizes[level])) if want.feature else NOTHING
 
     return [
         Step(
@@ -232,6 +260,7 @@ def feed_forward_steps(block: Any, prefix: str, level: int, channels: int) -> li
             flops=lambda s, t: linear_flops(ff.net[0].proj, area(s)),
             elements=lambda s, t: (3 * channels + 4 * inner) * area(s),
             shape=lambda s, t: (inner, *s),
+            region=prefix,
         ),
         Step(
             f"{prefix}-out",
@@ -240,11 +269,12 @@ def feed_forward_steps(block: Any, prefix: str, level: int, channels: int) -> li
             flops=lambda s, t: linear_flops(ff.net[2], area(s)),
             elements=lambda s, t: (4 * channels + 2 * inner) * area(s),
             shape=lambda s, t: (channels, *s),
+            region=prefix,
         ),
     ]
 
 
-def _text(state: State) -> Any:
+def _text(state: State) -> LayerText:
     assert state.text is not None
     return state.text
 
@@ -255,7 +285,7 @@ def _text_index(state: State, q: Tensor) -> Tensor:
 
 def _project_out(attn: Any, x: Tensor) -> Tensor:
     for layer in attn.to_out:
-        x = layer(x)
+        x = dropped(x, layer)
     return x if attn.rescale_output_factor == 1.0 else x / attn.rescale_output_factor
 
 

@@ -18,7 +18,7 @@ from dsd_fast.models.offsets import token_offsets
 from dsd_fast.reference import matching as reference
 from dsd_fast.unet import UNetProgram
 from tests.matching.test_matcher import Counted, matcher, pictures
-from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline
+from tests.tiny import FAMILIES, load_tiny_lora, tiny_pipeline
 
 TIMES = [40, 500, 901]
 CAPTION = "A  cat's red-hot DOG, are you a dog? café"
@@ -169,7 +169,7 @@ def test_what_refuses_maps_is_found_before_there_is_an_image(monkeypatch):
 def test_an_adapter_belongs_to_its_matcher(tmp_path):
     pipe, image = tiny_pipeline("sd15"), pictures(1)[0]
     plain = reference.heatmap(pipe, image, CAPTION, timesteps=TIMES)
-    pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path), adapter_name="a")
+    load_tiny_lora(pipe, "sd15", tmp_path, adapter_name="a")
     adapted = reference.heatmap(pipe, image, CAPTION, timesteps=TIMES)
     assert max(float(np.abs(x[2] - y[2]).max()) for x, y in zip(plain, adapted, strict=True)) > 1e-4
     model, config = dsd.from_pipeline(pipe), dsd.MatchConfig(timesteps=TIMES)

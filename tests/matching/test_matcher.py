@@ -12,7 +12,7 @@ from dsd_fast.images import ImageError
 from dsd_fast.matching import official_layers
 from dsd_fast.reference import matching as reference
 from dsd_fast.unet import UNetProgram
-from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline
+from tests.tiny import FAMILIES, load_tiny_lora, tiny_pipeline
 
 CAPTIONS = ["a red dog", "a cat", "the ball", "are you a dog"]
 TIMES = [40, 500, 901]
@@ -337,7 +337,7 @@ def test_an_adapter_belongs_to_its_matcher(tmp_path):
     images = pictures(1)
     want = {(): reference.score(pipe, images, CAPTIONS, timesteps=TIMES)}
     for name, seed in (("a", 1), ("b", 2)):
-        pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path / name, seed=seed), adapter_name=name)
+        load_tiny_lora(pipe, "sd15", tmp_path / name, seed=seed, adapter_name=name)
         pipe.set_adapters(name)
         want[name] = reference.score(pipe, images, CAPTIONS, timesteps=TIMES)
     assert float((want["a"] - want["b"]).abs().max()) > 1e-3
@@ -354,7 +354,7 @@ def test_an_adapter_belongs_to_its_matcher(tmp_path):
 def test_without_an_adapter_named_each_call_takes_what_is_active(tmp_path):
     pipe = tiny_pipeline("sd15")
     for name, seed in (("a", 1), ("b", 2)):
-        pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path / name, seed=seed), adapter_name=name)
+        load_tiny_lora(pipe, "sd15", tmp_path / name, seed=seed, adapter_name=name)
     m = matcher(pipe, official=True)
     for active in ("a", "b"):
         pipe.set_adapters(active)

@@ -44,6 +44,7 @@ GOOD = [
     ("dsd_fast.bench.match", "from dsd_fast.reference import matching"),
     ("dsd_fast.cli.main", "import dsd_fast as dsd\nfrom dsd_fast.bench import run"),
     ("dsd_fast.kernels.token_maps.kernel", "import triton.language as tl"),
+    ("dsd_fast.kernels.cross_attention_score.forward_kernel", "import triton.language as tl"),
     ("dsd_fast.kernels.token_maps.op", "def launch():\n    import triton"),
     (
         "dsd_fast.reference.matching",

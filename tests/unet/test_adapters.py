@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsd_fast.unet import UNetProgram
-from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, save_tiny_lora, tiny_pipeline
+from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, load_tiny_lora, tiny_pipeline
 
 
 class Adapted:
@@ -17,7 +17,7 @@ class Adapted:
         if not before:
             self.program = UNetProgram(self.unet)
         for name, seed in (("a", 1), ("b", 2)):
-            self.pipe.load_lora_weights(save_tiny_lora(family, tmp_path / name, seed=seed), adapter_name=name)
+            load_tiny_lora(self.pipe, family, tmp_path / name, seed=seed, adapter_name=name)
         if before:
             self.program = UNetProgram(self.unet)
         self.latents = torch.randn(2, 4, 16, 16, generator=g)
@@ -141,7 +141,7 @@ def test_a_text_of_an_adapter_that_has_changed_since_is_refused(tmp_path):
     text = plan.encode_text(case.states)
     plan.run(case.latents, 0, text)
     case.pipe.delete_adapters("a")
-    case.pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path / "c", seed=3), adapter_name="a")
+    load_tiny_lora(case.pipe, "sd15", tmp_path / "c", seed=3, adapter_name="a")
     with pytest.raises(ValueError, match="text: encoded under another adapter"):
         plan.run(case.latents, 0, text)
 

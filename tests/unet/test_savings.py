@@ -12,10 +12,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsd_fast.unet import Plan, UNetProgram
+from dsd_fast.unet import Plan, UNetProgram, execution
 from dsd_fast.unet.stream import HEADROOM
 from tests.memory import allocations
-from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, save_tiny_lora, tiny_pipeline, tiny_unet
+from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, load_tiny_lora, tiny_pipeline, tiny_unet
 
 SIZE, TOKENS = (16, 16), 77
 
@@ -97,13 +97,14 @@ def test_what_does_not_read_the_text_runs_once_per_latent(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_repeated_before_the_first_step_would_be_noticed(family, monkeypatch):
-    embed = Plan._embed
+    start = execution.start
 
-    def repeated_at_once(self, state, times, time_ids):
-        embed(self, state, times, time_ids)
-        state.sample, state.expanded = state.rows(state.sample, False), True
+    def repeated_at_once(*args):
+        state = start(*args)
+        state.expand()
+        return state
 
-    monkeypatch.setattr(Plan, "_embed", repeated_at_once)
+    monkeypatch.setattr(execution, "start", repeated_at_once)
     with pytest.raises(AssertionError):
         check_sharing(family)
 
@@ -297,7 +298,7 @@ def test_active_lora_counts(tmp_path):
     plain = UNetProgram(pipe.unet).plan(noise_pred=True)
     size = {"latents": 1, "texts": 1, "rows": 1, "height": 16, "width": 16, "tokens": 77}
     before = plain.flops(**size)
-    pipe.load_lora_weights(save_tiny_lora("sd15", tmp_path, rank=2))
+    load_tiny_lora(pipe, "sd15", tmp_path, rank=2)
     program = UNetProgram(pipe.unet)
     adapted = program.plan(noise_pred=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,0 +1,120 @@
+"""The memory-bound pieces as operators: the same numbers, and only where the modules are what they seem."""
+
+import pytest
+import torch
+
+from dsd_fast.kernels.common import backend
+from dsd_fast.unet import UNetProgram, pieces
+from dsd_fast.unet.inductor import Inductor
+from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, save_tiny_lora, tiny_pipeline, tiny_unet
+
+OPERATORS = ("group_norm_silu", "geglu", "add_layer_norm")
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """Takes the operators, as on a GPU; and what they were asked."""
+    called = []
+    monkeypatch.setattr(pieces, "INTERPRETED", True)
+    for name in OPERATORS:
+        operator = getattr(pieces, name)
+
+        def counted(*args, name=name, operator=operator, **kwargs):
+            called.append(name)
+            return operator(*args, **kwargs)
+
+        monkeypatch.setattr(pieces, name, counted)
+    return called
+
+
+def run(family, unet):
+    g = torch.Generator().manual_seed(0)
+    program = UNetProgram(unet)
+    plan = program.plan(
+        features=["up-level0-repeat0-res-increment", *[x for x in program.layer_ids if "mid-vit-block0" in x]],
+        scores=program.score_ids[::3],
+        noise_pred=True,
+    )
+    xl = family == "sdxl"
+    with torch.no_grad():
+        text = plan.encode_text(
+            torch.randn(3, 7, CROSS_ATTENTION_DIM[family], generator=g),
+            pooled=torch.randn(3, POOLED_DIM, generator=g) if xl else None,
+        )
+        return plan.run(
+            torch.randn(2, 4, 16, 16, generator=g),
+            [17, 800],
+            text,
+            latent_index=[0, 1, 1],
+            text_index=[2, 0, 1],
+            time_ids=torch.ones(6) if xl else None,
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operators_give_the_modules_numbers(family, request):
+    unet = tiny_unet(family)
+    want = run(family, unet)
+    called = request.getfixturevalue("operators")
+    got = run(family, unet)
+    for (name, a), (_, b) in zip(got.tensors(), want.tensors(), strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max()), name
+    norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+    blocks = [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    # A block's first norm has nothing to add.
+    assert {name: called.count(name) for name in OPERATORS} == {
+        "group_norm_silu": len(norms),
+        "geglu": len(blocks),
+        "add_layer_norm": 2 * len(blocks),
+    }
+    assert backend.last("group_norm_silu") == "reference"
+
+
+def test_modules_with_hooks_or_of_other_classes_are_called(operators):
+    unet = tiny_unet("sd15")
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    resnet = unet.mid_block.resnets[0]
+    seen = []
+    for module in (block.norm2, block.ff.net[0], resnet.norm1):
+        module.register_forward_hook(lambda m, args, out: seen.append(m))
+    resnet.nonlinearity = torch.nn.ReLU()
+    run("sd15", unet)
+    whole = {name: operators.count(name) for name in OPERATORS}
+    assert seen == [resnet.norm1, block.norm2, block.ff.net[0]]
+    operators.clear()
+    run("sd15", tiny_unet("sd15"))
+    # Two GroupNorms: the one with a hook, and the one whose activation is another.
+    assert {name: operators.count(name) - whole[name] for name in OPERATORS} == {
+        "group_norm_silu": 2,
+        "geglu": 1,
+        "add_layer_norm": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["self-q", "self-v", "cross-q"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "with an adapter"])
+def test_projections_of_self_attention_are_one_product_in_compiled_code(adapted, name, operators, tmp_path):
+    pipe = tiny_pipeline("sd15")
+    if adapted:
+        file = save_tiny_lora("sd15", tmp_path, seed=1)
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+    program = UNetProgram(pipe.unet.requires_grad_(False))
+    products = []
+
+    def count(graph, inputs):
+        products.extend(node for node in graph.graph.nodes if node.target is torch._C._nn.linear)
+        return graph
+
+    program.inductor = Inductor(count)
+    name = f"down-level0-repeat0-vit-block0-{name}"
+    plain, compiled = (program.plan(features=[name]) for _ in range(2))
+    compiled.compile("inductor")
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want, got = (plan.run(latents, 5, None).features[name] for plan in (plain, compiled))
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    # Three of the time embedding; an adapter has two products of its own beside each weight's.
+    attention = {"self-q": 1, "self-v": 3, "cross-q": 5}[name.removeprefix("down-level0-repeat0-vit-block0-")]
+    joined = {1: 1, 3: 1, 5: 3}[attention]
+    assert len(products) == 3 + (3 * attention if adapted else joined)
