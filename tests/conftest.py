@@ -1,5 +1,7 @@
 """What holds for every test: no network, no unwritten memory, and a count of what a machine without a GPU left out."""
 
+from __future__ import annotations
+
 import functools
 import ipaddress
 import os

@@ -5,6 +5,17 @@ interleaved in one process, after each has been checked against an oracle; a :cl
 Every run appends records to ``benchmarks/results/``, from which the tables and plots of the documents are made.
 """
 
-from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Suite, Work
+from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Suite, Target, UnavailableError, Work
 
-__all__ = ["Case", "Context", "Figure", "Group", "Quality", "Side", "Suite", "Work"]
+__all__ = [
+    "Case",
+    "Context",
+    "Figure",
+    "Group",
+    "Quality",
+    "Side",
+    "Suite",
+    "Target",
+    "UnavailableError",
+    "Work",
+]

@@ -12,6 +12,13 @@ from dsd_fast.metrics import wilson
 T = TypeVar("T")
 
 Plot = Literal["latency", "waterfall", "quality"]
+Measure = Literal["ratio", "rate", "copy_share", "matmul_share"]
+
+DEVICES = ("cpu", "cuda")
+
+
+class UnavailableError(Exception):
+    """A case cannot be run here, with the reason: a package, a library or a device that it needs is missing."""
 
 
 class Context:
@@ -34,6 +41,20 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a side is meant to reach. A record says whether it did; missing it is no error.
+
+    Attributes:
+        measure: "ratio", times faster than the baseline; "rate", items a second; "copy_share" and "matmul_share", of
+            the machine's copy bandwidth and of its matmul peak.
+        least: the least value that reaches it.
+    """
+
+    measure: Measure
+    least: float
+
+
+@dataclass(frozen=True)
 class Side:
     """One way of doing a case's job.
 
@@ -43,6 +64,9 @@ class Side:
         batch: rows in its largest network call.
         sizes: whatever else sets the cost, by name.
         bytes: that one run moves, where that is known.
+        flops: of one run, where torch's counter cannot see them (compiled and replayed code); None has them counted.
+        against: names of the sides that it is measured against, a record for each, with what it is meant to reach
+            there. Empty: it is a baseline alone. None: against the side before it, so that sides form a ladder.
     """
 
     name: str
@@ -50,6 +74,8 @@ class Side:
     batch: int
     sizes: Mapping[str, int] = field(default_factory=dict)
     bytes: int | None = None
+    flops: int | None = None
+    against: Mapping[str, Sequence[Target]] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +83,7 @@ class Work:
     """The job of a case, set up.
 
     Attributes:
-        sides: two or more, the baseline first; each is measured against the one before it. More than two are the rungs
-            of a ladder.
+        sides: two or more, the baseline first; each is measured against the one before it unless it names others.
         difference: (result, oracle's result) → how far apart they are.
         tolerance: the largest difference at which a side is timed.
         accuracy: what ``difference`` measures, e.g. "largest difference of a score".
@@ -66,6 +91,8 @@ class Work:
         oracle_name: what the oracle is.
         item, items: what a run makes, in the singular, and how many, e.g. "pair", 256.
         dtype: of the bulk of the arithmetic, a torch type's name.
+        launches: whether a run's time on a GPU has in it what the host needs to launch it. Where it has not, the time
+            is the device's alone, as in a replayed graph. On a CPU it means nothing.
     """
 
     sides: Sequence[Side]
@@ -77,6 +104,7 @@ class Work:
     items: int
     oracle: Callable[[], Any] | None = None
     dtype: str = "float32"
+    launches: bool = True
 
     def __post_init__(self) -> None:
         if len(self.sides) < 2:
@@ -84,6 +112,26 @@ class Work:
         names = [side.name for side in self.sides]
         if len(set(names)) < len(names):
             raise ValueError(f"sides: got {names}, expected names that differ")
+        for side in self.sides:
+            unknown = sorted(set(side.against or ()) - set(names) | set(side.against or ()) & {side.name})
+            if unknown:
+                raise ValueError(f"side {side.name!r} is against {unknown}, expected others of {names}")
+            for targets in (side.against or {}).values():
+                if side.bytes is None and any(target.measure == "copy_share" for target in targets):
+                    raise ValueError(f"side {side.name!r}: a target of its copy share needs its bytes")
+        if not self.comparisons():
+            raise ValueError("sides: none is measured against another")
+
+    def comparisons(self) -> list[tuple[int, int, Sequence[Target]]]:
+        """Each pair of sides that a record compares, by their places: subject, baseline, and the targets."""
+        places = {side.name: place for place, side in enumerate(self.sides)}
+        found: list[tuple[int, int, Sequence[Target]]] = []
+        for place, side in enumerate(self.sides):
+            if side.against is not None:
+                found += [(place, places[name], targets) for name, targets in side.against.items()]
+            elif place:
+                found.append((place, place - 1, ()))
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,12 +143,16 @@ class Case:
         group: the :class:`Group` it is shown in.
         prepare: sets the job up; nothing heavy happens before it is called.
         repeats: timed runs of each side. From 6 on the interval of the ratio covers 95 %.
+        devices: kinds of device that it is meant for.
+        long: whether a short run leaves it out.
     """
 
     name: str
     group: str
     prepare: Callable[[Context], Work]
     repeats: int = 7
+    devices: Sequence[str] = DEVICES
+    long: bool = False
 
 
 @dataclass(frozen=True)

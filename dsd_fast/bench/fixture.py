@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import SkipTest
 
-from dsd_fast.bench.case import Case, Context, Suite, Work
+import torch
+
+from dsd_fast.bench.case import Case, Context, Suite, UnavailableError, Work
 from dsd_fast.bench.run import checked
 
 
@@ -36,15 +39,21 @@ def run_side(benchmark: Any, timed: TimedSide, context: Context) -> None:
 
     Raises:
         RefusedError: the result of one of the case's sides is wrong.
+        SkipTest: the case cannot be run here, with the reason.
     """
     case = timed.case
+    if torch.device(context.device).type not in case.devices:
+        raise SkipTest(f"it is for {' or '.join(case.devices)}")
 
     def prepare() -> Work:
         work = case.prepare(context)
         checked(work)
         return work
 
-    work = context.shared(f"work of {case.name}", prepare)
+    try:
+        work = context.shared(f"work of {case.name}", prepare)
+    except UnavailableError as reason:
+        raise SkipTest(str(reason)) from reason
     side = work.sides[0 if timed.is_baseline else -1]
     benchmark.group = case.name
     benchmark.extra_info.update(side=side.name, batch=side.batch, items=work.items, item=work.item, **side.sizes)

@@ -20,9 +20,9 @@ _PEAK_RUNS = 7
 _PROC = Path("/proc/self")
 
 
-def timer_for(device: str) -> Timer:
-    """The timer of a device."""
-    return cuda_timer(device) if torch.device(device).type == "cuda" else cpu_timer()
+def timer_for(device: str, launches: bool = True) -> Timer:
+    """The timer of a device; ``launches`` as in :func:`dsd_fast.bench.timing.cuda_timer`."""
+    return cuda_timer(device, launches) if torch.device(device).type == "cuda" else cpu_timer()
 
 
 def count_flops(run: Callable[[], Any]) -> tuple[Any, int]:
@@ -75,7 +75,7 @@ def _status(name: str) -> int:
 def peaks(device: str, dtype: str) -> dict[str, Any]:
     """FLOP/s of a large matmul and bytes/s (read and written) of a large copy, now: the best of a few runs."""
     side, size = _SIZES[torch.device(device).type]
-    timer = timer_for(device)
+    timer = timer_for(device, False)
     a = torch.randn(side, side, device=device).to(getattr(torch, dtype))
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)

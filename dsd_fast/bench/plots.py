@@ -76,7 +76,10 @@ def _latency(group: Group, rows: Sequence[Record]) -> Panel:
         for side in ("subject", "baseline"):
             value = record[side]
             per_item = [1e3 * value[key] / record["items"] for key in ("median", "p20", "p80")]
-            lines.setdefault(value["name"], []).append([value["sizes"][group.x], *per_item])
+            line, point = lines.setdefault(value["name"], []), [value["sizes"][group.x], *per_item]
+            # A side that several are measured against is in several records.
+            if point not in line:
+                line.append(point)
     return {"x": group.x, "y": f"ms per {rows[0]['item']}", "lines": {name: sorted(p) for name, p in lines.items()}}
 
 

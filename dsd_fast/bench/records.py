@@ -20,6 +20,7 @@ Record = dict[str, Any]
 # A type, several of them, a dictionary with exactly these keys, or a dictionary of names to values of one type.
 _NUMBER = (int, float)
 _SIZES = ("sizes",)
+_TARGETS = ("targets",)
 _SIDE = {
     "name": str,
     "batch": int,
@@ -34,6 +35,7 @@ _SIDE = {
     "matmul_share": _NUMBER,
     "copy_share": (*_NUMBER, None),
 }
+_TARGET = {"least": _NUMBER, "value": _NUMBER, "met": bool}
 _COMMON: dict[str, Any] = {
     "schema": int,
     "kind": str,
@@ -91,14 +93,16 @@ _KINDS: dict[str, dict[str, Any]] = {
     # A case that gave nothing to report: its result was wrong, or it ended with an error.
     "refused": {},
 }
+# Fields that a record may lack.
+_OPTIONAL: dict[str, Any] = {"targets": _TARGETS}
 
 
 class RecordError(ValueError):
     """A record that is none, with the file, the line and what is wrong with it."""
 
 
-def append(path: Path, record: Record) -> None:
-    """Adds a record to a file, which holds either all its lines or all of them and the new one, whenever it is killed.
+def append(path: Path, *records: Record) -> None:
+    """Adds records to a file, which holds either all its lines or all of them and the new ones, whenever it is killed.
 
     The new content goes to another name in the same folder, is forced to the disk and renamed. Processes that append
     to files of one folder wait for each other, so what a killed one has left beside the file is removed.
@@ -107,8 +111,9 @@ def append(path: Path, record: Record) -> None:
         RecordError: a record that does not fit the schema.
         OSError: the folder cannot be written, or the disk is full; the file is as it was.
     """
-    check(record, "record")
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    for record in records:
+        check(record, "record")
+    lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         remove_stale(path)
@@ -116,7 +121,7 @@ def append(path: Path, record: Record) -> None:
         if before and not before.endswith(b"\n"):
             before += b"\n"
         with replacing(path) as file:
-            file.write(before + line)
+            file.write(before + lines)
 
 
 def load(path: Path) -> list[Record]:
@@ -170,7 +175,8 @@ def check(record: Any, where: str) -> None:
     kind = record.get("kind")
     if kind not in _KINDS:
         raise RecordError(f"{where}: kind is {kind!r}, expected one of {', '.join(_KINDS)}")
-    _check(record, {**_COMMON, **_KINDS[kind]}, where, "")
+    optional = {key: part for key, part in _OPTIONAL.items() if key in record and kind == "speed"}
+    _check(record, {**_COMMON, **_KINDS[kind], **optional}, where, "")
     if record["ok"] == (record["reason"] is not None):
         raise RecordError(f"{where}: ok is {record['ok']} and reason is {record['reason']!r}, which do not fit")
     if kind == "refused" and record["ok"]:
@@ -189,6 +195,10 @@ def _check(value: Any, expected: Any, where: str, name: str) -> None:
     elif expected is _SIZES:
         if not isinstance(value, dict) or not all(type(size) is int for size in value.values()):
             raise RecordError(f"{where}: {name} is {value!r}, expected whole numbers by name")
+    elif expected is _TARGETS:
+        if not isinstance(value, dict) or not value:
+            raise RecordError(f"{where}: {name} is {value!r}, expected what is to be reached, by measure")
+        _check(value, dict.fromkeys(value, _TARGET), where, name)
     else:
         kinds = expected if isinstance(expected, tuple) else (expected,)
         # Not isinstance, for which True is a number.

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dsd_fast.bench import machine, measure
-from dsd_fast.bench.case import Case, Context, Figure, Quality, Side, Suite, Work
+from dsd_fast.bench.case import Case, Context, Figure, Quality, Side, Suite, Target, UnavailableError, Work
 from dsd_fast.bench.records import SCHEMA, Record
 from dsd_fast.bench.timing import Timer, interleave, ratio, stats
 
@@ -23,7 +23,7 @@ class Runner:
         context: what they share.
         repeats: timed runs of each side; None leaves it to each case.
         options: of the command line that the records name, "--device cuda" and the like.
-        timer: of the device's own if None.
+        timer: of all cases; the device's own if None, which counts launches where a case does.
         peaks: type name → the machine's peaks, as :func:`dsd_fast.bench.measure.peaks`, which is taken if None.
     """
 
@@ -39,7 +39,7 @@ class Runner:
     ) -> None:
         self.suite, self.context, self.repeats = suite, context, repeats
         self._options = list(options)
-        self._timer = timer or measure.timer_for(context.device)
+        self._timer, self._timers = timer, dict[bool, Timer]()
         self._measure_peaks: Peaks = peaks or (lambda dtype: measure.peaks(context.device, dtype))
         self._peaks: dict[str, dict[str, Any]] = {}
         self._commit = machine.commit()
@@ -48,11 +48,16 @@ class Runner:
         """The records of one case, each with what there is to say beyond it ("" if nothing).
 
         A case whose result is wrong, or that ends with an error, gives one record that says so.
+
+        Raises:
+            UnavailableError: the case cannot be run here, which is no result.
         """
         try:
             made = self._figures(case) if isinstance(case, Quality) else self._speeds(case)
         except RefusedError as refusal:
             yield self._record(case, case.name, "refused", reason=str(refusal)), str(refusal)
+        except UnavailableError:
+            raise
         except Exception as error:
             # Only the kind of error is recorded: its message may hold paths.
             text = f"{type(error).__name__}: {error}"
@@ -88,33 +93,41 @@ class Runner:
         # The second call of each side; the first has paid for what later ones do not.
         memory = [measure.peak_memory(self.context.device, side.run) for side in work.sides]
         runs = [side.run for side in work.sides]
-        samples = interleave(runs, self.repeats or case.repeats, self._timer)
+        samples = interleave(runs, self.repeats or case.repeats, self._timer_of(work))
         sides = [self._side(*each, self._peaks[dtype]) for each in zip(work.sides, samples, flops, memory, strict=True)]
-        records = []
-        for place in range(1, len(sides)):
-            name = case.name if len(sides) == 2 else f"{case.name}, {sides[place]['name']}"
-            records.append(
-                self._record(
-                    case,
-                    name,
-                    "speed",
-                    reason=None,
-                    unit="s",
-                    item=work.item,
-                    items=work.items,
-                    accuracy={
-                        "measure": work.accuracy,
-                        "value": differences[place],
-                        "tolerance": float(work.tolerance),
-                        "oracle": work.oracle_name,
-                    },
-                    subject=sides[place],
-                    baseline=sides[place - 1],
-                    ratio=asdict(ratio(samples[place - 1], samples[place])),
-                    peaks=self._peaks[dtype],
-                )
+        comparisons, records = work.comparisons(), []
+        for place, against, targets in comparisons:
+            found = ratio(samples[against], samples[place])
+            record = self._record(
+                case,
+                _record_name(case, work, place, against),
+                "speed",
+                reason=None,
+                unit="s",
+                item=work.item,
+                items=work.items,
+                accuracy={
+                    "measure": work.accuracy,
+                    "value": differences[place],
+                    "tolerance": float(work.tolerance),
+                    "oracle": work.oracle_name,
+                },
+                subject=sides[place],
+                baseline=sides[against],
+                ratio=asdict(found),
+                peaks=self._peaks[dtype],
             )
+            if targets:
+                record["targets"] = _reached(targets, record)
+            records.append(record)
         return records
+
+    def _timer_of(self, work: Work) -> Timer:
+        if self._timer is not None:
+            return self._timer
+        if work.launches not in self._timers:
+            self._timers[work.launches] = measure.timer_for(self.context.device, work.launches)
+        return self._timers[work.launches]
 
     def _side(
         self, side: Side, seconds: list[float], flops: int, memory: int | None, peaks: dict[str, Any]
@@ -156,6 +169,33 @@ class Runner:
         }
 
 
+def _record_name(case: Case, work: Work, place: int, against: int) -> str:
+    """The case's, with the subject where it is not the only one, and the baseline where it is not the only one."""
+    comparisons = work.comparisons()
+    name = case.name
+    if len({subject for subject, _, _ in comparisons}) > 1:
+        name += f", {work.sides[place].name}"
+    if sum(subject == place for subject, _, _ in comparisons) > 1:
+        name += f", against {work.sides[against].name}"
+    return name
+
+
+def _reached(targets: Sequence[Target], record: Record) -> dict[str, Any]:
+    """For each target its least value, the value, and whether that reaches it."""
+    subject = record["subject"]
+    values = {
+        "ratio": record["ratio"]["median"],
+        "rate": record["items"] / subject["median"],
+        "copy_share": subject["copy_share"],
+        "matmul_share": subject["matmul_share"],
+    }
+    found: dict[str, Any] = {}
+    for target in targets:
+        value = values[target.measure]
+        found[target.measure] = {"least": float(target.least), "value": value, "met": value >= target.least}
+    return found
+
+
 class RefusedError(Exception):
     """A case whose result must not be reported, with the reason."""
 
@@ -169,7 +209,7 @@ def checked(work: Work) -> tuple[list[int], list[float]]:
     right = None if work.oracle is None else work.oracle()
     flops, differences = [], []
     for place, side in enumerate(work.sides):
-        result, count = measure.count_flops(side.run)
+        result, count = (side.run(), side.flops) if side.flops is not None else measure.count_flops(side.run)
         if place == 0 and work.oracle is None:
             right = result
         difference = float(work.difference(result, right))

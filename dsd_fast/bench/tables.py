@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsd_fast.bench.case import Group, Suite
+from dsd_fast.bench.case import Case, Group, Suite
 from dsd_fast.bench.records import Record, flat, latest, machine_key
 from dsd_fast.bench.timing import CONFIDENCE
 
@@ -27,6 +27,7 @@ _SPEED = (
     "of matmul peak",
 )
 _SHORT = ("case", "time per item", "baseline's", "times faster (95 %)", "difference, limit")
+_GPU = ("case", "time", "against", "times faster", "of matmul peak", "of copy peak", "target")
 _QUALITY = ("what", "value (95 %)", "n", "chance", "floor", "time per item")
 
 
@@ -44,6 +45,49 @@ def speed_row(record: Record) -> tuple[str, ...]:
         f"{megabytes(ours['memory'])}, {megabytes(other['memory'])}",
         f"{ours['matmul_share']:.0%}",
     )
+
+
+def extra_columns(records: Sequence[Record]) -> dict[str, Callable[[Record], str]]:
+    """Columns that stand at the end of a table of speeds only where a record has something to say in them."""
+    columns: dict[str, Callable[[Record], str]] = {}
+    if any(record["subject"]["copy_share"] is not None for record in records):
+        columns["of copy bandwidth"] = lambda record: _share(record["subject"]["copy_share"])
+    if any("targets" in record for record in records):
+        columns["target"] = targets
+    return columns
+
+
+def targets(record: Record) -> str:
+    """What the subject is meant to reach, and whether it does; "-" if nothing was said."""
+    return (
+        "; ".join(
+            f"{_REACHED[name](each['least'])}: {'met' if each['met'] else 'not met'}"
+            for name, each in record.get("targets", {}).items()
+        )
+        or "-"
+    )
+
+
+def plain(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text, the first column to the left and the others too, each as wide as it must be."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines)
+
+
+def summary(records: Sequence[Record]) -> str:
+    """A run's records as plain text, a line each; those that gave no result say why."""
+    rows = []
+    for record in records:
+        if record["kind"] != "speed":
+            # In the last column, so that a sentence makes none of the others wide.
+            rows.append([record["name"], *["-"] * (len(_GPU) - 2), f"no result: {record['reason']}"])
+            continue
+        ours = record["subject"]
+        cells = [f"{record['suite']}: {speed_row(record)[0]}", duration(ours["median"]), record["baseline"]["name"]]
+        cells += [f"{record['ratio']['median']:.2f}", f"{ours['matmul_share']:.0%}", _share(ours["copy_share"])]
+        rows.append([*cells, targets(record)])
+    return plain(_GPU, rows)
 
 
 def quality_row(record: Record) -> tuple[str, ...]:
@@ -67,11 +111,12 @@ def rich_tables(records: Sequence[Record]) -> list[Table]:
     for kind, columns, row in (("speed", _SHORT, _short_row), ("quality", _QUALITY, quality_row)):
         chosen = [record for record in records if record["kind"] == kind]
         if chosen:
-            table = Table(*columns)
+            extra = extra_columns(chosen) if kind == "speed" else {}
+            table = Table(*columns, *extra)
             for column in table.columns[1:]:
                 column.justify = "right"
             for record in chosen:
-                table.add_row(*(Text(cell) for cell in row(record)))
+                table.add_row(*(Text(cell) for cell in (*row(record), *(cell(record) for cell in extra.values()))))
             tables.append(table)
     return tables
 
@@ -99,11 +144,15 @@ def markdown(suite: Suite, group: Group, records: Sequence[Record]) -> str:
     for rows in chosen(suite, group, records).values():
         kind = rows[0]["kind"]
         columns, row = (_SPEED, speed_row) if kind == "speed" else (_QUALITY, quality_row)
-        lines = [_cells((*columns, "command")), _cells(["---"] * (len(columns) + 1))]
-        lines += [_cells([*row(record), f"`{record['command']}`"]) for record in rows if record["kind"] == kind]
+        alike = [record for record in rows if record["kind"] == kind]
+        extra = extra_columns(alike) if kind == "speed" else {}
+        names = (*columns, *extra, "command")
+        lines = [_cells(names), _cells(["---"] * len(names))]
+        for record in alike:
+            lines.append(_cells([*row(record), *(cell(record) for cell in extra.values()), f"`{record['command']}`"]))
         parts.append("\n".join([f"{group.title}. {provenance(rows)}", "", *lines]))
     if not parts:
-        return f"{group.title}: not measured yet; `dsd-fast bench {suite.name}` does it."
+        return f"{group.title}: not measured yet; `dsd-fast bench {suite.name}{_device(suite, group)}` does it."
     return "\n\n".join(parts)
 
 
@@ -131,6 +180,25 @@ def csv_text(records: Sequence[Record]) -> str:
     for row in rows:
         writer.writerow([_cell(row.get(name)) for name in columns])
     return out.getvalue()
+
+
+def _device(suite: Suite, group: Group) -> str:
+    """The option that a group needs none of whose cases is for a CPU."""
+    cases = [case for case in suite.cases if case.group == group.name]
+    elsewhere = bool(cases) and all(isinstance(case, Case) and "cpu" not in case.devices for case in cases)
+    return " --device cuda" if elsewhere else ""
+
+
+_REACHED: dict[str, Callable[[float], str]] = {
+    "ratio": lambda least: f"{least:.2f} times faster",
+    "rate": lambda least: f"{least:,.0f} a second",
+    "copy_share": lambda least: f"{least:.0%} of copy bandwidth",
+    "matmul_share": lambda least: f"{least:.0%} of matmul peak",
+}
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _short_row(record: Record) -> tuple[str, ...]:

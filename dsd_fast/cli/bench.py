@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,7 @@ from dsd_fast.cli.terminal import EXIT_ERRORS, CommandError, counted, one_senten
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dsd_fast.bench.case import Case, Quality, Suite
+    from dsd_fast.bench.case import Suite
     from dsd_fast.bench.compare import Comparison
     from dsd_fast.bench.records import Record
 
@@ -37,12 +36,17 @@ def bench(
     ] = None,
     device: options.Device = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if none.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Leave long cases out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what has a record of this commit and device in DIR.")
+    ] = False,
 ) -> None:
     """Measure a suite's cases and append records to DIR/SUITE.jsonl.
 
     Each case is checked against its oracle, then timed in turn with its baseline. A case whose result is wrong gives a
     record that says so instead of figures, and the others still run. With --compare a case is a regression when its
-    speed relative to its baseline is worse than in FILE beyond the noise of both.
+    speed relative to its baseline is worse than in FILE beyond the noise of both. Cases that are not meant for the
+    device, or lack a package, are left out, and named.
 
     Exit code: 0 when all is well, 1 after a wrong result or a regression, 2 when nothing could be run, 130 after
     Ctrl-C, which keeps the records made so far.
@@ -56,8 +60,7 @@ def bench(
         old = None if compare is None else load(compare)
         options.quiet_transformers()
         chosen = SUITES[suite]()
-        cases = _cases(chosen, only)
-        records = _run(chosen, cases, results / f"{suite}.jsonl", repeats, device, threads)
+        records = _run(chosen, only, results / f"{suite}.jsonl", repeats, device, threads, short, resume)
         comparisons = None
         if old is not None:
             from dsd_fast.bench.compare import compare as comparison
@@ -103,27 +106,22 @@ def bench_docs(
     raise typer.Exit(EXIT_ERRORS if check and stale else 0)
 
 
-def _cases(suite: Suite, only: str | None) -> list[Case | Quality]:
-    cases = [case for case in suite.cases if only is None or fnmatchcase(case.name, only)]
-    if not cases:
-        names = ", ".join(case.name for case in suite.cases)
-        raise CommandError(f"--only {only!r} fits no case of {suite.name}: {names}")
-    return cases
-
-
 def _run(
     suite: Suite,
-    cases: Sequence[Case | Quality],
+    only: str | None,
     path: Path,
     repeats: int | None,
     device: str,
     threads: int | None,
+    short: bool,
+    resume: bool,
 ) -> list[Record]:
     import torch
     from rich.console import Console
 
+    from dsd_fast.bench import session
     from dsd_fast.bench.case import Context
-    from dsd_fast.bench.records import append
+    from dsd_fast.bench.records import load
     from dsd_fast.bench.run import Runner
     from dsd_fast.models.load import resolve_device
 
@@ -131,18 +129,20 @@ def _run(
     if threads is not None:
         torch.set_num_threads(threads)
     options.exact_products()
+    console = Console(stderr=True)
+    done = session.finished(load(path), device) if resume and path.exists() else ()
+    selection = session.select(suite, device, only=only, short=short, done=done)
+    if not selection.cases and not selection.left_out:
+        names = ", ".join(case.name for case in suite.cases)
+        raise CommandError(f"--only {only!r} fits no case of {suite.name}: {names}")
+    for name, reason in selection.left_out.items():
+        _say(console, f"{name}: left out, {reason}", "dim")
     words = [f"--device {device}", f"--threads {torch.get_num_threads()}"]
     words += [] if repeats is None else [f"--repeats {repeats}"]
     runner = Runner(suite, Context(device), repeats=repeats, options=words)
-    console, records = Console(stderr=True), []
-    for number, case in enumerate(cases, start=1):
-        _say(console, f"{suite.name}, {number} of {len(cases)}: {case.name}", "dim")
-        for record, text in runner.run(case):
-            append(path, record)
-            records.append(record)
-            if text:
-                _say(console, f"{record['name']}: {text}", "red")
-    return records
+    return session.run(
+        runner, selection.cases, path, lambda text, wrong: _say(console, text, "red" if wrong else "dim")
+    )
 
 
 def _say(console: Console, text: str, style: str) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dsd_fast.bench import Case, Context, Figure, Group, Quality, Side, Suite, Work
+from dsd_fast.bench import Case, Context, Figure, Group, Quality, Side, Suite, Target, Work
 from dsd_fast.metrics import wilson
 
 
@@ -58,3 +58,34 @@ def test_a_suite_knows_its_cases_and_groups():
         Suite("s", [Group("g", "G")], [cases[0], cases[0]])
     with pytest.raises(ValueError, match="suite 's': case 'a' is in no group of it, 'g'"):
         Suite("s", [], cases)
+
+
+def sided(*sides):
+    return Work(sides, lambda a, b: 0.0, 0.0, "difference", "oracle", "item", 1)
+
+
+def side(name, against=None, **rest):
+    return Side(name, lambda: 1, 1, against=against, **rest)
+
+
+def test_sides_are_a_ladder_unless_they_name_what_they_are_against():
+    assert sided(side("a"), side("b"), side("c")).comparisons() == [(1, 0, ()), (2, 1, ())]
+    target = Target("ratio", 2.0)
+    found = sided(side("a", {}), side("b", {}), side("c", {"b": (target,), "a": ()})).comparisons()
+    assert found == [(2, 1, (target,)), (2, 0, ())]
+
+
+def test_a_side_cannot_be_against_what_is_not_there():
+    with pytest.raises(ValueError, match=r"side 'b' is against \['c'\], expected others of \['a', 'b'\]"):
+        sided(side("a"), side("b", {"c": ()}))
+    with pytest.raises(ValueError, match=r"side 'b' is against \['b'\]"):
+        sided(side("a"), side("b", {"b": ()}))
+    with pytest.raises(ValueError, match="sides: none is measured against another"):
+        sided(side("a", {}), side("b", {}))
+
+
+def test_a_share_of_bandwidth_needs_bytes():
+    against = {"a": (Target("copy_share", 0.5),)}
+    with pytest.raises(ValueError, match="side 'b': a target of its copy share needs its bytes"):
+        sided(side("a"), side("b", against))
+    assert sided(side("a"), side("b", against, bytes=8)).comparisons()

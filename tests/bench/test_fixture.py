@@ -4,8 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from unittest import SkipTest
 
-from dsd_fast.bench.fixture import sides
+import pytest
+
+from dsd_fast.bench import Case, Context, UnavailableError
+from dsd_fast.bench.fixture import run_side, sides
 from dsd_fast.bench.suites import SUITES
 from tests.bench.tiny_suite import suite
 from tests.repository.source import ROOT
@@ -47,8 +51,24 @@ def test_one_case_through_pytest_benchmark(tmp_path):
         assert (each["group"], each["stats"]["rounds"]) == ("product/8", 7)
 
 
-def test_the_suites_cases_are_collected():
-    done = pytest_run("benchmarks", "--collect-only", "-q", cwd=ROOT)
+@pytest.mark.parametrize("name", ["match", "ops", "unet"])
+def test_the_suites_cases_are_collected(name):
+    done = pytest_run(f"benchmarks/test_{name}.py", "--collect-only", "-q", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    for side in sides(SUITES["match"]()):
-        assert f"benchmarks/test_match.py::test_match[{side}]" in done.stdout
+    for side in sides(SUITES[name]()):
+        assert f"benchmarks/test_{name}.py::test_{name}[{side}]" in done.stdout
+
+
+def test_what_cannot_be_run_here_is_skipped(tmp_path):
+    done = pytest_run("benchmarks/test_ops.py", "-k", "geglu/forward/320x64", "-rs", cwd=ROOT)
+    assert "2 skipped" in done.stdout, done.stdout + done.stderr
+    assert "it is for cuda" in done.stdout
+
+
+def test_a_case_that_lacks_something_is_skipped():
+    def missing(context):
+        raise UnavailableError("no library for it")
+
+    (baseline, _) = sides(suite(case=Case("missing", "product", missing)))[-2:]
+    with pytest.raises(SkipTest, match="no library for it"):
+        run_side(None, baseline, Context())

@@ -52,6 +52,12 @@ def test_latency_is_milliseconds_per_item_by_size():
     }
 
 
+def test_a_baseline_of_several_sides_is_one_point():
+    other = sides("product/8", 8, 0.8) | {"name": "product/8, other"}
+    (panel,) = plot_data(SUITE, GROUPS["product"], [sides("product/8", 8, 0.8), other])["panels"]
+    assert panel["lines"]["one by one"] == [[8, 400.0, 50.0, 800.0]]
+
+
 def test_waterfall_starts_with_the_baseline_of_the_first_rung():
     (panel,) = panels("ladder")
     assert panel == {

@@ -48,6 +48,22 @@ def test_append_and_load(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["tiny.jsonl"]
 
 
+def test_records_of_one_case_are_appended_at_once(tmp_path, monkeypatch):
+    path, made = tmp_path / "tiny.jsonl", [speed("a"), speed("b")]
+    with pytest.raises(RecordError):
+        append(path, speed(), without(speed(), "subject"))
+    assert not path.exists()
+    append(path, *made)
+    append(path)
+    assert load(path) == made
+
+
+def test_a_record_may_have_targets(tmp_path):
+    target = {"least": 1, "value": 0.5, "met": False}
+    append(tmp_path / "tiny.jsonl", speed(targets={"ratio": target, "copy_share": target}))
+    assert load(tmp_path / "tiny.jsonl")[0]["targets"]["ratio"] == target
+
+
 def test_a_last_line_without_an_end_stays_a_line(tmp_path):
     path = tmp_path / "tiny.jsonl"
     path.write_text(json.dumps(speed()))
@@ -150,6 +166,10 @@ BAD = [
     (json.dumps(quality(sizes={"size": 0.5})), "sizes is {'size': 0.5}, expected whole numbers by name"),
     (json.dumps(quality(sizes=[1])), "sizes is [1], expected whole numbers by name"),
     (json.dumps(speed(machine="Processor")), "machine is 'Processor', expected an object"),
+    (json.dumps(speed(targets={})), "targets is {}, expected what is to be reached, by measure"),
+    (json.dumps(speed(targets={"ratio": {"least": 1}})), "targets.ratio.value is missing"),
+    (json.dumps(speed(targets={"ratio": {"least": 1, "value": 1, "met": 1}})), "targets.ratio.met is 1, expected bool"),
+    (json.dumps(quality(targets={"ratio": {}})), "targets is unknown"),
     (json.dumps(speed(ok=False)), "ok is False and reason is None, which do not fit"),
     (json.dumps(speed(reason="wrong")), "ok is True and reason is 'wrong', which do not fit"),
     (json.dumps(refused() | {"ok": True, "reason": None}), "ok is True in a record of kind 'refused'"),

@@ -1,5 +1,6 @@
 """Checked before timed; refused when wrong; recorded with all that a reader needs."""
 
+import dataclasses
 import json
 import socket
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsd_fast.bench import Case, Context, Figure, Quality, Side, Work, machine, measure
+from dsd_fast.bench import Case, Context, Figure, Quality, Side, Target, UnavailableError, Work, machine, measure
 from dsd_fast.bench.records import append, check, load
 from dsd_fast.bench.run import Runner
 from tests.bench.tiny_suite import product, suite
@@ -65,6 +66,74 @@ def test_each_rung_of_a_ladder_is_measured_against_the_one_before():
     assert [record["name"] for record in records] == ["ladder, in two halves", "ladder, at once"]
     assert [record["baseline"]["name"] for record in records] == ["one by one", "in two halves"]
     assert [record["ratio"]["median"] for record in records] == [2.0, 4.0]
+
+
+def compared(**against):
+    """Three ways to the same product; each is against what is named."""
+    work = product()
+    moved = work.sides[1].bytes
+    sides = [
+        Side(name, work.sides[1].run, 8, {"rows": 8}, moved, flops=1000, against=against.get(name, {}))
+        for name in ("a", "b", "c")
+    ]
+    return Work(sides, work.difference, work.tolerance, "difference", "a", "row", 8)
+
+
+def records_of(work, seconds):
+    return run(suite(case=Case("case", "product", lambda context: work)), "case", seconds=seconds, repeats=1)
+
+
+def test_sides_against_several_baselines():
+    found = records_of(compared(c={"a": (), "b": ()}), [4.0, 3.0, 2.0])
+    assert [(r["name"], r["baseline"]["name"], r["ratio"]["median"]) for r in found] == [
+        ("case, against a", "a", 2.0),
+        ("case, against b", "b", 1.5),
+    ]
+    found = records_of(compared(b={"a": ()}, c={"a": (), "b": ()}), [4.0, 3.0, 2.0])
+    assert [record["name"] for record in found] == ["case, b", "case, c, against a", "case, c, against b"]
+    # FLOPs that were given are not counted.
+    assert {record["subject"]["flops"] for record in found} == {1000}
+    for record in found:
+        check(record, "record")
+
+
+def test_targets_are_recorded_with_what_was_reached():
+    targets = [Target("ratio", 2.0), Target("rate", 5.0), Target("copy_share", 0.001), Target("matmul_share", 0.1)]
+    (record,) = records_of(compared(c={"a": targets}), [4.0, 3.0, 2.0])
+    check(json.loads(json.dumps(record)), "record")
+    moved = 4 * (2 * 8 * 16 + 16 * 16)
+    assert record["targets"] == {
+        "ratio": {"least": 2.0, "value": 2.0, "met": True},
+        "rate": {"least": 5.0, "value": 4.0, "met": False},
+        "copy_share": {"least": 0.001, "value": pytest.approx(moved / 2.0 / 1e5), "met": True},
+        "matmul_share": {"least": 0.1, "value": pytest.approx(1000 / 2.0 / 1e6), "met": False},
+    }
+    assert record["ok"]
+    assert "targets" not in records_of(compared(c={"a": ()}), [4.0, 3.0, 2.0])[0]
+
+
+def test_a_case_that_cannot_be_run_here_is_no_result():
+    def missing(context):
+        raise UnavailableError("no library")
+
+    with pytest.raises(UnavailableError, match="no library"):
+        run(suite(case=Case("case", "product", missing)), "case", repeats=1)
+
+
+@pytest.mark.parametrize("launches", [True, False])
+def test_a_case_says_whether_launches_count(monkeypatch, launches):
+    asked = []
+
+    def timer_for(device, counted=True):
+        asked.append((device, counted))
+        return lambda call: call() is None or 1.0
+
+    monkeypatch.setattr(measure, "timer_for", timer_for)
+    work = dataclasses.replace(product(), launches=launches)
+    made = Runner(suite(case=Case("case", "product", lambda context: work)), Context(), peaks=lambda dtype: PEAKS)
+    (record,) = [record for record, _ in made.run(made.suite.cases[-1])]
+    assert record["ok"]
+    assert asked == [("cpu", launches)]
 
 
 def test_a_wrong_result_is_refused_and_the_others_run():
@@ -181,7 +250,7 @@ def test_peak_memory_on_a_cpu_is_the_growth():
 def test_peaks_are_of_this_machine(monkeypatch):
     monkeypatch.setattr(measure, "_SIZES", {"cpu": (64, 1 << 16)})
     seconds = iter([0.5, 0.25, 1.0, 1.0, 1.0, 1.0, 1.0] + [2.0] * 6 + [0.5])
-    monkeypatch.setattr(measure, "timer_for", lambda device: lambda run: run() is None or next(seconds))
+    monkeypatch.setattr(measure, "timer_for", lambda device, launches: lambda run: run() is None or next(seconds))
     found = measure.peaks("cpu", "float32")
     assert found == {"dtype": "float32", "matmul_flops": 2 * 64**3 / 0.25, "copy_bytes": 2 * (1 << 16) / 0.5}
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from dsd_fast.bench import Case, Group, Suite
 from dsd_fast.bench.records import flat
 from dsd_fast.bench.tables import (
     chosen,
@@ -13,10 +14,12 @@ from dsd_fast.bench.tables import (
     duration,
     markdown,
     megabytes,
+    plain,
     provenance,
     quality_row,
     rich_tables,
     speed_row,
+    targets,
 )
 from tests.bench.samples import quality, refused, speed
 from tests.bench.tiny_suite import suite
@@ -60,6 +63,46 @@ def test_markdown_of_speeds():
     }
 
 
+TARGETS = {
+    "ratio": {"least": 2.0, "value": 4.0, "met": True},
+    "copy_share": {"least": 0.7, "value": 0.25, "met": False},
+}
+
+
+def test_targets_and_bandwidth_have_a_column_where_a_record_has_them():
+    bare, full = speed("product/4"), speed(targets=TARGETS, subject=speed()["subject"] | {"copy_share": 0.25})
+    text = markdown(SUITE, GROUPS["product"], [bare, full])
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()[2:]]
+    assert rows[0][-3:-1] == ["of copy bandwidth", "target"]
+    found = {row[0]: row[-3:-1] for row in rows[2:]}
+    assert found == {
+        "product/8: at once": ["25%", "2.00 times faster: met; 70% of copy bandwidth: not met"],
+        "product/4: at once": ["-", "-"],
+    }
+    (table,) = rich_tables([full])
+    cells = [next(iter(column.cells)).plain for column in table.columns]
+    assert cells[-2:] == found["product/8: at once"]
+    assert "target" not in markdown(SUITE, GROUPS["product"], [bare])
+
+
+@pytest.mark.parametrize(
+    ("measure", "least", "text"),
+    [
+        ("ratio", 1.0, "1.00 times faster: met"),
+        ("rate", 1234.5, "1,234 a second: met"),
+        ("copy_share", 0.55, "55% of copy bandwidth: met"),
+        ("matmul_share", 0.46, "46% of matmul peak: met"),
+    ],
+)
+def test_what_a_target_says(measure, least, text):
+    assert targets(speed(targets={measure: {"least": least, "value": 1e9, "met": True}})) == text
+    assert targets(speed()) == "-"
+
+
+def test_plain_text_is_as_wide_as_it_must_be():
+    assert plain(["a", "long"], [["wider", "b"], ["c", ""]]) == "a      long\n-----  ----\nwider  b\nc"
+
+
 def test_markdown_of_figures():
     text = markdown(SUITE, GROUPS["share"], [quality(floor=0.5), quality("share, size = 2", chance=None, seconds=None)])
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()[2:]]
@@ -92,6 +135,12 @@ def test_tables_show_the_latest_passing_record_of_cases_that_exist_in_the_suites
 def test_a_group_without_records_says_so():
     text = markdown(SUITE, GROUPS["empty"], [speed()])
     assert text == "Nothing yet: not measured yet; `dsd-fast bench tiny` does it."
+
+
+@pytest.mark.parametrize(("devices", "option"), [(("cuda",), " --device cuda"), (("cpu", "cuda"), "")])
+def test_a_group_that_needs_a_gpu_says_so(devices, option):
+    made = Suite("tiny", [Group("g", "G")], [Case("c", "g", lambda context: None, devices=devices)])
+    assert markdown(made, made.groups[0], []) == f"G: not measured yet; `dsd-fast bench tiny{option}` does it."
 
 
 def test_provenance_names_every_version_commit_and_day():

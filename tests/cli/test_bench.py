@@ -72,6 +72,31 @@ def test_a_figure_below_its_floor_fails(cli, tiny):
     assert "low is 0.1, below its floor of 0.2" in done.stderr
 
 
+def test_a_run_is_resumed(cli, tiny, tmp_path):
+    assert cli("bench", "tiny", "--only", "product/8", "--repeats", 1).exit_code == 0
+    done = cli("bench", "tiny", "--only", "product/*", "--repeats", 1, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert "product/8: left out, it has a record of this commit on this device" in done.stderr
+    names = [record["name"] for record in load(tmp_path / "benchmarks/results/tiny.jsonl")]
+    assert names == ["product/8", "product/4"]
+    done = cli("bench", "tiny", "--only", "product/*", "--repeats", 1, "--resume")
+    assert done.exit_code == 0
+    assert "0 records appended" in done.stdout
+
+
+def test_cases_for_elsewhere_and_long_ones_are_left_out_and_named(cli, tiny):
+    cases = {
+        "far": Case("far", "product", lambda context: 1 / 0, devices=("cuda",)),
+        "long": Case("long", "product", lambda context: 1 / 0, long=True),
+    }
+    tiny(**GOOD, **cases)
+    done = cli("bench", "tiny", "--only", "[fl]*", "--repeats", 1, "--short")
+    assert done.exit_code == 0, done.stderr
+    assert "far: left out, it is for cuda" in done.stderr
+    assert "long: left out, it is long" in done.stderr
+    assert "ladder, at once" in done.stdout
+
+
 def old_records(tmp_path, **changes):
     """The records of a run before, with another ratio for the first."""
     path = tmp_path / "benchmarks/results/tiny.jsonl"

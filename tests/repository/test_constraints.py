@@ -1,21 +1,30 @@
-"""Requirements are declared where imported, and constraints.txt pins what `make install` installs, no more, no less."""
+"""Requirements are declared where imported, and constraints pin what `make` installs: constraints.txt no more and no
+less, constraints-oldest.txt the lowest that is declared."""
 
 import ast
+import re
 import sys
 import tomllib
 from importlib import metadata
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.repository.source import ROOT, imports, module_name, python_files
 
 
-def test_constraints_pin_everything_that_make_installs():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+def pinned(name: str) -> dict[str, str]:
+    """Distribution → version, in a file where they are sorted."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     assert list(pins) == sorted(pins)
+    return pins
+
+
+def test_constraints_pin_everything_that_make_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = pinned("constraints.txt")
     assert pins["torch"] == "2.13.0"
     assert pins["triton"] == "3.7.1"
 
@@ -45,6 +54,25 @@ def test_constraints_pin_everything_that_make_installs():
             if needed.marker is None or any(needed.marker.evaluate(environment) for environment in environments):
                 pending.append(needed)
     assert closure == set(pins)
+
+
+def test_the_oldest_constraints_are_the_floors_that_are_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins, extras = pinned("constraints-oldest.txt"), project["optional-dependencies"]
+    assert pins["torch"] == "2.11.0"
+    assert pins["triton"] == "3.6.0"
+    wanted = re.search(r'WANTED := -e "\.\[triton\]" (.*)', (ROOT / "Makefile").read_text())[1].split()
+    tools = [Requirement(text) for extra in ("dev", "bench") for text in extras[extra]]
+    tools = [tool for tool in tools if tool.name in (*wanted, "setuptools", "wheel")]
+    assert {tool.name for tool in tools} == {*wanted, "setuptools", "wheel"}
+    for requirement in [*(Requirement(text) for text in [*project["dependencies"], *extras["triton"]]), *tools]:
+        floor = next(Version(each.version) for each in requirement.specifier if each.operator == ">=")
+        pin = Version(pins[canonicalize_name(requirement.name)])
+        # The floor itself, or where that was never released the first of its kind.
+        assert (pin.major, pin.minor) == (floor.major, floor.minor), f"{requirement} is pinned to {pin}"
+        assert requirement.specifier.contains(pin)
+    # A build of torch for CUDA pins those itself.
+    assert not [name for name in pins if name.startswith(("nvidia", "cuda"))]
 
 
 # Imports that an extra brings: import name to the extra.

@@ -11,12 +11,14 @@ import pytest
 from tests.repository.source import ROOT
 
 CPU = "https://download.pytorch.org/whl/cpu"
+KERNEL = "csrc/cross_attention_score/cpu/kernel.h"
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
+    for name in ("Makefile", "constraints.txt", "constraints-oldest.txt", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     return tmp_path
 
 
@@ -56,7 +58,7 @@ def test_later_runs_do_not_set_up(tree, target):
     assert not [line for line in make(tree, target) if "pip" in line or "venv .venv" in line]
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml", "setup.py"])
+@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml", "setup.py", KERNEL])
 def test_changed_inputs_set_up_again(tree, name):
     install(tree, CPU)
     later = time.time() + 20
@@ -83,13 +85,54 @@ def test_bench_measures_a_suite_and_makes_the_documents(tree):
     assert make(tree, "bench", "SUITE=other", "ARGS=--threads 2")[0] == ".venv/bin/dsd-fast bench other --threads 2"
 
 
-def test_gpu_uses_a_given_interpreter_as_it_is(tree):
-    assert make(tree, "gpu", "PYTHON=python3") == ["python3 -m pytest -m gpu"]
-    assert make(tree, "gpu")[-1] == ".venv/bin/python -m pytest -m gpu"
-    assert any("pip install" in line for line in make(tree, "gpu"))
+GPU = {
+    "gpu": "-m benchmarks.gpu -- -k x",
+    "gpu-full": "-m benchmarks.gpu --full",
+    "gpu-sanitize": "-m benchmarks.gpu --sanitize -- -k x",
+}
 
 
-def test_ci_runs_the_tests():
+@pytest.mark.parametrize("target", GPU)
+def test_gpu_uses_a_given_interpreter_as_it_is(tree, target):
+    assert make(tree, target, "PYTHON=python3", "ARGS=-k x") == [f"python3 {GPU[target]}"]
+    lines = make(tree, target, "ARGS=-k x")
+    assert lines[-1] == f".venv/bin/python {GPU[target]}"
+    assert any("pip install" in line for line in lines)
+    install(tree)
+    assert make(tree, target, "ARGS=-k x") == [f".venv/bin/python {GPU[target]}"]
+
+
+def test_the_oldest_versions_have_an_environment_of_their_own(tree):
+    lines = make(tree, "test-oldest", "ARGS=-x")
+    assert "python3 -m venv .venv-oldest" in lines
+    pip = [line for line in lines if " pip " in line]
+    assert pip[:2] == [
+        ".venv-oldest/bin/python -m pip install -c constraints-oldest.txt setuptools wheel",
+        ".venv-oldest/bin/python -m pip install -c constraints-oldest.txt torch==2.11.0",
+    ]
+    assert pip[2].startswith(
+        ".venv-oldest/bin/python -m pip install -c constraints-oldest.txt --no-build-isolation -e "
+    )
+    assert not [line for line in lines if ".venv/" in line]
+    assert lines[-1].startswith(".venv-oldest/bin/python -m pytest tests/kernels ")
+    assert lines[-1].endswith(" -x")
+
+
+def test_another_index_means_a_new_oldest_environment_too(tree):
+    install(tree, CPU)
+    (tree / ".venv-oldest").mkdir()
+    (tree / ".venv-oldest/installed").write_text("\n")
+    later = time.time() + 10
+    os.utime(tree / ".venv-oldest/installed", (later, later))
+    lines = make(tree, "test-oldest")
+    assert "python3 -m venv --clear .venv-oldest" in lines
+    assert any(f"--index-url {CPU} torch==2.11.0" in line for line in lines)
+    assert make(tree, "test-oldest", "TORCH_INDEX=")[0].startswith(".venv-oldest/bin/python -m pytest")
+
+
+def test_ci_runs_the_tests_with_the_pinned_and_with_the_oldest_versions():
     run = ROOT / ".ci/run"
     assert os.access(run, os.X_OK)
-    assert "make test" in run.read_text()
+    lines = run.read_text().splitlines()
+    assert lines.index("make test") < lines.index("if make install-oldest; then") < lines.index("  make test-oldest")
+    assert "set -euo pipefail" in lines

@@ -21,5 +21,7 @@ def _of(module: str) -> Callable[[], Suite]:
 SUITES: dict[str, Callable[[], Suite]] = {
     "match": _of("match"),
     "mini-card": _of("mini_card"),
+    "ops": _of("ops"),
+    "unet": _of("unet"),
 }
 """Name of a suite → what gives it. Its module, and with it what it measures, is imported by that call."""

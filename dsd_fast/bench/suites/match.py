@@ -14,7 +14,7 @@ from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Sui
 from dsd_fast.bench.suites import match_rungs as rungs
 from dsd_fast.bench.suites.match_rungs import Job
 from dsd_fast.bench.suites.mini_card.captions import rivals
-from dsd_fast.bench.suites.shared import middles, mini
+from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, middles, mini, relative
 from dsd_fast.bench.timing import quantile
 from dsd_fast.diffusion import noise
 from dsd_fast.matching import MatchConfig, Matcher, official_layers
@@ -25,10 +25,6 @@ SCORE_TOLERANCE = 1e-4
 """Scores hold differences of two norms of about √(4 · 16 · 16) = 32. A float32 prediction is off by some 1e-6 of its
 norm, so each norm by 3e-5 at the most and the difference of two by 6e-5; the mean over timesteps adds nothing, and
 log-sum-exps near 5 with the same relative error add a tenth of that."""
-
-PREDICTION_TOLERANCE = 1e-5
-"""Relative to the largest prediction: what batches of another size may change, since convolutions then sum in another
-order."""
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 TIMESTEPS = (1, 2, 4, 8, 16)
@@ -61,10 +57,6 @@ def _right(job: Job, context: Context) -> Tensor:
 
 def _difference(result: Tensor, right: Tensor) -> float:
     return float((result - right).abs().max())
-
-
-def _relative(result: Tensor, right: Tensor) -> float:
-    return float((result - right).abs().max() / right.abs().max())
 
 
 def _scores(job: Job, sides: list[Side], oracle: Callable[[], Any] | None) -> Work:
@@ -146,7 +138,7 @@ def _latency(rows: int, one_latent: bool, context: Context) -> Work:
     name = "plan, keys made before" if one_latent else "plan, keys made anew"
     return Work(
         sides=[Side("diffusers", stock, rows, {"rows": rows}), Side(name, ours, rows, {"rows": rows})],
-        difference=_relative,
+        difference=relative,
         tolerance=PREDICTION_TOLERANCE,
         accuracy=_PREDICTIONS,
         oracle_name="diffusers",

@@ -5,16 +5,27 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 
+from torch import Tensor
+
 from dsd_fast.bench.case import Context
 from dsd_fast.models import Model, load
 from dsd_fast.models.mini import path
 
-__all__ = ["middles", "mini", "mini_digest"]
+__all__ = ["PREDICTION_TOLERANCE", "middles", "mini", "mini_digest", "relative"]
+
+PREDICTION_TOLERANCE = 1e-5
+"""Of a float32 prediction, relative to its largest value: what batches of another size, or another memory layout, may
+change, since convolutions then sum in another order."""
 
 
 def mini(context: Context) -> Model:
     """The embedded model on the run's device, loaded once."""
     return context.shared("mini", lambda: load("mini", device=context.device, local_files_only=True))
+
+
+def relative(result: Tensor, right: Tensor) -> float:
+    """The largest difference, relative to the largest value that is right."""
+    return float((result - right).abs().max() / right.abs().max())
 
 
 def middles(steps: int, total: int = 1000) -> list[int]:

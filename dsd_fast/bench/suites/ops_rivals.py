@@ -1,0 +1,134 @@
+"""The attention operator on a GPU beside FlexAttention, whose score has a gradient too, and its implementations beside
+each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.bench.case import Context, Side, Target, UnavailableError, Work
+from dsd_fast.bench.suites.ops_attention import Gradient, Run, Shape, inputs, named, no_grad, work
+from dsd_fast.kernels.common import backend
+from dsd_fast.kernels.common.attention import join_heads, split_heads
+
+FLEX = "FlexAttention, compiled, with its lse"
+
+TUNED = {"block": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
+"""Positions a block, warps, and stages of the loads that are tried beside the launch that is taken."""
+
+
+def flex_forward(shape: Shape, context: Context) -> Work:
+    """Output and mean score."""
+    made, call = inputs(shape, context), _flex(shape.heads)
+    rival, ours = no_grad(lambda: call(made.q, made.keys, made.values)), no_grad(made.ours)
+    sides = [
+        Side(FLEX, rival, shape.rows, shape.sizes, flops=_flops(shape, 2)),
+        Side(
+            named("cross_attention_score", ours),
+            ours,
+            shape.rows,
+            shape.sizes,
+            shape.bytes(2, 2, shape.texts) + 4 * shape.rows * shape.heads,
+        ),
+    ]
+    return work(shape, sides, made.ours(torch.float64), made.materialised())
+
+
+def flex_backward(shape: Shape, context: Context, least: float) -> Work:
+    """Gradients of q, k and v through the output and the score, ours meant to be ``least`` times faster."""
+    made, call = inputs(shape, context), _flex(shape.heads)
+    gradient = Gradient(made)
+    rival, ours = gradient.by_row(call), gradient.by_text(gradient.ours)
+    targets = {FLEX: (Target("ratio", least),)}
+    sides = [
+        Side(FLEX, rival, shape.rows, shape.sizes, flops=_flops(shape, 5), against={}),
+        Side(named("cross_attention_score", ours), ours, shape.rows, shape.sizes, gradient.bytes, against=targets),
+    ]
+    return gradient.work(sides)
+
+
+def implementations(shape: Shape, context: Context, names: Sequence[str] = ("triton", "cuda")) -> Work:
+    """Output and mean score by each implementation of the operator, the first the baseline."""
+    made, runs = inputs(shape, context), {}
+    for name in names:
+        runs[name] = no_grad(_forced(name, made.ours))
+        try:
+            runs[name]()
+        except ValueError as error:
+            raise UnavailableError(str(error)) from error
+    moved = shape.bytes(2, 2, shape.texts) + 4 * shape.rows * shape.heads
+    sides = [Side(f"cross_attention_score, {name}", run, shape.rows, shape.sizes, moved) for name, run in runs.items()]
+    return work(shape, sides, made.ours(torch.float64), made.materialised())
+
+
+def launches(shape: Shape, context: Context) -> Work:
+    """Output and mean score by the Triton kernel as it is launched now, beside other ways to launch it."""
+    try:
+        from dsd_fast.kernels.common.kernel import Launch
+        from dsd_fast.kernels.cross_attention_score import kernel
+    except ModuleNotFoundError as error:
+        raise UnavailableError(str(error)) from error
+    made = inputs(shape, context)
+    present = kernel.launch_for(made.q.dtype, shape.width)
+    tried = [Launch(*each) for each in itertools.product(*TUNED.values()) if Launch(*each) != present]
+
+    def launched(launch: Any) -> Run:
+        def run() -> Any:
+            kept = kernel.launch_for
+            kernel.launch_for = lambda dtype, width: launch
+            try:
+                with backend.force("triton"):
+                    return made.ours()
+            finally:
+                kernel.launch_for = kept
+
+        return no_grad(run)
+
+    sides: list[Side] = []
+    for launch in (present, *tried):
+        run = launched(launch)
+        try:
+            run()
+        except ValueError as error:
+            raise UnavailableError(str(error)) from error
+        except Exception as error:
+            # Triton's word for a launch that the device is too small for; only kernels import Triton.
+            if type(error).__name__ != "OutOfResources":
+                raise
+            continue
+        name = f"block {launch.block}, {launch.warps} warps, {launch.stages} stages"
+        against = {sides[0].name: ()} if sides else {}
+        moved = shape.bytes(2, 2, shape.texts) + 4 * shape.rows * shape.heads
+        sides.append(Side(name, run, shape.rows, shape.sizes, moved, against=against))
+    return work(shape, sides, made.ours(torch.float64), made.materialised())
+
+
+def _forced(name: str, call: Run) -> Run:
+    def forced() -> Any:
+        with backend.force(name):
+            return call()
+
+    return forced
+
+
+def _flex(heads: int) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(q, k, v) → output, mean score, all channels-last."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    # Compilations are kept by code object, and only a few of them: each case starts without those of the others.
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, aux = compiled(*(split_heads(x, heads) for x in (q, k, v)), return_aux=AuxRequest(lse=True))
+        return join_heads(out), aux.lse.mean(-1)
+
+    return call
+
+
+def _flops(shape: Shape, products: int) -> int:
+    return products * 2 * shape.rows * shape.length * shape.tokens * shape.heads * shape.width
