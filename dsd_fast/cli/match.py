@@ -90,6 +90,13 @@ def match(
             rich_help_panel=SCORE_PANEL, metavar="H[xW]", help="Pixels to resize to; the model's own if none."
         ),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="inductor|cudagraph",
+            help="Compile the network before it is used, which takes minutes and pays for many images on a GPU.",
+        ),
+    ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="For activations and text keys, e.g. 512MB or 2GiB; the device's if none.")
     ] = None,
@@ -139,7 +146,7 @@ def match(
                 bundle.load_lora(adapter, "adapter", adapter_file)
             return bundle
 
-        summary = run(load, config, images, texts, out, top_k, {"adapter": adapter}, heatmaps, report)
+        summary = run(load, config, images, texts, out, top_k, {"adapter": adapter}, heatmaps, report, runtime)
     _show(summary, out)
     if not summary["complete"]:
         raise typer.Exit(EXIT_INTERRUPTED)

@@ -36,6 +36,7 @@ def run(
     settings: Mapping[str, Any],
     heatmaps: int = 0,
     report: bool = False,
+    runtime: str | None = None,
 ) -> dict[str, Any]:
     """Scores every image with every caption; Ctrl-C ends it early, with what has been scored.
 
@@ -48,13 +49,14 @@ def run(
         settings: what results.json says besides the model's and the configuration's settings.
         heatmaps: of how many of each image's best captions heat maps are written, at most `top_k`.
         report: whether report.html is written; `heatmaps` implies it.
+        runtime: that the network is compiled for, or None.
 
     Returns:
         The content of results.json.
 
     Raises:
         CommandError: `out` cannot be written, or captions or a memory budget allow no heat maps.
-        ValueError: settings, captions or a memory budget that do not fit the model.
+        ValueError: settings, captions, a runtime or a memory budget that do not fit the model.
     """
     # results.json opens first, so that it takes its name last: it vouches for the scores.
     with (
@@ -76,6 +78,8 @@ def run(
         model = load()
         check_lengths(model, captions)
         matcher = Matcher(model, config)
+        if runtime is not None:
+            matcher.compile(runtime)
         if heatmaps:
             _check_heatmaps(matcher, captions)
         settings = {**settings_of(matcher), **settings, "top_k": top_k, "heatmaps": heatmaps}

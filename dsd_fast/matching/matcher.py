@@ -59,6 +59,17 @@ class Matcher:
         """Score id → (H,) float32 weights of its heads."""
         return dict(self._scorer.weights)
 
+    def compile(self, runtime: str = "inductor") -> Matcher:
+        """From now on the network runs compiled, see :meth:`dsd_fast.unet.plan.Plan.compile`; the matcher itself.
+
+        Heat maps are made as before.
+
+        Raises:
+            ValueError: an unknown runtime; "cudagraph" with a model that is not on a CUDA device.
+        """
+        self._scorer.plan.compile(runtime)
+        return self
+
     def score(
         self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None
     ) -> Tensor:

@@ -157,6 +157,8 @@ def test_strange_names_and_captions(cli, good_images, tmp_path):
         (["--caption", "a", "--model", "./nothing"], "model './nothing' is a folder that does not exist"),
         (["--caption", "a", "--revision", "main"], "revision is 'main', but model 'mini' is a folder"),
         (["--caption", "a", "--timesteps", "0"], "timesteps: got 0"),
+        (["--caption", "a", "--runtime", "jit"], "runtime: got 'jit', expected 'inductor' or 'cudagraph'"),
+        (["--caption", "a", "--runtime", "cudagraph"], "runtime: 'cudagraph' needs a network on a CUDA device"),
         (["--caption", "a", "--timesteps", "many"], "--timesteps: 'many' is neither a count nor"),
         (["--caption", "a", "--timesteps", "5,1000"], "timesteps holds 1000, expected 0 to 999"),
         (["--caption", "a", "--memory-budget", "lots"], "--memory-budget: 'lots' is no size"),

@@ -12,6 +12,7 @@ from dsd_fast.images import ImageError
 from dsd_fast.matching import official_layers
 from dsd_fast.reference import matching as reference
 from dsd_fast.unet import UNetProgram
+from dsd_fast.unet.inductor import Inductor
 from tests.tiny import FAMILIES, load_tiny_lora, tiny_pipeline
 
 CAPTIONS = ["a red dog", "a cat", "the ball", "are you a dog"]
@@ -432,3 +433,18 @@ def test_paths_as_strings_are_refused(sd15):
 def test_official_layers_of_every_family():
     counts = {family: len(official_layers(UNetProgram(tiny_pipeline(family).unet))) for family in FAMILIES}
     assert counts == {"sd15": 6, "sd21": 6, "sdxl": 6}
+
+
+def test_compiled_scores_are_the_same(sd15):
+    images = pictures(2)
+    plain = matcher(sd15)
+    compiled = matcher(sd15)
+    # Traced and differentiated as ever, but no code is generated.
+    compiled._scorer.program.inductor = Inductor("aot_eager")
+    assert compiled.compile("inductor") is compiled
+    torch.testing.assert_close(compiled.score(images, CAPTIONS), plain.score(images, CAPTIONS), rtol=0, atol=1e-4)
+    assert compiled._scorer.plan.runtime == "inductor"
+    with pytest.raises(ValueError, match="runtime: got 'fast'"):
+        compiled.compile("fast")
+    with pytest.raises(ValueError, match="'cudagraph' needs a network on a CUDA device"):
+        compiled.compile("cudagraph")
