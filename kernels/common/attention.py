@@ -89,3 +89,80 @@ def without_masked(x: Tensor, bias: Tensor | None) -> Tensor:
 def probabilities(logits: Tensor, lse: Tensor) -> Tensor:
     """exp(logits − lse), logits (b, H, l, T), lse (b, H, l); 0 where every key is masked (lse = −inf)."""
     return torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+
+
+def add_by_text(total: Tensor, texts: Tensor, part: Tensor) -> None:
+    """total[m] += Σ part[b] over the rows b of text m, in a fixed order (a product with a 0/1 matrix, no atomics)."""
+    unique, inverse = torch.unique(texts, return_inverse=True)
+    member = (torch.arange(len(unique), device=texts.device)[:, None] == inverse).to(part.dtype)
+    total[unique] += (member @ part.flatten(1)).view(len(unique), *part.shape[1:])
+
+
+def check_index(name: str, index: Tensor, shape: tuple[int, ...], limit: int) -> Tensor:
+    """``index`` as int64.
+
+    Raises:
+        ValueError: its shape, its type, or on a CPU a value below 0 or at or above ``limit``.
+    """
+    if index.shape != shape or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: got {tuple(index.shape)} {index.dtype}, expected {shape} of int32 or int64")
+    # Values on the GPU were checked on the host before their upload; reading them here would stall the stream.
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(index))
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name}: values from {low} to {high}, expected 0 to {limit - 1}")
+    return index.long()
+
+
+def check_projections(q: Tensor, heads: int, **projections: Tensor | None) -> None:
+    """Of queries (B, L, H·D) and the keys and values (M, T, H·D) of texts.
+
+    Raises:
+        ValueError: a shape, type or device that does not fit, by the argument's name.
+    """
+    if q.ndim != 3 or heads < 1 or q.shape[2] % heads:
+        raise ValueError(f"q: got {tuple(q.shape)}, expected (B, L, H·D) with H = heads = {heads}")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q: got {q.dtype}, expected a floating-point type")
+    k = projections["k"]
+    for name, value in projections.items():
+        if value is None:
+            continue
+        if value.ndim != 3 or value.shape[2] != q.shape[2] or (k is not None and value.shape != k.shape):
+            raise ValueError(f"{name}: got {tuple(value.shape)}, expected (M, T, {q.shape[2]}), the same for k and v")
+        if value.dtype != q.dtype or value.device != q.device:
+            raise ValueError(f"{name}: got {value.dtype} on {value.device}, expected {q.dtype} on {q.device} like q")
+
+
+def check_per_key(name: str, value: Tensor | None, k: Tensor, dtype: torch.dtype) -> None:
+    """Of what each key of each text has one of.
+
+    Raises:
+        ValueError: ``value`` is not (M, T) of ``dtype``.
+    """
+    if value is not None and (value.shape != k.shape[:2] or value.dtype != dtype):
+        raise ValueError(
+            f"{name}: got {tuple(value.shape)} {value.dtype}, expected (M, T) = {tuple(k.shape[:2])} {dtype}"
+        )
+
+
+def check_texts(
+    text_index: Tensor | None, text_length: Tensor | None, rows: int, k: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both as int64.
+
+    Raises:
+        ValueError: one that does not fit q's rows and the texts k (M, T, H·D), or a missing ``text_index``.
+    """
+    if text_index is not None:
+        text_index = check_index("text_index", text_index, (rows,), k.shape[0])
+    elif k.shape[0] != rows:
+        raise ValueError(f"text_index: needed when k has {k.shape[0]} texts for q's {rows} rows")
+    if text_length is not None:
+        text_length = check_index("text_length", text_length, (k.shape[0],), k.shape[1] + 1)
+    return text_index, text_length
+
+
+def rows_texts(text_index: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """``text_index``; without one, row b has text b."""
+    return torch.arange(rows, device=device) if text_index is None else text_index

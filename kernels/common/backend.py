@@ -7,12 +7,21 @@ own default. Asking for an implementation that an operator does not have is an e
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
+from dsd_fast.kernels.common import native
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that compiled kernels take; float64 is the reference's."""
 
 _forced: ContextVar[str | None] = ContextVar("dsd_fast_backend", default=None)
 _last: dict[str, str] = {}
@@ -24,14 +33,20 @@ def choose(operator: str, available: Sequence[str]) -> str:
     Raises:
         ValueError: the forced name is unknown, or ``operator`` has no such implementation for these inputs.
     """
-    forced = _forced.get()
-    source = "force()"
-    if forced is None:
+    _last[operator] = name = choice(operator, available)
+    return name
+
+
+def choice(operator: str, available: Sequence[str]) -> str:
+    """What :func:`choose` would answer, for those who only want to know."""
+    name, source = _forced.get(), "force()"
+    if name is None:
         for source in (f"DSD_FAST_BACKEND_{operator.upper()}", "DSD_FAST_BACKEND"):
-            forced = os.environ.get(source) or None
-            if forced is not None:
+            name = os.environ.get(source) or None
+            if name is not None:
                 break
-    name = available[0] if forced is None else forced
+    if name is None:
+        return available[0]
     if name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     if name not in available:
@@ -39,8 +54,38 @@ def choose(operator: str, available: Sequence[str]) -> str:
             f"{source}: operator {operator} has no {name!r} implementation for these inputs; it has "
             f"{', '.join(available)}"
         )
-    _last[operator] = name
     return name
+
+
+def forced() -> Hashable:
+    """All that forces an implementation now; equal as long as the same calls take the same implementations."""
+    return _forced.get(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("DSD_FAST_BACKEND")))
+
+
+@functools.cache
+def available(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The implementations that an operator with a Triton and a C++ form has for such inputs, the default first.
+
+    On a CPU Triton runs under its interpreter alone (``TRITON_INTERPRET=1``), and only where it is forced. Where
+    Triton is missing on a GPU the reference runs, which the log says once.
+    """
+    if dtype not in KERNEL_DTYPES:
+        return ("reference",)
+    if device == "cuda":
+        return ("triton", "reference") if _triton_is_there() else ("reference",)
+    if device != "cpu":
+        return ("reference",)
+    names = ("cpu", "reference") if native.load("cpu") else ("reference",)
+    return (*names, "triton") if os.environ.get("TRITON_INTERPRET") == "1" and _triton_is_there() else names
+
+
+def _triton_is_there() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        logging.getLogger(__name__).warning("Triton is not installed: operators run in plain torch, much slower")
+        return False
+    return True
 
 
 def last(operator: str) -> str | None:

@@ -27,7 +27,7 @@ def _has_triton() -> bool:
 
 
 # A compiler calls it once and keeps the answer: plain torch is then traced into, and fused, without a graph break.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(operator: str, device: str, dtype: torch.dtype) -> str:
     """The implementation of ``operator`` for such inputs: plain torch, which a compiler can fuse, unless one is forced.
 

@@ -24,5 +24,5 @@ def load(kind: str) -> bool:
     """
     files = sorted(PACKAGE.glob(f"_{kind}.*so"))
     if files:
-        torch.ops.load_library(str(files[0]))
+        torch.ops.load_library(str(files[0]))  # type: ignore[no-untyped-call]
     return bool(files)

@@ -6,26 +6,85 @@ score too, which no fused attention of aten offers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from dsd_fast.kernels.common import backend
-from dsd_fast.kernels.common.attention import full_precision
+from dsd_fast.kernels.common import backend, native
+from dsd_fast.kernels.common.attention import (
+    check_per_key,
+    check_projections,
+    check_texts,
+    full_precision,
+    real_dtype,
+    rows_texts,
+)
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
 
+# `torch.library.custom_op` takes several times as long a call as an operator that is defined and implemented so.
+torch.library.define(
+    f"dsd_fast::{NAME}",
+    "(Tensor q, Tensor k, Tensor? v, Tensor? text_index, Tensor? text_length, Tensor? key_bias, Tensor? score_mask, "
+    "int heads, float scale, bool mean, bool save) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    f"dsd_fast::{NAME}_backward",
+    "(Tensor? dout, Tensor? dscore, Tensor q, Tensor k, Tensor? v, Tensor? text_index, Tensor? text_length, "
+    "Tensor? key_bias, Tensor? score_mask, Tensor saved, int heads, float scale, bool mean, bool query=True, "
+    "bool text=True) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_FORWARD = torch.ops.dsd_fast.cross_attention_score.default
+_BACKWARD = torch.ops.dsd_fast.cross_attention_score_backward.default
 
-@torch.library.custom_op("dsd_fast::cross_attention_score", mutates_args=())
+CUDA_WIDTHS = (40, 64, 80, 128, 160)
+
+
+def _implementations(q: Tensor, k: Tensor, v: Tensor | None, heads: int) -> tuple[str, ...]:
+    """Those that can run now, the default first; "cuda" is a forward pass, whose gradient is Triton's."""
+    width = q.shape[2] // heads
+    if not 1 <= width <= 256:
+        return ("reference",) if not q.is_cpu else tuple(x for x in _available(q) if x != "triton")
+    names = _available(q)
+    if q.is_cuda and _cuda_takes(q, k, v, width):
+        return (names[0], "cuda", *names[1:])
+    return names
+
+
+def _available(q: Tensor) -> tuple[str, ...]:
+    return backend.available(q.device.type, q.dtype)
+
+
+def _cuda_takes(q: Tensor, k: Tensor, v: Tensor | None, width: int) -> bool:
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and width in CUDA_WIDTHS
+        and k.shape[1] <= 128
+        and all(x is None or x.stride(2) == 1 for x in (q, k, v))
+        and _capability(q.device) >= 8
+        and native.load("cuda")
+    )
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
 def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    text_index: Tensor,
+    text_index: Tensor | None,
     text_length: Tensor | None,
     key_bias: Tensor | None,
     score_mask: Tensor | None,
@@ -34,19 +93,27 @@ def _forward(
     mean: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend.choose(NAME, ("reference",))
+    name = backend.choose(NAME, _implementations(q, k, v, heads))
+    options = (text_length, key_bias, score_mask, heads, scale, mean, save)
+    if name == "triton":
+        from dsd_fast.kernels.cross_attention_score import kernel
+
+        return kernel.forward(q, k, v, text_index, *options)
+    texts = rows_texts(text_index, q.shape[0], q.device)
+    if name != "reference":
+        library = torch.ops.dsd_fast_cpu if name == "cpu" else torch.ops.dsd_fast_cuda
+        result: tuple[Tensor, Tensor, Tensor] = library.cross_attention_score(q, k, v, texts, *options)
+        return result
     with full_precision(q.device):
-        return reference.forward(
-            q, k, v, text_index, text_length, key_bias, score_mask, heads=heads, scale=scale, mean=mean, save=save
-        )
+        return reference.forward(q, k, v, texts, *options)
 
 
-@_forward.register_fake
+@torch.library.register_fake(f"dsd_fast::{NAME}")
 def _forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    text_index: Tensor,
+    text_index: Tensor | None,
     text_length: Tensor | None,
     key_bias: Tensor | None,
     score_mask: Tensor | None,
@@ -56,21 +123,20 @@ def _forward_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, _ = q.shape
-    real = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(q.shape if v is not None else (0,))
-    score = q.new_empty((rows, heads) if mean else (rows, heads, length), dtype=real)
+    score = q.new_empty((rows, heads) if mean else (rows, heads, length), dtype=real_dtype(q))
     kept = (1 if score_mask is None else 2) if save else 0
-    return out, score, q.new_empty((kept, rows, heads, length), dtype=real)
+    return out, score, q.new_empty((kept, rows, heads, length), dtype=real_dtype(q))
 
 
-@torch.library.custom_op("dsd_fast::cross_attention_score_backward", mutates_args=())
+@torch.library.impl(f"dsd_fast::{NAME}_backward", ("cpu", "cuda"))
 def _backward(
     dout: Tensor | None,
     dscore: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    text_index: Tensor,
+    text_index: Tensor | None,
     text_length: Tensor | None,
     key_bias: Tensor | None,
     score_mask: Tensor | None,
@@ -78,34 +144,36 @@ def _backward(
     heads: int,
     scale: float,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend.choose(NAME, ("reference",))
-    with full_precision(q.device):
-        return reference.backward(
-            dout,
-            dscore,
-            q,
-            k,
-            v,
-            text_index,
-            text_length,
-            key_bias,
-            score_mask,
-            saved,
-            heads=heads,
-            scale=scale,
-            mean=mean,
-        )
+    query: bool = True,
+    text: bool = True,
+) -> tuple[Tensor, ...]:
+    name = backend.choose(NAME, _implementations(q, k, v, heads))
+    options = (text_length, key_bias, score_mask, saved, heads, scale, mean)
+    found: Sequence[Tensor | None]
+    if name in ("triton", "cuda"):
+        from dsd_fast.kernels.cross_attention_score import kernel
+
+        found = kernel.backward(dout, dscore, q, k, v, text_index, *options, query=query, text=text)
+    else:
+        texts = rows_texts(text_index, q.shape[0], q.device)
+        if name == "cpu":
+            library = torch.ops.dsd_fast_cpu
+            found = library.cross_attention_score_backward(dout, dscore, q, k, v, texts, *options)
+        else:
+            with full_precision(q.device):
+                found = reference.backward(dout, dscore, q, k, v, texts, *options)
+    wanted = (query, text, text and v is not None, text and key_bias is not None)
+    return tuple(x if w and x is not None else q.new_empty(0) for x, w in zip(found, wanted, strict=True))
 
 
-@_backward.register_fake
+@torch.library.register_fake(f"dsd_fast::{NAME}_backward")
 def _backward_fake(
     dout: Tensor | None,
     dscore: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    text_index: Tensor,
+    text_index: Tensor | None,
     text_length: Tensor | None,
     key_bias: Tensor | None,
     score_mask: Tensor | None,
@@ -113,10 +181,15 @@ def _backward_fake(
     heads: int,
     scale: float,
     mean: bool,
+    query: bool = True,
+    text: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    real = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dv = q.new_empty(v.shape if v is not None else (0,))
-    return torch.empty_like(q), torch.empty_like(k), dv, k.new_empty(k.shape[:2], dtype=real)
+    return (
+        q.new_empty(q.shape if query else (0,)),
+        k.new_empty(k.shape if text else (0,)),
+        q.new_empty(v.shape if text and v is not None else (0,)),
+        k.new_empty(k.shape[:2], dtype=real_dtype(q)) if text and key_bias is not None else q.new_empty(0),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -130,7 +203,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dscore: Tensor | None, _: Tens
     q, k, v, text_index, text_length, key_bias, score_mask, saved = ctx.saved_tensors
     if saved.shape[0] == 0:
         raise RuntimeError("cross_attention_score: a gradient is asked for, but save=False kept nothing for it")
-    dq, dk, dv, dbias = _backward(
+    query, keys, values, _, _, bias, *_ = ctx.needs_input_grad
+    text = keys or values or bias
+    dq, dk, dv, dbias = _BACKWARD(
         dout,
         dscore,
         q,
@@ -141,15 +216,32 @@ def _differentiate(ctx: Any, dout: Tensor | None, dscore: Tensor | None, _: Tens
         key_bias,
         score_mask,
         saved,
-        heads=ctx.heads,
-        scale=ctx.scale,
-        mean=ctx.mean,
+        ctx.heads,
+        ctx.scale,
+        ctx.mean,
+        query,
+        text,
     )
-    dbias = None if key_bias is None else dbias.to(key_bias.dtype)
-    return dq, dk, None if v is None else dv, None, None, dbias, None, None, None, None, None
+    dbias = None if key_bias is None or not text else dbias.to(key_bias.dtype)
+    dv = None if v is None or not text else dv
+    return dq if query else None, dk if text else None, dv, None, None, dbias, None, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+torch.library.register_autograd(f"dsd_fast::{NAME}", _differentiate, setup_context=_setup_context)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The registered gradient without the registration's cost, which is many times that of a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, Tensor, Tensor] = _FORWARD(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+        return output
+
+    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
 
 
 @register_flop_formula(torch.ops.dsd_fast.cross_attention_score)
@@ -207,52 +299,20 @@ def cross_attention_score(
     Raises:
         ValueError: a shape, type or index that does not fit, by the argument's name.
     """
-    rows, width, texts = _check(q, k, v, heads)
-    if text_index is None:
-        if texts != rows:
-            raise ValueError(f"text_index: needed when k has {texts} texts for q's {rows} rows")
-        text_index = torch.arange(rows, device=q.device)
-    else:
-        text_index = _check_index("text_index", text_index, (rows,), texts)
-    if text_length is not None:
-        text_length = _check_index("text_length", text_length, (texts,), k.shape[1] + 1)
-    real = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for name, value, dtype in (("key_bias", key_bias, real), ("score_mask", score_mask, torch.bool)):
-        if value is not None and (value.shape != k.shape[:2] or value.dtype != dtype):
-            raise ValueError(
-                f"{name}: got {tuple(value.shape)} {value.dtype}, expected (M, T) = {tuple(k.shape[:2])} {dtype}"
-            )
-    differentiable = [x for x in (q, k, v, key_bias) if x is not None]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    check_projections(q, heads, k=k, v=v)
+    text_index, text_length = check_texts(text_index, text_length, q.shape[0], k)
+    check_per_key("key_bias", key_bias, k, real_dtype(q))
+    check_per_key("score_mask", score_mask, k, torch.bool)
     if scale is None:
-        scale = (width // heads) ** -0.5 if width else 1.0
-    out, score, _ = _forward(
-        q, k, v, text_index, text_length, key_bias, score_mask, heads=heads, scale=float(scale), mean=mean, save=save
-    )
+        width = q.shape[2] // heads
+        scale = width**-0.5 if width else 1.0
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias))
+    inputs = (q, k, v, text_index, text_length, key_bias, score_mask, heads, float(scale), mean, save)
+    if torch.compiler.is_compiling():
+        out, score, _ = _FORWARD(*inputs)
+    elif save:
+        out, score, _ = _Differentiable.apply(*inputs)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, score, _ = _FORWARD(*inputs)
     return (None if v is None else out), score
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor | None, heads: int) -> tuple[int, int, int]:
-    if q.ndim != 3 or heads < 1 or q.shape[2] % heads:
-        raise ValueError(f"q: got {tuple(q.shape)}, expected (B, L, H·D) with H = heads = {heads}")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q: got {q.dtype}, expected a floating-point type")
-    for name, value in (("k", k), ("v", v)):
-        if value is None:
-            continue
-        if value.ndim != 3 or value.shape[2] != q.shape[2] or value.shape != k.shape:
-            raise ValueError(f"{name}: got {tuple(value.shape)}, expected (M, T, {q.shape[2]}), the same for k and v")
-        if value.dtype != q.dtype or value.device != q.device:
-            raise ValueError(f"{name}: got {value.dtype} on {value.device}, expected {q.dtype} on {q.device} like q")
-    return q.shape[0], q.shape[2], k.shape[0]
-
-
-def _check_index(name: str, index: Tensor, shape: tuple[int, ...], limit: int) -> Tensor:
-    if index.shape != shape or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: got {tuple(index.shape)} {index.dtype}, expected {shape} of int32 or int64")
-    # Values on the GPU were checked on the host before their upload; reading them here would stall the stream.
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name}: values from {low} to {high}, expected 0 to {limit - 1}")
-    return index.long()

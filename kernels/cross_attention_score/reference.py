@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common.attention import (
+    add_by_text,
     attention_logits,
     chunks,
     join_heads,
@@ -127,7 +128,7 @@ def backward(
             values = split_heads(without_masked(v[texts], bias), heads).to(real)
             dp = grad @ values.transpose(-1, -2)
             ds += p * (dp - (p * dp).sum(-1, keepdim=True))
-            _add_by_text(dv, texts, join_heads(p.transpose(-1, -2) @ grad))
+            add_by_text(dv, texts, join_heads(p.transpose(-1, -2) @ grad))
         if dscore is not None:
             scored = logits
             if score_mask is not None:
@@ -135,13 +136,6 @@ def backward(
             grad = (dscore[b] / length)[..., None] if mean else dscore[b, :, span]
             ds += probabilities(scored, saved[-1, b, :, span]) * grad[..., None].to(real)
         dq[b, span] = join_heads(ds @ keys) * scale
-        _add_by_text(dk, texts, join_heads(ds.transpose(-1, -2) @ queries) * scale)
-        _add_by_text(dbias, texts, ds.sum((1, 2)))
+        add_by_text(dk, texts, join_heads(ds.transpose(-1, -2) @ queries) * scale)
+        add_by_text(dbias, texts, ds.sum((1, 2)))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(q.dtype), dbias
-
-
-def _add_by_text(total: Tensor, texts: Tensor, part: Tensor) -> None:
-    """total[m] += Σ part[b] over the rows b of text m, in a fixed order (a product with a 0/1 matrix, no atomics)."""
-    unique, inverse = torch.unique(texts, return_inverse=True)
-    member = (torch.arange(len(unique), device=texts.device)[:, None] == inverse).to(part.dtype)
-    total[unique] += (member @ part.flatten(1)).view(len(unique), *part.shape[1:])

@@ -2,8 +2,8 @@
 
 Letters: B images, C channels, G groups, D = C/G channels a group, L positions, S splits of the positions. Where a group
 of an image fits into the registers of a program one pass does it (whole_kernel.py), else the positions are split over
-programs (split_kernel.py). Which form, and the splits, depend on L and D alone, so that a result depends neither on its batch
-nor on the GPU. Any strides are read in place where h and w step as one. Source: Wu and He, arXiv 1803.08494.
+programs (split_kernel.py). Which form, and the splits, depend on L and D alone, so that a result depends neither on its
+batch nor on the GPU. Any strides are read in place where h and w step as one. Source: Wu and He, arXiv 1803.08494.
 """
 
 from __future__ import annotations

@@ -4,33 +4,28 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsd_fast.kernels.common import attention, backend
+from dsd_fast.kernels.common import attention, backend, native
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
+from tests.kernels.attention import INF, largest_logit, written_out
 from tests.memory import allocations
 
-INF = float("inf")
+IMPLEMENTATIONS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(not native.load("cpu"), reason="the CPU library is not built")),
+]
 
 
-def written_out(q, k, v, *, heads, index=None, length=None, bias=None, mask=None, scale=None, mean=False):
-    """Materialised attention in plain torch: the truth when the inputs are float64."""
-    b, positions, width = q.shape
-    index = torch.arange(b) if index is None else index
-    d = width // heads
-    k, v = k[index], v[index]
-    tokens = k.shape[1]
-    add = torch.zeros(b, tokens, dtype=q.dtype) if bias is None else bias[index].to(q.dtype)
-    if length is not None:
-        add = add.masked_fill(torch.arange(tokens) >= length[index][:, None], -INF)
-    q, k, v = (x.reshape(b, -1, heads, d).transpose(1, 2) for x in (q, k, v))
-    k, v = (torch.where((add == -INF)[:, None, :, None], torch.zeros_like(x), x) for x in (k, v))
-    s = q @ k.transpose(-1, -2) * (d**-0.5 if scale is None else scale) + add[:, None, None, :]
-    out = torch.softmax(s, -1) @ v
-    seen = s if mask is None else s.masked_fill(~mask[index][:, None, None, :], -INF)
-    lse = torch.logsumexp(seen, -1)
-    return out.transpose(1, 2).reshape(b, positions, width), lse.mean(-1) if mean else lse
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """Each implementation that a CPU has for 16-bit and 32-bit inputs, and proof that it ran."""
+    with backend.force(request.param):
+        yield request.param
+    assert backend.last("cross_attention_score") == request.param
 
 
 def inputs(rows=3, positions=5, texts=2, tokens=7, heads=2, width=4, dtype=torch.float64, grad=False, seed=0):
@@ -65,6 +60,7 @@ GRID = [
 ]
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("shape", GRID, ids=lambda s: "B{}-L{}-M{}-T{}-H{}-D{}".format(*s))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_within_twice_plain_torch(shape, dtype):
@@ -149,6 +145,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mean", [False, True])
 def test_opcheck(shape, mean):
@@ -186,6 +183,7 @@ def test_masked_keys_are_not_read(how):
         torch.testing.assert_close(results(*spoiled), want, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_at_the_end_alone(dtype):
     """The arithmetic is float32: the score is that of the inputs in float32, the output that one rounded."""
@@ -198,6 +196,7 @@ def test_half_precision_is_rounded_at_the_end_alone(dtype):
     assert error(out, exact[0]) <= (0.5 * torch.finfo(dtype).eps + 2 * 77 * eps) * float(exact[0].abs().max())
 
 
+@pytest.mark.usefixtures("implementation")
 def test_autocast_does_not_lower_the_arithmetic():
     q, k, v, _ = inputs(dtype=torch.float32, grad=True)
     index = torch.tensor([0, 1, 1])
@@ -262,6 +261,7 @@ def test_without_values_only_the_score():
     torch.testing.assert_close(score, cross_attention_score(q, k, v, heads=2, text_index=index)[1], rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_gradients_are_equal_to_the_bit_on_repeats():
     q, k, v, _ = inputs(rows=16, positions=33, texts=3, dtype=torch.float32, grad=True)
     index = torch.arange(16) % 3
@@ -275,7 +275,47 @@ def test_gradients_are_equal_to_the_bit_on_repeats():
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 
+@pytest.mark.usefixtures("implementation")
+@given(
+    sizes=st.tuples(*(st.integers(low, high) for low, high in ((0, 4), (0, 40), (1, 3), (0, 140), (1, 3), (1, 50)))),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    step=st.integers(1, 3),
+    transposed=st.booleans(),
+    mean=st.booleans(),
+    data=st.data(),
+)
+def test_any_shape_stride_type_and_index(sizes, dtype, step, transposed, mean, data):
+    rows, positions, texts, tokens, heads, width = sizes
+    index = torch.tensor(
+        data.draw(st.lists(st.integers(0, texts - 1), min_size=rows, max_size=rows)), dtype=torch.int64
+    )
+    q, k, v, _ = inputs(rows, positions, texts, tokens, heads, width * step, dtype)
+    q, k, v = (x[..., ::step] for x in (q, k, v))
+    if transposed:
+        k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    leaves = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
+    reach = 1 + 4 * largest_logit(*leaves[:2], None, heads, None)
+
+    def results(call, dtype):
+        x = [leaf.to(dtype) for leaf in leaves]
+        values = call(*x, index)
+        loss = sum(y.masked_fill(y.isinf(), 0.0).sum() for y in values)
+        return [*values, *torch.autograd.grad(loss, leaves)] if loss.requires_grad else list(values)
+
+    ours = results(lambda q, k, v, i: cross_attention_score(q, k, v, heads=heads, text_index=i, mean=mean), dtype)
+    plain = results(lambda q, k, v, i: written_out(q, k, v, heads=heads, index=i, mean=mean), dtype)
+    truth = results(lambda q, k, v, i: written_out(q, k, v, heads=heads, index=i, mean=mean), torch.float64)
+    for number, (mine, naive, true) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert mine.shape == true.shape
+        seen = true.isfinite()
+        assert torch.equal(mine.isfinite(), seen), number
+        mine, naive, true = mine[seen], naive[seen], true[seen]
+        # Beside the result's own rounding: the logits are exponents, and what is rounded of them is multiplied.
+        assert error(mine, true) <= 2 * error(naive, true) + floor(true, mine.dtype) * reach, number
+
+
 def test_nothing_of_size_heads_positions_tokens_is_allocated(monkeypatch):
+    monkeypatch.setenv("DSD_FAST_BACKEND", "reference")
     q, k, v, _ = inputs(rows=1, positions=4096, texts=1, tokens=77, heads=8, width=40, dtype=torch.float32)
     per_row = 8 * 4096 * 77 * 4
     largest = max(allocations(lambda: cross_attention_score(q, k, v, heads=8, mean=True)))
@@ -300,6 +340,7 @@ def test_flops_are_registered():
     assert counter.get_total_flops() == product
 
 
+@pytest.mark.usefixtures("implementation")
 def test_compiles_without_a_graph_break():
     q, k, v, _ = inputs(dtype=torch.float32)
     index = torch.tensor([0, 1, 1])

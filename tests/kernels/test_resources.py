@@ -1,0 +1,110 @@
+"""Every tuned Triton kernel compiles for every architecture, without a GPU, and stays in registers."""
+
+from dataclasses import replace
+from importlib.metadata import version
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from dsd_fast.bench import resources
+from dsd_fast.kernels.common.resources import SHARED_LIMIT, measure
+from dsd_fast.kernels.cross_attention_score import kernel
+from tests.repository.source import ROOT
+
+PINNED = next(
+    line.removeprefix("triton==").strip()
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line.startswith("triton==")
+)
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels are not compiled")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return resources.table_rows()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_kernel_needs_a_stack_frame(rows):
+    assert [row for row in rows if row.stack] == []
+    assert [row for row in rows if row.shared > SHARED_LIMIT[row.capability]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_operator_is_compiled_for_every_architecture_in_both_types(rows):
+    assert {row.operator for row in rows} == set(resources.operators())
+    assert {"cross_attention_score", "token_maps"} <= set(resources.operators())
+    for operator in resources.operators():
+        builds = [(build.name, capability) for build in resources.builds(operator) for capability in (80, 90, 100)]
+        assert [(row.build, row.capability) for row in rows if row.operator == operator] == builds
+        assert len(set(builds)) == len(builds)
+        types = {kind for build in resources.builds(operator) for kind in build.signature.values()}
+        assert {"*bf16", "*fp16"} <= types
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(version("triton") != PINNED, reason="the table is that of the pinned Triton")
+def test_the_committed_table_is_what_the_kernels_give(rows):
+    assert resources.read_table(ROOT / resources.TABLE) == rows
+
+
+def test_the_document_is_what_the_committed_table_says():
+    text = (ROOT / resources.DOCUMENT).read_text()
+    table = resources.read_table(ROOT / resources.TABLE)
+    assert resources.filled(text, table) == text
+    assert {row.operator for row in table} == set(resources.operators())
+    for operator in resources.operators():
+        assert f"<!-- resources:{operator} -->" in text
+
+
+def test_a_spill_is_seen():
+    """Four warps with a tile that needs many more registers than they have."""
+    build = next(build for build in kernel.builds() if build.name.startswith("output and score, D 160"))
+    spilling = replace(build, constants={**build.constants, "BLOCK": 128})
+    assert measure(build, 90).stack == 0
+    assert measure(spilling, 90).stack > 0
+
+
+@pytest.mark.parametrize("width", [40, 64, 80, 128, 160])
+def test_a_launch_compiles_what_is_judged(width, monkeypatch):
+    """The constants of a build are those of a launch with 77 tokens."""
+    seen = {}
+
+    class Recorder:
+        def __init__(self, jit):
+            self.jit = jit
+
+        def __getitem__(self, grid):
+            return lambda **arguments: seen.setdefault(self.jit, []).append(arguments)
+
+    for name in ("forward_kernel", "query_kernel", "query_loop_kernel", "text_kernel"):
+        monkeypatch.setattr(kernel, name, Recorder(getattr(kernel, name)))
+    monkeypatch.setattr(kernel, "segment_sum", lambda part, total, *_: total)
+    q, k = torch.zeros(4, 40, 2 * width).half(), torch.zeros(2, 77, 2 * width).half()
+    index = torch.tensor([0, 1, 1, 0])
+    empty = (None, None, None)
+    saved = kernel.forward(q, k, k, index, *empty, 2, 0.1, True, True)[2]
+    kernel.backward(q, torch.zeros(4, 2), q, k, k, index, *empty, saved, 2, 0.1, True)
+    monkeypatch.undo()
+    names = [build.name for build in kernel.builds()]
+    for jit, calls in seen.items():
+        for arguments in calls:
+            found = [
+                build.name
+                for build in kernel.builds()
+                if build.kernel is jit
+                and all(build.constants[name] == arguments[name] for name in build.constants)
+                and {name for name in build.signature if name.startswith("p_")}
+                == {name for name in arguments if name.startswith("p_") and arguments[name] is not None}
+                and (build.warps, build.stages) == (arguments["num_warps"], arguments["num_stages"])
+            ]
+            assert len(found) == 2, (jit.__name__, names)
+    assert len(seen) == 3
