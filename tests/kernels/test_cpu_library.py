@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsd_fast.kernels.common import native
-from dsd_fast.kernels.cross_attention_score import reference
+from tests.kernels.attention import maps_written_out, written_out
 from tests.repository.processes import run_python
 
 if not native.load("cpu"):
@@ -56,32 +56,41 @@ def problem(shape, dtype=torch.float32, seed=0, strided=False, options=()):
     return q, k, None if "score" in options else v, index, length, bias, mask
 
 
-def exact(x):
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+def pass_and_gradients(arguments, heads, scale, mean, dout, dscore, dtype):
+    """Output, score, and the gradients of q, k, v and key_bias of attention written out in `dtype`, by autograd."""
+    q, k, v, index, length, bias, mask = arguments
+    leaves = [None if x is None else x.to(dtype).requires_grad_() for x in (q, k, v, bias)]
+    q, k, v, bias = leaves
+    out, score = written_out(
+        q, k, v, heads=heads, index=index, length=length, bias=bias, mask=mask, scale=scale, mean=mean
+    )
+    # A score of −inf has no gradient, and −inf · 0 would be NaN.
+    loss = (score.masked_fill(score == -float("inf"), 0.0) * dscore).sum()
+    loss = loss if dout is None or v is None else loss + (out * dout).sum()
+    grads = torch.autograd.grad(loss, [x for x in leaves if x is not None], allow_unused=True, materialize_grads=True)
+    given = iter(grads)
+    found = [None if x is None else next(given).nan_to_num(0.0) for x in leaves]
+    return [None if v is None else out.detach(), score.detach(), *found]
 
 
-def logit_terms(arguments, heads, scale):
-    """The largest Σ|q||k| of a logit: a sum in float32 is off by about eps times the size of its terms."""
-    q, k, _, index, *_ = arguments
-    q, k = (x.double().abs().unflatten(-1, (heads, -1)) for x in (q, k[index]))
-    return float(torch.einsum("blhd,bthd->bhlt", q, k).max()) * scale if q.numel() and k.numel() else 0.0
+def close(mine, plain, truth):
+    """Off from the truth by at most twice what plain torch is, and one rounding of the largest value.
 
-
-def close(mine, plain, truth, logit, size=0.0):
-    """Off from the truth by no more than twice what plain torch is, and the rounding of results and logits.
-
-    A logit is an exponent: where it is off by `logit` · eps, a probability changes by that share of itself, and with it
-    what is made of it, of size `size` before terms cancel.
+    Each is a list, of draws of one problem: the largest of few errors is a matter of luck.
     """
-    assert mine.shape == truth.shape
-    assert not mine.isnan().any()
-    finite = truth.isfinite()
-    assert torch.equal(mine[~finite].double(), truth[~finite].double())
-    if not finite.any():
-        return
-    error, largest = (plain - truth)[finite].abs().max(), truth[finite].abs().max()
-    floor = largest * torch.finfo(mine.dtype).eps + max(largest, size) * logit * torch.finfo(torch.float32).eps
-    assert (mine - truth)[finite].abs().max() <= 2 * error + floor
+    size = error = mistake = 0.0
+    for x, y, z in zip(mine, plain, truth, strict=True):
+        assert x.shape == z.shape
+        assert not x.isnan().any()
+        finite = z.isfinite()
+        assert torch.equal(x[~finite].double(), z[~finite])
+        if finite.any():
+            size = max(size, float(z[finite].abs().max()))
+            error = max(error, float((y.to(x.dtype) - z)[finite].abs().max()))
+            mistake = max(mistake, float((x - z)[finite].abs().max()))
+    # Without fused multiply-adds, which plain torch has here, every term is rounded twice: √2 the error.
+    times = 2 * 2**0.5 if ops.capability() == "baseline" else 2
+    assert mistake <= times * error + size * torch.finfo(mine[0].dtype).eps
 
 
 SHAPES = [
@@ -89,58 +98,63 @@ SHAPES = [
     (2, 13, 2, 77, 8, 40),
     (3, 31, 2, 77, 5, 64),
     (2, 33, 3, 200, 2, 80),
-    (2, 4, 2, 77, 1, 160),
-    (1, 3, 1, 5, 1, 256),
+    (2, 34, 2, 77, 1, 160),
+    (1, 63, 1, 5, 1, 256),
     (5, 97, 3, 24, 4, 24),
     (3, 5, 2, 0, 2, 4),
     (0, 5, 2, 7, 2, 4),
     (3, 0, 2, 7, 2, 4),
 ]
 OPTIONS = [(), ("length", "bias", "mask"), ("score", "bias"), ("score", "mask", "mean"), ("length", "mean")]
+DRAWS = 6
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-L{}-M{}-T{}-H{}-D{}".format(*s))
 def test_output_score_and_gradients(shape, dtype, options):
-    arguments = problem(shape, dtype, options=options)
-    rest = (shape[4], 0.3, "mean" in options)
-    results = ops.cross_attention_score(*arguments, *rest, True)
-    named = dict(zip(("heads", "scale", "mean"), rest, strict=True))
-    truth = reference.forward(*map(exact, arguments), **named, save=True)
-    plain = reference.forward(*arguments, **named, save=True)
-    assert results[0].dtype == dtype
-    logit = logit_terms(arguments, shape[4], 0.3)
-    for x, y, z in zip(results, plain, truth, strict=True):
-        close(x, y, z, logit)
-    g = torch.Generator().manual_seed(1)
-    dscore = torch.randn(results[1].shape, generator=g)
-    douts = [None] if "score" in options else [torch.randn(results[0].shape, generator=g).to(dtype), None]
-    for dout in douts:
-        got = ops.cross_attention_score_backward(dout, dscore, *arguments, results[2], *rest)
-        true = reference.backward(exact(dout), exact(dscore), *map(exact, arguments), truth[2], **named)
-        naive = reference.backward(dout, dscore, *arguments, plain[2], **named)
-        size = float(dscore.abs().max()) if dscore.numel() else 0.0
-        if dout is not None and dout.numel() and arguments[2].numel():
-            size += logit_terms((dout, arguments[2], None, arguments[3]), shape[4], 1.0)
-        for x, y, z in zip(got, naive, true, strict=True):
-            close(x, y, z, logit, size)
+    judged(shape, dtype, options, size=1.0)
+
+
+@pytest.mark.parametrize("size", [4.0, 10.0])
+def test_logits_of_trained_networks_cost_no_digits(size):
+    """Exponents that are large lose digits where they are rounded twice: in a log-sum-exp that is kept, for example."""
+    judged((2, 256, 2, 77, 4, 40), torch.float32, ("bias", "mean"), size)
+
+
+def judged(shape, dtype, options, size):
+    rest = (shape[4], size * max(1, shape[5]) ** -0.5, "mean" in options)
+    results = [[] for _ in range(3)]
+    for seed in range(DRAWS):
+        arguments = problem(shape, dtype, seed, options=options)
+        out, score, saved = ops.cross_attention_score(*arguments, *rest, True)
+        g = torch.Generator().manual_seed(seed)
+        dscore = torch.randn(score.shape, generator=g)
+        # Without a gradient of the output the gradient of the score alone is made, by other code.
+        dout = None if "score" in options or seed == 0 else torch.randn(out.shape, generator=g).to(dtype)
+        grads = ops.cross_attention_score_backward(dout, dscore, *arguments, saved, *rest)
+        assert out.dtype == grads[0].dtype == dtype
+        results[0].append((out, score, *grads))
+        for found, kind in zip(results[1:], (torch.float32, torch.float64), strict=True):
+            given = [x if x is None else x.to(kind) for x in (dout, dscore)]
+            found.append(pass_and_gradients(arguments, *rest, *given, kind))
+    for mine, plain, truth in zip(*(zip(*each, strict=True) for each in results), strict=True):
+        if truth[0] is not None:
+            close(mine, plain, truth)
 
 
 def test_sums_over_many_positions_keep_their_digits():
     """Rounding of a sum of n numbers one after another grows with √n; plain torch adds in blocks, and so must this."""
-    arguments = problem((2, 4096, 1, 77, 1, 40))
-    named = {"heads": 1, "scale": 40**-0.5, "mean": False}
-    truth = reference.forward(*map(exact, arguments), **named, save=True)
+    arguments = problem((2, 4096, 1, 77, 1, 40), options=("bias",))
     g = torch.Generator().manual_seed(1)
     dout, dscore = torch.randn(2, 4096, 40, generator=g), torch.randn(2, 1, 4096, generator=g)
-    saved = truth[2].float()
-    got = ops.cross_attention_score_backward(dout, dscore, *arguments, saved, 1, 40**-0.5, False)
-    true = reference.backward(exact(dout), exact(dscore), *map(exact, arguments), truth[2], **named)
-    naive = reference.backward(dout, dscore, *arguments, saved, **named)
-    for mine, plain, right in zip(got, naive, true, strict=True):
-        floor = right.abs().max() * torch.finfo(torch.float32).eps
-        assert (mine - right).abs().max() <= 2 * (plain - right).abs().max() + floor
+    rest = (1, 40**-0.5, False)
+    saved = ops.cross_attention_score(*arguments, *rest, True)[2]
+    got = ops.cross_attention_score_backward(dout, dscore, *arguments, saved, *rest)
+    plain = pass_and_gradients(arguments, *rest, dout, dscore, torch.float32)[2:]
+    truth = pass_and_gradients(arguments, *rest, dout.double(), dscore.double(), torch.float64)[2:]
+    for each in zip(got, plain, truth, strict=True):
+        close(*([x] for x in each))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,10 +199,13 @@ def test_small_and_large_logits(size):
     mask = torch.zeros(2, 30, dtype=torch.bool)
     mask[:, 3] = True
     arguments = (q * size, k, v, index, None, None, mask)
-    truth = reference.forward(*map(exact, arguments), heads=2, scale=1.0, mean=False, save=True)
-    plain = reference.forward(*arguments, heads=2, scale=1.0, mean=False, save=True)
-    for x, y, z in zip(ops.cross_attention_score(*arguments, 2, 1.0, False, True), plain, truth, strict=True):
-        close(x, y, z, logit_terms(arguments, 2, 1.0))
+    got = ops.cross_attention_score(*arguments, 2, 1.0, False, True)
+    plain, truth = (
+        written_out(*(x.to(kind) for x in arguments[:3]), heads=2, index=index, mask=mask, scale=1.0)
+        for kind in (torch.float32, torch.float64)
+    )
+    for each in zip(got[:2], plain, truth, strict=True):
+        close(*([x] for x in each))
 
 
 def test_masked_keys_are_not_read():
@@ -236,20 +253,15 @@ def test_the_number_of_threads_and_repeats_do_not_change_a_bit():
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[3]], ids=lambda s: "B{}-L{}-M{}-T{}-H{}-D{}".format(*s))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_maps(shape, dtype):
-    q, k, _, index, length, bias, _ = problem(shape, dtype, options=("length", "bias"))
-    tokens = torch.randint(shape[3], (shape[0], 3), generator=torch.Generator().manual_seed(2))
-    maps = ops.token_maps(q, k, tokens, index, length, bias, shape[4], 0.3)
-    d = shape[5]
-
-    def written_out(q, k, bias):
-        b = bias[index].masked_fill(torch.arange(shape[3]) >= length[index][:, None], -float("inf"))
-        keys = k[index].masked_fill((b == -float("inf"))[..., None], 0)
-        s = torch.einsum("blhd,bthd->bhlt", q.unflatten(-1, (-1, d)), keys.unflatten(-1, (-1, d))) * 0.3
-        p = torch.softmax(s + b[:, None, None], -1).nan_to_num()
-        return torch.stack([p[i][..., tokens[i]].mean(0).T for i in range(len(q))]) if len(q) else maps.to(q.dtype)
-
-    plain, truth = written_out(q.float(), k.float(), bias), written_out(q.double(), k.double(), bias.double())
-    close(maps, plain, truth, logit_terms((q, k, None, index), shape[4], 0.3))
+    results = [[] for _ in range(3)]
+    for seed in range(DRAWS):
+        q, k, _, index, length, bias, _ = problem(shape, dtype, seed, options=("length", "bias"))
+        tokens = torch.randint(shape[3], (shape[0], 3), generator=torch.Generator().manual_seed(seed))
+        results[0].append(ops.token_maps(q, k, tokens, index, length, bias, shape[4], 0.3))
+        for found, kind in zip(results[1:], (torch.float32, torch.float64), strict=True):
+            real = [x.to(kind) for x in (q, k, bias)]
+            found.append(maps_written_out(*real[:2], tokens, index, length, real[2], heads=shape[4], scale=0.3))
+    close(*results)
 
 
 def test_bad_arguments_raise():

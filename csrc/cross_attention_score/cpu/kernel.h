@@ -110,8 +110,8 @@ struct Broadcast {
 
 enum class Begin { zero, row, sum };  // what a product is added to: nothing, one row for all, what is there
 
-// c (R rows, C vectors) = begin + Σ_k a[r, k] b[k, :]. What is there is added last: a sum over thousands of positions, made
-// of one for each block, then loses far fewer digits than one number after another.
+// c (R rows, C vectors) = begin + Σ_k a[r, k] b[k, :]. `begin` is added last: beside a large one every term of the sum
+// would be rounded to its last place.
 template <int R, int C, Begin B>
 inline __attribute__((always_inline)) void tile(Broadcast a, int64_t depth, const float* b, int64_t b_row, float* c,
                                                 int64_t c_row, const float* begin) {
@@ -120,7 +120,7 @@ inline __attribute__((always_inline)) void tile(Broadcast a, int64_t depth, cons
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int j = 0; j < C; ++j)
-      sum[r][j] = B == Begin::row ? load(begin + j * kWidth) : vec{};
+      sum[r][j] = vec{};
   for (int64_t k = 0; k < depth; ++k) {
     vec panel[C];
 #pragma GCC unroll 16
@@ -137,7 +137,8 @@ inline __attribute__((always_inline)) void tile(Broadcast a, int64_t depth, cons
 #pragma GCC unroll 16
     for (int j = 0; j < C; ++j) {
       float* to = c + r * c_row + j * kWidth;
-      store(to, B == Begin::sum ? load(to) + sum[r][j] : sum[r][j]);
+      const vec before = B == Begin::sum ? load(to) : B == Begin::row ? load(begin + j * kWidth) : vec{};
+      store(to, B == Begin::zero ? sum[r][j] : before + sum[r][j]);
     }
 }
 
@@ -155,12 +156,12 @@ void strip(int64_t rows, Broadcast a, int64_t depth, const float* b, int64_t b_r
 
 // c (rows, columns) = begin + a b, columns a multiple of kWidth, in strips of about equal width.
 template <Begin B>
-void product(int64_t rows, int64_t columns, int64_t depth, Broadcast a, const float* b, int64_t b_row, float* c,
-             int64_t c_row, const float* begin = nullptr) {
-  const int64_t vectors = columns / kWidth, strips = (vectors + kColumns - 1) / kColumns;
+void strips(int64_t rows, int64_t columns, int64_t depth, Broadcast a, const float* b, int64_t b_row, float* c,
+            int64_t c_row, const float* begin) {
+  const int64_t vectors = columns / kWidth, count = (vectors + kColumns - 1) / kColumns;
   int64_t done = 0;
-  for (int64_t s = 0; s < strips; ++s) {
-    const int64_t n = (vectors - done + strips - s - 1) / (strips - s), at = done * kWidth;
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t n = (vectors - done + count - s - 1) / (count - s), at = done * kWidth;
     const float* from = B == Begin::row ? begin + at : nullptr;
     switch (n) {
       case 1: strip<1, B>(rows, a, depth, b + at, b_row, c + at, c_row, from); break;
@@ -170,6 +171,21 @@ void product(int64_t rows, int64_t columns, int64_t depth, Broadcast a, const fl
       default: strip<kColumns, B>(rows, a, depth, b + at, b_row, c + at, c_row, from);
     }
     done += n;
+  }
+}
+
+// The same for any depth. A sum of more than kDepth terms is made of several: it loses fewer digits, as many as a library's
+// product does.
+template <Begin B>
+void product(int64_t rows, int64_t columns, int64_t depth, Broadcast a, const float* b, int64_t b_row, float* c,
+             int64_t c_row, const float* begin = nullptr) {
+  constexpr int64_t kDepth = 48;
+  const int64_t parts = depth > kDepth ? (depth + kDepth - 1) / kDepth : 1;
+  strips<B>(rows, columns, depth / parts, a, b, b_row, c, c_row, begin);
+  for (int64_t i = 1; i < parts; ++i) {
+    const int64_t k = depth * i / parts, next = depth * (i + 1) / parts;
+    strips<Begin::sum>(rows, columns, next - k, {a.data + k * a.depth, a.row, a.depth}, b + k * b_row, b_row, c, c_row,
+                       nullptr);
   }
 }
 
@@ -360,14 +376,15 @@ void maps(const Maps& p, int64_t row, int64_t first, int64_t last, float* memory
   }
 }
 
-// Probabilities from logits in base 2 and a natural log-sum-exp; 0 where no key exists.
-inline void probabilities(const float* logits, float lse, const float* masked, int64_t columns, float factor, float* to) {
-  const float base = lse == -kInfinity ? 0.0f : lse * kLog2E;
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    vec x = load(logits + j) - base;
-    if (masked) x += load(masked + j);
-    store(to + j, exp2_nonpositive(x) * factor);
-  }
+// Logits of a row → its probabilities times `factor`; zeros where no key exists. From the row itself and not from the
+// log-sum-exp that the forward pass kept: that is rounded once more, and an exponent's rounding is a share of the result.
+inline void probabilities(const float* logits, const float* masked, int64_t columns, float factor, float* to) {
+  for (int64_t j = 0; j < columns; j += kWidth)
+    store(to + j, masked ? load(logits + j) + load(masked + j) : load(logits + j));
+  float sum, largest;
+  exponentials(to, columns, &sum, &largest);
+  const float share = sum == 0.0f ? 0.0f : factor / sum;
+  for (int64_t j = 0; j < columns; j += kWidth) store(to + j, load(to + j) * share);
 }
 
 void backward(const Backward& p, const Task& task, const Sums& sums, float* memory) {
@@ -412,7 +429,7 @@ void backward(const Backward& p, const Task& task, const Sums& sums, float* memo
     for (int64_t i = 0; i < n; ++i) {
       float *weight = weights + i * columns, *slope = ds + i * columns;
       if (p.dout.data) {
-        probabilities(logits + i * columns, p.lse[at + i], nullptr, columns, 1.0f, weight);
+        probabilities(logits + i * columns, nullptr, columns, 1.0f, weight);
         vec total = {};
         for (int64_t j = 0; j < columns; j += kWidth) total += load(weight + j) * load(slope + j);
         const float delta = lane_sum(total);
@@ -422,9 +439,13 @@ void backward(const Backward& p, const Task& task, const Sums& sums, float* memo
       }
       if (p.dscore) {
         const float grad = p.mean ? p.dscore[row * s.heads + task.head] / static_cast<float>(s.length) : p.dscore[at + i];
-        // The probabilities of the block's values are needed below; those of the score go where the logits were.
-        probabilities(logits + i * columns, p.scored[at + i], text.scored, columns, grad, logits + i * columns);
-        for (int64_t j = 0; j < columns; j += kWidth) store(slope + j, load(slope + j) + load(logits + i * columns + j));
+        float* counted = logits + i * columns;
+        // Where every key is scored, these are the probabilities of the output too.
+        if (p.dout.data && !text.scored)
+          for (int64_t j = 0; j < columns; j += kWidth) store(counted + j, load(weight + j) * grad);
+        else
+          probabilities(counted, text.scored, columns, grad, counted);
+        for (int64_t j = 0; j < columns; j += kWidth) store(slope + j, load(slope + j) + load(counted + j));
       }
     }
     for (int64_t j = 0; j < columns; j += kWidth) {

@@ -225,25 +225,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> dout, 
   const Kernels& kernel = kernels();
   const int64_t positions = s.rows * s.heads * s.length;
   STD_TORCH_CHECK(saved.numel() == positions * (score_mask ? 2 : 1), "saved: not what the forward pass kept");
-  saved = torch::stable::contiguous(saved);
   const bool output = dout && v;
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k);
+  const auto like = [](const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); };
   const std::vector<int64_t> none = {0};
-  Tensor dv = v ? torch::stable::empty_like(*v) : torch::stable::new_empty(q, none);
+  Tensor dq = like(q), dk = like(k), dv = v ? like(*v) : torch::stable::new_empty(q, none);
   Tensor dbias = floats(k, {s.texts, s.tokens});
   // Texts without rows, and gradients that nothing asks for.
   torch::stable::zero_(dk);
   if (v) torch::stable::zero_(dv);
   torch::stable::zero_(dbias);
 
-  Backward pass{operands.in, {nullptr, operands.in.q.type, 0, 0, 0}, nullptr, mean, data(saved), data(saved),
-                array("q", dq)};
+  Backward pass{operands.in, {nullptr, operands.in.q.type, 0, 0, 0}, nullptr, mean, array("q", dq)};
   if (output) pass.dout = array("dout", *dout);
   if (dscore) {
     dscore = torch::stable::contiguous(*dscore);
     pass.dscore = data(*dscore);
   }
-  if (score_mask) pass.scored += positions;
 
   const std::vector<Task> tasks = operands.tasks(kBackwardBlocks);
   const int64_t matrix = s.tokens * padded(s.width), stride = (output ? 2 : 1) * matrix + s.tokens;

@@ -51,8 +51,8 @@ struct Forward {
   Array out;       // data is null where only the score is wanted
   float* score;    // (B, H, L), or null where the mean is wanted
   float* partial;  // (B, H, blocks): sums of the score over a block, or null
-  float* lse;      // (B, H, L) over all keys, kept for the gradient, or null
-  float* scored;   // (B, H, L) over the scored keys, kept for the gradient, or null
+  float* lse;      // (B, H, L) over all keys, kept for other implementations' gradient, or null
+  float* scored;   // (B, H, L) over the scored keys, kept for the same, or null
 };
 
 struct Backward {
@@ -60,8 +60,6 @@ struct Backward {
   Array dout;           // data is null without a gradient of the output
   const float* dscore;  // (B, H, L), or (B, H) for the mean, or null
   bool mean;
-  const float* lse;     // as the forward pass kept them; `scored` is `lse` without a mask
-  const float* scored;
   Array dq;
 };
 
