@@ -10,6 +10,7 @@ import numpy as np
 
 import dsd_fast as dsd
 from dsd_fast.cli import main
+from dsd_fast.kernels.common import backend
 
 folder = Path(sys.argv[1])
 for name in dsd.__all__:
@@ -21,6 +22,8 @@ matcher = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=1))
 scores = matcher.score([image], ["a red circle", "a blue square"])
 assert scores.shape == (1, 2)
 assert scores.isfinite().all()
+# The compiled operators are part of the wheel.
+assert backend.last("cross_attention_score") == "cpu"
 
 # An editable install would fill a module that the wheel lacks from the source tree.
 files = [
