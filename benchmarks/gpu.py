@@ -2,7 +2,8 @@
 
 It needs torch, pytest and this package's source tree: nothing is installed, and what lacks a package is left out and
 named. The checks and each suite run in a process of their own, so that a fault on the device ends one of them and the
-table still comes. Records are appended to $OUT, or to benchmarks/results, as each case ends.
+table still comes. Records are appended to $OUT, or to benchmarks/results, as each case ends. The short run ends within
+8 minutes.
 
     python -m benchmarks.gpu                  # checks, and the short cases of the suites
     python -m benchmarks.gpu --full           # the suites' long grid; what has its record already is left out
@@ -38,9 +39,11 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("ops", "unet")
 DEVICE = "cuda"
 
-# Seconds of a short run, after which no case starts, and what a case may take beyond them.
-SHORT = 420
-GRACE = 120
+# Seconds of a short run, after which no case starts; what a case may take beyond them; and what building may take of
+# them.
+SHORT = 390
+GRACE = 80
+BUILD = 180
 
 # What the suites import beyond torch and Triton.
 NEEDS = {"unet": "diffusers"}
@@ -112,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sanitize:
         return sanitize(options.pytest)
     begin, report, results = time.monotonic(), Report(), folder()
-    report.notes += build()
+    report.notes += build(None if options.full else BUILD)
     if not options.full:
         report.checks = check(options.pytest, begin + SHORT)
     for place, name in enumerate(NAMES):
@@ -120,6 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.notes.append(f"{name}: left out, {NEEDS[name]} is not installed")
             continue
         left = begin + SHORT - time.monotonic()
+        if not options.full and left <= 0:
+            report.notes.append(f"{name}: left out, no time is left")
+            continue
         until = None if options.full else time.monotonic() + left / (len(NAMES) - place)
         _suite(name, options.full, until, results / f"{name}.jsonl", report)
     print(f"\n{report.text()}\n{time.monotonic() - begin:.0f} s; records in {results}", flush=True)
@@ -131,13 +137,17 @@ def folder() -> Path:
     return Path(os.environ.get("OUT") or ROOT / "benchmarks/results")
 
 
-def build() -> list[str]:
-    """Builds the native libraries in place; a line if that cannot be done."""
+def build(seconds: float | None = None) -> list[str]:
+    """Builds the native libraries in place; a line if that cannot be done, or takes longer than ``seconds``."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if not done.returncode:
-        return []
-    reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        reason = f"it took longer than {seconds:g} s"
+    else:
+        if not done.returncode:
+            return []
+        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
     return [f"the native libraries were not built, what needs them is left out: {reason}"]
 
 
@@ -148,7 +158,7 @@ def check(arguments: Sequence[str], until: float) -> Checks:
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={file}", *arguments]
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=until - time.monotonic()).returncode
+        code = subprocess.run(command, cwd=ROOT, timeout=max(0.0, until - time.monotonic())).returncode
     except subprocess.TimeoutExpired:
         return Checks(trouble="they did not end in time")
     if not file.exists():

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsd_fast.kernels.common.build import Build
-from dsd_fast.kernels.common.elementwise import as_rows, dense, on_device
+from dsd_fast.kernels.common.elementwise import as_rows, dense
+from dsd_fast.kernels.common.kernel import on
 
 # Elements of a program's tile, 16 a thread of four warps, where rows are narrower than it.
 TILE = 2048
@@ -146,7 +147,7 @@ def forward(
     rows = as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
     block_m, block_c, warps = tiles(x.shape[-1])
-    with on_device(x):
+    with on(x.device):
         forward_kernel[(triton.cdiv(len(rows), block_m),)](
             p_sum=total,
             p_y=y,
@@ -190,7 +191,7 @@ def backward(
     part = block_m * (triton.cdiv(blocks, PARTS) if parameters else 1)
     parts = triton.cdiv(len(rows), part)
     sums = torch.empty((2, parts, width) if parameters else (2, 0), dtype=torch.float32, device=total.device)
-    with on_device(total):
+    with on(total.device):
         backward_kernel[(parts,)](
             p_dx=dx,
             p_dweight=sums[0] if parameters else None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsd_fast.kernels.add_layer_norm import reference
 from dsd_fast.kernels.common import elementwise
+from dsd_fast.kernels.common.autograd import check_transforms
 
 NAME = "add_layer_norm"
 
@@ -128,6 +129,8 @@ def add_layer_norm(
 
     Raises:
         ValueError: a shape or type that does not fit, by the argument's name.
+        NotImplementedError: the kernels run, and a gradient is asked for by forward mode or by a transform of
+            torch.func.
     """
     if x.ndim == 0 or not x.dtype.is_floating_point:
         raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected (..., C) of a floating-point type")
@@ -138,5 +141,6 @@ def add_layer_norm(
     elementwise.check_parameters(weight, bias, x.shape[-1], x.dtype)
     if elementwise.choose(NAME, x.device.type, x.dtype) == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
+    check_transforms(NAME, x, residual, weight, bias)
     total, normed, _, _ = torch.ops.dsd_fast.add_layer_norm(x, residual, weight, bias, eps)
     return (x if residual is None else total), normed

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,19 +26,37 @@ def chunk_elements(device: torch.device) -> int:
     return CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
 
 
+class _IeeeProducts:
+    """Float32 products on GPUs without tf32. torch has one setting for all threads: the last to leave restores it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.before = ""
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = torch.backends.cuda.matmul.fp32_precision
+                torch.backends.cuda.matmul.fp32_precision = "ieee"
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.backends.cuda.matmul.fp32_precision = self.before
+
+
+_ieee_products = _IeeeProducts()
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products in the type of their operands: neither autocast nor tf32 lowers them."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if device.type == "cuda":
-        matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if device.type == "cuda":
-            matmul.fp32_precision = before
+    products = _ieee_products if device.type == "cuda" else nullcontext()
+    with products, torch.autocast(device.type, enabled=False):
+        yield
 
 
 def chunks(device: torch.device, rows: int, length: int, heads: int, tokens: int) -> Iterator[tuple[slice, slice]]:

@@ -67,19 +67,21 @@ def available(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The implementations that an operator with a Triton and a C++ form has for such inputs, the default first.
 
     On a CPU Triton runs under its interpreter alone (``TRITON_INTERPRET=1``), and only where it is forced. Where
-    Triton is missing on a GPU the reference runs, which the log says once.
+    Triton is missing on a GPU the reference runs.
     """
     if dtype not in KERNEL_DTYPES:
         return ("reference",)
     if device == "cuda":
-        return ("triton", "reference") if _triton_is_there() else ("reference",)
+        return ("triton", "reference") if has_triton() else ("reference",)
     if device != "cpu":
         return ("reference",)
     names = ("cpu", "reference") if native.load("cpu") else ("reference",)
-    return (*names, "triton") if os.environ.get("TRITON_INTERPRET") == "1" and _triton_is_there() else names
+    return (*names, "triton") if os.environ.get("TRITON_INTERPRET") == "1" and has_triton() else names
 
 
-def _triton_is_there() -> bool:
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; the log says once if it is not."""
     try:
         import triton  # noqa: F401
     except ModuleNotFoundError:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,12 +15,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def runs_triton(device: str, dtype: torch.dtype) -> bool:
     """Whether Triton kernels run: on CUDA devices, and on the CPU under Triton's interpreter; never in float64."""
     usable = device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return usable and dtype in TRITON_DTYPES and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return usable and dtype in TRITON_DTYPES and backend.has_triton()
 
 
 # A compiler calls it once and keeps the answer: plain torch is then traced into, and fused, without a graph break.
@@ -35,11 +27,6 @@ def choose(operator: str, device: str, dtype: torch.dtype) -> str:
     """
     available = ("reference", "triton") if runs_triton(device, dtype) else ("reference",)
     return backend.choose(operator, available)
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes ``x``'s device the current one, where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def as_rows(x: Tensor) -> Tensor:

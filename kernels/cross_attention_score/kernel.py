@@ -8,6 +8,7 @@ forward_kernel.py, query_kernel.py and text_kernel.py; README.md derives what th
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ TEXT_LAUNCHES = {
 
 TEXT_LAUNCH_FLOAT32 = TextLaunch(block=16, warps=8, stages=1, tile=16, together=False)
 
-TUNING_CANDIDATES = {
+TUNING_CANDIDATES: Mapping[str, Sequence[Launch]] = {
     "LAUNCHES": [
         Launch(block, warps, stages) for block, warps in ((64, 4), (128, 4), (128, 8)) for stages in (1, 2, 3)
     ],
@@ -208,11 +209,10 @@ def backward(
     """
     rows, length, channels = q.shape
     if rows * length * k.shape[1] == 0 or (dout is None and dscore is None):
-        zeros = [torch.zeros_like(x) for x in (q, k)]
         return (
-            zeros[0] if query else None,
-            zeros[1] if text else None,
-            torch.zeros_like(v) if text and v is not None else None,
+            q.new_zeros(q.shape) if query else None,
+            k.new_zeros(k.shape) if text else None,
+            v.new_zeros(v.shape) if text and v is not None else None,
             k.new_zeros(k.shape[:2], dtype=torch.float32) if text and key_bias is not None else None,
         )
     negative = scale < 0
@@ -265,7 +265,7 @@ def backward(
         if text:
             dk, dv, dbias = _launch_texts(delta, arguments, k.shape[0])
     if text and v is not None and dv is None:
-        dv = torch.zeros_like(v)
+        dv = v.new_zeros(v.shape)
     return -dq if negative and dq is not None else dq, dk, dv, dbias
 
 
@@ -328,7 +328,7 @@ def _launch_texts(
 def segment_sum(part: Tensor, total: Tensor, parts: int, order: Tensor | None, start: Tensor | None) -> Tensor:
     if total.numel():
         width = total.numel() // total.shape[0]
-        grid = (triton.cdiv(width, SUM_BLOCK), total.shape[0])
+        grid = (triton.cdiv(width, SUM_BLOCK) * total.shape[0],)
         segment_sum_kernel[grid](total, part, order, start, parts, width, BLOCK=SUM_BLOCK)
     return total
 

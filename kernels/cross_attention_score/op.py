@@ -24,6 +24,7 @@ from dsd_fast.kernels.common.attention import (
     real_dtype,
     rows_texts,
 )
+from dsd_fast.kernels.common.autograd import check_transforms
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
@@ -49,7 +50,7 @@ CUDA_WIDTHS = (40, 64, 80, 128, 160)
 
 
 def _implementations(q: Tensor, k: Tensor, v: Tensor | None, heads: int) -> tuple[str, ...]:
-    """Those that can run now, the default first; "cuda" is a forward pass, whose gradient is Triton's."""
+    """Those that can run now, the default first; "cuda" is a forward pass, whose gradient is the default's."""
     width = q.shape[2] // heads
     if not 1 <= width <= 256:
         return ("reference",) if not q.is_cpu else tuple(x for x in _available(q) if x != "triton")
@@ -67,7 +68,7 @@ def _cuda_takes(q: Tensor, k: Tensor, v: Tensor | None, width: int) -> bool:
     return (
         q.dtype in (torch.float16, torch.bfloat16)
         and width in CUDA_WIDTHS
-        and k.shape[1] <= 128
+        and 1 <= k.shape[1] <= 128
         and all(x is None or x.stride(2) == 1 for x in (q, k, v))
         and _capability(q.device) >= 8
         and native.load("cuda")
@@ -147,10 +148,13 @@ def _backward(
     query: bool = True,
     text: bool = True,
 ) -> tuple[Tensor, ...]:
-    name = backend.choose(NAME, _implementations(q, k, v, heads))
+    names = _implementations(q, k, v, heads)
+    name = backend.choose(NAME, names)
+    if name == "cuda":
+        name = names[0]
     options = (text_length, key_bias, score_mask, saved, heads, scale, mean)
     found: Sequence[Tensor | None]
-    if name in ("triton", "cuda"):
+    if name == "triton":
         from dsd_fast.kernels.cross_attention_score import kernel
 
         found = kernel.backward(dout, dscore, q, k, v, text_index, *options, query=query, text=text)
@@ -298,11 +302,13 @@ def cross_attention_score(
 
     Raises:
         ValueError: a shape, type or index that does not fit, by the argument's name.
+        NotImplementedError: a gradient is asked for by forward mode or by a transform of torch.func.
     """
     check_projections(q, heads, k=k, v=v)
     text_index, text_length = check_texts(text_index, text_length, q.shape[0], k)
     check_per_key("key_bias", key_bias, k, real_dtype(q))
     check_per_key("score_mask", score_mask, k, torch.bool)
+    check_transforms(NAME, q, k, v, key_bias)
     if scale is None:
         width = q.shape[2] // heads
         scale = width**-0.5 if width else 1.0

@@ -90,6 +90,35 @@ def gradient_scale(p_dout, scale, L, MEAN: tl.constexpr):
 
 
 @triton.jit
+def load_keys(
+    p_km,
+    p_vm,
+    p_v,
+    p_length,
+    p_bias,
+    p_mask,
+    i_m,
+    i_t,
+    T,
+    stride_kt,
+    stride_vt,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+):
+    """Of keys i_t: bias, what the score adds to it, keys and values; without values or a mask others in their place."""
+    b_a = key_bias(p_length, p_bias, i_m, i_t, T)
+    b_h = b_a
+    if p_mask is not None:
+        b_h = hidden_keys(p_mask, i_m, i_t, T)
+    b_k0, b_k1 = load_rows(p_km, stride_kt, i_t, b_a > -INF, D, D0, D1)
+    b_v0, b_v1 = b_k0, b_k1
+    if p_v is not None:
+        b_v0, b_v1 = load_rows(p_vm, stride_vt, i_t, b_a > -INF, D, D0, D1)
+    return b_a, b_h, b_k0, b_k1, b_v0, b_v1
+
+
+@triton.jit
 def tile_gradients(
     p_dout,
     p_dscore,
@@ -182,27 +211,18 @@ def query_kernel(
     DTYPE: tl.constexpr = p_q.dtype.element_ty
 
     i_t0 = tl.arange(0, T0)
-    b_a0 = key_bias(p_length, p_bias, i_m, i_t0, T)
     p_km = p_k + i_m * stride_km + i_h * D
     p_vm = p_km
-    b_k00, b_k01 = load_rows(p_km, stride_kt, i_t0, b_a0 > -INF, D, D0, D1)
-    b_v00, b_v01 = b_k00, b_k01
-    b_h0 = b_a0
     if p_v is not None:
         p_vm = p_v + i_m * stride_vm + i_h * D
-        b_v00, b_v01 = load_rows(p_vm, stride_vt, i_t0, b_a0 > -INF, D, D0, D1)
-    if p_mask is not None:
-        b_h0 = hidden_keys(p_mask, i_m, i_t0, T)
+    b_a0, b_h0, b_k00, b_k01, b_v00, b_v01 = load_keys(
+        p_km, p_vm, p_v, p_length, p_bias, p_mask, i_m, i_t0, T, stride_kt, stride_vt, D, D0, D1
+    )
     if T1 > 0:
         i_t1 = T0 + tl.arange(0, T1)
-        b_a1 = key_bias(p_length, p_bias, i_m, i_t1, T)
-        b_k10, b_k11 = load_rows(p_km, stride_kt, i_t1, b_a1 > -INF, D, D0, D1)
-        b_v10, b_v11 = b_k10, b_k11
-        b_h1 = b_a1
-        if p_v is not None:
-            b_v10, b_v11 = load_rows(p_vm, stride_vt, i_t1, b_a1 > -INF, D, D0, D1)
-        if p_mask is not None:
-            b_h1 = hidden_keys(p_mask, i_m, i_t1, T)
+        b_a1, b_h1, b_k10, b_k11, b_v10, b_v11 = load_keys(
+            p_km, p_vm, p_v, p_length, p_bias, p_mask, i_m, i_t1, T, stride_kt, stride_vt, D, D0, D1
+        )
 
     p_qb = p_q + i_b * stride_qb + i_h * D
     for i_l in tl.range(i_s * span, tl.minimum(L, (i_s + 1) * span), BLOCK, num_stages=STAGES):
@@ -354,11 +374,9 @@ def query_loop_kernel(
     if p_dout is not None:
         for i_k in tl.range(0, T, T0, num_stages=STAGES):
             i_t = i_k + tl.arange(0, T0)
-            b_a = key_bias(p_length, p_bias, i_m, i_t, T)
-            b_k0, b_k1 = load_rows(p_km, stride_kt, i_t, b_a > -INF, D, D0, D1)
-            b_v0, b_v1 = b_k0, b_k1
-            if p_v is not None:
-                b_v0, b_v1 = load_rows(p_vm, stride_vt, i_t, b_a > -INF, D, D0, D1)
+            b_a, _, b_k0, b_k1, b_v0, b_v1 = load_keys(
+                p_km, p_vm, p_v, p_length, p_bias, p_mask, i_m, i_t, T, stride_kt, stride_vt, D, D0, D1
+            )
             b_s, b_p, b_dp = tile_gradients(
                 p_dout,
                 p_dscore,
@@ -394,14 +412,9 @@ def query_loop_kernel(
         b_dq1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], tl.float32)
         for i_k in tl.range(0, T, T0, num_stages=STAGES):
             i_t = i_k + tl.arange(0, T0)
-            b_a = key_bias(p_length, p_bias, i_m, i_t, T)
-            b_k0, b_k1 = load_rows(p_km, stride_kt, i_t, b_a > -INF, D, D0, D1)
-            b_v0, b_v1 = b_k0, b_k1
-            b_h = b_a
-            if p_v is not None:
-                b_v0, b_v1 = load_rows(p_vm, stride_vt, i_t, b_a > -INF, D, D0, D1)
-            if p_mask is not None:
-                b_h = hidden_keys(p_mask, i_m, i_t, T)
+            b_a, b_h, b_k0, b_k1, b_v0, b_v1 = load_keys(
+                p_km, p_vm, p_v, p_length, p_bias, p_mask, i_m, i_t, T, stride_kt, stride_vt, D, D0, D1
+            )
             b_s, b_p, b_dp = tile_gradients(
                 p_dout,
                 p_dscore,

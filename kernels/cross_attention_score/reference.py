@@ -107,13 +107,12 @@ def backward(
         dout: (B, L, H·D) or None; dscore: (B, H, L) or (B, H) or None; the rest as in :func:`forward`.
 
     Returns:
-        dq (B, L, H·D), dk (M, T, H·D), dv (M, T, H·D) or (0,) without ``v``, dkey_bias (M, T).
+        dq (B, L, H·D), dk (M, T, H·D), dv (M, T, H·D) or (0,) without ``v``, dkey_bias (M, T); all contiguous.
     """
     rows, length, _ = q.shape
     real = real_dtype(q)
-    dq = torch.zeros_like(q, dtype=real)
-    dk = torch.zeros_like(k, dtype=real)
-    dv = torch.zeros_like(v, dtype=real) if v is not None else q.new_zeros(0, dtype=real)
+    dq, dk = (x.new_zeros(x.shape, dtype=real) for x in (q, k))
+    dv = q.new_zeros(v.shape if v is not None else (0,), dtype=real)
     dbias = k.new_zeros(k.shape[:2], dtype=real)
     for b, span in chunks(q.device, rows, length, heads, k.shape[1]):
         texts = text_index[b]

@@ -13,18 +13,16 @@ import triton
 import triton.language as tl
 
 from dsd_fast.kernels.common.kernel import (
-    INF,
     LOG2E,
     SIZES,
     dot_rows,
-    hidden_keys,
-    key_bias,
     load_rows,
     store_rows,
     text_of,
 )
 from dsd_fast.kernels.cross_attention_score.query_kernel import (
     gradient_scale,
+    load_keys,
     logit_gradient,
     position_gradients,
     tile_gradients,
@@ -77,14 +75,9 @@ def text_tile(
     i_row = i_b * H + i_h
     factor = tl.cast(scale, tl.float32) * LOG2E
     DTYPE: tl.constexpr = p_q.dtype.element_ty
-    b_a = key_bias(p_length, p_bias, i_m, i_t, T)
-    b_k0, b_k1 = load_rows(p_km, stride_kt, i_t, b_a > -INF, D, D0, D1)
-    b_v0, b_v1 = b_k0, b_k1
-    b_h = b_a
-    if p_v is not None and p_dk is not None:
-        b_v0, b_v1 = load_rows(p_vm, stride_vt, i_t, b_a > -INF, D, D0, D1)
-    if p_mask is not None:
-        b_h = hidden_keys(p_mask, i_m, i_t, T)
+    b_a, b_h, b_k0, b_k1, b_v0, b_v1 = load_keys(
+        p_km, p_vm, p_v, p_length, p_bias, p_mask, i_m, i_t, T, stride_kt, stride_vt, D, D0, D1
+    )
     b_dk0 = tl.zeros([i_t.shape[0], D0], tl.float32)
     b_dk1 = tl.zeros([i_t.shape[0], D1 if D1 > 0 else 1], tl.float32)
     b_dv0, b_dv1 = b_dk0, b_dk1
@@ -305,13 +298,15 @@ def text_kernel(
 
 @triton.jit(do_not_specialize=["parts", "N"])
 def segment_sum_kernel(p_sum, p_part, p_order, p_start, parts, N, BLOCK: tl.constexpr):
-    """Sums (M, N) of the parts (B, parts, N) of each text's rows, in their order. Program (block, text).
+    """Sums (M, N) of the parts (B, parts, N) of each text's rows, in their order.
 
+    Program (block, text), blocks fastest.
     p_order (B,): the rows, those of a text side by side; p_start (M + 1,): where those of each text begin. Both None
     where row m is the only one of text m.
     """
-    i_m = tl.program_id(1).to(tl.int64)
-    i_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(N, BLOCK)
+    i_p = tl.program_id(0)
+    i_m, i_n = (i_p // blocks).to(tl.int64), i_p % blocks * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float32)
     if p_order is not None:
         for i_at in range(tl.load(p_start + i_m), tl.load(p_start + i_m + 1)):

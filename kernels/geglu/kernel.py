@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsd_fast.kernels.common.build import Build
-from dsd_fast.kernels.common.elementwise import as_rows, on_device
+from dsd_fast.kernels.common.elementwise import as_rows
+from dsd_fast.kernels.common.kernel import on
 
 # 16 elements a thread: two loads of 16 bytes of each half in flight. The widths of SD are multiples of 256.
 BLOCK_M, BLOCK_N, WARPS = 8, 256, 4
@@ -66,7 +67,7 @@ def forward(x: Tensor) -> Tensor:
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     if y.numel():
         rows = as_rows(x)
-        with on_device(x):
+        with on(x.device):
             forward_kernel[_grid(len(rows), width)](
                 p_y=y,
                 p_x=rows,
@@ -86,7 +87,7 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel():
         rows, drows = as_rows(x), as_rows(dy)
-        with on_device(x):
+        with on(x.device):
             backward_kernel[_grid(len(rows), width)](
                 p_dx=dx,
                 p_dy=drows,

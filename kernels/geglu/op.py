@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common import elementwise
+from dsd_fast.kernels.common.autograd import check_transforms
 from dsd_fast.kernels.geglu import reference
 
 NAME = "geglu"
@@ -71,10 +72,13 @@ def geglu(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: x is no floating-point tensor, or its last dimension is missing or odd.
+        NotImplementedError: the kernels run, and a gradient is asked for by forward mode or by a transform of
+            torch.func.
     """
     if x.ndim == 0 or x.shape[-1] % 2 or not x.dtype.is_floating_point:
         raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected (..., 2·N) of a floating-point type")
     if elementwise.choose(NAME, x.device.type, x.dtype) == "reference":
         return reference.forward(x)
+    check_transforms(NAME, x)
     y: Tensor = torch.ops.dsd_fast.geglu(x)
     return y

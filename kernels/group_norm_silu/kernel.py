@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from dsd_fast.kernels.common.build import Build
-from dsd_fast.kernels.common.elementwise import dense, on_device
+from dsd_fast.kernels.common.elementwise import dense
+from dsd_fast.kernels.common.kernel import on
 from dsd_fast.kernels.group_norm_silu import split_kernel as split
 from dsd_fast.kernels.group_norm_silu import whole_kernel as whole
 from dsd_fast.kernels.group_norm_silu.reference import memory_format
@@ -46,7 +47,7 @@ def forward(
     statistics = {"p_mean": mean, "p_rstd": rstd}
     inputs = {"p_x": x, "p_weight": dense(weight), "p_bias": dense(bias), "p_shift": dense(shift)}
     block_l, block_d = triton.next_power_of_2(length), triton.next_power_of_2(width)
-    with on_device(x):
+    with on(x.device):
         if block_l * block_d <= WHOLE_FORWARD:
             whole.group_forward_kernel[(images * groups,)](
                 p_y=y,
@@ -148,7 +149,7 @@ def backward(
     }
     p_sums, p_dshift = sums if parameters else None, None if shift is None else dshift
     block_l, block_d = triton.next_power_of_2(length), triton.next_power_of_2(width)
-    with on_device(x):
+    with on(x.device):
         if block_l * block_d <= WHOLE_BACKWARD:
             whole.group_backward_kernel[(images * groups,)](
                 p_dx=dx,

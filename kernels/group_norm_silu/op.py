@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common import elementwise
+from dsd_fast.kernels.common.autograd import check_transforms
 from dsd_fast.kernels.group_norm_silu import reference
 
 NAME = "group_norm_silu"
@@ -148,6 +149,8 @@ def group_norm_silu(
 
     Raises:
         ValueError: a shape, type or number of groups that does not fit, by the argument's name.
+        NotImplementedError: the kernels run, and a gradient is asked for by forward mode or by a transform of
+            torch.func.
     """
     if x.ndim != 4 or not x.dtype.is_floating_point:
         raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected (B, C, h, w) of a floating-point type")
@@ -160,5 +163,6 @@ def group_norm_silu(
         )
     if elementwise.choose(NAME, x.device.type, x.dtype) == "reference":
         return reference.group_norm_silu(x, weight, bias, shift, groups, eps, silu)
+    check_transforms(NAME, x, weight, bias, shift)
     y: Tensor = torch.ops.dsd_fast.group_norm_silu(x, weight, bias, shift, groups, eps, silu)[0]
     return y

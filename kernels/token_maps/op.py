@@ -20,6 +20,7 @@ from dsd_fast.kernels.common.attention import (
     real_dtype,
     rows_texts,
 )
+from dsd_fast.kernels.common.autograd import check_transforms
 from dsd_fast.kernels.token_maps import reference
 
 NAME = "token_maps"
@@ -208,6 +209,7 @@ def token_maps(
 
     Raises:
         ValueError: a shape, type or index that does not fit, by the argument's name.
+        NotImplementedError: a gradient is asked for by forward mode or by a transform of torch.func.
     """
     check_projections(q, heads, k=k)
     if tokens.ndim != 2:
@@ -215,6 +217,7 @@ def token_maps(
     tokens = check_index("tokens", tokens, (q.shape[0], tokens.shape[1]), k.shape[1])
     text_index, text_length = check_texts(text_index, text_length, q.shape[0], k)
     check_per_key("key_bias", key_bias, k, real_dtype(q))
+    check_transforms(NAME, q, k, key_bias)
     inputs = (q, k, tokens, text_index, text_length, key_bias, heads, float(scale))
     if torch.compiler.is_compiling():
         maps: Tensor = _FORWARD(*inputs)

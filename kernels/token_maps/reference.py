@@ -69,12 +69,11 @@ def backward(
         dmaps: (B, n, L); the rest as in :func:`forward`.
 
     Returns:
-        dq (B, L, H·D), dk (M, T, H·D), dkey_bias (M, T).
+        dq (B, L, H·D), dk (M, T, H·D), dkey_bias (M, T); all contiguous.
     """
     rows, length, _ = q.shape
     real = real_dtype(q)
-    dq = torch.zeros_like(q, dtype=real)
-    dk = torch.zeros_like(k, dtype=real)
+    dq, dk = (x.new_zeros(x.shape, dtype=real) for x in (q, k))
     dbias = k.new_zeros(k.shape[:2], dtype=real)
     shown = (tokens[..., None] == torch.arange(k.shape[1], device=k.device)).to(real) / heads
     for b, span in chunks(q.device, rows, length, heads, k.shape[1]):

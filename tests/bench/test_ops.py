@@ -75,6 +75,9 @@ def test_baselines_have_gradients_of_their_own_rows_which_are_summed_when_compar
     assert (len(plain), len(ours)) == (4, 2)
 
 
+TABLES = ("LAUNCHES", "QUERY_LAUNCHES", "TEXT_LAUNCHES")
+
+
 def test_implementations_beside_each_other(context):
     try:
         work = ops_rivals.implementations(SHAPE, context, ("reference", "cpu"))
@@ -88,10 +91,29 @@ def test_what_a_machine_lacks_is_said(context):
     with pytest.raises(UnavailableError, match="'cuda'"):
         ops_rivals.implementations(SHAPE, context, ("reference", "cuda"))
     if not torch.cuda.is_available():
-        with pytest.raises(UnavailableError, match="'triton'"):
-            ops_rivals.launches(SHAPE, context)
+        for table in TABLES:
+            with pytest.raises(UnavailableError, match="'triton'"):
+                ops_rivals.launches(SHAPE, context, table)
         with pytest.raises(UnavailableError, match="'triton'"):
             ops_elementwise.forward("geglu", "320x64", "float32", context, rows=1)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_each_launch_that_the_kernels_name_is_what_they_would_take(table):
+    pytest.importorskip("triton")
+    from dsd_fast.kernels.cross_attention_score import kernel
+
+    taken = {
+        "LAUNCHES": lambda: kernel.launch_for(torch.bfloat16, 80),
+        "QUERY_LAUNCHES": lambda: kernel.query_launch(torch.bfloat16, 80, 77),
+        "TEXT_LAUNCHES": lambda: kernel.text_launch(torch.bfloat16, 80),
+    }[table]
+    before = taken()
+    assert len(kernel.TUNING_CANDIDATES[table]) > 3
+    for launch in kernel.TUNING_CANDIDATES[table]:
+        with ops_rivals._entry(getattr(kernel, table), 80, launch):
+            assert taken() is launch
+        assert taken() is before
 
 
 @pytest.mark.parametrize("name", ops_elementwise.PIECES)

@@ -130,6 +130,21 @@ def results(leaves, index, heads=4):
     return (out, score, maps, *torch.autograd.grad(loss, leaves))
 
 
+def test_more_texts_than_the_second_axis_of_a_grid_takes():
+    g = torch.Generator().manual_seed(0)
+    texts = (1 << 16) + 3
+    q, k, v = (draw(g, texts, 2, 16).cuda().requires_grad_() for _ in range(3))
+    index = torch.arange(texts).flip(0).cuda()
+
+    def grads(operator):
+        out, score = operator(q, k, v, index)
+        return torch.autograd.grad(out.square().sum() + score.sum(), (q, k, v))
+
+    ours = grads(lambda q, k, v, index: cross_attention_score(q, k, v, heads=1, text_index=index))
+    plain = grads(lambda q, k, v, index: written_out(q, k, v, heads=1, index=index))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_equal_to_the_bit_on_repeats():
     leaves, index = problem()
     first = results(leaves, index)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from dsd_fast.kernels.common import backend
@@ -34,6 +35,18 @@ def forced(kind, name, call):
         result = call()
     assert backend.last(name) == kind
     return result
+
+
+def assert_forward_mode(kind, name, call, plain, x):
+    """Tangents pass through plain torch, and the kernels, which would drop them, refuse them."""
+    tangent = torch.ones_like(x)
+    with backend.force(kind):
+        if kind == "triton":
+            with pytest.raises(NotImplementedError, match=f"{name}: got an input with a forward-mode tangent"):
+                torch.func.jvp(call, (x,), (tangent,))
+        else:
+            want = torch.func.jvp(plain, (x,), (tangent,))
+            torch.testing.assert_close(torch.func.jvp(call, (x,), (tangent,)), want)
 
 
 def assert_as_good_as_torch(ours, plain, truth):

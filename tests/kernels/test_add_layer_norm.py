@@ -13,6 +13,7 @@ from tests.kernels.elementwise import (
     KINDS,
     PUBLIC_KINDS,
     assert_as_good_as_torch,
+    assert_forward_mode,
     draw,
     forced,
     leaf,
@@ -181,6 +182,14 @@ def test_compiles_and_exports_whole(kind):
 def test_bad_input_is_refused_by_name(name, value, message):
     with pytest.raises(ValueError, match=message):
         add_layer_norm(**(inputs(3, 8) | {name: value}))
+
+
+@pytest.mark.parametrize("kind", PUBLIC_KINDS)
+def test_forward_mode_is_plain_torchs_alone(kind):
+    x = draw(3, 8, seed=0, dtype=torch.float32)
+    assert_forward_mode(
+        kind, "add_layer_norm", lambda x: add_layer_norm(x, None, None, None)[1], lambda x: F.layer_norm(x, (8,)), x
+    )
 
 
 def test_plain_torch_unless_a_kernel_is_asked_for():

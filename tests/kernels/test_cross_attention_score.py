@@ -1,16 +1,18 @@
 """The operator against attention written out, in every case of its contract."""
 
 import math
+import threading
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_fast.kernels.common import attention, backend, native
-from dsd_fast.kernels.cross_attention_score import cross_attention_score
+from dsd_fast.kernels.cross_attention_score import cross_attention_score, op
 from tests.kernels.attention import INF, largest_logit, written_out
 from tests.memory import allocations
 
@@ -18,6 +20,15 @@ IMPLEMENTATIONS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(not native.load("cpu"), reason="the CPU library is not built")),
 ]
+
+
+@pytest.fixture
+def tf32():
+    """The settings of products on GPUs, with tf32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    yield matmul
+    matmul.fp32_precision = before
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -48,14 +59,15 @@ def floor(truth, dtype):
 
 
 # One image position, a prime number, one below, at and above the usual 64 × 64 chunks; widths of SD 1.5 (40, 80, 160),
-# SD 2.x (64), the smallest and the largest; 77 keys, one, and more than a block of 128.
+# SD 2.x (64), the smallest and the largest; 77 keys, one, and more than a block of 128. Where keys and heads are few,
+# positions are many: plain torch's own error, the largest of a handful of them, would be a poor measure.
 GRID = [
     (1, 1, 1, 1, 1, 1),
     (2, 13, 2, 77, 8, 40),
     (3, 31, 2, 77, 5, 64),
     (2, 9, 3, 200, 2, 80),
     (2, 4, 2, 77, 1, 160),
-    (1, 3, 1, 5, 1, 256),
+    (1, 97, 1, 5, 1, 256),
     (4, 97, 2, 24, 4, 24),
 ]
 
@@ -158,6 +170,96 @@ def test_opcheck(shape, mean):
     opcheck(op, (q, k, v, index, None, bias, mask, heads, 0.5, mean, True))
     strided = q.detach().new_zeros(rows, positions, 2 * heads * width)[..., ::2]
     opcheck(op, (strided, k.detach(), None, index, None, None, None, heads, 0.5, mean, False))
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("rows", [3, 0])
+@pytest.mark.parametrize("permuted", ["q", "k", "v", "qkv"])
+def test_opcheck_of_both_operators_over_permuted_leaves(permuted, rows):
+    q, k, v, g = inputs(rows, dtype=torch.float32)
+    q, k, v = (
+        (x.transpose(1, 2).contiguous().transpose(1, 2) if name in permuted else x).requires_grad_()
+        for name, x in (("q", q), ("k", k), ("v", v))
+    )
+    options = (torch.randint(2, (rows,), generator=g), None, torch.zeros(2, 7, requires_grad=True), None)
+    opcheck(torch.ops.dsd_fast.cross_attention_score.default, (q, k, v, *options, 2, 0.5, True, True))
+    leaves, options = [x.detach() for x in (q, k, v)], [None if x is None else x.detach() for x in options]
+    out, score, saved = torch.ops.dsd_fast.cross_attention_score(*leaves, *options, 2, 0.5, True, True)
+    dout, dscore = (torch.randn(x.shape, generator=g) for x in (out, score))
+    # Autograd is registered with the forward operator alone.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    opcheck(
+        torch.ops.dsd_fast.cross_attention_score_backward.default,
+        (dout, dscore, *leaves, *options, saved, 2, 0.5, True),
+        test_utils=checks,
+    )
+
+
+@pytest.mark.usefixtures("implementation")
+def test_forward_mode_and_transforms_are_refused():
+    q, k, _, _ = inputs(rows=2, dtype=torch.float32)
+
+    def score(q):
+        return cross_attention_score(q, k, heads=2)[1]
+
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="cross_attention_score: got an input with a forward-mode"):
+            score(forward_ad.make_dual(q, q))
+        # What has no tangent is nobody's business.
+        torch.testing.assert_close(score(q), want := score(q.clone()), rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match="cross_attention_score: got an input with a forward-mode"):
+        torch.func.jvp(score, (q,), (q,))
+    with pytest.raises(NotImplementedError, match=r"cross_attention_score: .* transform of torch.func"):
+        torch.func.grad(lambda q: score(q).sum())(q)
+    torch.testing.assert_close(score(q), want, rtol=0, atol=0)
+
+
+def test_threads_in_full_precision_leave_the_setting_as_it_was(tf32):
+    """Two that overlap: the first to come is the first to go."""
+    matmul, device = tf32, torch.device("cuda")
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    seen = []
+
+    def first():
+        with attention.full_precision(device):
+            first_is_in.set()
+            second_is_in.wait(10)
+        first_is_out.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert first_is_in.wait(10)
+    with attention.full_precision(device):
+        second_is_in.set()
+        assert first_is_out.wait(10)
+        seen.append(matmul.fp32_precision)
+    thread.join()
+    assert [*seen, matmul.fp32_precision] == ["ieee", "tf32"]
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(0, False), (1, True), (128, True), (129, False)])
+def test_the_cuda_kernel_takes_one_to_128_keys(monkeypatch, tokens, taken):
+    monkeypatch.setattr(op, "_capability", lambda device: 8)
+    monkeypatch.setattr(native, "load", lambda name: True)
+    q, k, v, _ = inputs(tokens=tokens, width=40, dtype=torch.float16)
+    assert op._cuda_takes(q, k, v, 40) is taken
+
+
+def test_the_gradient_of_the_cuda_kernel_is_the_defaults(monkeypatch):
+    """Without Triton the reference's; the names are those of a GPU that has the CUDA library alone."""
+    q, k, v, g = inputs(texts=3, dtype=torch.float32)
+    out, score, saved = torch.ops.dsd_fast.cross_attention_score(q, k, v, *[None] * 4, 2, 0.5, True, True)
+    dout, dscore = (torch.randn(x.shape, generator=g) for x in (out, score))
+
+    def backward(name):
+        with backend.force(name):
+            return torch.ops.dsd_fast.cross_attention_score_backward(
+                dout, dscore, q, k, v, *[None] * 4, saved, 2, 0.5, True
+            )
+
+    want = backward("reference")
+    monkeypatch.setattr(op, "_implementations", lambda *_: ("reference", "cuda"))
+    torch.testing.assert_close(backward("cuda"), want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("how", ["length", "bias"])

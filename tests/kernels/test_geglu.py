@@ -13,6 +13,7 @@ from tests.kernels.elementwise import (
     KINDS,
     PUBLIC_KINDS,
     assert_as_good_as_torch,
+    assert_forward_mode,
     draw,
     forced,
     leaf,
@@ -106,6 +107,12 @@ def test_bad_input_is_refused_by_name():
     for x in (torch.zeros(3, 5), torch.tensor(1.0), torch.zeros(2, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"x: got .* expected \(\.\.\., 2·N\) of a floating-point type"):
             geglu(x)
+
+
+@pytest.mark.parametrize("kind", PUBLIC_KINDS)
+def test_forward_mode_is_plain_torchs_alone(kind):
+    x = draw(3, 8, seed=0, dtype=torch.float32)
+    assert_forward_mode(kind, "geglu", geglu, written_out, x)
 
 
 def test_plain_torch_unless_a_kernel_is_asked_for():

@@ -13,6 +13,7 @@ from tests.kernels.elementwise import (
     KINDS,
     PUBLIC_KINDS,
     assert_as_good_as_torch,
+    assert_forward_mode,
     draw,
     forced,
     leaf,
@@ -226,6 +227,14 @@ def test_compiles_and_exports_whole(kind):
 def test_bad_input_is_refused_by_name(name, value, message):
     with pytest.raises(ValueError, match=message):
         group_norm_silu(**(inputs((2, 12, 5, 4)) | {"groups": 2} | {name: value}))
+
+
+@pytest.mark.parametrize("kind", PUBLIC_KINDS)
+def test_forward_mode_is_plain_torchs_alone(kind):
+    x = draw(2, 4, 3, 3, seed=0, dtype=torch.float32)
+    assert_forward_mode(
+        kind, "group_norm_silu", lambda x: group_norm_silu(x, None, None, 2), lambda x: F.silu(F.group_norm(x, 2)), x
+    )
 
 
 def test_plain_torch_unless_a_kernel_is_asked_for():

@@ -1,5 +1,6 @@
 """Every tuned Triton kernel compiles for every architecture, without a GPU, and stays in registers."""
 
+import re
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -63,6 +64,14 @@ def test_the_document_is_what_the_committed_table_says():
     assert {row.operator for row in table} == set(resources.operators())
     for operator in resources.operators():
         assert f"<!-- resources:{operator} -->" in text
+
+
+def test_every_grid_has_one_axis():
+    """The others take 65535 programs at most, and there may be more texts or rows."""
+    sources = [file.read_text() for file in (ROOT / "kernels").rglob("*kernel.py")]
+    axes = [axis for source in sources for axis in re.findall(r"program_id\(([^)]*)\)", source)]
+    assert len(axes) > 5
+    assert set(axes) == {"0"}
 
 
 def test_a_spill_is_seen():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,6 +91,38 @@ def test_opcheck(rows):
     opcheck(operator, (q, k, chosen[:rows], index[:rows], length, bias, 2, 0.5))
     opcheck(operator, (q.detach()[..., ::2], k.detach()[..., ::2], chosen[:rows], index[:rows], None, None, 2, 0.5))
     opcheck(operator, (q.detach(), k.detach()[[0] * rows], chosen[:rows], None, None, None, 2, 0.5))
+
+
+@pytest.mark.parametrize("permuted", ["q", "k", "qk"])
+def test_opcheck_of_both_operators_over_permuted_leaves(permuted):
+    (q, k, bias), index, length, chosen = problem(torch.float32)
+    q, k = (
+        (x.detach().transpose(1, 2).contiguous().transpose(1, 2) if name in permuted else x.detach()).requires_grad_()
+        for name, x in (("q", q), ("k", k))
+    )
+    options = (chosen, index, length)
+    opcheck(torch.ops.dsd_fast.token_maps.default, (q, k, *options, bias, 2, 0.5))
+    # Autograd is registered with the forward operator alone.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    opcheck(
+        torch.ops.dsd_fast.token_maps_backward.default,
+        (draw(torch.Generator().manual_seed(1), 3, 2, 5), q.detach(), k.detach(), *options, bias.detach(), 2, 0.5),
+        test_utils=checks,
+    )
+
+
+def test_forward_mode_and_transforms_are_refused():
+    (q, k, bias), index, length, chosen = problem(torch.float32, grad=False)
+
+    def maps(q):
+        return token_maps(q, k, chosen, index, length, bias, heads=2, scale=0.5)
+
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="token_maps: got an input with a forward"):
+        maps(forward_ad.make_dual(q, q))
+    with pytest.raises(NotImplementedError, match="token_maps: got an input with a forward"):
+        torch.func.jvp(maps, (q,), (q,))
+    with pytest.raises(NotImplementedError, match=r"token_maps: .* transform of torch.func"):
+        torch.func.grad(lambda q: maps(q).sum())(q)
 
 
 def test_flops_are_registered():

@@ -139,6 +139,20 @@ def test_strides_do_not_matter():
 
 
 @interpreted
+@pytest.mark.parametrize("positions", [0, 5])
+@pytest.mark.parametrize("used", ["output", "score", "maps"])
+def test_gradients_of_permuted_inputs_are_contiguous(positions, used):
+    g = torch.Generator().manual_seed(0)
+    leaves = [draw(g, 2, 16, size).transpose(1, 2).requires_grad_() for size in (positions, 7, 7)]
+    with backend.force("triton"):
+        out, score = cross_attention_score(*leaves, heads=2)
+        maps = token_maps(*leaves[:2], torch.zeros(2, 1, dtype=torch.long), None, None, None, heads=2, scale=0.5)
+    total = {"output": out, "score": score, "maps": maps}[used].sum()
+    grads = torch.autograd.grad(total, leaves[: 2 if used == "maps" else 3])
+    assert all(x.is_contiguous() for x in grads)
+
+
+@interpreted
 @pytest.mark.parametrize("how", ["length", "bias"])
 @pytest.mark.parametrize("tokens", [21, 133])
 def test_masked_keys_are_not_read(how, tokens):

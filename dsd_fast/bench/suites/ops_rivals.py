@@ -3,8 +3,9 @@ each other."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +17,6 @@ from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import join_heads, split_heads
 
 FLEX = "FlexAttention, compiled, with its lse"
-
-TUNED = {"block": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
-"""Positions a block, warps, and stages of the loads that are tried beside the launch that is taken."""
 
 
 def flex_forward(shape: Shape, context: Context) -> Work:
@@ -65,46 +63,67 @@ def implementations(shape: Shape, context: Context, names: Sequence[str] = ("tri
     return work(shape, sides, made.ours(torch.float64), made.materialised())
 
 
-def launches(shape: Shape, context: Context) -> Work:
-    """Output and mean score by the Triton kernel as it is launched now, beside other ways to launch it."""
+def launches(shape: Shape, context: Context, table: str = "LAUNCHES") -> Work:
+    """The Triton kernels as they are launched now, beside the other ways that the kernels name as worth a try.
+
+    Args:
+        shape: of the call.
+        context: of the run.
+        table: of launches by width, one of the kernels' TUNING_CANDIDATES: "LAUNCHES" for output and mean score,
+            "QUERY_LAUNCHES" and "TEXT_LAUNCHES" for the gradients of q, k and v.
+    """
     try:
-        from dsd_fast.kernels.common.kernel import Launch
+        from dsd_fast.kernels.common.kernel import widest
         from dsd_fast.kernels.cross_attention_score import kernel
     except ModuleNotFoundError as error:
         raise UnavailableError(str(error)) from error
-    made = inputs(shape, context)
-    present = kernel.launch_for(made.q.dtype, shape.width)
-    tried = [Launch(*each) for each in itertools.product(*TUNED.values()) if Launch(*each) != present]
+    made, entries = inputs(shape, context), getattr(kernel, table)
+    if shape.width > max(entries):
+        raise UnavailableError(f"{table} has no entry for heads of {shape.width}")
+    present = widest(entries, shape.width)
+    try:
+        with backend.force("triton"):
+            gradient = None if table == "LAUNCHES" else Gradient(made)
+            call = no_grad(made.ours) if gradient is None else gradient.by_text(gradient.ours)
+            call()
+    except ValueError as error:
+        raise UnavailableError(str(error)) from error
 
     def launched(launch: Any) -> Run:
         def run() -> Any:
-            kept = kernel.launch_for
-            kernel.launch_for = lambda dtype, width: launch
-            try:
-                with backend.force("triton"):
-                    return made.ours()
-            finally:
-                kernel.launch_for = kept
+            with _entry(entries, shape.width, launch), backend.force("triton"):
+                return call()
 
-        return no_grad(run)
+        return run
 
+    moved = shape.bytes(2, 2, shape.texts) + 4 * shape.rows * shape.heads if gradient is None else gradient.bytes
     sides: list[Side] = []
-    for launch in (present, *tried):
+    for launch in (present, *(each for each in kernel.TUNING_CANDIDATES[table] if each != present)):
         run = launched(launch)
         try:
             run()
-        except ValueError as error:
-            raise UnavailableError(str(error)) from error
         except Exception as error:
             # Triton's word for a launch that the device is too small for; only kernels import Triton.
             if type(error).__name__ != "OutOfResources":
                 raise
             continue
-        name = f"block {launch.block}, {launch.warps} warps, {launch.stages} stages"
+        name = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(launch).items())
         against = {sides[0].name: ()} if sides else {}
-        moved = shape.bytes(2, 2, shape.texts) + 4 * shape.rows * shape.heads
         sides.append(Side(name, run, shape.rows, shape.sizes, moved, against=against))
-    return work(shape, sides, made.ours(torch.float64), made.materialised())
+    return (
+        work(shape, sides, made.ours(torch.float64), made.materialised()) if gradient is None else gradient.work(sides)
+    )
+
+
+@contextmanager
+def _entry(table: dict[int, Any], width: int, launch: Any) -> Iterator[None]:
+    """``launch`` for heads of ``width`` inside the block."""
+    limit = next(limit for limit in table if width <= limit)
+    kept, table[limit] = table[limit], launch
+    try:
+        yield
+    finally:
+        table[limit] = kept
 
 
 def _forced(name: str, call: Run) -> Run:
