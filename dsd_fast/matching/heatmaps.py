@@ -94,7 +94,7 @@ def check(scorer: PairScorer, captions: Sequence[str], layers: str | Sequence[st
     states = scorer.encode_texts([largest], unconditional=False).states
     text = _keys(scorer, plan, states.states, states.pooled)
     size = scorer.latent_size
-    rows_at_once(plan, *size, text.tokens, keys=text.nbytes, map_tokens=most, memory_budget=budget)
+    rows_at_once(plan, *size, text.tokens, keys=plan.text_bytes(text), map_tokens=most, memory_budget=budget)
 
 
 def _positions(scorer: PairScorer, caption: str, spans: Sequence[Span]) -> dict[Span, list[int]]:

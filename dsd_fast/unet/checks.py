@@ -117,6 +117,7 @@ def text(plan: Plan, value: TextKV | None, text_index: Index | None, rows: int, 
             raise ValueError(
                 "text: encoded under another adapter than this call's; encode it again with this plan's encode_text"
             )
+        _projected(plan, value)
     if text_index is None:
         if len(value) != rows:
             raise ValueError(f"text_index: needed when there are {len(value)} texts for {rows} rows")
@@ -155,6 +156,20 @@ def map_tokens(
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < text.tokens:
         raise ValueError(f"map_tokens: positions outside 0 to {text.tokens - 1}")
     return upload(chosen.long(), device).expand(rows, -1)
+
+
+def _projected(plan: Plan, value: TextKV) -> None:
+    """Refuse keys and values of another type than the queries will have."""
+    dtype, device = plan.program.dtype, plan.program.device
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    wanted = (dtype, device)
+    for given in (*(value.k[name] for name in plan.key_layers), *(value.v[name] for name in plan.value_layers)):
+        if (given.dtype, given.device) != wanted:
+            raise ValueError(
+                f"text: got keys and values of {given.dtype} on {given.device}, expected {dtype} on {device}, which "
+                f"this plan's encode_text makes under the same autocast"
+            )
 
 
 def _type(plan: Plan, name: str, value: Tensor) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from dsd_fast.unet.adapters import version
 from dsd_fast.unet.inductor import Inductor, settings
 from dsd_fast.unet.output import Output
-from dsd_fast.unet.request import Request
-from dsd_fast.unet.weights import Weights
+from dsd_fast.unet.request import Request, bucket
 
 if TYPE_CHECKING:
     from dsd_fast.unet.plan import Plan
@@ -57,8 +56,15 @@ class CudaRecorder:
             for _ in range(WARM_UPS):
                 work()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=side):
-            output = work()
+        try:
+            # Other threads may go on with what would be refused inside a capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                output = work()
+        except RuntimeError as error:
+            # Ending a capture that ran out of memory may fail in turn; callers go on with less if they know why.
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         current.wait_stream(side)
         return graph.replay, output
 
@@ -72,62 +78,83 @@ class CudaRecorder:
                 self._done.record()
 
 
+class StaticText:
+    """Texts at fixed addresses; recordings for as many texts read the same ones.
+
+    Attributes:
+        text: those texts.
+    """
+
+    def __init__(self, text: TextKV) -> None:
+        self.text = text.copied(bucket(len(text)))
+        self._loaded: Callable[[], TextKV | None] = _nothing
+        self._versions: list[tuple[int, int]] | None = None
+
+    def load(self, text: TextKV) -> None:
+        """Copy ``text`` there, if it is another than the last or was written to."""
+        versions = text.versions
+        if versions is not None and self._loaded() is text and self._versions == versions:
+            return
+        # Until all are copied nothing counts as loaded: copying may be interrupted.
+        self._loaded = _nothing
+        for target, value in zip(self.text.tensors(), text.tensors(), strict=True):
+            _fill(target, value)
+        self._loaded, self._versions = weakref.ref(text), versions
+
+
 @dataclass
 class Recording:
     """A run at fixed addresses.
 
     Attributes:
         inputs: what it reads, of a bucket's size.
+        text: the texts it reads, or None.
         replay: does it again.
         output: what it writes.
     """
 
     inputs: Request
+    text: StaticText | None
     replay: Callable[[], None]
     output: Output
-    _text: Callable[[], TextKV | None] = field(default=lambda: None, repr=False)
-    _versions: list[tuple[int, int]] = field(default_factory=list, repr=False)
 
     def load(self, request: Request) -> None:
-        """Put a request's tensors where the run reads them; its texts only if they are not there since the last."""
+        """Put a request's tensors where the run reads them."""
         for target, value in zip(self.inputs.tensors(), request.tensors(), strict=True):
             _fill(target, value)
-        if request.text is None or self.inputs.text is None:
-            return
-        versions = [version(value) for value in request.text.tensors()]
-        if self._text() is request.text and self._versions == versions:
-            return
-        for target, value in zip(self.inputs.text.tensors(), request.text.tensors(), strict=True):
-            _fill(target, value)
-        self._text, self._versions = weakref.ref(request.text), versions
+        if self.text is not None and request.text is not None:
+            self.text.load(request.text)
 
 
 class CudaGraph:
     """Replays a plan's runs, one recording for each bucket.
 
     Arguments are copied to where the recording reads them, the keys and values of texts only when they are others
-    than before; answers are copied out. Weights are read where they lie, so that a change in place is seen; a weight
-    at another address or another state of the adapters drops all recordings. Where gradients are wanted the compiled
-    regions run without a recording.
+    than before or were made in inference mode; answers are copied out. Weights are read where they lie, so that a
+    change in place is seen; a weight at another address or another state of the adapters drops all recordings. Where
+    gradients are wanted the compiled regions run without a recording. Host threads take turns.
     """
 
     def __init__(self, plan: Plan, inductor: Inductor, recorder: Recorder) -> None:
-        self._weights = Weights(plan.program.unet)
+        self._weights = plan.program.weights
         self._inductor = inductor
         self._recorder = recorder
         self._recordings: dict[Hashable, Recording] = {}
+        self._texts: dict[Hashable, StaticText] = {}
         self._state: Hashable = None
+        self._lock = threading.Lock()
 
     def run(self, plan: Plan, request: Request, out: Output | None) -> Output:
         """The answer to ``request``, in ``out`` or in fresh tensors."""
         state = self._weights.signature()
         if torch.is_grad_enabled() and (self._weights.trained() or request.requires_grad):
             return self._inductor.run(plan, request, out)
-        if state != self._state:
-            self._recordings.clear()
-            self._state = state
         # Tensors made in inference mode could not be written to outside it.
-        with torch.inference_mode(False), torch.no_grad(), self._recorder.turn():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), self._recorder.turn():
+            if state != self._state:
+                self._recordings.clear()
+                self._texts.clear()
+                self._state = state
             key = (request.key, settings())
             recording = self._recordings.get(key)
             if recording is None:
@@ -137,10 +164,25 @@ class CudaGraph:
             answer = recording.output.cut(request.rows)
             return answer.clone() if out is None else answer.into(out)
 
+    def held(self, text: TextKV) -> int:
+        """Bytes of the copy of ``text`` that recordings read."""
+        return text.nbytes * bucket(len(text)) // max(1, len(text))
+
     def _record(self, plan: Plan, request: Request) -> Recording:
-        inputs = request.padded().cloned()
+        text = None
+        if request.text is not None:
+            key = (request.text_key, settings())
+            text = self._texts.get(key)
+            if text is None:
+                text = self._texts[key] = StaticText(request.text)
+        own = replace(request, text=None).padded().cloned()
+        inputs = replace(own, text=None if text is None else text.text)
         replay, output = self._recorder.record(lambda: self._inductor.compute(plan, inputs))
-        return Recording(inputs, replay, output)
+        return Recording(inputs, text, replay, output)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _fill(target: Tensor, value: Tensor) -> None:

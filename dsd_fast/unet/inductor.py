@@ -12,9 +12,9 @@ from torch import Tensor
 from dsd_fast.kernels.common import backend
 from dsd_fast.unet.execution import Cut, Region, advance, collect, embed, start
 from dsd_fast.unet.output import Output
-from dsd_fast.unet.request import Request
+from dsd_fast.unet.request import Request, bucket
 from dsd_fast.unet.step import Size, State, Taken
-from dsd_fast.unet.text import LayerText
+from dsd_fast.unet.text import LayerText, TextKV
 
 if TYPE_CHECKING:
     from dsd_fast.unet.plan import Plan
@@ -33,6 +33,15 @@ class Inductor:
         """``backend``: of :func:`torch.compile`; "aot_eager" traces and differentiates but generates nothing."""
         self._backend = backend
         self._functions: dict[Hashable, Callable[..., Any]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inductor:
+        # What was compiled belongs to the network that it was compiled for.
+        return Inductor(self._backend)
+
+    def held(self, text: TextKV) -> int:
+        """Bytes of the padded copy of ``text`` that is kept beside it."""
+        count = bucket(len(text))
+        return 0 if count == len(text) else text.nbytes * count // max(1, len(text))
 
     def run(self, plan: Plan, request: Request, out: Output | None) -> Output:
         """The answer to ``request``, in ``out`` or in fresh tensors."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsd_fast.kernels.add_layer_norm import add_layer_norm
 from dsd_fast.kernels.geglu import geglu
 from dsd_fast.kernels.group_norm_silu import group_norm_silu
+from dsd_fast.unet.weights import untouched
 
 # Triton decides when it is imported whether its kernels run on a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,7 +42,7 @@ def add_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
 def gated(x: Tensor, module: Any) -> Tensor:
     """diffusers' GEGLU; its projection is called, so that adapters on it count."""
-    if _fuses(x) and _untouched(module) and _path(module) == "diffusers.models.activations.GEGLU":
+    if _fuses(x) and untouched(module) and _path(module) == "diffusers.models.activations.GEGLU":
         return geglu(module.proj(x))
     result: Tensor = module(x)
     return result
@@ -63,7 +64,7 @@ def side_by_side(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...] | None:
 
 def dropped(x: Tensor, module: Any) -> Tensor:
     """A Dropout, without the call where its probability is 0."""
-    return x if isinstance(module, nn.Dropout) and module.p == 0.0 else module(x)
+    return x if _is(module, nn.Dropout) and module.p == 0.0 else module(x)
 
 
 def _fuses(x: Tensor) -> bool:
@@ -72,12 +73,7 @@ def _fuses(x: Tensor) -> bool:
 
 def _is(module: Any, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what ``kind`` does: no subclass (adapters' layers have the names of torch's)."""
-    return type(module) is kind and _untouched(module)
-
-
-def _untouched(module: Any) -> bool:
-    """No hook, and no forward of its own."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return type(module) is kind and untouched(module)
 
 
 def _path(module: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -82,6 +83,14 @@ class Plan:
         cross = [step.name for step in self.steps if step.score]
         self.value_layers: tuple[str, ...] = tuple(cross[:-1] if self.steps[-1].score else cross)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """The same plan, compiled for the same runtime, of a copy of the program."""
+        program = copy.deepcopy(self.program, memo)
+        copied = Plan(program, self.features, self.scores, self.maps, self.noise_pred, self.pool, None)
+        memo[id(self)] = copied
+        copied._adapter = copy.deepcopy(self._adapter, memo)
+        return copied if self.runtime is None else copied.compile(self.runtime)
+
     @property
     def adapter(self) -> tuple[str, ...] | None:
         """The adapters active during the plan's calls; None: those active on the network at each call."""
@@ -94,7 +103,7 @@ class Plan:
         runs of those as CUDA graphs and replays them; what it answers is copied out, and where gradients are wanted it
         runs as "inductor" does. Both compute P, M and B rounded up to a bucket
         (:func:`dsd_fast.unet.request.bucket`) and compile at the first request of a bucket, of other latent sizes or
-        another number of tokens.
+        another number of tokens. While a module has a hook or a forward of its own, runs are not compiled.
 
         Raises:
             ValueError: an unknown runtime; "cudagraph" with a network that is not on a CUDA device.
@@ -171,7 +180,7 @@ class Plan:
             self.program.check(training=torch.is_grad_enabled())
         with self._adapter.active():
             request = self._request(latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens)
-            if self._runtime is None or not request.rows:
+            if self._runtime is None or not request.rows or self.program.weights.hooked():
                 return run_eager(self, request).into(out)
             return self._runtime.run(self, request, out)
 
@@ -228,9 +237,10 @@ class Plan:
         out of memory the micro-batch is halved, once, with a warning.
 
         Args:
-            memory_budget: bytes for activations and text keys together. None leaves activations what
-                :func:`dsd_fast.unet.stream.default_budget` says, or the bytes of one row if those are more. All other
-                arguments are those of :meth:`run`.
+            memory_budget: bytes for activations and text keys together, and for the copy of the keys that a compiled
+                runtime keeps; what "cudagraph" keeps of recordings for other buckets is not in it. None leaves
+                activations what :func:`dsd_fast.unet.stream.default_budget` says, or the bytes of one row if those are
+                more. All other arguments are those of :meth:`run`.
 
         Returns:
             ``out``, filled, if it is given; else an iterator of (rows, Output), ``rows`` (b,) int64 saying which
@@ -294,6 +304,12 @@ class Plan:
         """Bytes alive at the peak of a run of ``rows`` rows, weights and text keys aside (an upper estimate)."""
         return run_bytes(self, rows, self.program.sizes(height, width), tokens, map_tokens)
 
+    def text_bytes(self, text: TextKV) -> int:
+        """Bytes of ``text`` and of the copy that a compiled runtime keeps beside it."""
+        if self._runtime is None:
+            return text.nbytes
+        return text.nbytes + self._runtime.held(text.narrowed(self.key_layers, self.value_layers))
+
     def signatures(self) -> dict[str, Signature]:
         """What adapters do now to the key and value projections of each layer whose keys the plan reads."""
         modules = {name: self.program.attention(name) for name in self.key_layers}
@@ -314,13 +330,14 @@ class Plan:
         device, count = latents.device, len(latents)
         latent_rows = None if latent_index is None else checks.index("latent_index", latent_index, None, count, device)
         rows = count if latent_rows is None else len(latent_rows)
+        text_rows = checks.text(self, text, text_index, rows, device)
         return Request(
             rows=rows,
             latents=latents.contiguous(memory_format=torch.channels_last),
             times=checks.timesteps(timesteps, count, device),
-            text=text,
+            text=None if text is None else text.narrowed(self.key_layers, self.value_layers),
             latent_index=latent_rows,
-            text_index=checks.text(self, text, text_index, rows, device),
+            text_index=text_rows,
             time_ids=checks.time_ids(self, time_ids, count, device),
             residuals=checks.residuals(self, residuals, rows, self.program.sizes(*latents.shape[-2:])),
             map_tokens=checks.map_tokens(self, map_tokens, rows, text, device),

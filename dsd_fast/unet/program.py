@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from dsd_fast.unet.plan import Plan
 from dsd_fast.unet.refusals import check_architecture, check_attachments
 from dsd_fast.unet.step import Size, Step
 from dsd_fast.unet.transformer import transformer_steps
+from dsd_fast.unet.weights import Weights
 
 
 class UNetProgram:
@@ -32,6 +34,7 @@ class UNetProgram:
         score_ids: one per cross-attention, that id without a suffix: ``up-level1-repeat1-vit-block0-cross``.
         time_blocks: the residual blocks, each with the name of the step that reads the time embedding for it.
         inductor: the compiled regions that plans share.
+        weights: what tells plans that the network changed.
 
     Raises:
         UnsupportedNetworkError: what the program would ignore or get wrong, by name.
@@ -53,7 +56,14 @@ class UNetProgram:
         self.layer_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.shape is not None)
         self.score_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score)
         self.inductor = Inductor()
+        self.weights = Weights(unet)
         self.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UNetProgram:
+        """The program of a copy of the network: steps call the modules that they were made for."""
+        copied = memo[id(self)] = UNetProgram(copy.deepcopy(self.unet, memo))
+        copied.inductor = copy.deepcopy(self.inductor, memo)
+        return copied
 
     def plan(
         self,

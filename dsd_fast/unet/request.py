@@ -66,18 +66,23 @@ class Request:
     @property
     def key(self) -> Hashable:
         """Equal for requests of the same bucket: padded, their tensors have the same shapes and types."""
-        text, tokens = self.text, self.map_tokens
+        tokens = self.map_tokens
         return (
             bucket(self.rows),
             bucket(len(self.latents)),
             self.latents.shape[1:],
-            None if text is None else (bucket(len(text)), text.tokens, text.optional),
+            self.text_key,
             (self.latent_index is None, self.text_index is None),
             self.times.dtype,
             None if self.time_ids is None else self.time_ids.dtype,
             None if self.residuals is None else self.residuals[1].dtype,
             None if tokens is None else tokens.shape[1],
         )
+
+    @property
+    def text_key(self) -> Hashable:
+        """Equal for requests whose texts, padded, have the same shapes."""
+        return None if self.text is None else (bucket(len(self.text)), self.text.tokens, self.text.optional)
 
     @property
     def requires_grad(self) -> bool:
@@ -92,7 +97,7 @@ class Request:
         return (x for x in (self.latents, self.times, *rest, *residuals) if x is not None)
 
     def cloned(self) -> Request:
-        """A copy that shares no memory with this one."""
+        """A copy that shares no memory with this one, save the texts'."""
 
         def clone(value: Tensor | None) -> Any:
             return None if value is None else value.clone()
@@ -101,7 +106,6 @@ class Request:
             self,
             latents=clone(self.latents),
             times=clone(self.times),
-            text=None if self.text is None else self.text.cloned(),
             latent_index=clone(self.latent_index),
             text_index=clone(self.text_index),
             time_ids=clone(self.time_ids),

@@ -10,6 +10,7 @@ from dsd_fast.unet.request import Request
 
 if TYPE_CHECKING:
     from dsd_fast.unet.plan import Plan
+    from dsd_fast.unet.text import TextKV
 
 RUNTIMES = ("inductor", "cudagraph")
 
@@ -18,6 +19,10 @@ class Runtime(Protocol):
     """Answers requests; see :meth:`Plan.compile`."""
 
     def run(self, plan: Plan, request: Request, out: Output | None) -> Output: ...
+
+    def held(self, text: TextKV) -> int:
+        """Bytes that runs with ``text``, of the plan's layers alone, keep beside it."""
+        ...
 
 
 def make_runtime(plan: Plan, name: str) -> Runtime:

@@ -66,7 +66,7 @@ def rows_at_once(
     Args:
         height, width: of the latents.
         tokens: T.
-        keys: bytes of the texts' keys and values, which a given budget includes.
+        keys: bytes of the texts' keys and values (:meth:`Plan.text_bytes`), which a given budget includes.
         map_tokens: tokens per row of attention maps.
         residuals: bytes of a ControlNet's residuals for one row.
         memory_budget: bytes; None: the device's default, and one row at least.
@@ -116,7 +116,7 @@ def stream(
         height,
         width,
         0 if text is None else text.tokens,
-        keys=0 if text is None else text.nbytes,
+        keys=0 if text is None else plan.text_bytes(text),
         map_tokens=0 if tokens is None else tokens.shape[1],
         residuals=per_row,
         memory_budget=memory_budget,

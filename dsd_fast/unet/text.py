@@ -46,7 +46,8 @@ class TextKV:
     score_mask: Tensor | None = None
     pooled: Tensor | None = None
     signature: Mapping[str, Signature] | None = None
-    _padded: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _padded: dict[str, tuple[Any, TextKV]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _narrowed: dict[Any, TextKV] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.count
@@ -65,28 +66,46 @@ class TextKV:
         """What the attention of that score id reads."""
         return LayerText(self.k[name], self.v.get(name), self.lengths, self.key_bias, self.score_mask)
 
+    def narrowed(self, key_layers: tuple[str, ...], value_layers: tuple[str, ...]) -> TextKV:
+        """These texts for those layers alone, in that order; they share memory. The same object at each call."""
+        if tuple(self.k) == key_layers and tuple(self.v) == value_layers:
+            return self
+        layers = (key_layers, value_layers)
+        if layers not in self._narrowed:
+            self._narrowed[layers] = replace(
+                self, k={name: self.k[name] for name in key_layers}, v={name: self.v[name] for name in value_layers}
+            )
+        return self._narrowed[layers]
+
     def padded(self, count: int) -> TextKV:
         """These texts and the first one again until there are ``count``.
 
         The answer is kept as long as this object lives and its tensors are not written to, so that a request whose
-        texts stay copies their keys once. With gradients it is made anew.
+        texts stay copies their keys once. With gradients it is made anew, and where :attr:`versions` is None.
         """
         if count == self.count:
             return self
-        tensors = list(self.tensors())
-        signature = (count, [version(x) for x in tensors])
-        if self._padded.get("signature") == signature:
-            padded: TextKV = self._padded["text"]
-            return padded
-        positions = torch.arange(count)
-        padded = self[positions.where(positions < self.count, 0)]
-        if not any(x.requires_grad for x in tensors):
-            self._padded.update(signature=signature, text=padded)
+        versions = self.versions
+        if versions is None or any(x.requires_grad for x in self.tensors()):
+            return self.copied(count)
+        signature, padded = self._padded.get("last", (None, self))
+        if signature != (count, versions):
+            # A later run may want gradients, and tensors made in inference mode could not have any.
+            with torch.inference_mode(False), torch.no_grad():
+                padded = self.copied(count)
+            self._padded["last"] = (count, versions), padded
         return padded
 
-    def cloned(self) -> TextKV:
-        """A copy that shares no memory with this one."""
-        return self._map(torch.clone, self.count)
+    def copied(self, count: int) -> TextKV:
+        """Like :meth:`padded`, in memory of its own."""
+        positions = torch.arange(count)
+        return self[positions.where(positions < self.count, 0)]
+
+    @property
+    def versions(self) -> list[tuple[int, int]] | None:
+        """Another one after each write to a tensor; None for tensors made in inference mode, which keep no count."""
+        tensors = list(self.tensors())
+        return None if any(x.is_inference() for x in tensors) else [version(x) for x in tensors]
 
     @property
     def optional(self) -> tuple[bool, ...]:

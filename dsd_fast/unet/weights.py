@@ -1,11 +1,20 @@
-"""Whether a network still has the weights it had, at a price that every call can pay."""
+"""Whether a network still has the weights it had, and no hooks, at a price that every call can pay."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from itertools import chain, repeat
+from operator import contains
 from typing import Any
 
 from torch import Tensor
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def untouched(module: Any) -> bool:
+    """Whether a module has no hook, and no forward of its own."""
+    return not (any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__)
 
 
 class Weights:
@@ -16,12 +25,11 @@ class Weights:
 
     def __init__(self, network: Any) -> None:
         self._network = network
-        self._tree: list[int] | None = None
+        self._tree: list[Any] | None = None
 
     def signature(self) -> Hashable:
         """Equal while the same modules compute with weights at the same addresses and equally set adapters."""
-        if self._tree is None or self._children() != self._tree:
-            self._walk()
+        self._follow()
         adapters = tuple(
             (
                 layer.disable_adapters,
@@ -34,19 +42,31 @@ class Weights:
         assert self._tree is not None
         return tuple(self._tree), tuple(p.data_ptr() for p in self._tensors()), adapters, self._network.training
 
+    def hooked(self) -> bool:
+        """Whether a module has a hook or a forward of its own, which compiled work would not see come and go."""
+        self._follow()
+        return any(self._hooks) or any(map(contains, self._own, repeat("forward")))
+
     def trained(self) -> bool:
         """Whether a weight wants a gradient; of the network that :meth:`signature` saw last."""
         return any(p.requires_grad for p in self._tensors())
+
+    def _follow(self) -> None:
+        if self._tree is None or self._children() != self._tree:
+            self._walk()
 
     def _walk(self) -> None:
         modules = list(self._network.modules())
         self._parents = [module._modules for module in modules if module._modules]
         self._parameters = [module._parameters for module in modules if module._parameters]
+        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
+        self._own = [module.__dict__ for module in modules]
         self._adapted = [module for module in modules if hasattr(module, "lora_A")]
         self._tree = self._children()
 
-    def _children(self) -> list[int]:
-        return [id(child) for children in self._parents for child in children.values()]
+    def _children(self) -> list[Any]:
+        # The modules, not their ids, which others would be given once these are gone.
+        return list(chain.from_iterable([children.values() for children in self._parents]))
 
     def _tensors(self) -> Iterator[Tensor]:
         return (p for parameters in self._parameters for p in parameters.values() if p is not None)

@@ -171,7 +171,8 @@ def test_every_layer_has_every_measurement_on_a_gpu_alone():
     for group in ("flex-backward", "flex-forward", "backward", "score-alone", "token-maps", "implementations"):
         assert {name.removeprefix(f"{group}/") for name in cases(group)} == names
     assert {name.removeprefix("forward/") for name in cases("forward")} == names | {"sd15/4096/float16"}
-    assert set(cases("tune")) == {f"tune/width-{width}" for width in (40, 64, 80, 160)}
+    tuned = {"": (40, 64, 80, 160), "query/": (40, 64, 80), "text/": (40, 64, 80, 160)}
+    assert set(cases("tune")) == {f"tune/{part}width-{width}" for part, widths in tuned.items() for width in widths}
     on_gpu = [case for case in ops.suite.cases if case.group != "cpu"]
     assert all(case.devices == ("cuda",) for case in on_gpu)
     # From 6 repeats on the interval of a ratio covers 95 %.

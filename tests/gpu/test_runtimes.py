@@ -1,11 +1,14 @@
 """Compiled runtimes on a CUDA device: the plain run's numbers, answers that stay, no waiting, no growth."""
 
+import threading
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
-from dsd_fast.unet import UNetProgram
+from dsd_fast.unet import Output, UNetProgram
+from dsd_fast.unet.cudagraph import WARM_UPS, CudaRecorder
 from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, tiny_unet
 
 pytestmark = pytest.mark.gpu
@@ -176,6 +179,49 @@ def test_any_stream(runtime):
         torch.cuda.synchronize()
     for a, b in zip(got, want, strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_host_threads(runtime):
+    case = Case()
+    plan, requests = case.plan().compile(runtime), [case.request(seed=seed) for seed in range(8)]
+    with torch.no_grad():
+        want = [run(case.plan(), request) for request in requests]
+        run(plan, requests[0])
+    torch.cuda.synchronize()
+    got = {}
+
+    def answer(number):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            got[number] = run(plan, requests[number])
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=answer, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, answered in enumerate(want):
+        close(got[number], answered)
+
+
+def test_a_recording_that_runs_out_of_memory_says_so_and_another_can_be_made():
+    recorder, calls = CudaRecorder(torch.device("cuda", torch.cuda.current_device())), []
+    x = torch.ones(4, device="cuda")
+
+    def work(limit):
+        calls.append(limit)
+        if len(calls) > limit:
+            torch.empty(1 << 50, device="cuda")
+        return Output(noise_pred=x * 2)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.record(lambda: work(WARM_UPS))
+    replay, output = recorder.record(lambda: work(10**6))
+    x.fill_(3)
+    with recorder.turn():
+        replay()
+    assert output.noise_pred.tolist() == [6.0] * 4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

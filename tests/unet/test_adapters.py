@@ -1,5 +1,7 @@
 """LoRA through PEFT: equal to diffusers, and active only during the calls of the plan it belongs to."""
 
+import copy
+
 import pytest
 import torch
 
@@ -168,3 +170,17 @@ def test_the_strength_of_an_adapter_belongs_to_the_plan(tmp_path):
     weaker = case.diffusers()
     close(case.ours(plan), want)
     close(case.diffusers(), weaker)
+
+
+def test_a_deep_copy_keeps_the_strength_that_a_plan_has(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    case.pipe.set_adapters("a", 0.3)
+    plan = case.program.plan(noise_pred=True, adapter="a")
+    case.pipe.set_adapters("a", 1.0)
+    want = case.ours(plan)
+    copied = copy.deepcopy(plan)
+    assert copied.adapter == ("a",)
+    close(case.ours(copied), want)
+    with torch.no_grad():
+        case.unet.conv_in.weight.zero_()
+    close(case.ours(copied), want)

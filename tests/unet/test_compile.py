@@ -4,112 +4,18 @@ Most tests let torch.compile trace and differentiate but generate no code ("aot_
 generated code could go wrong; one small plan generates it.
 """
 
-import contextlib
+import copy
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from dsd_fast.unet import UNetProgram
-from dsd_fast.unet.cudagraph import CudaGraph
-from dsd_fast.unet.inductor import Inductor
 from dsd_fast.unet.request import bucket, full_bucket, pad
 from dsd_fast.unet.stream import HEADROOM
-from dsd_fast.unet.weights import Weights
-from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, save_tiny_lora, tiny_pipeline, trained_like
+from tests.tiny import FAMILIES, tiny_pipeline
+from tests.unet.compiled import FIRST_VIT, SCORE, TOKENS, Case, graphs, load_lora, run, same, small_unet
 
-TOKENS = 11
-# Convolutions are not bit-equal across batch sizes, and a bucket is another batch size.
-TOLERANCE = 1e-5
-SCORE = "down-level0-repeat0-vit-block0-cross"
-FIRST_VIT = "down-level0-repeat0-vit-out"
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def small_unet(family, layers=2):
-    """Two levels of one block each, with the family's projections, heads and embeddings."""
-    common = {
-        "sample_size": 16,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "cross_attention_dim": CROSS_ATTENTION_DIM[family],
-    }
-    if family == "sdxl":
-        unet = UNet2DConditionModel(
-            **common,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4),
-            transformer_layers_per_block=(1, layers),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + POOLED_DIM,
-        )
-    else:
-        unet = UNet2DConditionModel(
-            **common,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=(2, 4) if family == "sd21" else 4,
-            use_linear_projection=family == "sd21",
-        )
-    return trained_like(unet, 0).requires_grad_(False)
-
-
-class Case:
-    """A network, and requests of any P, M and B to it."""
-
-    def __init__(self, family, unet=None, dtype=torch.float32, backend="aot_eager"):
-        self.family, self.dtype = family, dtype
-        self.unet = (small_unet(family) if unet is None else unet).to(dtype)
-        self.program = UNetProgram(self.unet)
-        self.program.inductor = Inductor(backend)
-
-    def plans(self, **asked):
-        """The same plan as it is and compiled."""
-        return self.program.plan(**asked), self.program.plan(**asked).compile("inductor")
-
-    def request(self, latents=2, texts=3, rows=5, size=(16, 16), **text):
-        g = torch.Generator().manual_seed(latents + 10 * texts + 100 * rows)
-        width = CROSS_ATTENTION_DIM[self.family]
-        if self.family == "sdxl":
-            text["pooled"] = torch.randn(texts, POOLED_DIM, generator=g).to(self.dtype)
-        return {
-            "latents": torch.randn(latents, 4, *size, generator=g).to(self.dtype),
-            "timesteps": torch.randint(0, 1000, (latents,), generator=g),
-            "states": torch.randn(texts, TOKENS, width, generator=g).to(self.dtype),
-            "text": text,
-            "latent_index": torch.randint(latents, (rows,), generator=g),
-            "text_index": torch.randint(texts, (rows,), generator=g),
-            "time_ids": torch.randint(0, 64, (latents, 6), generator=g).float() if self.family == "sdxl" else None,
-        }
-
-
-def run(plan, request):
-    request = dict(request)
-    text = plan.encode_text(request.pop("states"), **request.pop("text"))
-    return plan.run(request.pop("latents"), request.pop("timesteps"), text, **request)
-
-
-def same(got, want, tolerance=TOLERANCE):
-    got, want = dict(got.tensors()), dict(want.tensors())
-    assert list(got) == list(want)
-    for name, value in want.items():
-        assert got[name].shape == value.shape
-        assert float((got[name] - value).abs().max()) <= tolerance * float(value.abs().max()), name
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,11 +145,6 @@ def test_gradients_of_texts_latents_and_weights_flow():
         assert float((a - b).abs().max()) <= 1e-12 * scale
 
 
-def load_lora(pipe, folder, name, seed):
-    file = save_tiny_lora("sd15", folder, seed=seed)
-    pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-
-
 class Adapted(Case):
     """SD 1.5 with the LoRAs "a" and "b"."""
 
@@ -319,136 +220,20 @@ def test_other_runtimes_are_refused_by_name():
         plan.compile("cudagraph")
 
 
-class Again:
-    """Records work by keeping it: a replay does it again and writes to the same tensors, as a CUDA graph does."""
-
-    def __init__(self):
-        self.records = self.replays = 0
-
-    def record(self, work):
-        self.records += 1
-        output = work().clone()
-
-        def replay():
-            self.replays += 1
-            for (_, target), (_, value) in zip(output.tensors(), work().tensors(), strict=True):
-                target.copy_(value)
-
-        return replay, output
-
-    def turn(self):
-        return contextlib.nullcontext()
-
-
-class Recorded(Case):
-    def __init__(self, unet=None):
-        super().__init__("sd15", unet, backend="eager")
-        self.plain, self.replayed = self.plans(features=["down-level0-repeat0-res-out"], scores=[SCORE])
-        self.recorder = Again()
-        self.replayed._runtime = CudaGraph(self.replayed, self.program.inductor, self.recorder)
-
-    def check(self, request):
-        with torch.no_grad():
-            want = run(self.plain, request)
-            got = run(self.replayed, request)
-        same(got, want)
-        return got
-
-
-def test_replays_answer_requests_of_their_bucket_in_memory_of_their_own():
-    case = Recorded()
-    first = case.check(case.request(2, 3, 5))
-    kept = first.clone()
-    for latents, texts, rows in ((2, 4, 8), (2, 3, 5), (2, 3, 6)):
-        case.check(case.request(latents, texts, rows, lengths=None))
-    assert (case.recorder.records, case.recorder.replays) == (1, 4)
-    same(first, kept, 0)
-    case.check(case.request(3, 3, 5))
-    case.check(case.request(2, 3, 5, lengths=[1, 2, 3]))
-    assert case.recorder.records == 3
-    with torch.inference_mode():
-        run(case.replayed, case.request(2, 3, 5))
-    case.check(case.request(2, 3, 5))
-    assert case.recorder.records == 3
-
-
-def test_replays_fill_an_output():
-    case = Recorded()
-    out = case.plain.empty_output(5, 16, 16)
+def test_a_deep_copy_of_a_compiled_plan_runs_a_network_of_its_own():
+    case = Case("sd15", backend="eager")
+    plain, compiled = case.plans(scores=[SCORE], pool=0.5)
     with torch.no_grad():
-        assert run(case.replayed, case.request() | {"out": out}) is out
-        same(out, run(case.plain, case.request()))
-
-
-def test_texts_are_loaded_when_they_are_others_or_were_written_to():
-    case = Recorded()
-    request = case.request()
-    states, options = request.pop("states"), request.pop("text")
-    with torch.no_grad():
-        text = case.plain.encode_text(states, **options)
-
-        def both():
-            same(case.replayed.run(text=text, **request), case.plain.run(text=text, **request))
-
-        both()
-        (recording,) = case.replayed._runtime._recordings.values()
-        # While the texts stay, what was loaded is not written again.
-        recording.inputs.text.k[SCORE].add_(1)
-        spoiled = case.replayed.run(text=text, **request).scores[SCORE]
-        assert float((spoiled - case.plain.run(text=text, **request).scores[SCORE]).abs().max()) > 1e-3
-        text.k[SCORE].mul_(2)
-        both()
-        text = case.plain.encode_text(states.flip(0), **options)
-        both()
-
-
-def test_weights_changed_in_place_are_seen_and_replaced_ones_recorded_anew():
-    case = Recorded()
-    request = case.request()
-    first = case.check(request)
-    weight = case.unet.conv_in.weight
-    with torch.no_grad():
-        weight.mul_(1.5)
-    second = case.check(request)
-    assert case.recorder.records == 1
-    assert float((first.scores[SCORE] - second.scores[SCORE]).abs().max()) > 1e-4
-    case.unet.conv_in.weight = torch.nn.Parameter(weight * 2, requires_grad=False)
-    case.check(request)
-    assert case.recorder.records == 2
-    case.unet.double()
-    case.unet.float()
-    case.check(request)
-    assert case.recorder.records == 3
-
-
-def test_another_state_of_the_adapters_is_recorded_anew(tmp_path):
-    pipe = tiny_pipeline("sd15")
-    case = Recorded(pipe.unet)
-    weights = Weights(pipe.unet)
-    seen = [weights.signature()]
-    case.check(case.request())
-    for change in (
-        lambda: load_lora(pipe, tmp_path, "a", 1),
-        lambda: pipe.set_adapters("a", 0.5),
-        pipe.disable_lora,
-    ):
-        change()
-        seen.append(weights.signature())
-        assert seen[-1] == weights.signature()
-        case.check(case.request())
-    assert len(set(seen)) == 4
-    assert case.recorder.records == 4
-
-
-def test_gradients_are_not_replayed():
-    case = Recorded()
-    request = case.request()
-    request["states"].requires_grad_()
-    run(case.replayed, request).scores[SCORE].sum().backward()
-    assert case.recorder.records == 0
-    assert request["states"].grad.any()
-    case.unet.conv_in.requires_grad_(True)
-    assert run(case.replayed, case.request()).scores[SCORE].requires_grad
-    assert case.recorder.records == 0
-    case.check(request)
-    assert case.recorder.records == 1
+        want = run(compiled, case.request())
+        together = copy.deepcopy({"plan": compiled, "unet": case.unet})
+        copied = together["plan"]
+        assert copied.program.unet is together["unet"] is not case.unet
+        assert (copied.runtime, copied.scores, copied.pool) == ("inductor", (SCORE,), 0.5)
+        case.unet.conv_in.weight.zero_()
+        same(run(copied, case.request()), want)
+        copied.program.unet.conv_in.weight.mul_(0.5)
+        same(
+            run(copied, case.request()),
+            run(UNetProgram(copied.program.unet).plan(scores=[SCORE], pool=0.5), case.request()),
+        )
+        same(run(compiled, case.request()), run(plain, case.request()))

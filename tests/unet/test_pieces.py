@@ -91,6 +91,30 @@ def test_modules_with_hooks_or_of_other_classes_are_called(operators):
     }
 
 
+class Doubling(torch.nn.Dropout):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_dropouts_that_do_more_than_torchs_are_called():
+    unet = tiny_unet("sd15")
+    resnet = unet.mid_block.resnets[0]
+    want = run("sd15", unet).noise_pred
+    seen = []
+    handle = resnet.dropout.register_forward_hook(lambda m, args, out: seen.append(m))
+    assert torch.equal(run("sd15", unet).noise_pred, want)
+    assert seen == [resnet.dropout]
+    handle.remove()
+    weight = resnet.conv2.weight
+    resnet.dropout = Doubling(0.0)
+    doubled = run("sd15", unet).noise_pred
+    resnet.dropout = torch.nn.Dropout(0.0)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert not torch.equal(doubled, want)
+    assert torch.equal(doubled, run("sd15", unet).noise_pred)
+
+
 @pytest.mark.parametrize("name", ["self-q", "self-v", "cross-q"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "with an adapter"])
 def test_projections_of_self_attention_are_one_product_in_compiled_code(adapted, name, operators, tmp_path):

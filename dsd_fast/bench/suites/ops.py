@@ -37,6 +37,8 @@ CUDA_MATERIALISED, CUDA_FLEX = 5.0, 1.5
 
 # Where launches are tried: positions and heads of a layer of each width.
 TUNED_SHAPES = {40: (4096, 8), 64: (4096, 10), 80: (1024, 8), 160: (256, 8)}
+# The kernels of the backward pass, and the widest head whose launch can be chosen.
+BACKWARD_PARTS = {"query": 128, "text": 256}
 
 # What a short run takes of the layers, by positions; of the elementwise pieces it takes the largest level.
 SHORT_FORWARD = {"sd15": (4096, 1024, 256), "sd21": (4096,), "sdxl": (1024,)}
@@ -77,6 +79,10 @@ def _cuda_cases() -> list[Case]:
     for width, (length, heads) in TUNED_SHAPES.items():
         shape = Shape(CUDA_ROWS, length, heads, width, dtype="bfloat16")
         cases.append(_case("tune", f"width-{width}", partial(rivals.launches, shape)))
+        for part, widest in BACKWARD_PARTS.items():
+            if width <= widest:
+                launches = partial(rivals.launches, shape, table=f"{part.upper()}_LAUNCHES")
+                cases.append(_case("tune", f"{part}/width-{width}", launches))
     half = Shape(CUDA_ROWS, 4096, 8, 40, dtype="float16")
     cases.append(_case("forward", "sd15/4096/float16", _forward(half)))
     return cases
