@@ -94,7 +94,7 @@ def match(
         str | None,
         typer.Option(
             metavar="inductor|cudagraph",
-            help="Compile the network before it is used, which takes minutes and pays for many images on a GPU.",
+            help="Compile the network, which takes minutes at first; for many images.",
         ),
     ] = None,
     memory_budget: Annotated[
