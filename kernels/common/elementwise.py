@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common import backend
 
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def runs_triton(device: str, dtype: torch.dtype) -> bool:
     """Whether Triton kernels run: on CUDA devices, and on the CPU under Triton's interpreter; never in float64."""
-    usable = device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return usable and dtype in TRITON_DTYPES and backend.has_triton()
+    return "triton" in backend.available(device, dtype)
 
 
 # A compiler calls it once and keeps the answer: plain torch is then traced into, and fused, without a graph break.
@@ -41,7 +36,7 @@ def check_parameters(weight: Tensor | None, bias: Tensor | None, channels: int, 
     Raises:
         ValueError: a shape or type that does not fit, by the argument's name.
     """
-    expected = {dtype, torch.float32 if dtype in TRITON_DTYPES else dtype}
+    expected = {dtype, torch.float32 if dtype in backend.KERNEL_DTYPES else dtype}
     if weight is not None and bias is not None:
         expected = {weight.dtype} & expected or expected
     for name, value in (("weight", weight), ("bias", bias)):
