@@ -167,7 +167,8 @@ void strips(int64_t rows, int64_t columns, int64_t depth, Broadcast a, const flo
       case 1: strip<1, B>(rows, a, depth, b + at, b_row, c + at, c_row, from); break;
       case 2: strip<2, B>(rows, a, depth, b + at, b_row, c + at, c_row, from); break;
       case 3: strip<3, B>(rows, a, depth, b + at, b_row, c + at, c_row, from); break;
-      case 4: strip<4, B>(rows, a, depth, b + at, b_row, c + at, c_row, from); break;
+      // Narrow vectors have no tile of four.
+      case 4: strip<kColumns < 4 ? kColumns : 4, B>(rows, a, depth, b + at, b_row, c + at, c_row, from); break;
       default: strip<kColumns, B>(rows, a, depth, b + at, b_row, c + at, c_row, from);
     }
     done += n;
