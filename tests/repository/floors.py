@@ -8,14 +8,15 @@ from tests.repository.source import imports
 # Ground floor first. A room may import rooms of lower floors, and nothing beside or above it.
 FLOORS = (
     ("kernels",),
-    ("models", "diffusion", "images"),
-    ("jobs", "metrics", "unet"),
+    ("models", "diffusion", "images", "jobs"),
+    ("metrics", "unet"),
     ("matching", "features", "class_tokens", "image_prompt", "generation", "retrieval"),
     ("bench",),
     ("cli", "compat"),
 )
 SIDEWAYS = {
     ("models", "diffusion"),  # a bundle carries its noise schedule
+    ("models", "jobs"),  # checkpoints and adapters are files that appear whole or not at all
     ("class_tokens", "generation"),
     ("image_prompt", "generation"),
     ("retrieval", "matching"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["Recipe", "fit", "generator", "read", "write"]
+from dsd_fast.jobs import read_tensors, write_tensors
+
+__all__ = ["Recipe", "fit", "generator"]
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,6 @@ class Recipe:
 def generator(seed: int, step: int) -> torch.Generator:
     """The generator of everything random in one step."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def write(file: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
-    """Writes a safetensors file that appears whole or not at all; `about` is JSON kept in its header."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, part, {"about": json.dumps(about)})
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(part, file)
-
-
-def read(file: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors whose names start with `prefix`, without it, and what `write` was told about them."""
-    with safe_open(file, framework="pt") as stream:
-        tensors = {k.removeprefix(prefix): stream.get_tensor(k) for k in stream.keys() if k.startswith(prefix)}  # noqa: SIM118
-        return tensors, json.loads(stream.metadata()["about"]) or {}
 
 
 def fit(
@@ -107,7 +89,7 @@ def fit(
         state = {f"model.{key}": p for key, p in parameters.items()} | {f"ema.{k}": v for k, v in average.items()}
         for key, p in parameters.items():
             state |= {f"adam.{key}.{field}": value for field, value in optimizer.state[p].items()}
-        write(file, state, {"step": step, "settings": settings})
+        write_tensors(file, state, {"step": step, "settings": settings})
 
     begin = saved = logged = time.monotonic()
     first, recent = step, 0.0
@@ -150,7 +132,7 @@ def _restore(
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    tensors, about = read(file)
+    tensors, about = read_tensors(file)
     if about["settings"] != settings:
         raise ValueError(f"{file} was made with {about['settings']}, not with {settings}: choose another --out")
     with torch.no_grad():

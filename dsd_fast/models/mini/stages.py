@@ -14,8 +14,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsd_fast.jobs import read_tensors, write_tensors
+
 from .digits import DIGIT_NAMES, TRAINING, caption, digit
-from .loop import Recipe, fit, generator, read, write
+from .loop import Recipe, fit, generator
 from .networks import MAX_TOKENS, WIDTH, Components, preprocess
 from .scenes import COLOURS, RELATIONS, SHAPES, SIZES, scene
 
@@ -53,12 +55,12 @@ def load(parts: Components, folder: Path) -> list[str]:
     """Loads what the stages have left in `folder` into the networks; returns the stages that were there."""
     found = []
     if (file := folder / "vae-final.safetensors").exists():
-        parts.vae.load_state_dict(read(file)[0])
+        parts.vae.load_state_dict(read_tensors(file)[0])
         found.append("vae")
     for name, prefixes in {"clip": {"clip.": parts.clip}, "unet": {"unet.": parts.unet, "clip.": parts.clip}}.items():
         if (file := folder / f"{name}.safetensors").exists():
             for prefix, module in prefixes.items():
-                missing, unexpected = module.load_state_dict(read(file, f"ema.{prefix}")[0], strict=False)
+                missing, unexpected = module.load_state_dict(read_tensors(file, f"ema.{prefix}")[0], strict=False)
                 if unexpected or (missing and name == "clip"):
                     raise ValueError(f"{file} does not fit: missing {missing}, unexpected {unexpected}")
             found.append(name)
@@ -80,9 +82,9 @@ def train_vae(parts: Components, recipe: Recipe, folder: Path, *, measured: int 
         return 5 * F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + 1e-4 * kl
 
     done = fit("vae", dict(vae.named_parameters()), loss, recipe, folder, **options)
-    vae.load_state_dict(read(folder / "vae.safetensors", "ema.")[0])
+    vae.load_state_dict(read_tensors(folder / "vae.safetensors", "ema.")[0])
     standardise(parts, measured)
-    write(folder / "vae-final.safetensors", vae.state_dict())
+    write_tensors(folder / "vae-final.safetensors", vae.state_dict())
     return done
 
 
@@ -236,7 +238,7 @@ def train_unet(
 @torch.no_grad()
 def _cache(parts: Components, file: Path, pictures: int) -> dict[str, Tensor]:
     if file.exists():
-        data, about = read(file)
+        data, about = read_tensors(file)
         if about.get("pictures") == pictures:
             return data
     parts.vae.eval()
@@ -252,7 +254,7 @@ def _cache(parts: Components, file: Path, pictures: int) -> dict[str, Tensor]:
         rows["tokens"].append(_tokens(parts, [item.caption for item in batch]).short())
         rows["negatives"].append(_tokens(parts, [item.negative for item in batch]).short())
     data = {key: torch.cat(value) for key, value in rows.items()}
-    write(file, data, {"pictures": pictures})
+    write_tensors(file, data, {"pictures": pictures})
     return data
 
 

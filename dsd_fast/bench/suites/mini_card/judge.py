@@ -20,8 +20,9 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsd_fast.jobs import read_tensors, write_tensors
 from dsd_fast.models.mini.digits import DIGIT_NAMES, TRAINING, digit
-from dsd_fast.models.mini.loop import Recipe, fit, generator, read, write
+from dsd_fast.models.mini.loop import Recipe, fit, generator
 from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, scene
 from dsd_fast.models.mini.stages import FACTS
@@ -112,7 +113,7 @@ def judge(vae: AutoencoderKL, folder: Path | None = None) -> nn.Module:
     if not (folder / "judge-final.safetensors").exists():
         train(vae, folder)
     network = _Judge()
-    network.load_state_dict(read(folder / "judge-final.safetensors")[0])
+    network.load_state_dict(read_tensors(folder / "judge-final.safetensors")[0])
     return network.eval()
 
 
@@ -141,7 +142,7 @@ def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, picture
         return torch.stack([_cross_entropy(logits.float(), right) for logits, right in pairs]).sum()
 
     fit("judge", dict(network.named_parameters()), loss, recipe, folder)
-    write(folder / "judge-final.safetensors", read(folder / "judge.safetensors", "ema.")[0])
+    write_tensors(folder / "judge-final.safetensors", read_tensors(folder / "judge.safetensors", "ema.")[0])
     for name in ("judge.safetensors", "pictures.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
@@ -165,7 +166,7 @@ def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
 @torch.inference_mode()
 def _pictures(vae: AutoencoderKL, file: Path, pictures: int) -> dict[str, Tensor]:
     if file.exists():
-        data, about = read(file)
+        data, about = read_tensors(file)
         if about.get("pictures") == pictures:
             return data
     drawn, wanted = [], []
@@ -185,7 +186,7 @@ def _pictures(vae: AutoencoderKL, file: Path, pictures: int) -> dict[str, Tensor
         pixels = preprocess(images[start : start + 64]).to(vae.device)
         decoded[start : start + 64] = to_bytes(vae.decode(vae.encode(pixels).latent_dist.mean).sample)
     data = {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}
-    write(file, data, {"pictures": pictures})
+    write_tensors(file, data, {"pictures": pictures})
     return data
 
 
