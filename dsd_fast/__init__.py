@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "Group",
     "MatchConfig",
     "Matcher",
     "__version__",
@@ -23,21 +24,24 @@ __all__ = [
     "matching",
     "metrics",
     "models",
+    "read_groups",
     "reference",
     "unet",
 ]
 
 if TYPE_CHECKING:
     from dsd_fast import bench, compat, diffusion, images, jobs, kernels, matching, metrics, models, reference, unet
-    from dsd_fast.matching import MatchConfig, Matcher
+    from dsd_fast.matching import Group, MatchConfig, Matcher, read_groups
     from dsd_fast.models import from_pipeline, load
 else:
     # Hidden from type checkers, for which a module with __getattr__ has every name.
     _HOMES = {
+        "Group": "dsd_fast.matching",
         "MatchConfig": "dsd_fast.matching",
         "Matcher": "dsd_fast.matching",
         "from_pipeline": "dsd_fast.models",
         "load": "dsd_fast.models",
+        "read_groups": "dsd_fast.matching",
     }
 
     def __getattr__(name: str) -> object:

@@ -1,0 +1,104 @@
+"""Groups as a file names them, and the image sources that the names become."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsd_fast.images import ImageError, ImageSource, load_image
+from dsd_fast.images.header import CorruptHeaderError, TruncatedHeaderError, UnsupportedFormatError, read_header
+from dsd_fast.jobs import replacing
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
+_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A group before its images are found.
+
+    Attributes:
+        place: the file and the row, as errors name them.
+        images: file names as written, or the bytes of embedded images.
+        texts, label, category, id: as in :class:`dsd_fast.matching.Group`; the id is "" where the file gives none.
+    """
+
+    place: str
+    images: list[str | bytes]
+    texts: list[str]
+    label: int = 0
+    category: str = ""
+    id: str = ""
+
+    def digest(self) -> str:
+        """16 hex digits of what the group says: image names (of embedded images the SHA-256), texts and label."""
+        names = [image if isinstance(image, str) else hashlib.sha256(image).hexdigest() for image in self.images]
+        content = json.dumps([names, self.texts, self.label], ensure_ascii=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+class ImageFinder:
+    """Image names to sources.
+
+    Args:
+        folder: where relative names start.
+        extract: where the bytes of embedded images are written; None decodes them at once and keeps the pixels.
+    """
+
+    def __init__(self, folder: Path, extract: Path | None) -> None:
+        self.folder, self.extract = folder, extract
+
+    def find(self, image: str | bytes, place: str) -> ImageSource:
+        """The source of one image of the group at ``place``.
+
+        Raises:
+            ValueError: a name that is no file name, or bytes that are no image.
+            OSError: the folder of extracted images cannot be written.
+        """
+        return self.path(image, place) if isinstance(image, str) else self._embedded(image, place)
+
+    def path(self, name: str, place: str) -> Path:
+        """The path of a named image; whether it exists is not looked at.
+
+        Absolute names stand as they are. Relative ones may have "..", but not leave the folder.
+        """
+        if _URL.match(name):
+            raise ValueError(f"{place}: the image {name[:80]!r} is a URL, which is not followed; expected a file name")
+        if "\0" in name or not name.strip():
+            raise ValueError(f"{place}: the image {name[:80]!r} is no file name")
+        if not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise ValueError(
+                f"{place}: the image {name[:80]!r} leaves the folder of images, {self.folder}; "
+                "give that folder as images=, or absolute names"
+            )
+        return self.folder / name
+
+    def _embedded(self, data: bytes, place: str) -> ImageSource:
+        try:
+            kind, _, _ = read_header(io.BytesIO(data), len(data))
+        except UnsupportedFormatError:
+            raise ValueError(f"{place}: an embedded image is not JPEG, PNG or WebP") from None
+        except (TruncatedHeaderError, CorruptHeaderError):
+            raise ValueError(f"{place}: an embedded image has a damaged header") from None
+        name = f"{hashlib.sha256(data).hexdigest()[:32]}.{_ENDINGS[kind]}"
+        if self.extract is not None:
+            file = self.extract / name
+            if not file.is_file() or file.stat().st_size != len(data):
+                self.extract.mkdir(parents=True, exist_ok=True)
+                with replacing(file) as stream:
+                    stream.write(data)
+            return file
+        # The safe decoder reads files.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / name
+            file.write_bytes(data)
+            try:
+                return load_image(file)
+            except ImageError as error:
+                raise ValueError(f"{place}: an embedded image cannot be used ({error.reason})") from None
