@@ -43,17 +43,27 @@ def resolve_timesteps(pipe: DiffusionPipeline, timesteps: int | Sequence[int]) -
     return steps
 
 
+def seeded(*entropy: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on these integers alone; zeros at the end change nothing."""
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
 def draw_noise(seed: int, k: int, shape: tuple[int, ...]) -> Tensor:
     """Noise of the k-th timestep, float32 on the CPU: it depends on (seed, k) alone."""
-    state = np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int(state >> np.uint64(1))))
+    return torch.randn(shape, generator=seeded(seed, k))
+
+
+def latent_shape(pipe: DiffusionPipeline) -> tuple[int, int, int]:
+    """(C, h, w) of what the UNet was made for."""
+    sample = pipe.unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)
+    return pipe.unet.config.in_channels, height, width
 
 
 def preprocess(pipe: DiffusionPipeline, images: Sequence[Any]) -> Tensor:
     """(N, 3, height, width) float32 in [−1, 1] at the UNet's size, on its device; the aspect ratio is not kept."""
-    sample = pipe.unet.config.sample_size
-    sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
-    height, width = (side * pipe.vae_scale_factor for side in sides)
+    height, width = (side * pipe.vae_scale_factor for side in latent_shape(pipe)[1:])
     if len(images) == 0:
         raise ValueError("images: got none, expected at least one")
     pixels = []
@@ -69,22 +79,36 @@ def preprocess(pipe: DiffusionPipeline, images: Sequence[Any]) -> Tensor:
     return torch.stack(pixels).to(pipe.unet.device)
 
 
-def encode_images(vae: Any, pixels: Tensor) -> Tensor:
-    """Scaled posterior means, (P, C, h, w) float32."""
-    latents: Tensor = vae.config.scaling_factor * vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
-    return latents.float()
+def widened(values: Tensor) -> Tensor:
+    """float32 of what is narrower; float64 stays, so that a derivative can be checked by differences."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def encode_text(pipe: DiffusionPipeline, caption: str) -> tuple[Tensor, Tensor | None]:
-    """Text states (2, 77, E) of the empty text and the caption, and SDXL's pooled states (2, width) or None."""
+def encode_images(
+    vae: Any, pixels: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Scaled posterior means, or samples by the generator (torch's own if None), (P, C, h, w).
+
+    float32, or float64 of such a VAE.
+    """
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    latents: Tensor = vae.config.scaling_factor * (posterior.sample(generator) if sample else posterior.mode())
+    return widened(latents)
+
+
+def encode_text(pipe: DiffusionPipeline, caption: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+    """Text states (2, 77, E) of the empty text and the caption, and SDXL's pooled states (2, width) or None.
+
+    `rows` takes some of the two, in one call of the text encoder.
+    """
     if not hasattr(pipe, "text_encoder_2"):
-        return pipe.text_encoder(tokenize(pipe, pipe.tokenizer, caption).to(pipe.text_encoder.device))[0], None
+        return pipe.text_encoder(tokenize(pipe, pipe.tokenizer, caption)[rows].to(pipe.text_encoder.device))[0], None
     states = []
     for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
-        output = encoder(tokenize(pipe, tokenizer, caption).to(encoder.device), output_hidden_states=True)
+        output = encoder(tokenize(pipe, tokenizer, caption)[rows].to(encoder.device), output_hidden_states=True)
         states.append(output.hidden_states[-2])
     text, pooled = torch.cat(states, dim=-1), output[0]
-    if pipe.config.force_zeros_for_empty_prompt:
+    if pipe.config.force_zeros_for_empty_prompt and rows.indices(2)[0] == 0:
         text[0], pooled[0] = 0, 0
     return text, pooled
 

@@ -31,10 +31,12 @@ from dsd_fast.reference.inputs import (
     draw_noise,
     encode_images,
     encode_text,
+    latent_shape,
     official_timesteps,
     preprocess,
     resolve_timesteps,
     upcast_vae,
+    widened,
 )
 from dsd_fast.reference.recording import recording
 
@@ -85,10 +87,9 @@ def score(
     steps = resolve_timesteps(pipe, timesteps)
     if latents is None:
         pixels = preprocess(pipe, images)
-        shape = (unet.config.in_channels, *(side // pipe.vae_scale_factor for side in pixels.shape[-2:]))
     else:
         latents = latents.to(unet.device, torch.float32)
-        shape = tuple(latents.shape[1:])
+    shape = latent_shape(pipe) if latents is None else tuple(latents.shape[1:])
     if noise is None:
         noise = torch.stack([draw_noise(seed, k, shape) for k in range(len(steps))])
     elif tuple(noise.shape) != (len(steps), *shape):
@@ -219,13 +220,15 @@ def _row_terms(
     lse.clear()
     # diffusers walks all parameters to tell the type.
     dtype = unet.dtype
-    predicted = unet(
-        latents.to(dtype),
-        timestep,
-        encoder_hidden_states=text.to(dtype),
-        added_cond_kwargs=conditions,
-        return_dict=False,
-    )[0].float()
+    predicted = widened(
+        unet(
+            latents.to(dtype),
+            timestep,
+            encoder_hidden_states=text.to(dtype),
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0]
+    )
     if alpha is not None:
         predicted = alpha.sqrt() * predicted + (1 - alpha).sqrt() * latents
     return torch.stack(lse).mean(0), (noise - predicted).flatten(1).norm(dim=-1)
@@ -261,10 +264,10 @@ class _RecordingProcessor:
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         if attn.upcast_attention:
-            query, key = query.float(), key.float()
+            query, key = widened(query), widened(key)
         scores = attn.scale * (query @ key.transpose(-1, -2))
-        self.record(scores.float().logsumexp(-1).view(len(hidden_states), -1).mean(-1))
-        probabilities = (scores.float() if attn.upcast_softmax else scores).softmax(-1).to(value.dtype)
+        self.record(widened(scores).logsumexp(-1).view(len(hidden_states), -1).mean(-1))
+        probabilities = (widened(scores) if attn.upcast_softmax else scores).softmax(-1).to(value.dtype)
         output: Tensor = attn.batch_to_head_dim(probabilities @ value)
         for layer in attn.to_out:
             output = layer(output)
