@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 Signature = tuple[Any, ...]
+# An adapted layer, its active adapters, whether they are disabled, strengths.
+LayerSetting = tuple[Any, str | list[str], bool, dict[str, float]]
+Setting = list[LayerSetting]
 
 
 class AdapterScope:
@@ -46,23 +49,48 @@ class AdapterScope:
         if self.names is None:
             yield
             return
-        layers = list(_tuner_layers(self._network))
-        fused = sorted({name for layer in layers for name in layer.merged_adapters})
-        if fused:
-            raise ValueError(f"adapter: {', '.join(fused)} is fused into the weights; call unfuse_lora() first")
-        before = [(layer, layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in layers]
-        try:
-            # Not layer.set_adapter(): that also changes which parameters are trainable.
-            for layer in layers:
-                layer._active_adapter = list(self.names)
-                layer._disable_adapters = not self.names
-                layer.scaling.update(self._scaling.get(layer, {}))
+        layers = _unfused_layers(self._network)
+        names = self.names
+        with under([(layer, list(names), not names, self._scaling.get(layer, {})) for layer in layers]):
             yield
-        finally:
-            for layer, adapter, disabled, scaling in before:
-                layer._active_adapter = adapter
-                layer._disable_adapters = disabled
-                layer.scaling.update(scaling)
+
+
+def setting(network: Any) -> Setting:
+    """How a network's adapters are set now."""
+    return [_setting(layer) for layer in _tuner_layers(network)]
+
+
+@contextmanager
+def under(wanted: Setting) -> Iterator[None]:
+    """Adapters set as they were or shall be inside the ``with`` block, and as they are after it, whatever happens."""
+    before = [_setting(layer) for layer, *_ in wanted]
+    # Most often all stand as they shall, and writing to a module is slow.
+    changed = [(given, now) for given, now in zip(wanted, before, strict=True) if given != now]
+    try:
+        for given, _ in changed:
+            _put(*given)
+        yield
+    finally:
+        for _, now in changed:
+            _put(*now)
+
+
+def active_names(network: Any) -> tuple[str, ...]:
+    """The adapters active on a network, in order; what single layers have besides is not told apart."""
+    layers = [layer for layer in _tuner_layers(network) if not layer.disable_adapters]
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+
+def activate(network: Any, names: Sequence[str]) -> None:
+    """From now on exactly these adapters are active, at the strength they have.
+
+    Raises:
+        ValueError: an adapter is fused into the weights, so that it cannot be switched.
+    """
+    # Not layer.set_adapter(): that also changes which parameters are trainable.
+    for layer in _unfused_layers(network):
+        layer._active_adapter = list(names)
+        layer._disable_adapters = not names
 
 
 def adapter_names(network: Any) -> set[str]:
@@ -93,6 +121,25 @@ def version(tensor: Any) -> tuple[int, int]:
 def _state(module: Any, name: str) -> Signature:
     """Identity and version of an adapter's weights: another file or an optimiser's step changes one of them."""
     return version(module.lora_A[name].weight), version(module.lora_B[name].weight)
+
+
+def _setting(layer: Any) -> LayerSetting:
+    return layer, layer._active_adapter, layer._disable_adapters, dict(layer.scaling)
+
+
+def _put(layer: Any, adapter: str | list[str], disabled: bool, scaling: Mapping[str, float]) -> None:
+    # Not layer.set_adapter(): that also changes which parameters are trainable.
+    layer._active_adapter = adapter
+    layer._disable_adapters = disabled
+    layer.scaling.update(scaling)
+
+
+def _unfused_layers(network: Any) -> list[Any]:
+    layers = list(_tuner_layers(network))
+    fused = sorted({name for layer in layers for name in layer.merged_adapters})
+    if fused:
+        raise ValueError(f"adapter: {', '.join(fused)} is fused into the weights; call unfuse_lora() first")
+    return layers
 
 
 def _tuner_layers(network: Any) -> Iterator[Any]:

@@ -158,6 +158,15 @@ def map_tokens(
     return upload(chosen.long(), device).expand(rows, -1)
 
 
+def not_checkpointed(value: bool) -> None:
+    """Refuse checkpointing while something else than the plan compiles the run."""
+    if value:
+        raise ValueError(
+            "checkpoint: got True while torch.compile or torch.export traces the run, expected False; compile the plan "
+            "with plan.compile('inductor'), which checkpoints"
+        )
+
+
 def _projected(plan: Plan, value: TextKV) -> None:
     """Refuse keys and values of another type than the queries will have."""
     dtype, device = plan.program.dtype, plan.program.device

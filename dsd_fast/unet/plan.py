@@ -158,6 +158,7 @@ class Plan:
         residuals: Residuals | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
         out: Output | None = None,
+        checkpoint: bool = False,
     ) -> Output:
         """One micro-batch: row b is latent ``latent_index[b]`` with text ``text_index[b]``.
 
@@ -172,14 +173,25 @@ class Plan:
             residuals: a ControlNet's (down, mid) residuals, one row per requested row.
             map_tokens: (n,) or (B, n) token positions for ``maps``.
             out: an :class:`Output` to fill and return.
+            checkpoint: where gradients are wanted, drop the activations of each region (a residual block, a transformer
+                block) and compute them again in the backward pass: the same gradients, more slowly, in the memory of
+                one region's activations and of what travels between regions. ``unet.enable_gradient_checkpointing()``
+                asks for it at every call.
 
         Raises:
             ValueError: an argument that does not fit, by name; a text encoded under another adapter.
+            RuntimeError: in the backward pass of a run with ``checkpoint``, when a weight was written to, or an adapter
+                was added, deleted, fused or unfused since the run.
         """
-        if not torch.compiler.is_compiling():
-            self.program.check(training=torch.is_grad_enabled())
+        if torch.compiler.is_compiling():
+            checks.not_checkpointed(checkpoint)
+        else:
+            self.program.check()
+            checkpoint = checkpoint or self.program.checkpointing
         with self._adapter.active():
-            request = self._request(latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens)
+            request = self._request(
+                latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens, checkpoint
+            )
             if self._runtime is None or not request.rows or self.program.weights.hooked():
                 return run_eager(self, request).into(out)
             return self._runtime.run(self, request, out)
@@ -325,6 +337,7 @@ class Plan:
         time_ids: Tensor | None,
         residuals: Residuals | None,
         map_tokens: Tensor | Sequence[int] | None,
+        checkpoint: bool,
     ) -> Request:
         checks.latents(self, latents)
         device, count = latents.device, len(latents)
@@ -341,4 +354,5 @@ class Plan:
             time_ids=checks.time_ids(self, time_ids, count, device),
             residuals=checks.residuals(self, residuals, rows, self.program.sizes(*latents.shape[-2:])),
             map_tokens=checks.map_tokens(self, map_tokens, rows, text, device),
+            checkpoint=checkpoint,
         )

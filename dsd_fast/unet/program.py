@@ -102,9 +102,14 @@ class UNetProgram:
         self.check()
         return Plan(self, tuple(features), tuple(scores), tuple(maps), noise_pred, pool, adapter)
 
-    def check(self, training: bool = False) -> None:
+    def check(self) -> None:
         """Refuse what has been attached to the network since (see :mod:`dsd_fast.unet.refusals`)."""
-        check_attachments(self.unet, self._attentions, self._bypassed, training)
+        check_attachments(self.unet, self._attentions, self._bypassed)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether gradient checkpointing is enabled on the network or a part of it, as diffusers does it."""
+        return any(getattr(module, "gradient_checkpointing", False) for _, module in self._bypassed)
 
     def sizes(self, height: int, width: int) -> list[Size]:
         """The image size at each level, from the latents' size."""

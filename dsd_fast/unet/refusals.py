@@ -92,15 +92,12 @@ def _check_module(path: str, module: nn.Module) -> None:
         raise UnsupportedNetworkError(f"{path}: quantised layers are not supported, found {kind}")
 
 
-def check_attachments(
-    unet: Any, attentions: Iterable[tuple[str, Any]], bypassed: Iterable[tuple[str, Any]], training: bool
-) -> None:
+def check_attachments(unet: Any, attentions: Iterable[tuple[str, Any]], bypassed: Iterable[tuple[str, Any]]) -> None:
     """Refuse what was attached to a known network: cheap enough for every call.
 
     Args:
         attentions: the attention modules by path.
         bypassed: the modules whose forward the program does not call, by path.
-        training: whether gradients are wanted, so that checkpointing them would matter.
 
     Raises:
         UnsupportedNetworkError: names the module and what is attached to it.
@@ -121,10 +118,6 @@ def check_attachments(
             what = "another forward was put on"
         if what:
             raise UnsupportedNetworkError(f"{path}: {what} a module whose forward the program does not call; remove it")
-        if training and getattr(module, "gradient_checkpointing", False):
-            raise UnsupportedNetworkError(
-                f"{path}: gradient checkpointing is enabled, which the program does not do; disable it"
-            )
     if hasattr(unet, "_hf_hook") or hasattr(unet, "_diffusers_hook"):
         _check_module("unet", unet)
 

@@ -26,6 +26,7 @@ class Request:
         time_ids: (P, 6), or None for a network that does not read image sizes.
         residuals: a ControlNet's, B rows.
         map_tokens: (B, n) int64.
+        checkpoint: whether gradients are computed with the activations of one region at a time.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class Request:
     time_ids: Tensor | None
     residuals: Residuals | None
     map_tokens: Tensor | None
+    checkpoint: bool = False
 
     def embedded(self) -> tuple[Tensor, torch.dtype, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """What the time embedding is made from, in the order of :func:`dsd_fast.unet.execution.embed`."""

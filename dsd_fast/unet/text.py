@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from dsd_fast.unet.adapters import Signature, version
 
 
-@dataclass(frozen=True)
-class LayerText:
+class LayerText(NamedTuple):
     """M texts as one cross-attention layer sees them; the attributes are those of :class:`TextKV`."""
 
     k: Tensor

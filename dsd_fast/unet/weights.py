@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dsd_fast.unet.adapters import version
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -41,6 +43,11 @@ class Weights:
         )
         assert self._tree is not None
         return tuple(self._tree), tuple(p.data_ptr() for p in self._tensors()), adapters, self._network.training
+
+    def written(self) -> Hashable:
+        """Equal while the same weights are there, none was written to, and the same adapters are merged into them."""
+        self._follow()
+        return [version(p) for p in self._tensors()], [tuple(layer.merged_adapters) for layer in self._adapted]
 
     def hooked(self) -> bool:
         """Whether a module has a hook or a forward of its own, which compiled work would not see come and go."""

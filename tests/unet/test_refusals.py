@@ -91,17 +91,6 @@ def test_ip_adapter_is_refused_by_its_name():
         UNetProgram(unet)
 
 
-def test_gradient_checkpointing_is_refused_where_gradients_are_wanted():
-    unet = tiny_unet("sd15")
-    plan = UNetProgram(unet).plan(noise_pred=True)
-    text = plan.encode_text(torch.zeros(1, 3, CROSS_ATTENTION_DIM["sd15"]))
-    unet.enable_gradient_checkpointing()
-    with torch.no_grad():
-        plan.run(torch.zeros(1, 4, 16, 16), 0, text)
-    with pytest.raises(UnsupportedNetworkError, match="gradient checkpointing is enabled"):
-        plan.run(torch.zeros(1, 4, 16, 16), 0, text)
-
-
 def test_freeu_switched_off_again_is_fine():
     unet = tiny_unet("sd15")
     freeu(unet)
