@@ -1,9 +1,8 @@
-"""LoRA checkpoints of the official DSD code (eric-ai-lab/DSD, `save_attn_procs` of its patched diffusers)."""
+"""LoRA checkpoints of the official DSD code as files; see :mod:`dsd_fast.models.attn_procs` for what they hold."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,12 @@ import torch
 from torch import Tensor
 
 from dsd_fast.models import ModelError
-from dsd_fast.models.lora import put_unet_lora
+from dsd_fast.models.attn_procs import from_official, to_official
+from dsd_fast.models.lora import put_unet_lora, write_lora
 
 ADAPTER = "dsd"
 # In the order in which the official loader tries them.
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_model.bin")
-
-_ATTENTION = r"(?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]"
-_KEY = re.compile(rf"(?:unet\.)?({_ATTENTION})\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-_MODULES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
-_SIDES = {"down": "lora_A", "up": "lora_B"}
 
 
 def load_attn_procs(
@@ -32,9 +27,7 @@ def load_attn_procs(
 ) -> None:
     """Loads an official LoRA checkpoint into a UNet as its active adapter, "dsd", at scale 1.
 
-    The file is a flat mapping, for each self- and cross-attention and each of to_q, to_k, to_v and to_out, from
-    "<attention>.processor.<projection>_lora.down.weight" to a (rank, in) tensor and from "….up.weight" to an (out,
-    rank) one: 256 float32 tensors of rank 4 for SD 1.x and 2.x, without alphas. A checkpoint loaded before is replaced.
+    A checkpoint loaded before is replaced.
 
     The official files are pickles. They are read with torch's `weights_only=True`, which makes tensors and containers
     and runs no code; nowhere else in this package is a pickle read.
@@ -56,7 +49,32 @@ def load_attn_procs(
     else:
         file = _find(Path(source), weight_name)
         weights, what = _read(file), f"LoRA {str(file)!r}"
-    put_unet_lora(unet, _translate(weights, unet, what), ADAPTER, what)
+    put_unet_lora(unet, from_official(weights, unet, what), ADAPTER, what)
+
+
+def save_attn_procs(
+    unet: Any, save_directory: str | os.PathLike[str], *, name: str = ADAPTER, weight_name: str | None = None
+) -> None:
+    """Writes an adapter of a UNet as an official LoRA checkpoint, which the official code and `load_attn_procs` read.
+
+    For SD 1.x and 2.x these are 256 float32 matrices. The file knows no alpha, so the adapter's scale, alpha / rank, is
+    in the up matrices; a strength that was set on the network (`set_adapters`) is not. Layers without weights of their
+    own, as of a LoRA on cross-attention alone, get zeros, which add nothing. The official code reads one rank for the
+    four projections of an attention, so smaller ones are filled up with zeros.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel.
+        save_directory: the folder, made where there is none.
+        name: of the adapter.
+        weight_name: the file's name, ".safetensors"; None: "pytorch_lora_weights.safetensors", which the official
+            loader looks for first. The file appears whole or not at all.
+
+    Raises:
+        ModelError: no such adapter; one with layers other than the attentions' projections, or of another kind than
+            plain LoRA; a rank beyond a layer's width; values that are not finite; another ending of the file's name.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    write_lora(Path(save_directory) / (weight_name or FILES[0]), to_official(unet, name))
 
 
 def _find(source: Path, weight_name: str | None) -> Path:
@@ -85,42 +103,3 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     if not isinstance(weights, Mapping):
         raise ModelError(f"LoRA {str(file)!r} holds a {type(weights).__name__}, expected a mapping of names to tensors")
     return weights
-
-
-def _translate(weights: Mapping[str, Tensor], unet: Any, what: str) -> dict[str, Tensor]:
-    """The weights under diffusers' present names, checked against the UNet."""
-    wanted = {
-        f"{path}.{module}": unet.get_submodule(f"{path}.{module}")
-        for path in _attentions(unet)
-        for module in _MODULES.values()
-    }
-    result: dict[str, Tensor] = {}
-    for key, tensor in weights.items():
-        match = _KEY.fullmatch(key) if isinstance(key, str) else None
-        if match is None or not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim != 2:
-            raise ModelError(
-                f"{what} holds {key!r}, expected matrices named '<attention>.processor.to_q_lora.down.weight' and so on"
-            )
-        path, projection, side = match.groups()
-        name = f"{path}.{_MODULES[projection]}"
-        if name not in wanted:
-            raise ModelError(f"{what} holds {key!r}, but the UNet has no attention layer {path!r}")
-        layer = wanted[name]
-        given = tensor.shape[1] if side == "down" else tensor.shape[0]
-        expected = layer.in_features if side == "down" else layer.out_features
-        if given != expected:
-            raise ModelError(f"{what}: {key!r} has width {given}, expected the UNet's {expected}")
-        result[f"{name}.{_SIDES[side]}.weight"] = tensor
-    for name in wanted:
-        pair = [result.get(f"{name}.{side}.weight") for side in _SIDES.values()]
-        if pair[0] is None or pair[1] is None:
-            raise ModelError(f"{what} has {len(result)} tensors, expected {2 * len(wanted)}; {name!r} lacks its own")
-        if pair[0].shape[0] != pair[1].shape[1]:
-            raise ModelError(
-                f"{what}: {name!r} has ranks {pair[0].shape[0]} and {pair[1].shape[1]}, expected equal ones"
-            )
-    return result
-
-
-def _attentions(unet: Any) -> list[str]:
-    return [name for name, _ in unet.named_modules() if re.fullmatch(_ATTENTION, name)]

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 import diffusers
 from torch import Tensor
 
-from dsd_fast.compat.attn_procs import load_attn_procs
+from dsd_fast.compat.attn_procs import ADAPTER, load_attn_procs, save_attn_procs
 
 
 class UNet2DConditionModel(diffusers.UNet2DConditionModel):  # type: ignore[misc]
-    """diffusers' network; `load_attn_procs` reads the official LoRA checkpoints, which diffusers no longer does."""
+    """diffusers' network; `load_attn_procs` and `save_attn_procs` are of the official LoRA checkpoints.
+
+    diffusers itself no longer reads those, and writes others.
+    """
 
     def load_attn_procs(
         self,
@@ -22,3 +25,9 @@ class UNet2DConditionModel(diffusers.UNet2DConditionModel):  # type: ignore[misc
     ) -> None:
         """See :func:`dsd_fast.compat.attn_procs.load_attn_procs`."""
         load_attn_procs(self, pretrained_model_name_or_path_or_dict, weight_name=weight_name)
+
+    def save_attn_procs(
+        self, save_directory: str | os.PathLike[str], *, name: str = ADAPTER, weight_name: str | None = None
+    ) -> None:
+        """See :func:`dsd_fast.compat.attn_procs.save_attn_procs`."""
+        save_attn_procs(self, save_directory, name=name, weight_name=weight_name)

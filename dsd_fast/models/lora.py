@@ -1,5 +1,6 @@
 """LoRA files, safetensors only."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dsd_fast.jobs import replacing
+from dsd_fast.models.adapters import lora_layers, lora_settings
+from dsd_fast.models.attn_procs import from_official, is_official
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import download_file
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from dsd_fast.models.bundle import Model
 
 _DEFAULT_NAME = "pytorch_lora_weights.safetensors"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -34,8 +39,13 @@ def load_lora(
     if any(name in getattr(network, "peft_config", {}) for network in networks):
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
     file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
+    what = f"LoRA {str(file)!r}"
+    official = _read_official(file)
+    if official is not None:
+        put_unet_lora(model.unet, from_official(official, model.unet, what), name, what)
+        return
     pipe = model.to_pipeline()
-    with _adding(name, networks, pipe.delete_adapters, f"LoRA {str(file)!r} cannot be loaded into {model.name!r}"):
+    with _adding(name, networks, pipe.delete_adapters, f"{what} cannot be loaded into {model.name!r}"):
         pipe.load_lora_weights(
             str(file.parent),
             weight_name=file.name,
@@ -44,7 +54,7 @@ def load_lora(
             local_files_only=True,
         )
     if not any(name in getattr(network, "peft_config", {}) for network in networks):
-        raise ModelError(f"LoRA {str(file)!r} has no weights for the UNet or the text encoders of {model.name!r}")
+        raise ModelError(f"{what} has no weights for the UNet or the text encoders of {model.name!r}")
 
 
 def put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str) -> None:
@@ -61,8 +71,70 @@ def put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str
     """
     if name in getattr(unet, "peft_config", {}):
         unet.delete_adapters(name)
+    ranks = {key.removesuffix(_DOWN): len(matrix) for key, matrix in weights.items() if key.endswith(_DOWN)}
+    settings = lora_settings({path: (rank, rank) for path, rank in ranks.items()})
     with _adding(name, (unet,), unet.delete_adapters, f"{what} cannot be loaded into the UNet"):
-        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name)
+        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name, metadata=settings)
+
+
+def save_lora(unet: Any, name: str, file: str | os.PathLike[str]) -> None:
+    """Writes an adapter of a UNet as a file that diffusers' `pipe.load_lora_weights` and `Model.load_lora` read.
+
+    It holds "unet.<module>.lora_A.weight" (rank, in) and "unet.<module>.lora_B.weight" (out, rank) in the adapter's
+    type, and in its header ranks and alphas, as diffusers' `save_lora_weights` writes them. A strength that was set on
+    the network (`set_adapters`) is not the adapter's and not in the file. The file appears whole or not at all; its
+    folder is made where there is none.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel.
+        name: of the adapter.
+        file: to write, ".safetensors"; diffusers' own name is "pytorch_lora_weights.safetensors".
+
+    Raises:
+        ModelError: no such adapter, one of another kind than plain LoRA, or another ending of the file's name.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    layers = lora_layers(unet, name)
+    config = unet.peft_config[name]
+    settings = lora_settings({path: (layer.r[name], layer.lora_alpha[name]) for path, layer in layers.items()})
+    settings |= {"lora_dropout": config.lora_dropout, "use_rslora": config.use_rslora}
+    tensors = {}
+    for path, layer in layers.items():
+        tensors[f"unet.{path}{_DOWN}"] = layer.lora_A[name].weight
+        tensors[f"unet.{path}{_UP}"] = layer.lora_B[name].weight
+    about = json.dumps({f"unet.{key}": value for key, value in settings.items()})
+    write_lora(Path(file), tensors, {"lora_adapter_metadata": about})
+
+
+def write_lora(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all, and its folder where there is none.
+
+    Raises:
+        ModelError: another ending of the file's name.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    from safetensors.torch import save
+
+    if file.suffix != ".safetensors":
+        raise ModelError(f"LoRA file is {str(file)!r}, expected a name that ends in .safetensors")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(file) as stream:
+        stream.write(save(values, {"format": "pt", **(header or {})}))
+
+
+def _read_official(file: Path) -> dict[str, Tensor] | None:
+    """The weights of an official DSD checkpoint; None of any other file."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(file, framework="pt") as stream:
+            official = is_official(stream.keys())
+    except SafetensorError:
+        # Whoever reads it next says what is wrong with it.
+        return None
+    return load_file(file) if official else None
 
 
 @contextmanager

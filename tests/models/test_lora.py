@@ -1,9 +1,13 @@
+import diffusers
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import dsd_fast as dsd
 from dsd_fast.models import ModelError
+from dsd_fast.models.attn_procs import to_official
+from dsd_fast.models.lora import save_lora
 from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline
 
 
@@ -117,3 +121,77 @@ def test_load_lora_that_does_not_fit_leaves_nothing(lora, folders, tmp_path):
         model.load_lora(tmp_path / "mixed.safetensors", "style")
     assert torch.equal(unet_output(model.unet, model), before)
     model.load_lora(lora["sd15"], "style")
+
+
+def peft_unet(family, **options):
+    """A UNet with the LoRA "mine", as PEFT makes it for training."""
+    unet = tiny_pipeline(family).unet.requires_grad_(False)
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(init_lora_weights=False, **options), "mine")
+    return unet
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("sd15", {"r": 4, "lora_alpha": 1, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1"]}),
+        ("sd21", {"r": 2, "lora_alpha": 7, "use_rslora": True, "target_modules": r".*attn2\.to_[kv]"}),
+        ("sdxl", {"r": 4, "target_modules": ["to_q", "proj"], "rank_pattern": {"mid_block.*": 3, "to_q": 2}}),
+        ("sd15", {"r": 3, "target_modules": ["to_out.0"], "alpha_pattern": {"attn1.to_out.0": 5}, "lora_dropout": 0.1}),
+    ],
+    ids=["alpha", "root", "ranks", "alphas"],
+)
+def test_a_saved_lora_is_what_stock_diffusers_loads(family, options, folders, tmp_path):
+    unet = peft_unet(family, **options)
+    own = dsd.load(folders[family])
+    want = unet_output(unet.eval(), own)
+    # A strength is the network's and not the adapter's.
+    unet.set_adapters("mine", 0.5)
+    file = tmp_path / "new" / "pytorch_lora_weights.safetensors"
+    save_lora(unet, "mine", file)
+    assert list(file.parent.iterdir()) == [file]
+
+    stock = tiny_pipeline(family)
+    stock.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="again", use_safetensors=True)
+    assert torch.equal(unet_output(stock.unet, own), want)
+    assert stock.unet.peft_config["again"].lora_dropout == options.get("lora_dropout", 0.0)
+    own.load_lora(file, "ours")
+    assert torch.equal(unet_output(own.unet, own), want)
+    # The same tensors under the same names as diffusers' own function writes.
+    state = get_peft_model_state_dict(unet, adapter_name="mine")
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    theirs, ours = load_file(tmp_path / file.name), load_file(file)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_save_lora_refuses(tmp_path):
+    unet = peft_unet("sd15", target_modules=["to_q"])
+    for name, file, message in (
+        ("other", "a.safetensors", "the UNet has no adapter 'other'; it has mine"),
+        ("mine", "a.bin", r"LoRA file is '.*a\.bin', expected a name that ends in \.safetensors"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            save_lora(unet, name, tmp_path / file)
+    with pytest.raises(ModelError, match="of another kind than plain LoRA, such as DoRA"):
+        save_lora(peft_unet("sd15", target_modules=["to_q"], use_dora=True), "mine", tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_load_lora_reads_the_official_codes_file(folders, tmp_path):
+    unet = peft_unet("sd21", r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    weights = to_official(unet, "mine")
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
+    model = dsd.load(folders["sd21"])
+    want = unet_output(unet, model)
+    assert not torch.equal(unet_output(model.unet, model), want)
+    model.load_lora(tmp_path, "official")
+    assert torch.equal(unet_output(model.unet, model), want)
+    assert not any(parameter.requires_grad for parameter in model.unet.parameters())
+    key = next(iter(weights))
+    save_file({**weights, key: weights[key][:2]}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ModelError, match=rf"LoRA '.*': '{key}' has rank 2 and '.*up\.weight' rank 4"):
+        model.load_lora(tmp_path, "wrong")
+    assert list(model.unet.peft_config) == ["official"]

@@ -1,0 +1,144 @@
+"""The LoRA checkpoint of the official DSD code (eric-ai-lab/DSD, `save_attn_procs` of its patched diffusers).
+
+A flat mapping, for each self- and cross-attention and each of to_q, to_k, to_v and to_out, from
+"<attention>.processor.<projection>_lora.down.weight" to a (rank, in) matrix and from "….up.weight" to an (out, rank)
+one: 256 float32 matrices of rank 4 for SD 1.x and 2.x, at scale 1, without alphas.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsd_fast.models.adapters import lora_layers
+from dsd_fast.models.errors import ModelError
+
+_ATTENTION = r"(?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]"
+_KEY = re.compile(rf"(?:unet\.)?({_ATTENTION})\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+_MODULES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+_SIDES = {"down": "lora_A", "up": "lora_B"}
+
+
+def is_official(keys: Iterable[Any]) -> bool:
+    """Whether keys of a file are those of an official checkpoint, be it one that does not fit."""
+    return any(isinstance(key, str) and _KEY.fullmatch(key) for key in keys)
+
+
+def from_official(weights: Mapping[str, Tensor], unet: Any, what: str) -> dict[str, Tensor]:
+    """An official checkpoint under diffusers' present names, "<module>.lora_A.weight" and "<module>.lora_B.weight".
+
+    Args:
+        weights: the mapping.
+        unet: the UNet that it shall fit.
+        what: its name in errors.
+
+    Raises:
+        ModelError: names the key that is missing, unknown or given twice, or whose matrix does not fit.
+    """
+    wanted = {
+        _official_key(path, projection, side): (f"{path}.{module}", side)
+        for path in _attentions(unet)
+        for projection, module in _MODULES.items()
+        for side in _SIDES
+    }
+    result: dict[str, Tensor] = {}
+    for given, matrix in weights.items():
+        match = _KEY.fullmatch(given) if isinstance(given, str) else None
+        if match is None:
+            raise ModelError(
+                f"{what} holds {given!r}, expected matrices named '<attention>.processor.to_q_lora.down.weight' and so "
+                f"on"
+            )
+        key = _official_key(*match.groups())
+        if key not in wanted:
+            raise ModelError(f"{what} holds {given!r}, but the UNet has no attention layer {match[1]!r}")
+        path, side = wanted[key]
+        name = f"{path}.{_SIDES[side]}.weight"
+        if name in result:
+            raise ModelError(f"{what} holds {key!r} twice, with and without 'unet.' before it")
+        _check_matrix(matrix, side, unet.get_submodule(path), f"{what}: {given!r}")
+        result[name] = matrix
+    for key, (path, side) in wanted.items():
+        if f"{path}.{_SIDES[side]}.weight" not in result:
+            raise ModelError(f"{what} has {len(result)} matrices, expected {len(wanted)}; {key!r} is missing")
+        ranks = [result[f"{path}.lora_A.weight"].shape[0], result[f"{path}.lora_B.weight"].shape[1]]
+        if ranks[0] != ranks[1]:
+            up = key.replace(".down.", ".up.")
+            raise ModelError(f"{what}: {key!r} has rank {ranks[0]} and {up!r} rank {ranks[1]}, expected equal ones")
+    return result
+
+
+def to_official(unet: Any, name: str) -> dict[str, Tensor]:
+    """An adapter of a UNet as an official checkpoint, on the CPU; exact up to float32's rounding.
+
+    The file knows no alpha, so the adapter's scale, alpha / rank, is in the up matrices. It has matrices for every
+    attention layer, so layers that the adapter leaves alone get zeros. The official code reads one rank for the four
+    projections of an attention, so the smaller ones are filled up with zeros.
+
+    Raises:
+        ModelError: no such adapter; one with layers other than the attentions' projections, or of another kind than
+            plain LoRA; a rank beyond a layer's width; values that are not finite.
+    """
+    layers = lora_layers(unet, name)
+    attentions = {path: {p: f"{path}.{module}" for p, module in _MODULES.items()} for path in _attentions(unet)}
+    places = {place for paths in attentions.values() for place in paths.values()}
+    other = next((path for path in layers if path not in places), None)
+    if other is not None:
+        raise ModelError(
+            f"adapter {name!r} has weights for {other!r}, expected to_q, to_k, to_v and to_out.0 of attention layers "
+            f"alone: an official checkpoint has no others"
+        )
+    highest = max(layer.r[name] for layer in layers.values())
+    result = {}
+    for path, projections in attentions.items():
+        rank = max((layers[p].r[name] for p in projections.values() if p in layers), default=highest)
+        for projection, place in projections.items():
+            down, up = _matrices(unet.get_submodule(place), name, unet.peft_config[name].use_rslora)
+            if rank > min(down.shape[1], up.shape[0]):
+                raise ModelError(
+                    f"adapter {name!r}: {place!r} of width {min(down.shape[1], up.shape[0])} would get rank {rank}, "
+                    f"which the official code refuses"
+                )
+            missing = rank - len(down)
+            result[_official_key(path, projection, "down")] = F.pad(down, (0, 0, 0, missing))
+            result[_official_key(path, projection, "up")] = F.pad(up, (0, missing))
+    from_official(result, unet, f"adapter {name!r}")
+    return result
+
+
+def _matrices(layer: Any, name: str, by_root: bool) -> tuple[Tensor, Tensor]:
+    """An adapter's (rank, in) and (out, rank) for a linear layer, their product what it adds; of rank 0 if nothing."""
+    if name not in getattr(layer, "lora_A", ()):
+        return torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
+    down, up = (side[name].weight.detach().cpu().float() for side in (layer.lora_A, layer.lora_B))
+    # rsLoRA (Kalajdzievski, arXiv 2312.03732) divides by the root.
+    return down, up * (layer.lora_alpha[name] / layer.r[name] ** (0.5 if by_root else 1))
+
+
+def _check_matrix(matrix: Any, side: str, layer: Any, what: str) -> None:
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2:
+        shaped = isinstance(matrix, Tensor)
+        given = f"{matrix.dtype} of shape {tuple(matrix.shape)}" if shaped else type(matrix).__name__
+        raise ModelError(f"{what} is {given}, expected a floating-point matrix")
+    (rank, width), expected = (
+        (matrix.shape, layer.in_features) if side == "down" else (matrix.T.shape, layer.out_features)
+    )
+    if width != expected:
+        raise ModelError(f"{what} has width {width}, expected the UNet's {expected}")
+    if not rank:
+        raise ModelError(f"{what} has rank 0, expected at least 1")
+    if not matrix.float().isfinite().all():
+        raise ModelError(f"{what} has values that are not finite")
+
+
+def _official_key(path: str, projection: str, side: str) -> str:
+    return f"{path}.processor.{projection}_lora.{side}.weight"
+
+
+def _attentions(unet: Any) -> list[str]:
+    return [name for name, _ in unet.named_modules() if re.fullmatch(_ATTENTION, name)]

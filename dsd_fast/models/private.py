@@ -1,0 +1,28 @@
+"""A network of one's own on weights that others use too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def private(network: Any, copied: Callable[[str], bool] = lambda name: False) -> Any:
+    """The same modules anew, on the same memory: what is attached to them does not touch ``network``.
+
+    A write to a weight is seen by both. A weight that is replaced, as moving the network to another device does, is
+    not. No parameter of the result wants a gradient.
+
+    Args:
+        network: any module.
+        copied: by a parameter's name, whether the result has it in memory of its own.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in network.named_parameters():
+        value = parameter.detach()
+        memo[id(parameter)] = nn.Parameter(value.clone() if copied(name) else value, requires_grad=False)
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(network, memo)
