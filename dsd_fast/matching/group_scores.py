@@ -1,0 +1,179 @@
+"""Groups through a matcher: every image and text of a group against each other, none twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsd_fast.images import ImageError, ImageSource
+from dsd_fast.matching.groups import Group
+from dsd_fast.matching.matcher import Matcher
+from dsd_fast.matching.pairs import Captions
+from dsd_fast.models.errors import ModelError
+from dsd_fast.models.prompts import token_limit, tokenize
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Text states held at once; an image whose texts do not fit together is encoded more than once.
+_TEXT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a group could not be scored.
+
+    Attributes:
+        reason: an :class:`~dsd_fast.images.ImageError`'s, or "text-too-long".
+        message: a sentence.
+    """
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, eq=False)
+class GroupScores:
+    """The two parts of a group's scores; their sum is the score.
+
+    Attributes:
+        attention: (images, texts) float64, the weighted attention term.
+        noise: (images, texts) float64, the weighted noise-prediction term.
+    """
+
+    attention: NDArray[np.float64]
+    noise: NDArray[np.float64]
+
+
+def score_groups(matcher: Matcher, groups: Iterable[Group]) -> Iterator[GroupScores | Failure]:
+    """The scores of each group, in order.
+
+    Groups go through in runs with a GiB of text states; in a run an image or a text is encoded once, and a pair of
+    several groups scored once. A group with an image or a text that cannot be used is a failure, and the others go on.
+
+    Args:
+        matcher: scores the pairs.
+        groups: any number; taken as far as they are needed.
+    """
+    for chunk in _chunks(matcher.model, groups):
+        yield from _score(matcher, chunk)
+
+
+def image_key(image: ImageSource) -> Any:
+    """Equal for one file, or for one object."""
+    return os.fspath(image) if isinstance(image, os.PathLike) else id(image)
+
+
+def _chunks(model: Model, groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """Runs of groups whose texts' states are held together."""
+    width = sum(int(encoder.config.hidden_size) for encoder in model.text_encoders)
+    limit = max(1, _TEXT_BYTES // (4 * width * token_limit(model.tokenizers, model.text_encoders)))
+    chunk: list[Group] = []
+    texts: set[str] = set()
+    for group in groups:
+        if chunk and len(texts.union(group.texts)) > limit:
+            yield chunk
+            chunk, texts = [], set()
+        chunk.append(group)
+        texts.update(group.texts)
+    if chunk:
+        yield chunk
+
+
+def _score(matcher: Matcher, groups: Sequence[Group]) -> Iterator[GroupScores | Failure]:
+    failures: dict[int, Failure] = {}
+    work = _Work(groups)
+    try:
+        captions = matcher._scorer.encode_texts(list(work.texts))
+    except ModelError:
+        failures = _too_long(matcher.model, groups)
+        if not failures:
+            raise
+        work = _Work([group for number, group in enumerate(groups) if number not in failures])
+        captions = matcher._scorer.encode_texts(list(work.texts))
+    scored = work.score(matcher, captions)
+    for number in range(len(groups)):
+        yield failures[number] if number in failures else next(scored)
+
+
+def _too_long(model: Model, groups: Sequence[Group]) -> dict[int, Failure]:
+    """The groups with a text that the encoders cannot hold, by position."""
+    limit = token_limit(model.tokenizers, model.text_encoders)
+    texts = list({text: None for group in groups for text in group.texts})
+    wrong: dict[str, str] = {}
+    for tokenizer in model.tokenizers:
+        try:
+            tokenize(tokenizer, texts, limit)
+        except ModelError:
+            # It names the first one alone.
+            for text in texts:
+                try:
+                    tokenize(tokenizer, [text], limit)
+                except ModelError as error:
+                    wrong[text] = f"text {text[:40]!r}… {str(error).partition(' ')[2]}"
+    found = {}
+    for number, group in enumerate(groups):
+        if bad := next((text for text in group.texts if text in wrong), None):
+            found[number] = Failure("text-too-long", wrong[bad])
+    return found
+
+
+class _Work:
+    """The images, texts and pairs of some groups, each once, and the pairs of each group."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
+        self.sources: dict[Any, tuple[int, ImageSource]] = {}
+        self.texts: dict[str, int] = {}
+        self.pairs: dict[tuple[int, int], int] = {}
+        # Of each group its images, and its pairs, (images, texts).
+        self.images_of: list[list[int]] = []
+        self.pairs_of: list[NDArray[np.int64]] = []
+        for group in groups:
+            images = [self.sources.setdefault(image_key(i), (len(self.sources), i))[0] for i in group.images]
+            texts = [self.texts.setdefault(text, len(self.texts)) for text in group.texts]
+            self.images_of.append(images)
+            self.pairs_of.append(
+                np.array([[self.pairs.setdefault((i, t), len(self.pairs)) for t in texts] for i in images])
+            )
+
+    def score(self, matcher: Matcher, captions: Captions) -> Iterator[GroupScores | Failure]:
+        """Each group as soon as its last image is done; ``captions`` are the texts."""
+        if not self.groups:
+            return
+        scorer = matcher._scorer
+        image_of, text_of = torch.tensor(list(self.pairs)).unbind(1)
+        # The pairs of an image side by side.
+        ordered, order = torch.sort(image_of, stable=True)
+        parts = torch.zeros(2, len(self.pairs), dtype=torch.float64)
+        failed: dict[int, ImageError] = {}
+        each, done, number = -(-len(self.pairs) // len(self.sources)), 0, 0
+        for numbers, latents, errors in matcher._latents([i for _, i in self.sources.values()], captions, each):
+            failed |= errors
+            first, done = done, done + len(numbers) + len(errors)
+            if numbers:
+                low, high = torch.searchsorted(ordered, torch.tensor([first, done])).tolist()
+                # An image that failed has no latent.
+                place = torch.full((done - first,), -1)
+                place[torch.tensor(numbers) - first] = torch.arange(len(numbers))
+                places = place[ordered[low:high] - first]
+                chosen, places = order[low:high][places >= 0], places[places >= 0]
+                terms = scorer.terms(latents, captions, places, text_of[chosen])
+                parts[:, chosen] = torch.stack(scorer.parts(terms))
+            while number < len(self.groups) and max(self.images_of[number]) < done:
+                yield self._result(number, parts, failed)
+                number += 1
+
+    def _result(self, number: int, parts: Tensor, failed: dict[int, ImageError]) -> GroupScores | Failure:
+        for image in self.images_of[number]:
+            if image in failed:
+                return Failure(failed[image].reason, str(failed[image]))
+        attention, noise = parts.numpy()[:, self.pairs_of[number]]
+        return GroupScores(attention, noise)
