@@ -21,7 +21,9 @@ from torch import Tensor
 
 from dsd_fast.diffusion import noise
 from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.texts import project
 from dsd_fast.matching.words import Span, find_spans, positions, words
+from dsd_fast.models import PromptStates
 from dsd_fast.models.offsets import token_offsets
 from dsd_fast.models.prompts import token_limit
 from dsd_fast.unet import Plan, TextKV, UNetProgram
@@ -70,7 +72,7 @@ def heatmaps(
         return []
     chosen = sorted({token for own in tokens.values() for token in own})
     states = scorer.encode_texts([caption], unconditional=False).states
-    maps = _token_maps(scorer, latent, states.states, states.pooled, chosen, layers)
+    maps = _token_maps(scorer, latent, states, chosen, layers)
     place = {token: i for i, token in enumerate(chosen)}
     return [
         (caption[slice(*span)], span, maps[[place[token] for token in tokens[span]]].mean(0).numpy())
@@ -91,8 +93,7 @@ def check(scorer: PairScorer, captions: Sequence[str], layers: str | Sequence[st
     if budget is None or not most:
         return
     # All captions have keys of one size; the rows of the one with the most maps are the largest.
-    states = scorer.encode_texts([largest], unconditional=False).states
-    text = _keys(scorer, plan, states.states, states.pooled)
+    text = _keys(scorer, plan, scorer.encode_texts([largest], unconditional=False).states)
     size = scorer.latent_size
     rows_at_once(plan, *size, text.tokens, keys=plan.text_bytes(text), map_tokens=most, memory_budget=budget)
 
@@ -108,18 +109,15 @@ def _plan(scorer: PairScorer, layers: str | Sequence[str]) -> Plan:
     return scorer.program.plan(maps=map_layers(scorer.program, layers), adapter=scorer.plan.adapter)
 
 
-def _keys(scorer: PairScorer, plan: Plan, states: Tensor, pooled: Tensor | None) -> TextKV:
-    unet = scorer.model.unet
-    pooled = None if pooled is None else pooled.to(unet.device, unet.dtype)
+def _keys(scorer: PairScorer, plan: Plan, states: PromptStates) -> TextKV:
     with torch.no_grad():
-        return plan.encode_text(states.to(unet.device, unet.dtype), pooled=pooled)
+        return project(plan, states, prompt=scorer.prompt)
 
 
 def _token_maps(
     scorer: PairScorer,
     latent: Tensor,
-    states: Tensor,
-    pooled: Tensor | None,
+    states: PromptStates,
     tokens: Sequence[int],
     layers: str | Sequence[str],
 ) -> Tensor:
@@ -129,7 +127,7 @@ def _token_maps(
     clean = latent.to("cpu", torch.promote_types(latent.dtype, torch.float32)).expand(len(times), -1, -1, -1)
     noised = model.schedule.add_noise(clean, epsilon.to(clean.dtype), times).to(unet.dtype)
     plan = _plan(scorer, layers)
-    text = _keys(scorer, plan, states, pooled)
+    text = _keys(scorer, plan, states)
     # Bilinear upsampling is linear: it may wait until maps of one size have been added up.
     sums: dict[Size, Tensor] = {}
     for _, out in plan.stream(

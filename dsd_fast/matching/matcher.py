@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +15,15 @@ from torch import Tensor
 
 from dsd_fast.images import ImageError, ImageSource, decode, load_image, to_tensor
 from dsd_fast.matching.config import MatchConfig
+from dsd_fast.matching.fitting.config import FitConfig, parse_methods
+from dsd_fast.matching.fitting.files import load, save_locked
+from dsd_fast.matching.fitting.learned import Adaptation
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
 from dsd_fast.matching.pairs import Captions, PairScorer
 from dsd_fast.matching.words import Span
 
 if TYPE_CHECKING:
+    from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
     from dsd_fast.models import Model
 
 # Pixels of decoded images waiting for their turn, float32.
@@ -45,14 +51,24 @@ class Matcher:
     def __init__(
         self, model: Model, config: MatchConfig | None = None, *, adapter: str | Sequence[str] | None = None
     ) -> None:
-        self.model = model
-        self.config = config or MatchConfig()
-        self._scorer = PairScorer(model, self.config, adapter)
+        names = adapter if adapter is None or isinstance(adapter, str) else tuple(adapter)
+        self._adopt(Adaptation(model), config or MatchConfig(), names)
+
+    def _adopt(self, adaptation: Adaptation, config: MatchConfig, adapter: str | tuple[str, ...] | None) -> None:
+        scorer = adaptation.scorer(config, adapter)
+        self.model, self.config = adaptation.model, config
+        self.runtime: str | None = None
+        self._adaptation, self._adapter, self._scorer = adaptation, adapter, scorer
 
     @property
     def timesteps(self) -> list[int]:
         """The timesteps scored, one entry per noise draw."""
         return list(self._scorer.timesteps)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that images are resized to."""
+        return self._scorer.size
 
     @property
     def layers(self) -> dict[str, Tensor]:
@@ -68,7 +84,97 @@ class Matcher:
             ValueError: an unknown runtime; "cudagraph" with a model that is not on a CUDA device.
         """
         self._scorer.plan.compile(runtime)
+        self.runtime = runtime
         return self
+
+    def fit(
+        self,
+        examples: Iterable[Any],
+        method: str | Sequence[str] = "lora",
+        *,
+        validation: Iterable[Any] | None = None,
+        config: FitConfig | None = None,
+        out: str | os.PathLike[str] | None = None,
+        callback: Callable[[int, float | None, FitRecord | None], None] | None = None,
+        progress: bool = True,
+    ) -> FitHistory:
+        """Adapts the scores to examples; from then on this matcher scores as adapted.
+
+        The model stays as it is: a LoRA lives in a UNet of the matcher's own that shares all other weights. A second
+        fit goes on from the first: what its methods train is trained further, and the rest stays.
+
+        Args:
+            examples: :class:`~dsd_fast.Group`, or tuples (image, texts, label) or (images, text, label); the wrong
+                candidates are the negatives. Of a paired group each of its 2n questions is one.
+            method: one or more of
+                "lora": low-rank matrices on q, k, v and out of attention layers, by PEFT (Hu et al., arXiv 2106.09685;
+                the official code);
+                "prompt": learned vectors that follow the tokens of each text, after the text encoder, the model frozen
+                (the paper's attention-based prompt learning);
+                "heads": weights of the attention term per layer and head, everything else frozen (the paper's dynamic
+                head weighting). They become the configuration's `layers`, of which all heads take part.
+            validation: held-out examples; the parameters that do best on them are kept. Without them the last are.
+            config: see :class:`FitConfig`.
+            out: folder for checkpoints, and for the matcher at the end, as :meth:`save` writes it. The same call with
+                the same folder goes on where a killed process stopped, to the same result.
+            callback: called after each step as callback(step, loss, None), and after each look at the held-out examples
+                as callback(step, None, record).
+            progress: whether a bar with loss and held-out accuracy is shown.
+
+        Raises:
+            ImageError: an image that cannot be used.
+            LockedError: another process fits into `out`.
+            ValueError: examples or settings that are not allowed, by name; an `out` of another fit.
+        """
+        from dsd_fast.matching.fitting.progress import reporting
+        from dsd_fast.matching.fitting.run import fit
+
+        fit_config, methods = config or FitConfig(), parse_methods(method)
+        with reporting(fit_config.steps, callback, progress) as report:
+            folder = None if out is None else Path(out)
+            adaptation, match_config, history = fit(
+                self, self._adaptation, self._adapter, examples, methods, validation, fit_config, folder, report
+            )
+        runtime = self.runtime
+        self._adopt(adaptation, match_config, self._adapter)
+        if runtime is not None:
+            self.compile(runtime)
+        return history
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the configuration and what was learned.
+
+        ``matcher.json``; with a LoRA ``pytorch_lora_weights.safetensors``, which stock diffusers'
+        ``pipe.load_lora_weights(folder)`` reads; with learned vectors ``prompt.safetensors``.
+
+        Raises:
+            LockedError: another process writes to the folder.
+            OSError: the folder cannot be written.
+        """
+        save_locked(Path(folder), self._adaptation, self.config, self._adapter)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], model: Model) -> Matcher:
+        """The matcher that :meth:`save`, or :meth:`fit` with ``out``, has written.
+
+        Args:
+            folder: of the files.
+            model: the model that it was fitted to. Another one of the family is taken with a warning.
+
+        Raises:
+            ModelError: a LoRA that does not fit the model.
+            ValueError: no such files, or ones for a model of another family.
+        """
+        adaptation, config, adapter = load(folder, model)
+        matcher = cls.__new__(cls)
+        matcher._adopt(adaptation, config, adapter)
+        return matcher
+
+    def using(self, scorer: PairScorer) -> Matcher:
+        """A matcher with this one's configuration and that scorer."""
+        matcher = copy.copy(self)
+        matcher._scorer = scorer
+        return matcher
 
     def score(
         self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None

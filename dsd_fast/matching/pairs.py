@@ -13,6 +13,7 @@ from torch import Tensor
 from dsd_fast.diffusion import noise, resolve_timesteps
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.layers import layer_weights
+from dsd_fast.matching.texts import project
 from dsd_fast.unet import Output, TextKV, UNetProgram
 from dsd_fast.unet.adapters import AdapterScope, adapter_names
 from dsd_fast.unet.stream import default_budget, rows_at_once
@@ -63,6 +64,11 @@ class Captions:
 class PairScorer:
     """One model, one configuration: the plan, the timesteps and the noise of every score.
 
+    Args:
+        model: see :class:`~dsd_fast.matching.Matcher`, as `config` and `adapter`.
+        prompt: (n, E) learned vectors that follow the tokens of each caption, or None.
+        chosen: whether the UNet's adapters are those active on it, and `adapter` is for the text encoders alone.
+
     Attributes:
         timesteps: S·draws timesteps, each with its own draw.
         plan: the cut through the network that answers them.
@@ -70,8 +76,15 @@ class PairScorer:
         images_at_once: how many images may be noised together.
     """
 
-    def __init__(self, model: Model, config: MatchConfig, adapter: str | Sequence[str] | None = None) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: Model,
+        config: MatchConfig,
+        adapter: str | Sequence[str] | None = None,
+        prompt: Tensor | None = None,
+        chosen: bool = False,
+    ) -> None:
+        self.model, self.config, self.prompt = model, config, prompt
         self.program = UNetProgram(model.unet)
         grid = resolve_timesteps(config.timesteps, model.schedule.num_train_timesteps)
         self.timesteps = [t for t in grid for _ in range(config.draws)]
@@ -85,7 +98,10 @@ class PairScorer:
         weights = layer_weights(self.program, config.layers) if config.attention_weight else {}
         unet_adapter, self._encoder_scopes = _adapters(model, adapter)
         self.plan = self.program.plan(
-            scores=tuple(weights), noise_pred=config.noise_weight != 0, pool=config.pool, adapter=unet_adapter
+            scores=tuple(weights),
+            noise_pred=config.noise_weight != 0,
+            pool=config.pool,
+            adapter=None if chosen else unet_adapter,
         )
         self.weights = {name: value.to(model.unet.device) for name, value in weights.items()}
         self.needs_unconditional = config.noise_weight != 0 or config.official
@@ -118,7 +134,7 @@ class PairScorer:
         if captions.keys is None and self._texts_at_once(captions) < len(captions):
             # The keys of all captions do not fit together and are made again for each chunk: the fewer, the better.
             return self.images_at_once
-        tokens, budget = captions.states.states.shape[1], self.config.memory_budget
+        tokens, budget = self._tokens(captions), self.config.memory_budget
         rows = _MICRO_BATCHES * rows_at_once(self.plan, *self.latent_size, tokens, memory_budget=budget)
         return max(1, min(self.images_at_once, -(-rows // (texts * len(self.timesteps)))))
 
@@ -246,23 +262,24 @@ class PairScorer:
     def _encode(self, states: PromptStates, empty: PromptStates | None) -> TextKV:
         if empty is not None:
             states = states.followed_by(empty)
-        unet = self.model.unet
-        mask = None
-        if self.config.tokens == "real":
-            mask = torch.arange(states.states.shape[1]) < states.lengths[:, None]
-        pooled = None if states.pooled is None else states.pooled.to(unet.device, unet.dtype)
         with torch.no_grad():
-            return self.plan.encode_text(states.states.to(unet.device, unet.dtype), pooled=pooled, score_mask=mask)
+            return project(
+                self.plan, states, tokens=self.config.tokens, prompt=self.prompt, bare=int(empty is not None)
+            )
+
+    def _tokens(self, captions: Captions) -> int:
+        """Keys of each caption: its tokens, padding included, and the learned vectors."""
+        return int(captions.states.states.shape[1]) + (0 if self.prompt is None else len(self.prompt))
 
     def _texts_at_once(self, captions: Captions) -> int:
         """Captions whose keys and values, with the unconditional text's, take half the budget and leave a row room."""
         unet, given = self.model.unet, self.config.memory_budget
         names = (*self.plan.key_layers, *self.plan.value_layers)
         width: int = sum(self.program.attention(name).inner_dim for name in names)
-        per_text = max(1, width * captions.states.states.shape[1] * unet.dtype.itemsize)
+        per_text = max(1, width * self._tokens(captions) * unet.dtype.itemsize)
         budget = default_budget(unet.device) // 2
         if given is not None:
-            room = given - self.plan.run_bytes(1, *self.latent_size, captions.states.states.shape[1])
+            room = given - self.plan.run_bytes(1, *self.latent_size, self._tokens(captions))
             budget = min(given // 2, room)
         count: int = budget // per_text - int(captions.empty is not None)
         return max(1, count)
@@ -278,14 +295,19 @@ class PairScorer:
             total = total + out.scores[name].float() @ weight
         return total
 
-    def _combine(self, terms: Terms) -> Tensor:
+    def parts(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        """The attention and the noise-prediction part of the score, (B,) float64 each; their sum is the score."""
         config = self.config
-        score = config.attention_weight * terms.attention
+        attention, noise_part = config.attention_weight * terms.attention, torch.zeros_like(terms.error)
         if terms.free_attention is not None and terms.free_error is not None:
-            score = score + config.noise_weight * (terms.free_error - terms.error)
+            noise_part = config.noise_weight * (terms.free_error - terms.error)
             if config.official:
-                score = score + config.attention_weight * terms.free_attention
-        return score.mean(1).float()
+                attention = attention + config.attention_weight * terms.free_attention
+        return attention.mean(1), noise_part.mean(1)
+
+    def _combine(self, terms: Terms) -> Tensor:
+        attention, noise_part = self.parts(terms)
+        return (attention + noise_part).float()
 
 
 def _adapters(model: Model, names: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None, list[AdapterScope]]:

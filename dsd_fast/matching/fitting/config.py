@@ -1,0 +1,166 @@
+"""Settings of :meth:`Matcher.fit <dsd_fast.matching.Matcher.fit>`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+METHODS = ("lora", "prompt", "heads")
+LEARNING_RATES = {"lora": 3e-3, "prompt": 0.1, "heads": 0.1}
+"""By method. A head's weight is learned relative to the mean of all: its rate does not depend on their scale."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a matcher is adapted to examples.
+
+    The official recipe (dsd_train.py of eric-ai-lab/DSD) is ``FitConfig.official(steps)``.
+
+    Attributes:
+        steps: of the optimiser, AdamW.
+        batch_size: groups a step.
+        micro_batch: groups in one pass through the network; fewer need less memory and give the same gradient. None
+            takes all of a step's.
+        loss: "cross-entropy" over a group's candidates, softmax of score / temperature; or "margin",
+            max(0, margin + max over wrong candidates − score of the right one) (official).
+        temperature, margin: of the two losses, in units of the score.
+        shared_noise: whether the candidates of a group share timestep and noise, so that only the candidate makes the
+            difference, and for one image the texts' rows alone are computed; otherwise each has its own (official).
+        timestep_range: timesteps are drawn uniformly from this one up to, not including, that one; None: from all.
+        learning_rate: one for all methods, or by method; a method that is not named takes its default,
+            :data:`LEARNING_RATES`.
+        schedule: "linear" is constant for the first half of the steps and then falls to 0; "constant" stays (official).
+        warmup: steps over which the rate rises to its value.
+        weight_decay: AdamW's, of LoRA matrices; with few examples much of it generalises better than none.
+        clip_norm: largest norm of the gradient of all parameters together.
+        rank: of the LoRA, whose scale is 1.
+        attention: which attention layers have a LoRA on their q, k, v and out: "cross", or "all" (official).
+        lora_dropout: share of a LoRA's inputs that a step leaves out.
+        prompt_tokens: number of learned vectors.
+        validate_every: steps between looks at the held-out examples.
+        patience: looks without a better one after which training stops; None never does.
+        checkpointing: whether activations are computed again for the gradient instead of kept: less memory, a third
+            more time.
+        autocast: "bfloat16" or "float16" computes the network in that type, LoRA and loss in float32; None in its own.
+        save_every: seconds between checkpoints in the output folder.
+        seed: of the first weights, of the order of the examples, of timesteps, noise and dropout.
+
+    Raises:
+        ValueError: a value that is not allowed, by name.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    micro_batch: int | None = None
+    loss: str = "cross-entropy"
+    temperature: float = 0.3
+    margin: float = 0.1
+    shared_noise: bool = True
+    timestep_range: tuple[int, int] | None = None
+    learning_rate: float | Mapping[str, float] | None = None
+    schedule: str = "linear"
+    warmup: int = 10
+    weight_decay: float = 1.0
+    clip_norm: float = 1.0
+    rank: int = 4
+    attention: str = "cross"
+    lora_dropout: float = 0.0
+    prompt_tokens: int = 8
+    validate_every: int = 50
+    patience: int | None = None
+    checkpointing: bool = False
+    autocast: str | None = None
+    save_every: float = 60.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "rank", "prompt_tokens", "validate_every"):
+            _whole(name, getattr(self, name), 1)
+        _whole("warmup", self.warmup, 0)
+        for name in ("micro_batch", "patience"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        for name in ("temperature", "clip_norm"):
+            _real(name, getattr(self, name), above=True)
+        for name in ("margin", "weight_decay", "save_every", "lora_dropout"):
+            _real(name, getattr(self, name))
+        if self.lora_dropout >= 1:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout!r}, expected a share below 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed!r}, expected an integer from 0 to 2**32 - 1")
+        _one_of("loss", self.loss, ("cross-entropy", "margin"))
+        _one_of("schedule", self.schedule, ("linear", "constant"))
+        _one_of("attention", self.attention, ("cross", "all"))
+        _one_of("autocast", self.autocast, (None, "bfloat16", "float16"))
+        rates = self.learning_rate
+        if isinstance(rates, Mapping):
+            for method in rates:
+                _one_of("learning_rate", method, METHODS)
+        for rate in rates.values() if isinstance(rates, Mapping) else () if rates is None else (rates,):
+            _real("learning_rate", rate, above=True)
+        span = self.timestep_range
+        if span is not None and not (
+            isinstance(span, (tuple, list))
+            and len(span) == 2
+            and all(isinstance(each, int) for each in span)
+            and 0 <= span[0] < span[1]
+        ):
+            raise ValueError(f"timestep_range: got {span!r}, expected (first, one past the last)")
+
+    @classmethod
+    def official(cls, steps: int) -> FitConfig:
+        """The official recipe: margin loss on one group a step, every candidate with its own timestep and noise, rank 4
+        on all attention layers, rate 1e-4, weight decay 1e-2."""
+        return cls(
+            steps=steps,
+            batch_size=1,
+            loss="margin",
+            shared_noise=False,
+            learning_rate=1e-4,
+            schedule="constant",
+            warmup=0,
+            weight_decay=1e-2,
+            attention="all",
+        )
+
+    def rate(self, method: str, step: int) -> float:
+        """The learning rate of a method's parameters at a step, counted from 0."""
+        given = self.learning_rate
+        rate = given.get(method, LEARNING_RATES[method]) if isinstance(given, Mapping) else given
+        rate = LEARNING_RATES[method] if rate is None else rate
+        if self.warmup:
+            rate *= min(1.0, (step + 1) / self.warmup)
+        if self.schedule == "linear":
+            rate *= min(1.0, 2 * (1 - step / self.steps))
+        return rate
+
+
+def parse_methods(method: str | Sequence[str]) -> tuple[str, ...]:
+    """The methods named, in their usual order.
+
+    Raises:
+        ValueError: none, an unknown one, or one twice.
+    """
+    given = (method,) if isinstance(method, str) else tuple(method)
+    for name in given:
+        _one_of("method", name, METHODS)
+    if not given or len(set(given)) < len(given):
+        raise ValueError(f"method: got {given!r}, expected one or more of {', '.join(METHODS)}, each once")
+    return tuple(name for name in METHODS if name in given)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
+def _real(name: str, value: object, above: bool = False) -> None:
+    good = isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 if above else value >= 0)
+    if not good:
+        raise ValueError(f"{name}: got {value!r}, expected a number {'above' if above else 'of at least'} 0")
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,97 @@
+"""Examples made ready: what does not depend on the parameters is computed once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.images import ImageError, ImageSource, decode
+from dsd_fast.matching.group_scores import image_key
+from dsd_fast.matching.groups import Group
+from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.models import PromptStates
+
+# Text states kept in host memory; of more texts each step encodes its own.
+_TEXT_BYTES = 2 << 30
+_IMAGES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Query:
+    """One image and its candidate texts, or one text and its candidate images, as positions in the examples."""
+
+    images: tuple[int, ...]
+    texts: tuple[int, ...]
+    label: int
+
+
+class Examples:
+    """Groups as latents and text states.
+
+    Each image goes through the VAE once, each text through the text encoder once, or once per step where the states of
+    all do not fit in memory.
+
+    Args:
+        scorer: whose model encodes them.
+        groups: one or more; a paired group counts as its 2n questions.
+
+    Attributes:
+        queries: the questions.
+        latents: (N, C, h, w) clean latents of the images, on the CPU.
+        digest: hexadecimal, of pixels, texts and labels.
+        unconditional: states of the absent text, M = 1.
+
+    Raises:
+        ImageError: an image that cannot be used.
+        ValueError: no groups, or a text that is too long.
+    """
+
+    def __init__(self, scorer: PairScorer, groups: Sequence[Group]) -> None:
+        if not groups:
+            raise ValueError("examples: got none, expected at least one group")
+        self._scorer = scorer
+        images: dict[Any, tuple[int, ImageSource]] = {}
+        texts: dict[str, int] = {}
+        self.queries: list[Query] = []
+        for group in groups:
+            for query in group.queries():
+                shown = [images.setdefault(image_key(image), (len(images), image))[0] for image in query.images]
+                said = [texts.setdefault(text, len(texts)) for text in query.texts]
+                self.queries.append(Query(tuple(shown), tuple(said), query.label))
+        self._texts = list(texts)
+        digest = hashlib.sha256(repr((self._texts, self.queries)).encode())
+        self.latents = self._encode_images([image for _, image in images.values()], digest)
+        self.digest = digest.hexdigest()
+        with torch.no_grad():
+            self.unconditional = scorer.model.encode_unconditional().to("cpu")
+        self._states = self._encode_all()
+
+    def states(self, texts: Sequence[int]) -> PromptStates:
+        """The text states of some texts, by their positions."""
+        if self._states is not None:
+            return self._states[torch.tensor(texts)]
+        return self._scorer.encode_texts([self._texts[i] for i in texts], unconditional=False).states
+
+    def _encode_images(self, images: Sequence[ImageSource], digest: Any) -> Tensor:
+        parts: list[Tensor] = []
+        pixels: list[Tensor] = []
+        for number, image in decode(images, self._scorer.size):
+            if isinstance(image, ImageError):
+                raise image
+            digest.update(image.numpy().tobytes())
+            pixels.append(image)
+            if len(pixels) == _IMAGES_AT_ONCE or number == len(images) - 1:
+                parts.append(self._scorer.encode_images(pixels).cpu())
+                pixels = []
+        return torch.cat(parts)
+
+    def _encode_all(self) -> PromptStates | None:
+        first = self._scorer.encode_texts(self._texts[:1], unconditional=False).states
+        if len(self._texts) * first.states.nbytes > _TEXT_BYTES:
+            return None
+        return self._scorer.encode_texts(self._texts, unconditional=False).states

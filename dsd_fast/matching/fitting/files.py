@@ -1,0 +1,131 @@
+"""A fitted matcher in a folder.
+
+matcher.json                          the configuration, what was learned, and of which model; written last
+pytorch_lora_weights.safetensors      the LoRA, as stock diffusers' ``pipe.load_lora_weights(folder)`` reads it
+prompt.safetensors                    "prompt", (n, E) float32: the learned vectors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.jobs import locked, read_tensors, remove_stale, replacing, write_tensors
+from dsd_fast.matching.config import MatchConfig
+from dsd_fast.matching.fitting.learned import Adaptation, put_lora
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+MATCHER = "matcher.json"
+LORA = "pytorch_lora_weights.safetensors"
+PROMPT = "prompt.safetensors"
+
+_KEYS = ("model", "adapter", "lora", "prompt", "config")
+
+Adapter = str | tuple[str, ...] | None
+
+
+def save(folder: Path, adaptation: Adaptation, config: MatchConfig, adapter: Adapter) -> None:
+    """See :meth:`dsd_fast.matching.Matcher.save`; the caller has the folder's lock or is its only writer."""
+    from dsd_fast.models.lora import save_lora
+
+    model = adaptation.model
+    # Until the last file is in place nothing vouches for the others.
+    (folder / MATCHER).unlink(missing_ok=True)
+    for name in (MATCHER, LORA, PROMPT):
+        remove_stale(folder / name)
+    for name, there in ((LORA, adaptation.lora is not None), (PROMPT, adaptation.prompt is not None)):
+        if not there:
+            (folder / name).unlink(missing_ok=True)
+    if adaptation.lora is not None:
+        save_lora(model.unet, adaptation.lora, folder / LORA)
+    if adaptation.prompt is not None:
+        write_tensors(folder / PROMPT, {"prompt": adaptation.prompt})
+    about = {
+        "format": 1,
+        "model": {"name": model.name, "revision": model.revision, "family": model.family},
+        "adapter": adapter,
+        "lora": adaptation.lora is not None,
+        "prompt": adaptation.prompt is not None,
+        "config": asdict(config),
+    }
+    with replacing(folder / MATCHER) as file:
+        file.write(json.dumps(about, indent=2, allow_nan=False, default=plain).encode() + b"\n")
+
+
+def save_locked(folder: Path, adaptation: Adaptation, config: MatchConfig, adapter: Adapter) -> None:
+    """:func:`save`, behind the folder's lock."""
+    with locked(folder):
+        save(folder, adaptation, config, adapter)
+
+
+def plain(value: Any) -> Any:
+    """What of a configuration JSON does not know: ranges, arrays and their numbers."""
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+def load(folder: str | os.PathLike[str], model: Model) -> tuple[Adaptation, MatchConfig, Adapter]:
+    """See :meth:`dsd_fast.matching.Matcher.load`."""
+    path = Path(folder)
+    try:
+        about = json.loads((path / MATCHER).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"folder: {path} has no {MATCHER}, expected one that Matcher.save wrote") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"folder: {path / MATCHER} is no JSON: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != 1 or any(key not in about for key in _KEYS):
+        raise ValueError(f"folder: {path / MATCHER} is of another format, expected 1")
+    _check_model(path, about["model"], model)
+    adapter = about["adapter"]
+    adapter = tuple(adapter) if isinstance(adapter, list) else adapter
+    adaptation = Adaptation(model)
+    if about["lora"]:
+        weights = _tensors(path / LORA, "unet.")
+        own, name = put_lora(model, weights, adapter, f"LoRA {str(path / LORA)!r}")
+        adaptation = Adaptation(own, name)
+    if about["prompt"]:
+        prompt, width = _tensors(path / PROMPT).get("prompt", torch.empty(0)), model.unet.config.cross_attention_dim
+        if prompt.ndim != 2 or prompt.shape[1] != width:
+            raise ValueError(f"folder: {path / PROMPT} has shape {tuple(prompt.shape)}, expected (n, {width})")
+        adaptation = Adaptation(adaptation.model, adaptation.lora, prompt)
+    return adaptation, _config(about["config"]), adapter
+
+
+def _tensors(file: Path, prefix: str = "") -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+
+    try:
+        return read_tensors(file, prefix)[0]
+    except FileNotFoundError:
+        raise ValueError(f"folder: {file} is missing, expected the file that Matcher.save wrote") from None
+    except SafetensorError as error:
+        raise ValueError(f"folder: {file} is no safetensors file: {error}") from error
+
+
+def _config(values: Mapping[str, Any]) -> MatchConfig:
+    """JSON has no tuples."""
+    unknown = sorted(values.keys() - {each.name for each in fields(MatchConfig)})
+    if unknown:
+        raise ValueError(f"folder: {MATCHER} has unknown settings: {', '.join(unknown)}")
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return MatchConfig(**given)
+
+
+def _check_model(path: Path, fitted: Mapping[str, Any], model: Model) -> None:
+    if fitted["family"] != model.family:
+        raise ValueError(f"folder: {path} was fitted to a model of family {fitted['family']}, got {model.family}")
+    other = {
+        key: (fitted[key], getattr(model, key)) for key in ("name", "revision") if fitted[key] != getattr(model, key)
+    }
+    if other:
+        what = "; ".join(f"{key} {was!r}, now {now!r}" for key, (was, now) in other.items())
+        warnings.warn(f"{path} was fitted to another model: {what}", stacklevel=4)

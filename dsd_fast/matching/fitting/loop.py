@@ -1,0 +1,320 @@
+"""The training loop of a fit: it can be killed at any moment and goes on as if it had not been.
+
+Whatever a step draws is a function of the seed and the step's number, so a checkpoint is the parameters, the
+optimiser's state, the best parameters so far, and the step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.jobs import read_tensors, write_tensors
+from dsd_fast.matching.fitting.config import FitConfig
+from dsd_fast.matching.fitting.examples import Examples
+from dsd_fast.matching.fitting.learned import Learned
+from dsd_fast.matching.fitting.objective import draw, losses, scores
+from dsd_fast.matching.pairs import PairScorer
+
+CHECKPOINT = "training.safetensors"
+
+Look = tuple[float, float]
+"""Of held-out examples: accuracy, ties counted as wrong, and mean loss."""
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """One look at the training.
+
+    Attributes:
+        step: steps taken.
+        loss: mean training loss since the last look; None before the first step.
+        accuracy, validation_loss: on the held-out examples, with the matcher's own timesteps; None where there are
+            none.
+    """
+
+    step: int
+    loss: float | None
+    accuracy: float | None
+    validation_loss: float | None
+
+
+@dataclass(frozen=True)
+class FitHistory:
+    """What a fit did.
+
+    Attributes:
+        records: the looks at it, in order; the first is before the first step where there are held-out examples.
+        steps: steps taken.
+        best_step: the step whose parameters the matcher has: with held-out examples the one with the best accuracy,
+            then the least loss; else the last.
+        stopped_early: whether patience ended it.
+    """
+
+    records: tuple[FitRecord, ...]
+    steps: int
+    best_step: int
+    stopped_early: bool
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides parameters and optimiser."""
+
+    step: int = 0
+    records: list[FitRecord] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    best_step: int = 0
+    best: dict[str, Tensor] | None = None
+    stale: int = 0
+
+    @property
+    def best_look(self) -> FitRecord | None:
+        """The record of the best step."""
+        return next((record for record in self.records if record.step == self.best_step), None)
+
+
+class Training:
+    """A fit under way.
+
+    Args:
+        learned: the parameters.
+        examples: to learn from.
+        fit: the settings.
+        look: measures the held-out examples with a scorer; None: there are none.
+        fingerprint: what changes the result, by name; a checkpoint of another is refused.
+        folder: of the checkpoint, behind its lock; None keeps none.
+        report: called after each step and each look with (step, loss of the step or None, the newest record or None).
+
+    Raises:
+        ValueError: the folder's checkpoint is one of another fit, with the names of what differs.
+    """
+
+    def __init__(
+        self,
+        learned: Learned,
+        examples: Examples,
+        fit: FitConfig,
+        look: Callable[[PairScorer], Look] | None,
+        fingerprint: Mapping[str, Any],
+        folder: Path | None,
+        report: Callable[[int, float | None, FitRecord | None], None],
+    ) -> None:
+        self._learned, self._examples, self._fit = learned, examples, fit
+        self._look, self._report = look, report
+        self._fingerprint = dict(fingerprint)
+        self._file = None if folder is None else folder / CHECKPOINT
+        groups = [
+            {"params": [parameter], "method": name.split(".")[0], "weight_decay": _decay(name, fit)}
+            for name, parameter in learned.parameters.items()
+        ]
+        device = learned.scorer.plan.program.device
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=fit.autocast == "float16")
+        self._device = device
+        self._whole = True
+        self.state = State()
+        if self._file is not None and self._file.exists():
+            self._restore(self._file)
+
+    def run(self) -> FitHistory:
+        """Trains to the end; what an exception interrupts is in the checkpoint."""
+        state, fit = self.state, self._fit
+        saved = time.monotonic()
+        try:
+            while True:
+                if self._due:
+                    self._record()
+                if state.step >= fit.steps or self._stopped:
+                    break
+                self._step()
+                if time.monotonic() - saved >= fit.save_every:
+                    self._save()
+                    saved = time.monotonic()
+        finally:
+            # Half a step would be taken twice.
+            if self._whole:
+                self._save()
+        if self._look is None:
+            state.best_step = state.step
+        elif state.best is not None:
+            self._put(state.best)
+        return FitHistory(tuple(state.records), state.step, state.best_step, self._stopped)
+
+    @property
+    def _due(self) -> bool:
+        """Whether it is time for a look that has not been taken."""
+        step, records = self.state.step, self.state.records
+        if records and records[-1].step == step:
+            return False
+        if step == 0:
+            return self._look is not None
+        return step % self._fit.validate_every == 0 or step == self._fit.steps
+
+    @property
+    def _stopped(self) -> bool:
+        return self._fit.patience is not None and self._look is not None and self.state.stale >= self._fit.patience
+
+    def _step(self) -> None:
+        """One step of the optimiser."""
+        fit, learned, state = self._fit, self._learned, self.state
+        value = self._gradient()
+        for group in self._optimizer.param_groups:
+            group["lr"] = fit.rate(group["method"], state.step)
+        self._whole = False
+        self._scaler.unscale_(self._optimizer)
+        torch.nn.utils.clip_grad_norm_(list(learned.parameters.values()), fit.clip_norm, foreach=True)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+        state.losses.append(value)
+        state.step += 1
+        self._whole = True
+        self._report(state.step, value, None)
+
+    def _gradient(self) -> float:
+        """Leaves the gradient of the mean loss of the step's groups in the parameters; the loss."""
+        fit, learned, examples, step = self._fit, self._learned, self._examples, self.state.step
+        scorer = learned.scorer
+        compares_free = scorer.config.noise_weight != 0 or scorer.config.official
+        chosen = _groups(len(examples.queries), fit, step)
+        each = fit.micro_batch or len(chosen)
+        total = 0.0
+        self._optimizer.zero_grad()
+        learned.dropout(True)
+        # Dropout draws from torch's own generators, which a step seeds and gives back as they were.
+        with _seeded(fit.seed, step, self._device) if fit.lora_dropout else nullcontext():
+            for start in range(0, len(chosen), each):
+                numbers = chosen[start : start + each]
+                batch = draw(
+                    [examples.queries[number] for number in numbers],
+                    [(fit.seed, step, start + place) for place in range(len(numbers))],
+                    examples.latents.shape[1:],
+                    fit,
+                    scorer.model.schedule.num_train_timesteps,
+                    compares_free,
+                )
+                with self._precision():
+                    values = scores(
+                        scorer,
+                        learned.weights(),
+                        examples,
+                        batch,
+                        through_network=learned.learns_network,
+                        checkpoint=fit.checkpointing,
+                    )
+                mean = losses(values, batch, fit).sum() / len(chosen)
+                self._scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
+                total += float(mean.detach())
+        learned.dropout(False)
+        return total
+
+    def _record(self) -> None:
+        state = self.state
+        accuracy = held_out = None
+        if self._look is not None:
+            accuracy, held_out = self._look(self._learned.settle())
+        self._whole = False
+        mean = sum(state.losses) / len(state.losses) if state.losses else None
+        state.losses = []
+        record, best = FitRecord(state.step, mean, accuracy, held_out), state.best_look
+        state.records.append(record)
+        if self._look is not None:
+            if best is None or _quality(record) > _quality(best):
+                state.best_step, state.stale = state.step, 0
+                state.best = {name: p.detach().clone() for name, p in self._learned.parameters.items()}
+            else:
+                state.stale += 1
+        self._whole = True
+        self._report(state.step, None, record)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self._fit.autocast is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, getattr(torch, self._fit.autocast))
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._learned.parameters.items():
+                parameter.copy_(values[name])
+        self._learned.settle()
+
+    def _save(self) -> None:
+        if self._file is None:
+            return
+        state = self.state
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._learned.parameters.items():
+            tensors[f"model.{name}"] = parameter
+            tensors |= {f"adam.{name}/{key}": value for key, value in self._optimizer.state[parameter].items()}
+        tensors |= {f"best.{name}": value for name, value in (state.best or {}).items()}
+        about = {
+            "fingerprint": self._fingerprint,
+            "step": state.step,
+            "records": [vars(record) for record in state.records],
+            "losses": state.losses,
+            "best_step": state.best_step,
+            "stale": state.stale,
+            "scaler": self._scaler.state_dict(),
+        }
+        write_tensors(self._file, tensors, about)
+
+    def _restore(self, file: Path) -> None:
+        tensors, about = read_tensors(file)
+        found = about.get("fingerprint", {})
+        other = sorted(key for key in {*found, *self._fingerprint} if found.get(key) != self._fingerprint.get(key))
+        if other:
+            raise ValueError(
+                f"out: {file} is of another fit, which differs in {', '.join(other)}; choose another folder"
+            )
+        state = self.state
+        state.step, state.best_step, state.stale = about["step"], about["best_step"], about["stale"]
+        state.records = [FitRecord(**record) for record in about["records"]]
+        state.losses = about["losses"]
+        best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+        state.best = {name: value.to(self._device) for name, value in best.items()} or None
+        parameters = self._learned.parameters
+        self._put({name: tensors[f"model.{name}"] for name in parameters})
+        for name, parameter in parameters.items():
+            prefix = f"adam.{name}/"
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if own:
+                self._optimizer.state[parameter] = {key: value.to(self._device) for key, value in own.items()}
+        self._scaler.load_state_dict(about["scaler"])
+
+
+def _quality(record: FitRecord) -> Look:
+    assert record.accuracy is not None
+    assert record.validation_loss is not None
+    # A loss that is no number is worse than any.
+    return record.accuracy, -math.inf if math.isnan(record.validation_loss) else -record.validation_loss
+
+
+def _decay(name: str, fit: FitConfig) -> float:
+    return fit.weight_decay if name.startswith("lora.") else 0.0
+
+
+def _groups(count: int, fit: FitConfig, step: int) -> list[int]:
+    """The groups of a step: all of them in an order of the epoch's, one epoch after the other."""
+    places = range(step * fit.batch_size, (step + 1) * fit.batch_size)
+    orders = {
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(fit.seed + (epoch + 1) * 2**32)).tolist()
+        for epoch in {place // count for place in places}
+    }
+    return [orders[place // count][place % count] for place in places]
+
+
+@contextmanager
+def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """torch's generators, the CPU's and the device's, seeded inside the block and as they were after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + (step + 1) * 2**32)
+        yield

@@ -1,0 +1,172 @@
+"""The loss of a step: groups to rows of the network, the rows' scores, and the loss of their candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsd_fast.matching.fitting.config import FitConfig
+from dsd_fast.matching.fitting.examples import Examples, Query
+from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.texts import project
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of some groups, before any is computed.
+
+    Attributes:
+        image_of: (P,) the image of each noised latent.
+        times, noise: (P,) and (P, C, h, w), float32, of each noised latent.
+        latent_of, text_of: (R,) the noised latent and the text, a position in the examples, of each pair.
+        free: (P,) bool, noised latents whose unconditional row counts.
+        sizes, labels: candidates of each group, in the pairs' order, and the right one's place.
+    """
+
+    image_of: Tensor
+    times: Tensor
+    noise: Tensor
+    latent_of: Tensor
+    text_of: Tensor
+    free: Tensor
+    sizes: list[int]
+    labels: list[int]
+
+
+def draw(
+    queries: Sequence[Query],
+    keys: Sequence[tuple[int, ...]],
+    shape: Sequence[int],
+    fit: FitConfig,
+    timesteps: int,
+    compares_free: bool,
+) -> Batch:
+    """The timesteps and the noise of groups; each group's depend on its key alone.
+
+    Args:
+        queries: the groups.
+        keys: of each group, what its draws are seeded with.
+        shape: (C, h, w) of a latent.
+        fit: the settings.
+        timesteps: of the schedule.
+        compares_free: whether the score has a part of the unconditional row. Where the candidates are texts and share
+            image, timestep and noise, that part is the same for all, and neither loss sees it.
+    """
+    low, high = fit.timestep_range or (0, timesteps)
+    image_of: list[int] = []
+    times: list[int] = []
+    noise: list[Tensor] = []
+    latent_of: list[int] = []
+    text_of: list[int] = []
+    free: list[bool] = []
+    for query, key in zip(queries, keys, strict=True):
+        random = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+        candidates = max(len(query.images), len(query.texts))
+        one_latent = fit.shared_noise and len(query.images) == 1
+        for place in range(candidates):
+            if not (place and one_latent):
+                fresh = not (place and fit.shared_noise)
+                image_of.append(query.images[place % len(query.images)])
+                times.append(int(torch.randint(low, high, (), generator=random)) if fresh else times[-1])
+                noise.append(torch.randn(tuple(shape), generator=random) if fresh else noise[-1])
+                free.append(compares_free and not one_latent)
+            latent_of.append(len(image_of) - 1)
+            text_of.append(query.texts[place % len(query.texts)])
+    return Batch(
+        torch.tensor(image_of),
+        torch.tensor(times),
+        torch.stack(noise),
+        torch.tensor(latent_of),
+        torch.tensor(text_of),
+        torch.tensor(free),
+        [max(len(query.images), len(query.texts)) for query in queries],
+        [query.label for query in queries],
+    )
+
+
+def scores(
+    scorer: PairScorer,
+    weights: Mapping[str, Tensor],
+    examples: Examples,
+    batch: Batch,
+    *,
+    through_network: bool = True,
+    checkpoint: bool = False,
+) -> Tensor:
+    """(R,) scores of a batch's pairs at their one timestep; differentiable.
+
+    They lack the unconditional part where :class:`Batch` says that it does not count.
+
+    Args:
+        scorer: the network, its learned vectors and the configuration.
+        weights: score id → (H,) weights of its heads.
+        examples: whose positions the batch has.
+        batch: from :func:`draw`.
+        through_network: whether a gradient is wanted to more than the weights.
+        checkpoint: whether the network's activations are computed again for it.
+    """
+    model, config, plan = scorer.model, scorer.config, scorer.plan
+    device, schedule = plan.program.device, model.schedule
+    used, text_index = torch.unique(batch.text_of, return_inverse=True)
+    states = examples.states(used.tolist())
+    free_latents = torch.nonzero(batch.free).flatten()
+    if len(free_latents):
+        states = states.followed_by(examples.unconditional)
+        text_index = torch.cat([text_index, torch.full_like(free_latents, len(used))])
+    rows = torch.cat([batch.latent_of, free_latents])
+    clean = examples.latents[batch.image_of].to(device)
+    noise = batch.noise.to(device, torch.promote_types(clean.dtype, torch.float32))
+    noised = schedule.add_noise(clean.to(noise.dtype), noise, batch.times).to(plan.program.dtype)
+    with torch.set_grad_enabled(through_network):
+        bare = int(len(free_latents) > 0)
+        out = plan.run(
+            noised,
+            batch.times,
+            project(plan, states, tokens=config.tokens, prompt=scorer.prompt, bare=bare),
+            latent_index=rows,
+            text_index=text_index,
+            time_ids=model.time_ids(*scorer.size),
+            checkpoint=checkpoint,
+        )
+    where = rows.to(device)
+    attention = torch.zeros(len(rows), device=device)
+    for name, weight in weights.items():
+        attention = attention + out.scores[name] @ weight.to(device, out.scores[name].dtype)
+    value = config.attention_weight * attention
+    if out.noise_pred is not None:
+        predicted = schedule.to_epsilon(
+            out.noise_pred.to(noise.dtype), noised[where].to(noise.dtype), batch.times[rows]
+        )
+        error = (noise[where] - predicted).flatten(1).norm(dim=1)
+        value = value - config.noise_weight * error
+    pairs = len(batch.latent_of)
+    result = value[:pairs]
+    if len(free_latents):
+        # b_t = ‖ε − ε_∅‖ − ‖ε − ε_text‖: the unconditional error counts the other way round.
+        base = -value[pairs:] + (1 + config.official) * config.attention_weight * attention[pairs:]
+        place = torch.full((len(batch.free),), -1)
+        place[free_latents] = torch.arange(len(free_latents))
+        own = place[batch.latent_of].to(device)
+        result = result + torch.where(own >= 0, base[own.clamp(min=0)], 0)
+    return result
+
+
+def losses(values: Tensor, batch: Batch, fit: FitConfig) -> Tensor:
+    """(Q,) losses of the groups whose candidates have these scores; float32 or more."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    parts = zip(torch.split(values, batch.sizes), batch.labels, strict=True)
+    return torch.stack([group_loss(own, label, fit) for own, label in parts])
+
+
+def group_loss(values: Tensor, label: int, fit: FitConfig) -> Tensor:
+    """The loss of one group whose K candidates have these scores."""
+    values = values.flatten()
+    if fit.loss == "margin":
+        wrong = torch.cat([values[:label], values[label + 1 :]])
+        return F.relu(fit.margin + wrong.amax() - values[label])
+    return F.cross_entropy(values / fit.temperature, torch.tensor(label, device=values.device))

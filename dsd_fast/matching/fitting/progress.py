@@ -1,0 +1,37 @@
+"""What a fit shows while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dsd_fast.matching.fitting.loop import FitRecord
+
+Callback = Callable[[int, float | None, FitRecord | None], None]
+
+
+@contextmanager
+def reporting(steps: int, callback: Callback | None, shown: bool) -> Iterator[Callback]:
+    """What a training calls: it draws a bar with loss and held-out accuracy, and passes on to the callback."""
+    display = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}{task.fields[accuracy]}"),
+        disable=not shown,
+    )
+    with display:
+        task = display.add_task("fitting", total=steps, loss="", accuracy="")
+
+        def report(step: int, loss: float | None, record: FitRecord | None) -> None:
+            if loss is not None:
+                display.update(task, completed=step, loss=f"loss {loss:.4f}")
+            if record is not None and record.accuracy is not None:
+                display.update(task, completed=step, accuracy=f", held out {record.accuracy:.3f} right")
+            if callback is not None:
+                callback(step, loss, record)
+
+        yield report
