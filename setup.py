@@ -30,6 +30,8 @@ PACKAGES = [
     "dsd_fast.kernels.group_norm_silu",
     "dsd_fast.kernels.token_maps",
     "dsd_fast.matching",
+    "dsd_fast.matching.datasets",
+    "dsd_fast.matching.fitting",
     "dsd_fast.metrics",
     "dsd_fast.models",
     "dsd_fast.models.mini",

@@ -11,7 +11,7 @@ from dsd_fast.metrics import wilson
 
 T = TypeVar("T")
 
-Plot = Literal["latency", "waterfall", "quality"]
+Plot = Literal["latency", "waterfall", "quality", "growth"]
 Measure = Literal["ratio", "rate", "copy_share", "matmul_share"]
 
 DEVICES = ("cpu", "cuda")
@@ -160,7 +160,8 @@ class Figure:
     """A figure of merit with its interval.
 
     Attributes:
-        name: unique within the suite. In plots, figures whose names differ after the last comma alone share a line.
+        name: unique within the suite. In plots and wide tables, figures whose names differ after the last comma alone
+            share a line; with "growth" and in wide tables, what stands before a colon is not shown.
         value, low, high: the figure and its 95 % interval; for a share right, Wilson's, by :meth:`share`.
         n: observations behind it.
         unit: "share", or what else the value is; of shares alone it is known that more is better.
@@ -169,6 +170,7 @@ class Figure:
         sizes: settings that it was measured with, by name.
         seconds: that one item took, where the cost was measured too.
         item: what one item is, e.g. "pair".
+        group: the :class:`Group` it is shown in; None: its case's.
     """
 
     name: str
@@ -182,6 +184,7 @@ class Figure:
     sizes: Mapping[str, int] = field(default_factory=dict)
     seconds: float | None = None
     item: str = "item"
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:
@@ -214,7 +217,7 @@ class Quality:
 
     Attributes:
         name: unique within the suite.
-        group: the :class:`Group` its figures are shown in.
+        group: the :class:`Group` its figures are shown in, unless they name another.
         measure: makes the figures.
     """
 
@@ -230,15 +233,17 @@ class Group:
     Attributes:
         name: of the table's marker in the documents, ``bench:SUITE/NAME``, and of the plot's file.
         title: of both.
-        plot: "latency" (time per item against ``x``), "waterfall" (the rungs of a ladder) or "quality" (figures against
-            the seconds they cost); None: no plot.
-        x: for "latency" the size on the horizontal axis, for "quality" the size that labels a point.
+        plot: "latency" (time per item against ``x``), "waterfall" (the rungs of a ladder), "quality" (figures against
+            the seconds they cost) or "growth" (figures against ``x``, those at 0 as levels); None: no plot.
+        x: for "latency" and "growth" the size on the horizontal axis, for "quality" the size that labels a point.
+        wide: whether the table has a line of figures a row, and a column for each value of ``x``.
     """
 
     name: str
     title: str
     plot: Plot | None = None
     x: str = "rows"
+    wide: bool = False
 
 
 @dataclass(frozen=True)

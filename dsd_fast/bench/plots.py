@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -10,19 +11,21 @@ from xml.etree import ElementTree
 
 from dsd_fast.bench.case import Group, Suite
 from dsd_fast.bench.records import Record
-from dsd_fast.bench.tables import chosen
+from dsd_fast.bench.tables import chosen, line_of
 
 Panel = dict[str, Any]
 
 _DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 _WIDTH, _HEIGHT = 7.2, 4.2
+# Line styles of levels.
+_LEVELS = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 2)))
 
 
 def plot_data(suite: Suite, group: Group, records: Sequence[Record]) -> dict[str, Any] | None:
     """What a group's plot shows, a panel for each machine, as plain numbers; None if there is nothing to plot."""
     if group.plot is None:
         return None
-    make = {"latency": _latency, "waterfall": _waterfall, "quality": _quality}[group.plot]
+    make = {"latency": _latency, "waterfall": _waterfall, "quality": _quality, "growth": _growth}[group.plot]
     panels = []
     for (_, name, threads, environment), rows in chosen(suite, group, records).items():
         title = ", ".join(filter(None, (name, f"{threads} thread{'' if threads == '1' else 's'}", environment)))
@@ -48,7 +51,7 @@ def svg(data: dict[str, Any]) -> bytes:
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "svg.hashsalt": "dsd-fast", "font.size": 9}):
         figure = Figure(figsize=(_WIDTH, _HEIGHT * len(panels)), layout="constrained")
         FigureCanvasSVG(figure)
-        draw = {"latency": _draw_latency, "waterfall": _draw_waterfall, "quality": _draw_quality}[data["plot"]]
+        draw = _DRAW[data["plot"]]
         for panel, axes in zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
             draw(axes, panel)
             axes.set_title(f"{data['title']}\n{panel['machine']}", fontsize=9)
@@ -110,6 +113,26 @@ def _quality(group: Group, rows: Sequence[Record]) -> Panel:
     }
 
 
+def _growth(group: Group, rows: Sequence[Record]) -> Panel:
+    """Figures with their intervals against a size, in a line for each name; those at 0 are levels."""
+    lines: dict[str, list[list[float]]] = {}
+    levels: dict[str, list[float]] = {}
+    for record in rows:
+        name, size, point = line_of(record), record["sizes"][group.x], [record[k] for k in ("value", "low", "high")]
+        if size:
+            lines.setdefault(name, []).append([size, *point])
+        else:
+            levels[name] = point
+    chances = {record["chance"] for record in rows if record["chance"] is not None}
+    return {
+        "x": group.x,
+        "y": rows[0]["unit"],
+        "chance": min(chances) if len(chances) == 1 else None,
+        "lines": {name: sorted(points) for name, points in lines.items()},
+        "levels": levels,
+    }
+
+
 def _draw_latency(axes: Any, panel: Panel) -> None:
     for name, points in panel["lines"].items():
         x, middle, low, high = zip(*points, strict=True)
@@ -153,6 +176,23 @@ def _draw_quality(axes: Any, panel: Panel) -> None:
     axes.legend()
 
 
+def _draw_growth(axes: Any, panel: Panel) -> None:
+    for name, points in panel["lines"].items():
+        x, value, low, high = zip(*points, strict=True)
+        axes.errorbar(x, value, yerr=_bars(value, low, high), marker="o", markersize=3, capsize=2, label=name)
+    for (name, (value, low, high)), style in zip(panel["levels"].items(), itertools.cycle(_LEVELS)):
+        axes.axhline(value, linestyle=style, color="black", linewidth=1, label=name)
+        axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+    if panel["chance"] is not None:
+        axes.axhline(panel["chance"], linestyle=":", color="grey", label="chance")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({point[0] for points in panel["lines"].values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(xlabel=panel["x"], ylabel=panel["y"])
+    axes.grid(True, alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def _plain(axis: Any) -> None:
     """Labels 1, 2, 5, 10, 20, … where a logarithmic axis would have powers of ten."""
     axis.set_major_formatter("{x:g}")
@@ -163,3 +203,6 @@ def _bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) 
     """Distances below and above."""
     below = [m - value for m, value in zip(middle, low, strict=True)]
     return [below, [value - m for m, value in zip(middle, high, strict=True)]]
+
+
+_DRAW = {"latency": _draw_latency, "waterfall": _draw_waterfall, "quality": _draw_quality, "growth": _draw_growth}

@@ -82,6 +82,9 @@ class Runner:
             fields[key] = None if fields[key] is None else float(fields[key])
         fields["n"] = int(fields["n"])
         fields["sizes"] = {key: int(size) for key, size in fields["sizes"].items()}
+        fields["group"] = figure.group or case.group
+        if fields["group"] not in {group.name for group in self.suite.groups}:
+            raise ValueError(f"figure {figure.name!r} is in no group of suite {self.suite.name!r}, {figure.group!r}")
         return self._record(case, fields.pop("name"), "quality", reason=reason, **fields)
 
     def _speeds(self, case: Case) -> list[Record]:

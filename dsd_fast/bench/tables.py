@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from dsd_fast.bench.timing import CONFIDENCE
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+# Of a command, the option that picks the case.
+_ONLY = re.compile(r" --only (?:'[^']*'|\S+)")
 
 _SPEED = (
     "what",
@@ -142,6 +146,9 @@ def markdown(suite: Suite, group: Group, records: Sequence[Record]) -> str:
     """The tables of a group, one for each machine, each with what it was measured on and the commands."""
     parts = []
     for rows in chosen(suite, group, records).values():
+        if group.wide:
+            parts.append(_wide(group, rows))
+            continue
         kind = rows[0]["kind"]
         columns, row = (_SPEED, speed_row) if kind == "speed" else (_QUALITY, quality_row)
         alike = [record for record in rows if record["kind"] == kind]
@@ -154,6 +161,29 @@ def markdown(suite: Suite, group: Group, records: Sequence[Record]) -> str:
     if not parts:
         return f"{group.title}: not measured yet; `dsd-fast bench {suite.name}{_device(suite, group)}` does it."
     return "\n\n".join(parts)
+
+
+def line_of(record: Record) -> str:
+    """The line that a figure of a wide table belongs to: its name up to the last comma, and from a colon on."""
+    name: str = record["name"].rpartition(", ")[0] or record["name"]
+    return name.partition(": ")[2] or name
+
+
+def _wide(group: Group, rows: Sequence[Record]) -> str:
+    """A table of figures with a row for each line and a column for each value of the group's size."""
+    figures = [record for record in rows if record["kind"] == "quality"]
+    sizes = sorted({record["sizes"][group.x] for record in figures})
+    lines: dict[str, dict[int, Record]] = {}
+    for record in figures:
+        lines.setdefault(line_of(record), {})[record["sizes"][group.x]] = record
+    names = ("what", *(f"{size:,} {group.x}" for size in sizes), "n", "chance")
+    table = [_cells(names), _cells(["---"] * len(names))]
+    for line, found in lines.items():
+        cells = [_figure(found[size]) if size in found else "-" for size in sizes]
+        table.append(_cells([line, *cells, *quality_row(next(iter(found.values())))[2:4]]))
+    commands = dict.fromkeys(_ONLY.sub("", record["command"]) for record in figures)
+    made = ", ".join(f"`{command}`" for command in commands)
+    return "\n".join([f"{group.title}. {provenance(rows)} Made by {made}.", "", *table])
 
 
 def provenance(rows: Sequence[Record]) -> str:

@@ -7,6 +7,8 @@ import typer
 from dsd_fast import __version__
 from dsd_fast.cli.bench import bench, bench_docs
 from dsd_fast.cli.demo import demo
+from dsd_fast.cli.evaluate import evaluate
+from dsd_fast.cli.fit import fit
 from dsd_fast.cli.info import info
 from dsd_fast.cli.match import match
 
@@ -31,6 +33,8 @@ def dsd_fast(
 
 
 app.command()(match)
+app.command()(evaluate)
+app.command()(fit)
 app.command()(info)
 app.command()(demo)
 app.command()(bench)

@@ -19,6 +19,7 @@ def _of(module: str) -> Callable[[], Suite]:
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
+    "fit": _of("fit"),
     "match": _of("match"),
     "mini-card": _of("mini_card"),
     "ops": _of("ops"),

@@ -1,0 +1,46 @@
+"""Few-shot adaptation of matching: what examples bring, by method, and what the official evaluation makes of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from dsd_fast.bench.case import Group, Quality, Suite
+from dsd_fast.bench.suites import fit_quality as quality
+
+TRIALS = (
+    ("heads", "both"),
+    ("lora", "both"),
+    ("lora+heads", "both"),
+    ("prompt", "both"),
+    ("heads", "attention"),
+    ("lora", "attention"),
+    ("lora", "noise"),
+)
+"""Methods, and the part of the score that each is trained and evaluated with."""
+
+
+def _groups() -> Iterator[Group]:
+    for each in quality.SETS:
+        rivals = f"the caption against its {' and '.join(each.kinds)} negative{'s' if len(each.kinds) > 1 else ''}"
+        title = f"Right answers on {each.name}, {rivals}"
+        yield Group(quality.slug(each), title, plot="growth", x="examples", wide=True)
+        yield Group(f"{quality.slug(each)}-parts", f"{title}, by one part of the score", x="examples", wide=True)
+
+
+def _adapted() -> Iterator[Quality]:
+    for method, objective in TRIALS:
+        for count in quality.EXAMPLES:
+            measure = partial(quality.adapted, method, objective, count)
+            yield Quality(f"{method}/{objective}/{count}", quality.slug(quality.SETS[0]), measure)
+
+
+suite = Suite(
+    name="fit",
+    groups=[*_groups(), Group("batch-mean", "Right answers of the official score, zero-shot, by convention")],
+    cases=[
+        Quality("zero-shot", quality.slug(quality.SETS[0]), quality.zero_shot),
+        *_adapted(),
+        Quality("batch-mean", "batch-mean", quality.batch_means),
+    ],
+)

@@ -1,0 +1,199 @@
+"""One step of few-shot adaptation on one group: the same network, group, timesteps, noise and first weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dsd_fast.bench.case import Context, Side
+from dsd_fast.bench.suites.shared import mini
+from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, random_weights
+from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+from dsd_fast.reference import fitting
+
+RANK = 4
+CANDIDATES = 5
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LAYERS: Mapping[str, Sequence[str]] = {"all": ("attn1", "attn2"), "cross": ("attn2",)}
+"""By name, which attention layers are adapted: "all" is official."""
+
+# Of the standard deviation of a linear layer's weights; an adapter that is new has factors of zero, whose gradients
+# and those of the factors beside them show little.
+_SCALE = 0.1
+
+
+@dataclass(repr=False, eq=False)
+class Step:
+    """A step on one image and its candidate texts, all at one timestep with one noise unless each has its own.
+
+    Attributes:
+        pipe: stock StableDiffusionPipeline; its UNet is copied and adapted, the rest shared.
+        image: uint8 (height, width, 3).
+        texts: K candidates; the first is right.
+        layers: a key of :data:`LAYERS`.
+        shared_noise: whether the candidates share timestep and noise; each has its own in the official recipe.
+        margin: so large that every group has a gradient.
+        seed: of adapter, timesteps and noise.
+        timesteps, noise: of the candidates, K and (K, C, h, w).
+        unet: the adapted copy.
+        first: the adapter's first weights, by the names of :func:`plain_name`.
+    """
+
+    pipe: Any
+    image: NDArray[np.uint8]
+    texts: Sequence[str]
+    layers: str = "all"
+    shared_noise: bool = True
+    margin: float = 10.0
+    seed: int = 0
+    timesteps: list[int] = field(init=False)
+    noise: Tensor = field(init=False)
+    unet: Any = field(init=False)
+    first: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        from peft import LoraConfig
+
+        self.unet = copy.deepcopy(self.pipe.unet)
+        targets = [f"{layer}.{target}" for layer in LAYERS[self.layers] for target in TARGETS]
+        self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for parameter in self.parameters().values():
+                drawn = torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5
+                parameter.copy_(_SCALE * drawn)
+        self.first = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        # diffusers multiplies ᾱ up in float32, the package in float64. They differ by up to a millionth, which a
+        # gradient of the difference of nearly equal scores shows.
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler.alphas_cumprod = NoiseSchedule.from_scheduler(scheduler).alphas_cumprod
+        components = {**self.pipe.components, "unet": self.unet, "scheduler": scheduler}
+        self.pipe = type(self.pipe)(**components, requires_safety_checker=False)
+        shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
+        self.timesteps, self.noise = fitting.draws(self.seed, 0, len(self.texts), shape, shared_noise=self.shared_noise)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names of :func:`plain_name`."""
+        return {plain_name(name): each for name, each in self.unet.named_parameters() if each.requires_grad}
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Gives the adapter its first weights again."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(self.first[name])
+            parameter.grad = None
+
+    def official(self) -> dict[str, Tensor]:
+        """A whole official step from the first weights; the gradient, clipped to norm 1, by name."""
+        self.reset()
+        optimizer = fitting.new_optimizer(self.pipe)
+        gradient: dict[str, Tensor] = {}
+
+        def keep(*_: Any) -> None:
+            gradient.update(
+                {name: each.grad.clone() for name, each in self.parameters().items() if each.grad is not None}
+            )
+
+        optimizer.register_step_pre_hook(keep)
+        fitting.step(
+            self.pipe,
+            optimizer,
+            [self.image],
+            self.texts,
+            timesteps=self.timesteps,
+            noise=self.noise,
+            margin=self.margin,
+        )
+        return gradient
+
+    def sizes(self, rows: int) -> dict[str, int]:
+        """Of a side whose forward pass has ``rows`` rows of the network in all."""
+        parameters = sum(each.numel() for each in self.first.values())
+        return {"candidates": len(self.texts), "rows": rows, "parameters": parameters}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without that of its adapter: "….attn2.to_q.lora_A.fitted.weight" → "….attn2.to_q.lora_A"."""
+    parts = name.split(".")
+    return ".".join(parts[:-2]) if parts[-1] == "weight" and parts[-3] in ("lora_A", "lora_B") else name
+
+
+def official_side(step: Step) -> Side:
+    """The official recipe: candidate by candidate, the whole network computed again for the gradient."""
+    return Side("official step", step.official, 2, step.sizes(2 * len(step.texts)))
+
+
+def gradient_difference(result: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Norm of the difference of two gradients relative to that of the right one; infinite if their names differ."""
+    if result.keys() != right.keys():
+        return float("inf")
+    wrong = sum(float((result[name].double() - right[name].double()).square().sum()) for name in right)
+    norm: float = (wrong / sum(float(each.double().square().sum()) for each in right.values())) ** 0.5
+    return norm
+
+
+def mini_step(context: Context, **settings: Any) -> Step:
+    """The embedded model on an evaluation scene of two objects, its caption and its four hard negatives."""
+    drawn = scene(EVAL_SEED, objects=2)
+    texts = [drawn.caption, *drawn.negatives().values()]
+    return Step(mini(context).to_pipeline(), drawn.image, texts, **settings)
+
+
+def sd21_step(context: Context, dtype: torch.dtype = torch.float32, **settings: Any) -> Step:
+    """SD 2.1-base's architectures with random weights, at 512 × 512 pixels.
+
+    The texts are the embedded model's, through its tokenizer: what a step costs does not depend on the words.
+    """
+    pipe = context.shared(f"sd21-base, {dtype}", lambda: _sd21(context, dtype))
+    drawn = scene(EVAL_SEED, objects=2)
+    return Step(pipe, drawn.image, [drawn.caption, *drawn.negatives().values()], **settings)
+
+
+def _sd21(context: Context, dtype: torch.dtype) -> Any:
+    """A stock pipeline: configurations of stabilityai/stable-diffusion-2-1-base."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    small = mini(context).to_pipeline()
+    with torch.device(context.device):
+        unet = UNet2DConditionModel(**ARCHITECTURES["sd21-base"].config)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=768,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408,
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=23,
+                num_attention_heads=16,
+                hidden_act="gelu",
+                projection_dim=512,
+            )
+        )
+    for network in (unet, vae, text):
+        network.requires_grad_(False).eval()
+        random_weights(network)
+    pipe = StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=small.tokenizer,
+        scheduler=small.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe.to(dtype)

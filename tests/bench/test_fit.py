@@ -1,0 +1,181 @@
+"""The suite `fit`, small: its figures are those of the public calls, on examples and scenes that never meet."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from dsd_fast.bench import Context, Quality
+from dsd_fast.bench.suites import fit, fit_quality
+from dsd_fast.bench.suites.shared import mini
+from dsd_fast.matching import Group, MatchConfig, Matcher
+from dsd_fast.matching.evaluation import evaluate
+from dsd_fast.matching.fitting.config import FitConfig
+from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+
+# Two steps at a rate at which they change answers.
+QUICK = FitConfig(steps=2, batch_size=3, learning_rate=0.1, warmup=0)
+SCENES = 10
+TRAINED = ("colour", "shape", "relation")
+
+
+@pytest.fixture(scope="module")
+def context():
+    return Context()
+
+
+def groups(first, n, kinds, held_out=False):
+    """Scenes of two objects, the caption against its negatives of some kinds."""
+    drawn = [scene(first + place, objects=2, held_out=held_out) for place in range(n)]
+    return [Group((each.image,), (each.caption, *(each.negatives()[kind] for kind in kinds))) for each in drawn]
+
+
+def evaluation_sets(n):
+    return {
+        "new-scenes": groups(EVAL_SEED, n, TRAINED),
+        "held-out-negatives": groups(EVAL_SEED, n, ("swap",)),
+        "held-out-pairs": groups(EVAL_SEED, n, TRAINED, held_out=True),
+    }
+
+
+def accuracies(matcher, n):
+    """By group of the suite and part of the score, from the public call."""
+    found = {}
+    for name, every in evaluation_sets(n).items():
+        whole = evaluate(matcher, every, parts=True)
+        both = {"both": whole} if len(whole.parts) == 2 else {}
+        found |= {(name, part): each.figures["accuracy"].value for part, each in (whole.parts | both).items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "settings"),
+    [
+        ("lora", "both", {}),
+        ("prompt", "noise", {"attention_weight": 0}),
+        ("heads", "attention", {"noise_weight": 0, "layers": None}),
+    ],
+)
+def test_figures_are_means_over_fits_of_what_evaluate_says(context, method, objective, settings):
+    if "layers" in settings:
+        settings = settings | {"layers": mini_layers(context)}
+    wanted = {}
+    for number in range(2):
+        matcher = Matcher(mini(context), MatchConfig(timesteps=[500], **settings))
+        matcher.fit(
+            groups(800_000_000 + 1_000_000 * number, 4, TRAINED),
+            method,
+            config=replace(QUICK, seed=number),
+            progress=False,
+        )
+        for key, value in accuracies(matcher, SCENES).items():
+            wanted.setdefault(key, []).append(value)
+    figures = fit_quality.adapted(method, objective, 4, context, n=SCENES, fit=QUICK, fits=2)
+    found = {}
+    for figure in figures:
+        assert (figure.n, figure.sizes) == (SCENES, {"examples": 4, "fits": 2})
+        part = next((part for part in ("attention", "noise") if f"{part} alone" in figure.name), objective)
+        # A part of what was trained is in a table of its own.
+        assert figure.group.endswith("-parts") == (part != objective)
+        found[figure.group.removesuffix("-parts"), part] = figure.value
+    assert found == pytest.approx({key: sum(values) / 2 for key, values in wanted.items()})
+    zero = accuracies(Matcher(mini(context), MatchConfig(timesteps=[500], **settings)), SCENES)
+    # Otherwise unadapted scores would pass too.
+    assert any(found[key] != pytest.approx(zero[key]) for key in found)
+
+
+def mini_layers(context):
+    return PairScorer(mini(context), MatchConfig()).program.score_ids
+
+
+def test_scores_are_the_matchers_up_to_a_constant_of_the_image(context):
+    scenes = fit_quality.evaluation_scenes(context, 3, False)
+    assert tuple(scenes.kinds) == ("colour", "shape", "swap", "relation")
+    matcher = Matcher(mini(context), MatchConfig(timesteps=[500]))
+    found = fit_quality.score(matcher._scorer, scenes)["both"]
+    wanted = np.stack([matcher.score(g.images, g.texts)[0] for g in groups(EVAL_SEED, 3, scenes.kinds)])
+    # A float32 prediction is off by some 1e-6 of its norm, and norms are about 32: 3e-5 each, of which four are
+    # subtracted here; the attention terms, near 5, add a tenth.
+    np.testing.assert_allclose(found - found[:, :1], wanted - wanted[:, :1], rtol=0, atol=1.4e-4)
+    assert wanted.std(1).min() > 0.02
+
+
+def test_zero_shot_figures(context):
+    every = fit_quality.zero_shot(context, n=SCENES)
+    figures = {(figure.group, figure.name.partition(": ")[2]): figure for figure in every}
+    for layers, name in (("official", ""), (mini_layers(context), " (all layers)")):
+        found = accuracies(Matcher(mini(context), MatchConfig(timesteps=[500], layers=layers)), SCENES)
+        for (group, part), value in found.items():
+            if name and part == "noise":
+                continue
+            figure = figures.pop((group, f"zero-shot, {part}{name}, 0 examples"))
+            assert (figure.value, figure.sizes) == (pytest.approx(value), {"examples": 0})
+            assert figure.chance == (1 / 2 if group == "held-out-negatives" else 1 / 4)
+    assert not figures
+
+
+def test_a_tie_is_wrong():
+    scores = np.array([[3, 1, 2, 9, 2], [3, 1, 3, 1, 1], [3, 1, 1, 1, 3]], np.float32)
+    kinds = ("colour", "shape", "swap", "relation")
+    trained, swap, _ = fit_quality.SETS
+    assert trained.right(scores, kinds).tolist() == [True, False, False]
+    assert swap.right(scores, kinds).tolist() == [False, True, True]
+
+
+def test_the_interval_draws_scenes():
+    right = np.tile(np.arange(1000) < 300, (3, 1))
+    # Equal fits leave a mean of 1000 draws with 0.3 of success; a 2.5 % quantile of 1000 resamples has a standard
+    # error of √(0.025 · 0.975 / 1000) / density ≈ 0.0012, of which three are allowed.
+    wanted = binom.ppf([0.025, 0.975], 1000, 0.3) / 1000
+    assert fit_quality.pigeonhole(right) == pytest.approx(tuple(wanted), abs=0.0036)
+    assert fit_quality.pigeonhole(right) == fit_quality.pigeonhole(right)
+
+
+def test_the_interval_draws_fits():
+    right = np.repeat([[True], [False]], 500, axis=1)
+    # Both are drawn twice as often as 2.5 % of the time: (0, 0) and (1, 1) come up a quarter of the time each.
+    assert fit_quality.pigeonhole(right) == (0.0, 1.0)
+    assert fit_quality.pigeonhole(np.ones((3, 7), bool)) == (1.0, 1.0)
+
+
+def test_batch_means_are_those_of_evaluate(context):
+    n = 8
+    figures = {figure.name: figure for figure in fit_quality.batch_means(context, n=n)}
+    matcher = Matcher(mini(context), MatchConfig(timesteps=[500], official=True))
+    drawn = [scene(EVAL_SEED + place, objects=2) for place in range(2 * n)]
+    questions = {
+        "two images": [Group((drawn[i].image, drawn[n + i].image), (drawn[i].caption,)) for i in range(n)],
+        "two captions": groups(EVAL_SEED, n, ("colour",)),
+    }
+    for question, every in questions.items():
+        for batch, how in ((None, "each by itself"), (1, "batches of 1"), (16, "batches of 16")):
+            ties = "wrong" if batch is None else "right"
+            whole = evaluate(matcher, every, batch_mean=batch, ties=ties, parts=True)
+            for part, found in (("attention and noise", whole), ("attention alone", whole.parts["attention"])):
+                figure = figures.pop(f"{question}, {part}, {how}")
+                assert figure.value == found.figures["accuracy"].value
+                assert (figure.low, figure.high) == found.figures["accuracy"].bootstrap
+                assert (figure.n, figure.chance) == (n, 0.5)
+    assert not figures
+
+
+def test_examples_are_apart_from_each_other_and_from_the_evaluation():
+    assert max(fit_quality.EXAMPLES) <= fit_quality._EXAMPLES_APART
+    assert fit_quality.EXAMPLE_SEED + fit_quality._EXAMPLES_APART * fit_quality.FITS <= EVAL_SEED
+    first, second = fit_quality.examples(2, 0), fit_quality.examples(2, 1)
+    assert {group.texts[0] for group in first}.isdisjoint(group.texts[0] for group in second)
+    drawn = scene(800_000_000, objects=2)
+    assert first[0].texts == (drawn.caption, *(drawn.negatives()[kind] for kind in TRAINED))
+    assert drawn.negatives()["swap"] not in first[0].texts
+
+
+def test_the_suite_has_what_it_promises():
+    names = [case.name for case in fit.suite.cases if isinstance(case, Quality)]
+    trials = ["lora/attention", "lora/noise", "lora/both", "prompt/both", "heads/attention", "heads/both"]
+    adapted = [f"{trial}/{count}" for trial in trials for count in (16, 64, 256, 1024)]
+    assert names == ["zero-shot", *adapted, "batch-mean"]
+    assert fit_quality.N >= 1000
+    assert fit_quality.BATCH_GROUPS >= 1000
+    assert fit_quality.FITS >= 3
