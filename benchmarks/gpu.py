@@ -36,8 +36,9 @@ from dsd_fast.bench.suites import SUITES
 from dsd_fast.bench.tables import summary
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("ops", "unet")
+NAMES = ("ops", "unet", "fit")
 DEVICE = "cuda"
+_SUITES = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 
 # Seconds of a short run, after which no case starts; what a case may take beyond them; and what building may take of
 # them.
@@ -46,7 +47,7 @@ GRACE = 80
 BUILD = 180
 
 # What the suites import beyond torch and Triton.
-NEEDS = {"unet": "diffusers"}
+NEEDS = {"unet": "diffusers", "fit": "diffusers"}
 
 SANITIZER = Path("/usr/local/cuda/bin/compute-sanitizer")
 
@@ -242,8 +243,8 @@ def _would(options: argparse.Namespace) -> str:
     if options.sanitize:
         return "the tests marked sanitizer under compute-sanitizer"
     if options.full:
-        return f"all cases of the suites {' and '.join(NAMES)}"
-    return f"the tests marked gpu and the short cases of the suites {' and '.join(NAMES)}"
+        return f"all cases of the suites {_SUITES}"
+    return f"the tests marked gpu and the short cases of the suites {_SUITES}"
 
 
 def _parser() -> argparse.ArgumentParser:

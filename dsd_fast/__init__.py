@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "FitConfig",
     "Group",
     "MatchConfig",
     "Matcher",
@@ -31,11 +32,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dsd_fast import bench, compat, diffusion, images, jobs, kernels, matching, metrics, models, reference, unet
-    from dsd_fast.matching import Group, MatchConfig, Matcher, read_groups
+    from dsd_fast.matching import FitConfig, Group, MatchConfig, Matcher, read_groups
     from dsd_fast.models import from_pipeline, load
 else:
     # Hidden from type checkers, for which a module with __getattr__ has every name.
     _HOMES = {
+        "FitConfig": "dsd_fast.matching",
         "Group": "dsd_fast.matching",
         "MatchConfig": "dsd_fast.matching",
         "Matcher": "dsd_fast.matching",

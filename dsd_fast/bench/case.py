@@ -219,11 +219,13 @@ class Quality:
         name: unique within the suite.
         group: the :class:`Group` its figures are shown in, unless they name another.
         measure: makes the figures.
+        long: whether a short run leaves it out.
     """
 
     name: str
     group: str
     measure: Callable[[Context], Sequence[Figure]]
+    long: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def select(
             continue
         if isinstance(case, Case) and kind not in case.devices:
             selection.left_out[case.name] = f"it is for {' or '.join(case.devices)}"
-        elif isinstance(case, Case) and case.long and short:
+        elif case.long and short:
             selection.left_out[case.name] = "it is long"
         elif case.name in done:
             selection.left_out[case.name] = "it has a record of this commit on this device"

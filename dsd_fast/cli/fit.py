@@ -109,7 +109,7 @@ def fit(
     ] = None,
     lora_dropout: Annotated[float | None, typer.Option(rich_help_panel=FIT_PANEL, help="0 if none.")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(rich_help_panel=FIT_PANEL, help="Number of learned vectors; 4 if none.")
+        int | None, typer.Option(rich_help_panel=FIT_PANEL, help="Number of learned vectors; 8 if none.")
     ] = None,
     validate_every: Annotated[
         int | None, typer.Option(rich_help_panel=FIT_PANEL, help="Steps between looks at held-out groups; 50 if none.")

@@ -198,9 +198,9 @@ def _fit(
 def _save_official(matcher: Matcher, folder: Path) -> None:
     from dsd_fast.compat.attn_procs import save_attn_procs
 
-    name = matcher._adaptation.lora
-    assert name is not None
-    save_attn_procs(matcher.model.unet, folder, name=name)
+    adaptation = matcher._adaptation
+    assert adaptation.lora is not None
+    save_attn_procs(adaptation.model.unet, folder, name=adaptation.lora)
 
 
 def _questions(groups: Sequence[Group]) -> int:

@@ -2,8 +2,23 @@
 
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.datasets import official_split, read_groups
+from dsd_fast.matching.evaluation import Evaluation, evaluate
+from dsd_fast.matching.fitting.config import FitConfig
+from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.layers import official_layers
 from dsd_fast.matching.matcher import Matcher
 
-__all__ = ["Group", "MatchConfig", "Matcher", "official_layers", "official_split", "read_groups"]
+__all__ = [
+    "Evaluation",
+    "FitConfig",
+    "FitHistory",
+    "FitRecord",
+    "Group",
+    "MatchConfig",
+    "Matcher",
+    "evaluate",
+    "official_layers",
+    "official_split",
+    "read_groups",
+]

@@ -52,11 +52,14 @@ class Matcher:
         self, model: Model, config: MatchConfig | None = None, *, adapter: str | Sequence[str] | None = None
     ) -> None:
         names = adapter if adapter is None or isinstance(adapter, str) else tuple(adapter)
-        self._adopt(Adaptation(model), config or MatchConfig(), names)
+        self._adopt(model, Adaptation(model), config or MatchConfig(), names)
 
-    def _adopt(self, adaptation: Adaptation, config: MatchConfig, adapter: str | tuple[str, ...] | None) -> None:
+    def _adopt(
+        self, model: Model, adaptation: Adaptation, config: MatchConfig, adapter: str | tuple[str, ...] | None
+    ) -> None:
         scorer = adaptation.scorer(config, adapter)
-        self.model, self.config = adaptation.model, config
+        # The one that was given, without the LoRA: others may be made on it.
+        self.model, self.config = model, config
         self.runtime: str | None = None
         self._adaptation, self._adapter, self._scorer = adaptation, adapter, scorer
 
@@ -136,7 +139,7 @@ class Matcher:
                 self, self._adaptation, self._adapter, examples, methods, validation, fit_config, folder, report
             )
         runtime = self.runtime
-        self._adopt(adaptation, match_config, self._adapter)
+        self._adopt(self.model, adaptation, match_config, self._adapter)
         if runtime is not None:
             self.compile(runtime)
         return history
@@ -167,7 +170,7 @@ class Matcher:
         """
         adaptation, config, adapter = load(folder, model)
         matcher = cls.__new__(cls)
-        matcher._adopt(adaptation, config, adapter)
+        matcher._adopt(model, adaptation, config, adapter)
         return matcher
 
     def using(self, scorer: PairScorer) -> Matcher:

@@ -63,12 +63,13 @@ def from_official(weights: Mapping[str, Tensor], unet: Any, what: str) -> dict[s
             raise ModelError(f"{what} holds {key!r} twice, with and without 'unet.' before it")
         _check_matrix(matrix, side, unet.get_submodule(path), f"{what}: {given!r}")
         result[name] = matrix
-    for key, (path, side) in wanted.items():
-        if f"{path}.{_SIDES[side]}.weight" not in result:
-            raise ModelError(f"{what} has {len(result)} matrices, expected {len(wanted)}; {key!r} is missing")
+    missing = next((key for key, (path, side) in wanted.items() if f"{path}.{_SIDES[side]}.weight" not in result), None)
+    if missing is not None:
+        raise ModelError(f"{what} has {len(result)} matrices, expected {len(wanted)}; {missing!r} is missing")
+    for key, (path, _) in wanted.items():
         ranks = [result[f"{path}.lora_A.weight"].shape[0], result[f"{path}.lora_B.weight"].shape[1]]
         if ranks[0] != ranks[1]:
-            up = key.replace(".down.", ".up.")
+            up = key.replace("_lora.down.", "_lora.up.")
             raise ModelError(f"{what}: {key!r} has rank {ranks[0]} and {up!r} rank {ranks[1]}, expected equal ones")
     return result
 

@@ -95,9 +95,9 @@ def save_lora(unet: Any, name: str, file: str | os.PathLike[str]) -> None:
         OSError: the folder cannot be written, or the disk is full.
     """
     layers = lora_layers(unet, name)
-    config = unet.peft_config[name]
     settings = lora_settings({path: (layer.r[name], layer.lora_alpha[name]) for path, layer in layers.items()})
-    settings |= {"lora_dropout": config.lora_dropout, "use_rslora": config.use_rslora}
+    # Not the dropout: in what diffusers loads it would be on.
+    settings["use_rslora"] = unet.peft_config[name].use_rslora
     tensors = {}
     for path, layer in layers.items():
         tensors[f"unet.{path}{_DOWN}"] = layer.lora_A[name].weight

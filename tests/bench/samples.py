@@ -72,6 +72,23 @@ def quality(name: str = "share, size = 1", value: float = 0.8, low: float = 0.7,
     return made | changes
 
 
+def grown() -> list[dict]:
+    """Figures of two lines and a level, of the suite GROWTH."""
+    figures = [("first", 4, 0.5), ("first", 2, 0.8), ("second, by half", 2, 0.9), ("before", 0, 0.3)]
+    return [
+        quality(
+            f"some set: {line}, {size} of size",
+            value,
+            round(value - 0.1, 1),
+            round(value + 0.1, 1),
+            sizes={"size": size},
+            group="growth",
+            case="some",
+        )
+        for line, size, value in figures
+    ]
+
+
 def refused(name: str = "product/8") -> dict:
     """The record of a case whose result was wrong."""
     made = {key: value for key, value in copy.deepcopy(_SPEED).items() if key not in (*_SPEED_ONLY, "item")}

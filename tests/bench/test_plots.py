@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from dsd_fast.bench.plots import data_of, plot_data, svg
-from tests.bench.samples import quality, speed
-from tests.bench.tiny_suite import suite
+from tests.bench.samples import grown, quality, speed
+from tests.bench.tiny_suite import GROWTH, suite
 
 SUITE = suite()
 GROUPS = {group.name: group for group in SUITE.groups}
@@ -71,6 +71,23 @@ def test_quality_is_a_line_by_name_against_cost():
     (panel,) = panels("share")
     assert panel["lines"] == {"share": [[10.0, 0.8, 0.7, 0.9, 1], [20.0, 0.9, 0.8, 0.95, 2]]}
     assert (panel["x"], panel["y"], panel["label"], panel["chance"]) == ("ms per pair", "share", "size", 0.5)
+
+
+def test_growth_is_a_line_by_name_against_a_size_and_levels():
+    data = plot_data(GROWTH, GROWTH.groups[0], grown())
+    assert data["panels"] == [
+        {
+            "machine": "Processor, 2 threads",
+            "x": "size",
+            "y": "share",
+            "chance": 0.5,
+            "lines": {"first": [[2, 0.8, 0.7, 0.9], [4, 0.5, 0.4, 0.6]], "second, by half": [[2, 0.9, 0.8, 1.0]]},
+            "levels": {"before": [0.3, 0.2, 0.4]},
+        }
+    ]
+    content = svg(data)
+    assert data_of(content) == data
+    assert svg(data) == content
 
 
 def test_each_machine_has_a_panel():

@@ -204,6 +204,16 @@ def test_a_figure_below_its_floor_fails():
     assert (record["kind"], record["value"]) == ("quality", 0.6)
 
 
+def test_a_figure_may_be_in_another_group_of_the_suite():
+    figures = [Figure.share("q", 6, 10, group="ladder"), Figure.share("r", 6, 10)]
+    records = run(suite(q=Quality("q", "share", lambda context: figures)), "q")
+    for record in records:
+        check(record, "record")
+    assert [record["group"] for record in records] == ["ladder", "share"]
+    (record,) = run(suite(q=Quality("q", "share", lambda context: [Figure.share("q", 6, 10, group="none")])), "q")
+    assert (record["kind"], record["reason"]) == ("refused", "ValueError")
+
+
 def test_no_figures_are_no_result():
     (record,) = run(suite(q=Quality("q", "share", lambda context: [])), "q")
     check(record, "record")

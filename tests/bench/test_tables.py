@@ -21,8 +21,8 @@ from dsd_fast.bench.tables import (
     speed_row,
     targets,
 )
-from tests.bench.samples import quality, refused, speed
-from tests.bench.tiny_suite import suite
+from tests.bench.samples import grown, quality, refused, speed
+from tests.bench.tiny_suite import GROWTH, suite
 
 SUITE = suite()
 GROUPS = {group.name: group for group in SUITE.groups}
@@ -110,6 +110,25 @@ def test_markdown_of_figures():
     assert rows[0] == ["what", "value (95 %)", "n", "chance", "floor", "time per item", "command"]
     assert rows[2] == ["share, size = 1", "0.800 (0.700 to 0.900)", "100", "0.50", "0.50", "10 ms per pair", command]
     assert rows[3] == ["share, size = 2", "0.800 (0.700 to 0.900)", "100", "-", "-", "-", command]
+
+
+def test_a_wide_table_has_a_column_for_each_size():
+    records = [
+        record | {"command": f"dsd-fast bench tiny --only 'some set: {k}' --long"} for k, record in enumerate(grown())
+    ]
+    text = markdown(GROWTH, GROWTH.groups[0], records)
+    head, blank, *table = text.splitlines()
+    assert head.startswith("Shares by size. Processor, 2 CPU threads;")
+    assert head.endswith("2026-01-02. Made by `dsd-fast bench tiny --long`.")
+    assert blank == ""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    assert rows == [
+        ["what", "0 size", "2 size", "4 size", "n", "chance"],
+        ["---"] * 6,
+        ["first", "-", "0.800 (0.700 to 0.900)", "0.500 (0.400 to 0.600)", "100", "0.50"],
+        ["second, by half", "-", "0.900 (0.800 to 1.000)", "-", "100", "0.50"],
+        ["before", "0.300 (0.200 to 0.400)", "-", "-", "100", "0.50"],
+    ]
 
 
 def test_tables_show_the_latest_passing_record_of_cases_that_exist_in_the_suites_order():

@@ -69,3 +69,10 @@ def shares() -> list[Figure]:
         Figure.share(f"share, size = {size}", right, 100, sizes={"size": size}, seconds=size / 100, **rest)
         for size, right in ((1, 60), (2, 80))
     ]
+
+
+GROWTH = Suite(
+    "growth",
+    [Group("growth", "Shares by size", plot="growth", x="size", wide=True)],
+    [Quality("some", "growth", lambda context: shares())],
+)

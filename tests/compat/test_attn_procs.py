@@ -12,7 +12,7 @@ from dsd_fast.compat import DSDPipeline
 from dsd_fast.compat.attn_procs import load_attn_procs, save_attn_procs
 from dsd_fast.models import ModelError
 from tests.compat.pairs import PROMPTS, TIMES, images, official
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_unet
 
 MODULES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 
@@ -136,8 +136,8 @@ def test_checkpoints_that_do_not_fit_are_refused_and_leave_nothing():
 
 
 def adapted(name="mine", **options):
-    """A stock pipeline's UNet with a LoRA of its own, and noise predictions of it."""
-    unet = tiny_pipeline("sd21").unet.requires_grad_(False)
+    """A UNet with a LoRA of its own."""
+    unet = tiny_unet("sd21").requires_grad_(False)
     torch.manual_seed(0)
     unet.add_adapter(LoraConfig(init_lora_weights=False, **options), name)
     return unet
@@ -194,13 +194,13 @@ def test_any_lora_of_the_attentions_is_saved_as_what_it_adds(options, tmp_path):
         attention = key.partition(".processor.")[0]
         down = saved[f"{attention}.processor.to_k_lora.down.weight"]
         assert len(down) == (saved[key].shape[0] if ".down." in key else saved[key].shape[1])
-    loaded = tiny_pipeline("sd21").unet
+    loaded = tiny_unet("sd21")
     load_attn_procs(loaded, tmp_path)
     # The scale is rounded into a matrix, where PEFT multiplies the product by it.
     torch.testing.assert_close(noise(loaded), want, rtol=0, atol=1e-5 * want.abs().max())
     # And as merged weights, which neither knows of.
     torch.testing.assert_close(noise(merged("sd21", saved).unet), want, rtol=0, atol=1e-5 * want.abs().max())
-    assert float((noise(tiny_pipeline("sd21").unet) - want).abs().max()) > 1e-2 * want.abs().max()
+    assert float((noise(tiny_unet("sd21")) - want).abs().max()) > 1e-2 * want.abs().max()
 
 
 def test_adapters_that_an_official_checkpoint_cannot_hold_are_refused(tmp_path):
@@ -220,7 +220,7 @@ def test_adapters_that_an_official_checkpoint_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ModelError, match="the UNet has no adapter 'dsd'; it has mine"):
         save_attn_procs(unet, tmp_path)
     with pytest.raises(ModelError, match="the UNet has no adapter 'dsd'; it has none"):
-        save_attn_procs(tiny_pipeline("sd21").unet, tmp_path)
+        save_attn_procs(tiny_unet("sd21"), tmp_path)
     with pytest.raises(ModelError, match=r"pytorch_model\.bin', expected a name that ends in \.safetensors"):
         save_attn_procs(unet, tmp_path, name="mine", weight_name="pytorch_model.bin")
     with torch.no_grad():

@@ -253,6 +253,19 @@ def test_a_further_block_adds_to_the_peak_of_a_step_what_travels_and_not_its_act
     assert peaks[6, False] - peaks[2, False] >= 4 * 4 * travels
 
 
+def test_of_regions_that_no_gradient_passes_nothing_is_kept():
+    case = Case("sd15")
+    plan = case.program.plan(noise_pred=True)
+    request = case.request()
+    alive = []
+    for checkpoint in (False, True):
+        with Peak([*case.unet.parameters(), request["latents"], request["states"]]) as peak:
+            out = run(plan, request | {"checkpoint": checkpoint})
+        assert not out.noise_pred.requires_grad
+        alive.append(peak.alive)
+    assert alive[0] == alive[1]
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_regions_are_checkpointed():
     case = Adapted("sd15", names="ab")

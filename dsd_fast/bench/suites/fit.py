@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from dsd_fast.bench.case import Group, Quality, Suite
+from dsd_fast.bench.case import Case, Group, Quality, Suite
 from dsd_fast.bench.suites import fit_quality as quality
+from dsd_fast.bench.suites import fit_steps as steps
 
 TRIALS = (
     ("heads", "both"),
@@ -32,15 +33,29 @@ def _adapted() -> Iterator[Quality]:
     for method, objective in TRIALS:
         for count in quality.EXAMPLES:
             measure = partial(quality.adapted, method, objective, count)
-            yield Quality(f"{method}/{objective}/{count}", quality.slug(quality.SETS[0]), measure)
+            yield Quality(f"{method}/{objective}/{count}", quality.slug(quality.SETS[0]), measure, long=True)
+
+
+def _steps() -> Iterator[Case]:
+    for layers in steps.LAYERS:
+        yield Case(f"step/mini/{layers}", "step", partial(steps.work, partial(steps.mini_step, layers=layers)))
+    yield Case("step/sd21-base/all", "step", partial(steps.work, steps.sd21_step), devices=("cuda",))
 
 
 suite = Suite(
     name="fit",
-    groups=[*_groups(), Group("batch-mean", "Right answers of the official score, zero-shot, by convention")],
+    groups=[
+        *_groups(),
+        Group(
+            "step",
+            "A step of adaptation to an image and five texts, a LoRA on all attention layers or on cross-attention",
+        ),
+        Group("batch-mean", "Right answers of the official score, zero-shot, by convention"),
+    ],
     cases=[
-        Quality("zero-shot", quality.slug(quality.SETS[0]), quality.zero_shot),
+        *_steps(),
+        Quality("zero-shot", quality.slug(quality.SETS[0]), quality.zero_shot, long=True),
         *_adapted(),
-        Quality("batch-mean", "batch-mean", quality.batch_means),
+        Quality("batch-mean", "batch-mean", quality.batch_means, long=True),
     ],
 )

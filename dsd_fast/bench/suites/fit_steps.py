@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dsd_fast.bench.case import Context, Side
+from dsd_fast.bench.case import Context, Side, Target, Work
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, random_weights
 from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.matching import FitConfig, Group, MatchConfig
+from dsd_fast.matching.fitting.examples import Examples
+from dsd_fast.matching.fitting.objective import draw, losses, scores
+from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.models import from_pipeline
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import fitting
 
+RATIO = 2.5
+"""How many times faster than the official step ours is meant to be."""
+GRADIENT_TOLERANCE = 5e-4
+"""A float32 prediction is off by some 1e-5 of its norm. The loss is a difference of nearly equal scores, whose
+gradients cancel but for a tenth: 1e-4 of what is left, on either side, which is how far both are from float64. That
+makes 2e-4, and as much again for other batches and memory layouts."""
 RANK = 4
 CANDIDATES = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -129,6 +140,57 @@ def plain_name(name: str) -> str:
 def official_side(step: Step) -> Side:
     """The official recipe: candidate by candidate, the whole network computed again for the gradient."""
     return Side("official step", step.official, 2, step.sizes(2 * len(step.texts)))
+
+
+def our_side(step: Step, name: str, prepared: bool) -> Side:
+    """One step of :mod:`dsd_fast.matching.fitting` from the same first weights.
+
+    Args:
+        step: the group.
+        name: of the side.
+        prepared: whether the example's latent and text states are there, as in every step of a fit but the first.
+    """
+    model = from_pipeline(step.pipe)
+    scorer = PairScorer(model, MatchConfig(official=True))
+    fit = FitConfig(loss="margin", margin=step.margin, shared_noise=step.shared_noise)
+    groups = [Group((step.image,), tuple(step.texts))]
+    ready = Examples(scorer, groups) if prepared else None
+
+    def run() -> dict[str, Tensor]:
+        step.reset()
+        parameters = step.parameters()
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4, weight_decay=1e-2)
+        examples = ready or Examples(scorer, groups)
+        batch = draw(examples.queries, [(0,)], step.noise.shape[1:], fit, len(step.timesteps), compares_free=True)
+        own = 1 if step.shared_noise else len(step.texts)
+        batch = replace(batch, times=torch.tensor(step.timesteps[:own]), noise=step.noise[:own])
+        values = scores(scorer, scorer.weights, examples, batch)
+        losses(values, batch, fit).mean().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        return {name: each.grad.clone() for name, each in parameters.items() if each.grad is not None}
+
+    rows = len(step.texts) * (1 if step.shared_noise else 2)
+    return Side(name, run, rows, step.sizes(rows))
+
+
+def work(make: Callable[[Context], Step], context: Context) -> Work:
+    """The official step, ours, and ours with the example's latent and texts there already."""
+    step = make(context)
+    target = {"official step": [Target("ratio", RATIO)]}
+    return Work(
+        sides=[
+            official_side(step),
+            replace(our_side(step, "our step, its example encoded anew", False), against={"official step": []}),
+            replace(our_side(step, "our step", True), against=target),
+        ],
+        difference=gradient_difference,
+        tolerance=GRADIENT_TOLERANCE,
+        accuracy="relative difference of the gradient",
+        oracle_name="the official step",
+        item="step",
+        items=1,
+    )
 
 
 def gradient_difference(result: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:

@@ -176,7 +176,9 @@ def put_lora(
     own = own_model(model)
     name = _free_name(own.unet)
     active = _chosen(own.unet, adapter)
-    put_unet_lora(own.unet, weights, name, what)
+    # PEFT draws first weights, which those of the file replace.
+    with torch.random.fork_rng(devices=[]):
+        put_unet_lora(own.unet, weights, name, what)
     activate(own.unet, (*active, name))
     return own, name
 

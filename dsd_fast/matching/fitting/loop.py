@@ -21,7 +21,7 @@ from dsd_fast.jobs import read_tensors, write_tensors
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.learned import Learned
-from dsd_fast.matching.fitting.objective import draw, losses, scores
+from dsd_fast.matching.fitting.objective import draw, losses, scores, seed_of
 from dsd_fast.matching.pairs import PairScorer
 
 CHECKPOINT = "training.safetensors"
@@ -306,7 +306,7 @@ def _groups(count: int, fit: FitConfig, step: int) -> list[int]:
     """The groups of a step: all of them in an order of the epoch's, one epoch after the other."""
     places = range(step * fit.batch_size, (step + 1) * fit.batch_size)
     orders = {
-        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(fit.seed + (epoch + 1) * 2**32)).tolist()
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(fit.seed, epoch, 0, 1))).tolist()
         for epoch in {place // count for place in places}
     }
     return [orders[place // count][place % count] for place in places]
@@ -316,5 +316,5 @@ def _groups(count: int, fit: FitConfig, step: int) -> list[int]:
 def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """torch's generators, the CPU's and the device's, seeded inside the block and as they were after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + (step + 1) * 2**32)
+        torch.manual_seed(seed_of(seed, step, 0, 2))
         yield

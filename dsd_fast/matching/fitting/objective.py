@@ -65,7 +65,7 @@ def draw(
     text_of: list[int] = []
     free: list[bool] = []
     for query, key in zip(queries, keys, strict=True):
-        random = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+        random = torch.Generator().manual_seed(seed_of(*key))
         candidates = max(len(query.images), len(query.texts))
         one_latent = fit.shared_noise and len(query.images) == 1
         for place in range(candidates):
@@ -87,6 +87,11 @@ def draw(
         [max(len(query.images), len(query.texts)) for query in queries],
         [query.label for query in queries],
     )
+
+
+def seed_of(*key: int) -> int:
+    """A seed for torch's generator on the CPU, which knows 32 bits of it alone, from up to four numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def scores(

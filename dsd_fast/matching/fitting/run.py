@@ -107,7 +107,7 @@ def _fingerprint(
     found = {
         "model": [model.name, model.revision, str(model.dtype)],
         "weights": _digest([*before, *(p for network in networks for p in network.parameters())]),
-        "schedule": [model.schedule.prediction_type, _digest([model.schedule.alphas_cumprod])],
+        "noise_schedule": [model.schedule.prediction_type, _digest([model.schedule.alphas_cumprod])],
         "adapter": adapter,
         "active": active_names(adaptation.model.unet) if adapter is None else (),
         "methods": methods,

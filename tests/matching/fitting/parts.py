@@ -45,13 +45,15 @@ def matcher(pipe, adapter=None, **settings):
 
 
 def learned(pipe, methods=("lora",), fit=None, adapter=None, seed=0, **settings):
-    """Parameters with values that hide nothing: of a fresh LoRA one factor is zero, and the other's gradient with it."""
+    """Parameters that hide nothing: of a fresh LoRA one factor is zero, and the gradient of the other with it."""
     own = matcher(pipe, adapter, **settings)
     made = Learned(Adaptation(own.model), own.config, adapter, methods, fit or FitConfig())
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in made.parameters.items():
         if name.startswith("lora"):
-            parameter.data.copy_(0.3 / math.sqrt(parameter.shape[1]) * torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(
+                0.3 / math.sqrt(parameter.shape[1]) * torch.randn(parameter.shape, generator=generator)
+            )
     return made
 
 
@@ -61,7 +63,7 @@ def training(made, fit, examples=None, look=None, folder=None, report=lambda *_:
 
 
 def gradients(made):
-    found = {name: parameter.grad.clone() for name, parameter in made.parameters.items()}
+    found = {name: parameter.grad.clone() for name, parameter in made.parameters.items() if parameter.grad is not None}
     for parameter in made.parameters.values():
         parameter.grad = None
     return found

@@ -1,10 +1,12 @@
 """The loss of a step: the scores are the matcher's, the gradient that of the official way."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dsd_fast.matching import Group
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.objective import draw, group_loss, losses, scores
@@ -13,13 +15,17 @@ from tests.matching.fitting.parts import SIDE, TEXTS, gradients, groups, largest
 
 # So large that no margin is kept, and every group has a gradient.
 MARGIN = 10.0
-FAMILIES = [("sd15", "epsilon"), ("sd21", "v_prediction"), ("sdxl", "epsilon")]
 
 
 def drawn(examples, fit, compares_free=True, numbers=None, step=0):
     numbers = range(len(examples.queries)) if numbers is None else numbers
     return draw(
-        [examples.queries[n] for n in numbers], [(0, step, n) for n in numbers], (4, SIDE, SIDE), fit, 1000, compares_free
+        [examples.queries[n] for n in numbers],
+        [(0, step, n) for n in numbers],
+        (4, SIDE, SIDE),
+        fit,
+        1000,
+        compares_free,
     )
 
 
@@ -39,9 +45,9 @@ def our_gradient(made, examples, batch, fit, checkpoint=False):
     return float(loss.detach()), gradients(made)
 
 
-def official_gradient(made, examples, batch, questions, config):
+def official_gradient(made, examples, batch, questions):
     """Each candidate by itself, in a stock pipeline on the network with the LoRA."""
-    pipe = made.scorer.model.to_pipeline()
+    config, pipe = made.scorer.config, made.scorer.model.to_pipeline()
     # diffusers keeps them in float32.
     pipe.scheduler.alphas_cumprod = made.scorer.model.schedule.alphas_cumprod
     total, start = 0.0, 0
@@ -68,47 +74,62 @@ def official_gradient(made, examples, batch, questions, config):
     return total, gradients(made)
 
 
-def both_ways(family, prediction_type, dtype, shared, questions=None, **settings):
-    fit = FitConfig(loss="margin", margin=MARGIN, shared_noise=shared, attention="all")
-    made = exact_weights(learned(pipeline(family, prediction_type, dtype), fit=fit, **settings))
-    questions = groups() if questions is None else questions
+def adapted(family, prediction_type="epsilon", dtype=torch.float64, **settings):
+    fit = FitConfig(attention="all")
+    return exact_weights(learned(pipeline(family, prediction_type, dtype), fit=fit, **settings))
+
+
+@pytest.fixture(scope="module", params=[("sd15", "epsilon"), ("sd21", "v_prediction"), ("sdxl", "epsilon")])
+def made(request):
+    return adapted(*request.param)
+
+
+def both_ways(made, shared, questions=None, official=True):
+    made.scorer.config = replace(made.scorer.config, official=official)
+    fit = FitConfig(loss="margin", margin=MARGIN, shared_noise=shared)
+    questions = groups()[:2] if questions is None else questions
     examples = Examples(made.scorer, questions)
     batch = drawn(examples, fit)
-    ours = our_gradient(made, examples, batch, fit)
-    return ours, official_gradient(made, examples, batch, questions, made.scorer.config)
+    return our_gradient(made, examples, batch, fit), official_gradient(made, examples, batch, questions)
 
 
-@pytest.mark.parametrize("noise_weight", [1.0, 0.0])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize(("family", "prediction_type"), FAMILIES)
-def test_gradient_is_that_of_the_official_way(family, prediction_type, shared, noise_weight):
-    """Rows shared between candidates, unconditional rows left out where all have the same: still its gradient."""
-    (loss, got), (official_loss, want) = both_ways(
-        family, prediction_type, torch.float64, shared, official=True, noise_weight=noise_weight
-    )
-    # Sums of float64 in another order; the noise is float32 on both sides.
+def assert_equal(ours, official):
+    (loss, got), (official_loss, want) = ours, official
+    # Sums of float64 in another order.
     assert loss == pytest.approx(official_loss, rel=1e-10)
-    scale = largest(want)
     assert got.keys() == want.keys()
     for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-10 * scale)
-    assert sum(float(value.abs().max()) > 1e-3 * scale for value in want.values()) > len(want) / 4
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-10 * largest(want))
+    # The gradient is no matter of a few layers.
+    assert sum(float(value.abs().max()) > 1e-3 * largest(want) for value in want.values()) > len(want) / 4
 
 
-@pytest.mark.parametrize(("family", "prediction_type"), FAMILIES)
-def test_the_default_score_of_one_image_has_the_official_gradient(family, prediction_type):
+def test_gradient_is_that_of_the_official_way(made):
+    """Rows shared between candidates, unconditional rows left out where all have the same: still its gradient."""
+    modes = {"sd1": (True, False), "sd2": (False,), "sdxl": (True,)}[made.scorer.model.family]
+    for shared in modes:
+        assert_equal(*both_ways(made, shared))
+
+
+def test_the_default_score_of_one_image_has_the_official_gradient(made):
     """The attention of the unconditional row, which it lacks, is the same for all texts."""
     questions = [group for group in groups() if len(group.images) == 1]
-    (loss, got), (official_loss, want) = both_ways(family, prediction_type, torch.float64, True, questions)
-    assert loss == pytest.approx(official_loss, rel=1e-10)
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-10 * largest(want))
+    assert_equal(*both_ways(made, True, questions, official=False))
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-def test_float32_gradient_is_as_exact_as_the_official_one(shared):
-    truth = both_ways("sd21", "epsilon", torch.float64, shared, official=True)[1][1]
-    (_, got), (_, plain) = both_ways("sd21", "epsilon", torch.float32, shared, official=True)
+def test_without_the_noise_part_what_does_not_run_has_no_gradient():
+    made = adapted("sd21", noise_weight=0.0)
+    ours, (official_loss, want) = both_ways(made, False)
+    assert_equal(ours, (official_loss, {name: want[name] for name in ours[1]}))
+    # The last scores are those of the last transformers: only what follows the scores in these does not run.
+    others = want.keys() - ours[1].keys()
+    assert others
+    assert all(float(want[name].abs().max()) == 0 for name in others)
+
+
+def test_float32_gradient_is_as_exact_as_the_official_one():
+    truth = both_ways(adapted("sd21"), False)[1][1]
+    (_, got), (_, plain) = both_ways(adapted("sd21", dtype=torch.float32), False)
 
     def error(found):
         return max(float((found[name].double() - value).abs().max()) for name, value in truth.items())
@@ -124,16 +145,16 @@ def test_texts_of_one_image_cost_one_row_each():
     made.scorer.model.unet.conv_in.register_forward_hook(lambda m, a, out: rows.update(shared=len(out)))
     made.scorer.model.unet.conv_out.register_forward_hook(lambda m, a, out: rows.update(text=len(out)))
     with torch.no_grad():
-        for shared, official, number, want in (
-            (True, False, 0, {"shared": 1, "text": 3}),
+        for shared, number, want in (
+            (True, 0, {"shared": 1, "text": 3}),
             # Two images, with their unconditional rows.
-            (True, False, 1, {"shared": 2, "text": 4}),
-            (False, False, 0, {"shared": 3, "text": 6}),
+            (True, 1, {"shared": 2, "text": 4}),
+            (False, 0, {"shared": 3, "text": 6}),
         ):
             rows.clear()
             batch = drawn(examples, FitConfig(shared_noise=shared), numbers=[number])
             scores(made.scorer, made.weights(), examples, batch)
-            assert rows == want, (shared, official, number)
+            assert rows == want, (shared, number)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +252,7 @@ def test_losses_are_their_formulas():
 
 def test_images_and_texts_go_through_their_encoders_once():
     images = pictures(2)
-    questions = [*groups(), *groups(), dsd_paired(images)]
+    questions = [*groups(), *groups(), Group(tuple(images), tuple(TEXTS[:2]))]
     made = learned(pipeline())
     rows = Counter()
     made.scorer.model.vae.encoder.register_forward_hook(lambda m, a, out: rows.update(images=len(out)))
@@ -247,9 +268,3 @@ def test_images_and_texts_go_through_their_encoders_once():
     states = examples.states([1, 0])
     want = made.scorer.model.encode_prompts([TEXTS[1], TEXTS[0]])
     assert torch.equal(states.states, want.states)
-
-
-def dsd_paired(images):
-    from dsd_fast.matching import Group
-
-    return Group(tuple(images), tuple(TEXTS[:2]))
