@@ -198,9 +198,8 @@ def _fit(
 def _save_official(matcher: Matcher, folder: Path) -> None:
     from dsd_fast.compat.attn_procs import save_attn_procs
 
-    adaptation = matcher._adaptation
-    assert adaptation.lora is not None
-    save_attn_procs(adaptation.model.unet, folder, name=adaptation.lora)
+    assert matcher._lora is not None
+    save_attn_procs(matcher._scorer.model.unet, folder, name=matcher._lora)
 
 
 def _questions(groups: Sequence[Group]) -> int:

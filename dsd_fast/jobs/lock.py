@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LockedError(f"{folder} is being written by another process") from None
+            raise LockedError(f"{folder} is being written by another process or thread") from None
         yield
     finally:
         os.close(descriptor)

@@ -23,8 +23,9 @@ class MatchConfig:
 
     Attributes:
         timesteps: a count on the official grid (50 gives 49 steps, as there), or the timesteps themselves.
-        layers: "official" (of the down, middle and up part the last block with cross-attention, equal weights); score
-            ids, equal weights; or a mapping from score id to its weight or to one weight per head.
+        layers: "official" (of the down, middle and up part the last block with cross-attention), "all" (every
+            cross-attention), or score ids, with equal weights; or a mapping from score id to its weight or to one per
+            head.
         attention_weight: weight of the attention term; 0 leaves it out.
         noise_weight: weight of the noise-prediction term; 0 leaves it out, and the network stops after the last layer
             that scores.
@@ -77,8 +78,10 @@ class MatchConfig:
             raise ValueError(f"tokens: got {self.tokens!r}, expected 'all' or 'real'")
         if self.pool not in ("mean", "max") and not (isinstance(self.pool, (int, float)) and self.pool > 0):
             raise ValueError(f"pool: got {self.pool!r}, expected 'mean', 'max' or a temperature > 0")
-        if isinstance(self.layers, str) and self.layers != "official":
-            raise ValueError(f"layers: got {self.layers!r}, expected 'official', score ids, or weights by score id")
+        if isinstance(self.layers, str) and self.layers not in ("official", "all"):
+            raise ValueError(
+                f"layers: got {self.layers!r}, expected 'official', 'all', score ids, or weights by score id"
+            )
         if not isinstance(self.layers, str) and not len(self.layers):
             raise ValueError("layers: got none, expected at least one score id")
         if self.official:

@@ -36,7 +36,9 @@ def layer_weights(program: UNetProgram, layers: Layers) -> dict[str, Tensor]:
     if isinstance(layers, Mapping):
         given = dict(layers)
     else:
-        ids: Sequence[str] = official_layers(program) if isinstance(layers, str) else list(layers)
+        ids: Sequence[str] = layers
+        if isinstance(layers, str):
+            ids = program.score_ids if layers == "all" else official_layers(program)
         given = dict.fromkeys(ids, 1.0 / len(ids))
     weights = {}
     for name, value in given.items():

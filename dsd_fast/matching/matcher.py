@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from torch import Tensor
 from dsd_fast.images import ImageError, ImageSource, decode, load_image, to_tensor
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
-from dsd_fast.matching.fitting.files import load, save_locked
-from dsd_fast.matching.fitting.learned import Adaptation
+from dsd_fast.matching.fitting.files import Adapter, load, save_locked
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
 from dsd_fast.matching.pairs import Captions, PairScorer
 from dsd_fast.matching.words import Span
@@ -52,16 +50,13 @@ class Matcher:
         self, model: Model, config: MatchConfig | None = None, *, adapter: str | Sequence[str] | None = None
     ) -> None:
         names = adapter if adapter is None or isinstance(adapter, str) else tuple(adapter)
-        self._adopt(model, Adaptation(model), config or MatchConfig(), names)
+        self._adopt(model, PairScorer(model, config or MatchConfig(), names), None, names)
 
-    def _adopt(
-        self, model: Model, adaptation: Adaptation, config: MatchConfig, adapter: str | tuple[str, ...] | None
-    ) -> None:
-        scorer = adaptation.scorer(config, adapter)
-        # The one that was given, without the LoRA: others may be made on it.
-        self.model, self.config = model, config
+    def _adopt(self, model: Model, scorer: PairScorer, lora: str | None, adapter: Adapter) -> None:
+        # The model that was given, without what was learned: others may be made on it.
+        self.model, self.config = model, scorer.config
         self.runtime: str | None = None
-        self._adaptation, self._adapter, self._scorer = adaptation, adapter, scorer
+        self._scorer, self._lora, self._adapter = scorer, lora, adapter
 
     @property
     def timesteps(self) -> list[int]:
@@ -103,8 +98,10 @@ class Matcher:
     ) -> FitHistory:
         """Adapts the scores to examples; from then on this matcher scores as adapted.
 
-        The model stays as it is: a LoRA lives in a UNet of the matcher's own that shares all other weights. A second
-        fit goes on from the first: what its methods train is trained further, and the rest stays.
+        The model stays as it is: the matcher then scores with a UNet of its own that shares all weights and has the
+        adapters that were active, as strong as they were. What is done to the model's UNet afterwards, a move to
+        another device or another adapter, does not reach it. A second fit goes on from the first: what its methods
+        train is trained further, and the rest stays.
 
         Args:
             examples: :class:`~dsd_fast.Group`, or tuples (image, texts, label) or (images, text, label); the wrong
@@ -119,12 +116,14 @@ class Matcher:
             validation: held-out examples; the parameters that do best on them are kept. Without them the last are.
             config: see :class:`FitConfig`.
             out: folder for checkpoints, and for the matcher at the end, as :meth:`save` writes it. The same call with
-                the same folder goes on where a killed process stopped, to the same result.
-            callback: called after each step as callback(step, loss, None), and after each look at the held-out examples
-                as callback(step, None, record).
+                the same folder goes on where a killed process stopped, to the same result; on a GPU as far as its
+                kernels repeat themselves.
+            callback: called after each step as callback(step, loss, None), and with each record as
+                callback(step, None, record).
             progress: whether a bar with loss and held-out accuracy is shown.
 
         Raises:
+            FloatingPointError: a loss or a gradient that is no finite number.
             ImageError: an image that cannot be used.
             LockedError: another process fits into `out`.
             ValueError: examples or settings that are not allowed, by name; an `out` of another fit.
@@ -132,14 +131,21 @@ class Matcher:
         from dsd_fast.matching.fitting.progress import reporting
         from dsd_fast.matching.fitting.run import fit
 
-        fit_config, methods = config or FitConfig(), parse_methods(method)
+        fit_config, methods, runtime = config or FitConfig(), parse_methods(method), self.runtime
         with reporting(fit_config.steps, callback, progress) as report:
-            folder = None if out is None else Path(out)
-            adaptation, match_config, history = fit(
-                self, self._adaptation, self._adapter, examples, methods, validation, fit_config, folder, report
+            scorer, lora, history = fit(
+                self._scorer,
+                self._lora,
+                self._adapter,
+                examples,
+                methods,
+                validation,
+                fit_config,
+                None if out is None else Path(out),
+                report,
+                runtime,
             )
-        runtime = self.runtime
-        self._adopt(self.model, adaptation, match_config, self._adapter)
+        self._adopt(self.model, scorer, lora, self._adapter)
         if runtime is not None:
             self.compile(runtime)
         return history
@@ -154,7 +160,7 @@ class Matcher:
             LockedError: another process writes to the folder.
             OSError: the folder cannot be written.
         """
-        save_locked(Path(folder), self._adaptation, self.config, self._adapter)
+        save_locked(Path(folder), self._scorer, self._lora, self._adapter)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Model) -> Matcher:
@@ -162,21 +168,15 @@ class Matcher:
 
         Args:
             folder: of the files.
-            model: the model that it was fitted to. Another one of the family is taken with a warning.
+            model: the model that it was fitted to. Another one of the family, or other adapters active on it, are taken
+                with a warning.
 
         Raises:
             ModelError: a LoRA that does not fit the model.
             ValueError: no such files, or ones for a model of another family.
         """
-        adaptation, config, adapter = load(folder, model)
         matcher = cls.__new__(cls)
-        matcher._adopt(model, adaptation, config, adapter)
-        return matcher
-
-    def using(self, scorer: PairScorer) -> Matcher:
-        """A matcher with this one's configuration and that scorer."""
-        matcher = copy.copy(self)
-        matcher._scorer = scorer
+        matcher._adopt(model, *load(folder, model))
         return matcher
 
     def score(

@@ -15,7 +15,7 @@ from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.layers import layer_weights
 from dsd_fast.matching.texts import project
 from dsd_fast.unet import Output, TextKV, UNetProgram
-from dsd_fast.unet.adapters import AdapterScope, adapter_names
+from dsd_fast.unet.adapters import AdapterScope, active_strengths, adapter_names
 from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class PairScorer:
     Args:
         model: see :class:`~dsd_fast.matching.Matcher`, as `config` and `adapter`.
         prompt: (n, E) learned vectors that follow the tokens of each caption, or None.
-        chosen: whether the UNet's adapters are those active on it, and `adapter` is for the text encoders alone.
+        like: a scorer on the same text encoders, whose adapters they have, as strong as there. The UNet's are then
+            those active on it at each call, and `adapter` is not looked at.
 
     Attributes:
         timesteps: S·draws timesteps, each with its own draw.
@@ -82,7 +83,7 @@ class PairScorer:
         config: MatchConfig,
         adapter: str | Sequence[str] | None = None,
         prompt: Tensor | None = None,
-        chosen: bool = False,
+        like: PairScorer | None = None,
     ) -> None:
         self.model, self.config, self.prompt = model, config, prompt
         self.program = UNetProgram(model.unet)
@@ -96,12 +97,17 @@ class PairScorer:
         per_image = len(self.timesteps) * model.unet.config.in_channels * self.latent_size[0] * self.latent_size[1] * 4
         self.images_at_once: int = max(1, _LATENT_BYTES // per_image)
         weights = layer_weights(self.program, config.layers) if config.attention_weight else {}
-        unet_adapter, self._encoder_scopes = _adapters(model, adapter)
+        unet_adapter: tuple[str, ...] | None = None
+        self._encoder_scopes: list[AdapterScope]
+        if like is None:
+            unet_adapter, self._encoder_scopes = _adapters(model, adapter)
+        else:
+            self._encoder_scopes = like._encoder_scopes
         self.plan = self.program.plan(
             scores=tuple(weights),
             noise_pred=config.noise_weight != 0,
             pool=config.pool,
-            adapter=None if chosen else unet_adapter,
+            adapter=unet_adapter,
         )
         self.weights = {name: value.to(model.unet.device) for name, value in weights.items()}
         self.needs_unconditional = config.noise_weight != 0 or config.official
@@ -124,6 +130,14 @@ class PairScorer:
             wanted = unconditional and self.needs_unconditional
             empty = self.model.encode_unconditional().to("cpu") if wanted else None
             return Captions(self.model.encode_prompts(captions).to("cpu"), empty)
+
+    def strengths(self) -> list[list[tuple[str, float]]]:
+        """The active adapters of the UNet and of each text encoder, and how strong they are."""
+        with ExitStack() as scopes:
+            scopes.enter_context(self.plan.active())
+            for scope in self._encoder_scopes:
+                scopes.enter_context(scope.active())
+            return [active_strengths(network) for network in (self.model.unet, *self.model.text_encoders)]
 
     def images_together(self, captions: Captions, texts: int) -> int:
         """How many images make a few full micro-batches of rows, with ``texts`` of the captions each.

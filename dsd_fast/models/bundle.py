@@ -58,7 +58,8 @@ class Model:
         """
         self.unet = unet
         self.vae = vae
-        self._float32_vae: Any = None
+        # A float32 copy of a VAE that overflows in float16; this model and its copies have one.
+        self._float32_vae: dict[str, Any] = {}
         self.text_encoders = tuple(text_encoders)
         self.tokenizers = tuple(tokenizers)
         self.clip = clip
@@ -204,6 +205,12 @@ class Model:
             cache_dir=self._cache_dir,
         )
 
+    def with_unet(self, unet: Any) -> "Model":
+        """This model with another UNet of the same configuration; all other parts are shared."""
+        other = copy.copy(self)
+        other.unet = unet
+        return other
+
     def with_scheduler(self, scheduler: Any) -> "Model":
         """This model, the same networks, under another noise schedule.
 
@@ -257,9 +264,10 @@ class Model:
         """The VAE, or a float32 copy, made once, of one that overflows in float16."""
         if not (self.family == "sdxl" and self.vae.dtype == torch.float16 and self.vae.config.force_upcast):
             return self.vae
-        if self._float32_vae is None or self._float32_vae.device != self.vae.device:
-            self._float32_vae = copy.deepcopy(self.vae).float()
-        return self._float32_vae
+        copied = self._float32_vae.get("vae")
+        if copied is None or copied.device != self.vae.device:
+            copied = self._float32_vae["vae"] = copy.deepcopy(self.vae).float()
+        return copied
 
     def _latent_affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Shift and scale of latents; VAEs with statistics per channel have them in their config."""

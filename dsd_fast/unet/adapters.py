@@ -81,6 +81,17 @@ def active_names(network: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
 
+def active_strengths(network: Any) -> list[tuple[str, float]]:
+    """The active adapters and, of the first layer that has it, the strength of each."""
+    found: dict[str, float] = {}
+    for layer in _tuner_layers(network):
+        if not layer.disable_adapters:
+            for name in layer.active_adapters:
+                if name in layer.scaling:
+                    found.setdefault(name, float(layer.scaling[name]))
+    return list(found.items())
+
+
 def activate(network: Any, names: Sequence[str]) -> None:
     """From now on exactly these adapters are active, at the strength they have.
 

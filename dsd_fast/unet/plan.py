@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -95,6 +96,10 @@ class Plan:
     def adapter(self) -> tuple[str, ...] | None:
         """The adapters active during the plan's calls; None: those active on the network at each call."""
         return self._adapter.names
+
+    def active(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` block the network is under the plan's adapters."""
+        return self._adapter.active()
 
     def compile(self, runtime: str = "inductor") -> Plan:
         """From now on :meth:`run` and :meth:`stream` take a compiled runtime; the plan itself, for chaining.

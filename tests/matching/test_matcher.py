@@ -382,7 +382,7 @@ def test_an_overflow_ranks_last(sd15, monkeypatch):
         ({"timesteps": [1000]}, "timesteps"),
         ({"timesteps": 0}, "timesteps"),
         ({"timesteps": []}, "timesteps"),
-        ({"layers": "all"}, "layers: got 'all'"),
+        ({"layers": "some"}, "layers: got 'some'"),
         ({"layers": []}, "layers: got none"),
         ({"layers": ["mid-vit-block1-cross"]}, "unknown id 'mid-vit-block1-cross'.*mid-vit-block0-cross"),
         ({"layers": {"mid-vit-block0-cross": [1.0, 2.0]}}, "layers: 'mid-vit-block0-cross' has 4 heads, got"),
@@ -428,6 +428,13 @@ def test_paths_as_strings_are_refused(sd15):
         matcher(sd15).score(pictures(1)[0], CAPTIONS)
     with pytest.raises(ImageError, match="pathlib"):
         matcher(sd15).score(["picture.png"], CAPTIONS)
+
+
+def test_all_layers_are_every_cross_attention(sd15):
+    ids = UNetProgram(sd15.unet).score_ids
+    named, listed = (matcher(sd15, noise_weight=0, layers=layers) for layers in ("all", list(ids)))
+    assert named.layers.keys() == set(ids)
+    assert torch.equal(named.score(pictures(2), CAPTIONS), listed.score(pictures(2), CAPTIONS))
 
 
 def test_official_layers_of_every_family():

@@ -15,13 +15,14 @@ LEARNING_RATES = {"lora": 3e-3, "prompt": 0.1, "heads": 0.1}
 class FitConfig:
     """How a matcher is adapted to examples.
 
-    The official recipe (dsd_train.py of eric-ai-lab/DSD) is ``FitConfig.official(steps)``.
+    The official recipe (dsd_train.py of eric-ai-lab/DSD) is ``FitConfig.official(steps)``, for a matcher whose score is
+    the official one, ``MatchConfig(official=True)``.
 
     Attributes:
         steps: of the optimiser, AdamW.
         batch_size: groups a step.
-        micro_batch: groups in one pass through the network; fewer need less memory and give the same gradient. None
-            takes all of a step's.
+        micro_batch: groups in one pass through the network; fewer need less memory and, without dropout, give the
+            same gradient. None takes all of a step's.
         loss: "cross-entropy" over a group's candidates, softmax of score / temperature; or "margin",
             max(0, margin + max over wrong candidates − score of the right one) (official).
         temperature, margin: of the two losses, in units of the score.
@@ -38,11 +39,12 @@ class FitConfig:
         attention: which attention layers have a LoRA on their q, k, v and out: "cross", or "all" (official).
         lora_dropout: share of a LoRA's inputs that a step leaves out.
         prompt_tokens: number of learned vectors.
-        validate_every: steps between looks at the held-out examples.
-        patience: looks without a better one after which training stops; None never does.
+        validate_every: steps between records, and so between validations on the held-out examples.
+        patience: validations without a better one after which training stops; None never does.
         checkpointing: whether activations are computed again for the gradient instead of kept: less memory, a third
             more time.
-        autocast: "bfloat16" or "float16" computes the network in that type, LoRA and loss in float32; None in its own.
+        autocast: "bfloat16" or "float16" computes the network in that type, weights of the LoRA, scores and loss in
+            float32; None in its own.
         save_every: seconds between checkpoints in the output folder.
         seed: of the first weights, of the order of the examples, of timesteps, noise and dropout.
 

@@ -44,16 +44,14 @@ class Examples:
         queries: the questions.
         latents: (N, C, h, w) clean latents of the images, on the CPU.
         digest: hexadecimal, of pixels, texts and labels.
-        unconditional: states of the absent text, M = 1.
+        unconditional: states of the absent text, M = 1; None where the score has no use for them.
 
     Raises:
         ImageError: an image that cannot be used.
-        ValueError: no groups, or a text that is too long.
+        ValueError: a text that is too long.
     """
 
     def __init__(self, scorer: PairScorer, groups: Sequence[Group]) -> None:
-        if not groups:
-            raise ValueError("examples: got none, expected at least one group")
         self._scorer = scorer
         images: dict[Any, tuple[int, ImageSource]] = {}
         texts: dict[str, int] = {}
@@ -67,9 +65,10 @@ class Examples:
         digest = hashlib.sha256(repr((self._texts, self.queries)).encode())
         self.latents = self._encode_images([image for _, image in images.values()], digest)
         self.digest = digest.hexdigest()
-        with torch.no_grad():
-            self.unconditional = scorer.model.encode_unconditional().to("cpu")
-        self._states = self._encode_all()
+        first = scorer.encode_texts(self._texts[:1])
+        self.unconditional = first.empty
+        fits = len(self._texts) * first.states.states.nbytes <= _TEXT_BYTES
+        self._states = scorer.encode_texts(self._texts, unconditional=False).states if fits else None
 
     def states(self, texts: Sequence[int]) -> PromptStates:
         """The text states of some texts, by their positions."""
@@ -89,9 +88,3 @@ class Examples:
                 parts.append(self._scorer.encode_images(pixels).cpu())
                 pixels = []
         return torch.cat(parts)
-
-    def _encode_all(self) -> PromptStates | None:
-        first = self._scorer.encode_texts(self._texts[:1], unconditional=False).states
-        if len(self._texts) * first.states.nbytes > _TEXT_BYTES:
-            return None
-        return self._scorer.encode_texts(self._texts, unconditional=False).states

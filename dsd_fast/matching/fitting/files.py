@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dsd_fast.jobs import locked, read_tensors, remove_stale, replacing, write_tensors
 from dsd_fast.matching.config import MatchConfig
-from dsd_fast.matching.fitting.learned import Adaptation, put_lora
+from dsd_fast.matching.fitting.learned import own_model, put_lora
+from dsd_fast.matching.pairs import PairScorer
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -29,43 +30,49 @@ MATCHER = "matcher.json"
 LORA = "pytorch_lora_weights.safetensors"
 PROMPT = "prompt.safetensors"
 
-_KEYS = ("model", "adapter", "lora", "prompt", "config")
+_KEYS = ("model", "adapter", "strengths", "lora", "prompt", "config")
 
 Adapter = str | tuple[str, ...] | None
 
 
-def save(folder: Path, adaptation: Adaptation, config: MatchConfig, adapter: Adapter) -> None:
+def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -> None:
     """See :meth:`dsd_fast.matching.Matcher.save`; the caller has the folder's lock or is its only writer."""
     from dsd_fast.models.lora import save_lora
 
-    model = adaptation.model
+    model = scorer.model
     # Until the last file is in place nothing vouches for the others.
     (folder / MATCHER).unlink(missing_ok=True)
     for name in (MATCHER, LORA, PROMPT):
         remove_stale(folder / name)
-    for name, there in ((LORA, adaptation.lora is not None), (PROMPT, adaptation.prompt is not None)):
+    for name, there in ((LORA, lora is not None), (PROMPT, scorer.prompt is not None)):
         if not there:
             (folder / name).unlink(missing_ok=True)
-    if adaptation.lora is not None:
-        save_lora(model.unet, adaptation.lora, folder / LORA)
-    if adaptation.prompt is not None:
-        write_tensors(folder / PROMPT, {"prompt": adaptation.prompt})
+    if lora is not None:
+        save_lora(model.unet, lora, folder / LORA)
+    if scorer.prompt is not None:
+        write_tensors(folder / PROMPT, {"prompt": scorer.prompt})
     about = {
         "format": 1,
         "model": {"name": model.name, "revision": model.revision, "family": model.family},
         "adapter": adapter,
-        "lora": adaptation.lora is not None,
-        "prompt": adaptation.prompt is not None,
-        "config": asdict(config),
+        "strengths": others(scorer, lora),
+        "lora": lora is not None,
+        "prompt": scorer.prompt is not None,
+        "config": asdict(scorer.config),
     }
     with replacing(folder / MATCHER) as file:
         file.write(json.dumps(about, indent=2, allow_nan=False, default=plain).encode() + b"\n")
 
 
-def save_locked(folder: Path, adaptation: Adaptation, config: MatchConfig, adapter: Adapter) -> None:
+def save_locked(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -> None:
     """:func:`save`, behind the folder's lock."""
     with locked(folder):
-        save(folder, adaptation, config, adapter)
+        save(folder, scorer, lora, adapter)
+
+
+def others(scorer: PairScorer, lora: str | None) -> list[list[list[str | float]]]:
+    """The adapters besides the matcher's own that its UNet and its text encoders are under: [name, strength] each."""
+    return [[[name, strength] for name, strength in found if name != lora] for found in scorer.strengths()]
 
 
 def plain(value: Any) -> Any:
@@ -73,8 +80,8 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
-def load(folder: str | os.PathLike[str], model: Model) -> tuple[Adaptation, MatchConfig, Adapter]:
-    """See :meth:`dsd_fast.matching.Matcher.load`."""
+def load(folder: str | os.PathLike[str], model: Model) -> tuple[PairScorer, str | None, Adapter]:
+    """See :meth:`dsd_fast.matching.Matcher.load`: the scorer, the name of its LoRA, and the adapters asked for."""
     path = Path(folder)
     try:
         about = json.loads((path / MATCHER).read_bytes())
@@ -87,17 +94,21 @@ def load(folder: str | os.PathLike[str], model: Model) -> tuple[Adaptation, Matc
     _check_model(path, about["model"], model)
     adapter = about["adapter"]
     adapter = tuple(adapter) if isinstance(adapter, list) else adapter
-    adaptation = Adaptation(model)
-    if about["lora"]:
-        weights = _tensors(path / LORA, "unet.")
-        own, name = put_lora(model, weights, adapter, f"LoRA {str(path / LORA)!r}")
-        adaptation = Adaptation(own, name)
+    base = PairScorer(model, _config(about["config"]), adapter)
+    found = others(base, None)
+    if found != about["strengths"]:
+        warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {found}", stacklevel=3)
+    prompt = None
     if about["prompt"]:
         prompt, width = _tensors(path / PROMPT).get("prompt", torch.empty(0)), model.unet.config.cross_attention_dim
         if prompt.ndim != 2 or prompt.shape[1] != width:
             raise ValueError(f"folder: {path / PROMPT} has shape {tuple(prompt.shape)}, expected (n, {width})")
-        adaptation = Adaptation(adaptation.model, adaptation.lora, prompt)
-    return adaptation, _config(about["config"]), adapter
+    if about["lora"]:
+        own, name = put_lora(base, _tensors(path / LORA, "unet."), f"LoRA {str(path / LORA)!r}")
+        return PairScorer(own, base.config, prompt=prompt, like=base), name, adapter
+    if prompt is not None:
+        base = PairScorer(own_model(base), base.config, prompt=prompt, like=base)
+    return base, None, adapter
 
 
 def _tensors(file: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.pairs import PairScorer
 from dsd_fast.models.private import private
@@ -21,100 +21,73 @@ if TYPE_CHECKING:
     from dsd_fast.models import Model
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What a matcher has learned besides its configuration.
-
-    Attributes:
-        model: the matcher's model with a UNet of its own that shares all weights, where there is a LoRA.
-        lora: name of the adapter in that UNet, or None.
-        prompt: (n, E) float32 vectors that follow the tokens of each text, or None.
-    """
-
-    model: Model
-    lora: str | None = None
-    prompt: Tensor | None = None
-
-    def scorer(self, config: MatchConfig, adapter: str | tuple[str, ...] | None) -> PairScorer:
-        """The scores under what was learned."""
-        return PairScorer(self.model, config, adapter, prompt=self.prompt, chosen=self.lora is not None)
+_LAYERS = {"cross": ("attn2",), "all": ("attn1", "attn2")}
 
 
 class Learned:
     """The parameters of a fit, and the scorer that computes with them.
 
     Args:
-        adaptation: what the matcher has learned before; what the methods train goes on from there, and the rest stays.
-        config: the matcher's.
-        adapter: the matcher's.
+        base: the matcher's scorer: what it has learned before goes on from there, or stays.
+        lora: name of the adapter that it has learned before, or None.
         methods: "lora", "prompt", "heads".
         fit: the settings.
 
     Attributes:
-        scorer: computes with the parameters as they are, save those of heads, see :meth:`weights`.
+        scorer: computes with the parameters as they are, save those of heads, see :meth:`weights`. Its UNet is its own,
+            on the base's weights and under the base's adapters.
+        lora: name of the adapter in that UNet, or None.
+        parameters: what is trained, by name.
 
     Raises:
-        ValueError: a method that does not fit the matcher's configuration or model.
+        ValueError: a method that does not fit the matcher's configuration, or a setting that what was learned before
+            does not have.
     """
 
-    def __init__(
-        self,
-        adaptation: Adaptation,
-        config: MatchConfig,
-        adapter: str | tuple[str, ...] | None,
-        methods: tuple[str, ...],
-        fit: FitConfig,
-    ) -> None:
-        self._model, self._config, self._methods = adaptation.model, config, methods
-        self.parameters: dict[str, Parameter] = {}
+    def __init__(self, base: PairScorer, lora: str | None, methods: tuple[str, ...], fit: FitConfig) -> None:
+        config = base.config
         if "heads" in methods and not config.attention_weight:
             raise ValueError("method: heads learns weights of the attention term, whose attention_weight is 0")
         if "heads" in methods and config.official:
             raise ValueError("method: heads learns weights that the official score does not have; use official=False")
+        self._base, self._methods = base, methods
+        self.lora = lora
+        self.parameters: dict[str, Parameter] = {}
+        model = own_model(base, lora)
         if "lora" in methods:
-            adaptation = self._with_lora(adaptation, adapter, fit)
-        if "prompt" in methods:
-            adaptation = self._with_prompt(adaptation, fit)
-        self._adaptation = adaptation
-        self.scorer = adaptation.scorer(config, adapter)
-        self.dropout(False)
+            self._learn_lora(model.unet, fit)
+        prompt = self._learn_prompt(fit) if "prompt" in methods else base.prompt
+        self.scorer = PairScorer(model, config, prompt=prompt, like=base)
         if "heads" in methods:
-            self._heads()
+            self._learn_heads()
 
-    def _with_lora(self, adaptation: Adaptation, adapter: str | tuple[str, ...] | None, fit: FitConfig) -> Adaptation:
-        name = adaptation.lora
-        model = own_model(adaptation.model, name)
-        if name is None:
-            name = _free_name(model.unet)
-            _add_lora(model.unet, name, adapter, fit)
-        elif model.unet.peft_config[name].r != fit.rank:
-            raise ValueError(f"rank: the matcher's LoRA has {model.unet.peft_config[name].r}, got {fit.rank}")
-        for path, parameter in model.unet.named_parameters():
-            if f".{name}." in path:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-                parameter.requires_grad_(True)
-                self.parameters[f"lora.{path}"] = parameter
-        return replace(adaptation, model=model, lora=name)
+    def _learn_lora(self, unet: Any, fit: FitConfig) -> None:
+        if self.lora is None:
+            self.lora = free_name(unet)
+            _add_lora(unet, self.lora, fit)
+        else:
+            _check_lora(unet, self.lora, fit)
+        self._dropouts = _set_dropout(unet, self.lora, fit.lora_dropout)
+        for path, parameter in _lora_parameters(unet, self.lora).items():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+            self.parameters[f"lora.{path}"] = parameter
 
-    def _with_prompt(self, adaptation: Adaptation, fit: FitConfig) -> Adaptation:
-        before = adaptation.prompt
+    def _learn_prompt(self, fit: FitConfig) -> Parameter:
+        before = self._base.prompt
         if before is None:
             # They begin as copies of what the network knows best to disregard: the padding of an empty text.
-            states = adaptation.model.encode_prompts([""]).states[0].detach()
+            states = self._base.encode_texts([""], unconditional=False).states.states[0]
             if len(states) < fit.prompt_tokens:
                 raise ValueError(f"prompt_tokens: got {fit.prompt_tokens}, expected at most {len(states)}")
             before = states[len(states) - fit.prompt_tokens :]
-            before = before.to(torch.promote_types(before.dtype, torch.float32))
         elif len(before) != fit.prompt_tokens:
             raise ValueError(f"prompt_tokens: the matcher has {len(before)}, got {fit.prompt_tokens}")
-        self.parameters["prompt"] = Parameter(before.to(adaptation.model.unet.device, copy=True))
-        # Weights that want gradients, as a pipeline's do, would get them.
-        model = adaptation.model if "lora" in self._methods else own_model(adaptation.model)
-        return replace(adaptation, model=model, prompt=self.parameters["prompt"])
+        kind = torch.promote_types(before.dtype, torch.float32)
+        self.parameters["prompt"] = Parameter(before.to(self._base.plan.program.device, kind, copy=True))
+        return self.parameters["prompt"]
 
-    def _heads(self) -> None:
+    def _learn_heads(self) -> None:
         weights = self.scorer.weights
         every = torch.cat(list(weights.values()))
         self._unit = float(every.abs().mean()) or 1 / len(every)
@@ -133,84 +106,105 @@ class Learned:
         parts = torch.split(self.parameters["heads"] * self._unit, list(self._sizes.values()))
         return dict(zip(self._sizes, parts, strict=True))
 
-    def settle(self) -> PairScorer:
+    def current(self) -> PairScorer:
         """The scorer, with the weights of heads as they are now."""
         self.scorer.weights = {name: value.detach().clone() for name, value in self.weights().items()}
         return self.scorer
 
-    def finished(self) -> tuple[Adaptation, MatchConfig]:
-        """What the matcher then has: nothing in it wants a gradient any more."""
+    def finished(self) -> PairScorer:
+        """The scorer that the matcher then has: nothing in it wants a gradient any more."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
-        prompt = self._adaptation.prompt
-        adaptation = replace(self._adaptation, prompt=None if prompt is None else prompt.detach())
-        if "lora" not in self._methods:
-            adaptation = replace(adaptation, model=self._model)
-        if "heads" not in self.parameters:
-            return adaptation, self._config
-        return adaptation, replace(
-            self._config, layers={name: tuple(value.tolist()) for name, value in self.weights().items()}
+        config, prompt = self._base.config, self.scorer.prompt
+        if "heads" in self.parameters:
+            config = replace(config, layers={name: tuple(value.tolist()) for name, value in self.weights().items()})
+        return PairScorer(
+            self.scorer.model, config, prompt=None if prompt is None else prompt.detach(), like=self._base
         )
 
     def dropout(self, training: bool) -> None:
-        """Whether the LoRA that is trained leaves inputs out."""
-        name = self._adaptation.lora
-        for module in self.scorer.model.unet.modules() if "lora" in self._methods else ():
-            if name in getattr(module, "lora_dropout", {}):
-                module.lora_dropout[name].train(training)
+        """Whether the LoRA leaves inputs out."""
+        for module in self._dropouts if "lora" in self._methods else ():
+            module.train(training)
 
 
-def own_model(model: Model, lora: str | None = None) -> Model:
-    """``model`` with a UNet of its own on the same weights, save those of the adapter ``lora``, which are copied."""
-    own = copy.copy(model)
-    own.unet = private(model.unet, lambda name: lora is not None and f".{lora}." in name)
-    return own
+def own_model(base: PairScorer, lora: str | None = None) -> Model:
+    """The base's model with a UNet of its own on the same weights, save those of the adapter `lora`, which are copied.
+
+    The base's adapters are active on it, as strong as the base has them.
+    """
+    with base.plan.active():
+        unet = private(base.model.unet, lambda name: lora is not None and f".{lora}." in name)
+    return base.model.with_unet(unet)
 
 
-def put_lora(
-    model: Model, weights: Mapping[str, Tensor], adapter: str | tuple[str, ...] | None, what: str
-) -> tuple[Model, str]:
-    """``model`` with a UNet of its own that has a LoRA, and its name; see ``models.lora.put_unet_lora``."""
+def put_lora(base: PairScorer, weights: Mapping[str, Tensor], what: str) -> tuple[Model, str]:
+    """:func:`own_model` with a LoRA in it, float32 or more, and its name; see ``models.lora.put_unet_lora``."""
     from dsd_fast.models.lora import put_unet_lora
 
-    own = own_model(model)
-    name = _free_name(own.unet)
-    active = _chosen(own.unet, adapter)
-    # PEFT draws first weights, which those of the file replace.
-    with torch.random.fork_rng(devices=[]):
+    own = own_model(base)
+    name, active = free_name(own.unet), active_names(own.unet)
+    with _adding():
         put_unet_lora(own.unet, weights, name, what)
     activate(own.unet, (*active, name))
+    for path, parameter in _lora_parameters(own.unet, name).items():
+        # PEFT has rounded them to the UNet's type.
+        given = weights[path.replace(f".{name}.", ".")]
+        parameter.data = given.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
     return own, name
 
 
-def _add_lora(unet: Any, name: str, adapter: str | tuple[str, ...] | None, fit: FitConfig) -> None:
-    from peft import LoraConfig
-
-    kinds = ("attn2",) if fit.attention == "cross" else ("attn1", "attn2")
-    active = _chosen(unet, adapter)
-    config = LoraConfig(
-        r=fit.rank,
-        lora_alpha=fit.rank,
-        lora_dropout=fit.lora_dropout,
-        init_lora_weights="gaussian",
-        target_modules=[f"{kind}.{projection}" for kind in kinds for projection in _PROJECTIONS],
-    )
-    training = unet.training
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fit.seed)
-        unet.add_adapter(config, name)
-    unet.train(training)
-    activate(unet, (*active, name))
-
-
-def _chosen(unet: Any, adapter: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The UNet's adapters that are active for the matcher."""
-    if adapter is None:
-        return active_names(unet)
-    names = (adapter,) if isinstance(adapter, str) else adapter
-    return tuple(name for name in names if name in adapter_names(unet))
-
-
-def _free_name(unet: Any) -> str:
+def free_name(unet: Any) -> str:
+    """A name that no adapter of the UNet has."""
     taken = adapter_names(unet)
     return next(name for number in range(len(taken) + 1) if (name := f"fitted{number or ''}") not in taken)
+
+
+def _add_lora(unet: Any, name: str, fit: FitConfig) -> None:
+    """Down N(0, 1/rank), up 0, as in the official code; scale 1."""
+    from peft import LoraConfig
+
+    active, training = active_names(unet), unet.training
+    targets = [f"{kind}.{projection}" for kind in _LAYERS[fit.attention] for projection in _PROJECTIONS]
+    with _adding():
+        unet.add_adapter(LoraConfig(r=fit.rank, lora_alpha=fit.rank, target_modules=targets), name)
+    unet.train(training)
+    activate(unet, (*active, name))
+    generator = torch.Generator().manual_seed(fit.seed)
+    with torch.no_grad():
+        for path, parameter in _lora_parameters(unet, name).items():
+            down = ".lora_A." in path
+            drawn = torch.randn(parameter.shape, generator=generator) / fit.rank if down else torch.zeros(())
+            parameter.copy_(drawn)
+
+
+@contextmanager
+def _adding() -> Iterator[None]:
+    """Around the addition of an adapter: PEFT draws first weights, which others replace, and warns of a second one."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        yield
+
+
+def _check_lora(unet: Any, name: str, fit: FitConfig) -> None:
+    """Refuses settings that the adapter does not have."""
+    found = unet.peft_config[name].r
+    if found != fit.rank:
+        raise ValueError(f"rank: the matcher's LoRA has {found}, got {fit.rank}")
+    attention = "all" if any(".attn1." in path for path in _lora_parameters(unet, name)) else "cross"
+    if attention != fit.attention:
+        raise ValueError(f"attention: the matcher's LoRA has {attention!r}, got {fit.attention!r}")
+
+
+def _set_dropout(unet: Any, name: str, share: float) -> list[nn.Module]:
+    """Gives the adapter's layers their dropout, switched off; the modules."""
+    found: list[nn.Module] = []
+    for layer in unet.modules():
+        if name in getattr(layer, "lora_A", ()):
+            layer.lora_dropout[name] = nn.Dropout(share).eval() if share else nn.Identity()
+            found.append(layer.lora_dropout[name])
+    return found
+
+
+def _lora_parameters(unet: Any, name: str) -> dict[str, Parameter]:
+    return {path: parameter for path, parameter in unet.named_parameters() if f".{name}." in path}

@@ -7,9 +7,10 @@ optimiser's state, the best parameters so far, and the step.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,20 @@ from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.objective import draw, losses, scores, seed_of
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.fitting.validation import validate
 
 CHECKPOINT = "training.safetensors"
 
-Look = tuple[float, float]
-"""Of held-out examples: accuracy, ties counted as wrong, and mean loss."""
+_ADVICE = "a lower learning rate may help, or, in float16, autocast and a float32 model"
 
 
 @dataclass(frozen=True)
 class FitRecord:
-    """One look at the training.
+    """How training stood after some steps.
 
     Attributes:
         step: steps taken.
-        loss: mean training loss since the last look; None before the first step.
+        loss: mean training loss since the last record; None before the first step.
         accuracy, validation_loss: on the held-out examples, with the matcher's own timesteps; None where there are
             none.
     """
@@ -52,7 +52,7 @@ class FitHistory:
     """What a fit did.
 
     Attributes:
-        records: the looks at it, in order; the first is before the first step where there are held-out examples.
+        records: how it went; the first is before the first step where there are held-out examples.
         steps: steps taken.
         best_step: the step whose parameters the matcher has: with held-out examples the one with the best accuracy,
             then the least loss; else the last.
@@ -74,10 +74,10 @@ class State:
     losses: list[float] = field(default_factory=list)
     best_step: int = 0
     best: dict[str, Tensor] | None = None
-    stale: int = 0
+    without_gain: int = 0
 
     @property
-    def best_look(self) -> FitRecord | None:
+    def best_record(self) -> FitRecord | None:
         """The record of the best step."""
         return next((record for record in self.records if record.step == self.best_step), None)
 
@@ -89,10 +89,10 @@ class Training:
         learned: the parameters.
         examples: to learn from.
         fit: the settings.
-        look: measures the held-out examples with a scorer; None: there are none.
+        validation: held-out examples to choose the best parameters by, or None.
         fingerprint: what changes the result, by name; a checkpoint of another is refused.
         folder: of the checkpoint, behind its lock; None keeps none.
-        report: called after each step and each look with (step, loss of the step or None, the newest record or None).
+        report: called after each step as report(step, its loss, None), and with each record as report(step, None, it).
 
     Raises:
         ValueError: the folder's checkpoint is one of another fit, with the names of what differs.
@@ -103,13 +103,13 @@ class Training:
         learned: Learned,
         examples: Examples,
         fit: FitConfig,
-        look: Callable[[PairScorer], Look] | None,
+        validation: Examples | None,
         fingerprint: Mapping[str, Any],
         folder: Path | None,
         report: Callable[[int, float | None, FitRecord | None], None],
     ) -> None:
         self._learned, self._examples, self._fit = learned, examples, fit
-        self._look, self._report = look, report
+        self._validation, self._report = validation, report
         self._fingerprint = dict(fingerprint)
         self._file = None if folder is None else folder / CHECKPOINT
         groups = [
@@ -143,7 +143,7 @@ class Training:
             # Half a step would be taken twice.
             if self._whole:
                 self._save()
-        if self._look is None:
+        if self._validation is None:
             state.best_step = state.step
         elif state.best is not None:
             self._put(state.best)
@@ -151,27 +151,32 @@ class Training:
 
     @property
     def _due(self) -> bool:
-        """Whether it is time for a look that has not been taken."""
+        """Whether it is time for a record that has not been made."""
         step, records = self.state.step, self.state.records
         if records and records[-1].step == step:
             return False
         if step == 0:
-            return self._look is not None
+            return self._validation is not None
         return step % self._fit.validate_every == 0 or step == self._fit.steps
 
     @property
     def _stopped(self) -> bool:
-        return self._fit.patience is not None and self._look is not None and self.state.stale >= self._fit.patience
+        patience = self._fit.patience
+        return patience is not None and self._validation is not None and self.state.without_gain >= patience
 
     def _step(self) -> None:
         """One step of the optimiser."""
         fit, learned, state = self._fit, self._learned, self.state
         value = self._gradient()
+        if not (math.isfinite(value) or self._scaler.is_enabled()):
+            raise FloatingPointError(f"step {state.step + 1}: the loss is {value}; {_ADVICE}")
         for group in self._optimizer.param_groups:
             group["lr"] = fit.rate(group["method"], state.step)
-        self._whole = False
         self._scaler.unscale_(self._optimizer)
-        torch.nn.utils.clip_grad_norm_(list(learned.parameters.values()), fit.clip_norm, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(list(learned.parameters.values()), fit.clip_norm, foreach=True)
+        if not (self._scaler.is_enabled() or bool(norm.isfinite())):
+            raise FloatingPointError(f"step {state.step + 1}: the gradient is not finite; {_ADVICE}")
+        self._whole = False
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
@@ -202,15 +207,15 @@ class Training:
                     scorer.model.schedule.num_train_timesteps,
                     compares_free,
                 )
-                with self._precision():
-                    values = scores(
-                        scorer,
-                        learned.weights(),
-                        examples,
-                        batch,
-                        through_network=learned.learns_network,
-                        checkpoint=fit.checkpointing,
-                    )
+                values = scores(
+                    scorer,
+                    learned.weights(),
+                    examples,
+                    batch,
+                    through_network=learned.learns_network,
+                    checkpoint=fit.checkpointing,
+                    autocast=None if fit.autocast is None else getattr(torch, fit.autocast),
+                )
                 mean = losses(values, batch, fit).sum() / len(chosen)
                 self._scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
                 total += float(mean.detach())
@@ -220,32 +225,27 @@ class Training:
     def _record(self) -> None:
         state = self.state
         accuracy = held_out = None
-        if self._look is not None:
-            accuracy, held_out = self._look(self._learned.settle())
+        if self._validation is not None:
+            accuracy, held_out = validate(self._learned.current(), self._validation, self._fit)
         self._whole = False
         mean = sum(state.losses) / len(state.losses) if state.losses else None
         state.losses = []
-        record, best = FitRecord(state.step, mean, accuracy, held_out), state.best_look
+        record, best = FitRecord(state.step, mean, accuracy, held_out), state.best_record
         state.records.append(record)
-        if self._look is not None:
+        if self._validation is not None:
             if best is None or _quality(record) > _quality(best):
-                state.best_step, state.stale = state.step, 0
+                state.best_step, state.without_gain = state.step, 0
                 state.best = {name: p.detach().clone() for name, p in self._learned.parameters.items()}
             else:
-                state.stale += 1
+                state.without_gain += 1
         self._whole = True
         self._report(state.step, None, record)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self._fit.autocast is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, getattr(torch, self._fit.autocast))
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self._learned.parameters.items():
                 parameter.copy_(values[name])
-        self._learned.settle()
+        self._learned.current()
 
     def _save(self) -> None:
         if self._file is None:
@@ -262,7 +262,7 @@ class Training:
             "records": [vars(record) for record in state.records],
             "losses": state.losses,
             "best_step": state.best_step,
-            "stale": state.stale,
+            "without_gain": state.without_gain,
             "scaler": self._scaler.state_dict(),
         }
         write_tensors(self._file, tensors, about)
@@ -276,7 +276,7 @@ class Training:
                 f"out: {file} is of another fit, which differs in {', '.join(other)}; choose another folder"
             )
         state = self.state
-        state.step, state.best_step, state.stale = about["step"], about["best_step"], about["stale"]
+        state.step, state.best_step, state.without_gain = about["step"], about["best_step"], about["without_gain"]
         state.records = [FitRecord(**record) for record in about["records"]]
         state.losses = about["losses"]
         best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
@@ -291,7 +291,7 @@ class Training:
         self._scaler.load_state_dict(about["scaler"])
 
 
-def _quality(record: FitRecord) -> Look:
+def _quality(record: FitRecord) -> tuple[float, float]:
     assert record.accuracy is not None
     assert record.validation_loss is not None
     # A loss that is no number is worse than any.
@@ -312,9 +312,20 @@ def _groups(count: int, fit: FitConfig, step: int) -> list[int]:
     return [orders[place // count][place % count] for place in places]
 
 
+_RANDOM = threading.Lock()
+
+
 @contextmanager
 def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """torch's generators, the CPU's and the device's, seeded inside the block and as they were after it."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_of(seed, step, 0, 2))
+    """torch's generators, the CPU's and the device's, seeded inside the block and as they were after it.
+
+    They are the process's: one fit at a time has them.
+    """
+    value = seed_of(seed, step, 0, 2)
+    with _RANDOM, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # Not torch.manual_seed: that seeds every device.
+        torch.default_generator.manual_seed(value)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(value)
         yield

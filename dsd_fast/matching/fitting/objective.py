@@ -102,6 +102,7 @@ def scores(
     *,
     through_network: bool = True,
     checkpoint: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Tensor:
     """(R,) scores of a batch's pairs at their one timestep; differentiable.
 
@@ -114,6 +115,7 @@ def scores(
         batch: from :func:`draw`.
         through_network: whether a gradient is wanted to more than the weights.
         checkpoint: whether the network's activations are computed again for it.
+        autocast: type that the network computes in; None: its own. What is made of its answers is float32 either way.
     """
     model, config, plan = scorer.model, scorer.config, scorer.plan
     device, schedule = plan.program.device, model.schedule
@@ -121,13 +123,15 @@ def scores(
     states = examples.states(used.tolist())
     free_latents = torch.nonzero(batch.free).flatten()
     if len(free_latents):
+        assert examples.unconditional is not None
         states = states.followed_by(examples.unconditional)
         text_index = torch.cat([text_index, torch.full_like(free_latents, len(used))])
     rows = torch.cat([batch.latent_of, free_latents])
     clean = examples.latents[batch.image_of].to(device)
     noise = batch.noise.to(device, torch.promote_types(clean.dtype, torch.float32))
     noised = schedule.add_noise(clean.to(noise.dtype), noise, batch.times).to(plan.program.dtype)
-    with torch.set_grad_enabled(through_network):
+    mixed = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    with torch.set_grad_enabled(through_network), mixed:
         bare = int(len(free_latents) > 0)
         out = plan.run(
             noised,

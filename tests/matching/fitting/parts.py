@@ -1,5 +1,6 @@
 """Small groups, and the parts of a fit put together by hand."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import dsd_fast as dsd
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
-from dsd_fast.matching.fitting.learned import Adaptation, Learned
+from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.loop import Training
 from tests.tiny import tiny_pipeline
 
@@ -47,7 +48,7 @@ def matcher(pipe, adapter=None, **settings):
 def learned(pipe, methods=("lora",), fit=None, adapter=None, seed=0, **settings):
     """Parameters that hide nothing: of a fresh LoRA one factor is zero, and the gradient of the other with it."""
     own = matcher(pipe, adapter, **settings)
-    made = Learned(Adaptation(own.model), own.config, adapter, methods, fit or FitConfig())
+    made = Learned(own._scorer, None, methods, fit or FitConfig())
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in made.parameters.items():
         if name.startswith("lora"):
@@ -57,9 +58,16 @@ def learned(pipe, methods=("lora",), fit=None, adapter=None, seed=0, **settings)
     return made
 
 
-def training(made, fit, examples=None, look=None, folder=None, report=lambda *_: None):
+def training(made, fit, examples=None, validation=None, folder=None, report=lambda *_: None):
     prepared = Examples(made.scorer, groups() if examples is None else examples)
-    return Training(made, prepared, fit, look, {}, folder, report)
+    return Training(made, prepared, fit, validation, {}, folder, report)
+
+
+def using(own, scorer):
+    """A matcher that scores with that scorer."""
+    other = copy.copy(own)
+    other._scorer = scorer
+    return other
 
 
 def gradients(made):

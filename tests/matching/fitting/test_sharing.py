@@ -10,11 +10,11 @@ import torch
 import dsd_fast as dsd
 from dsd_fast.diffusion import noise
 from dsd_fast.matching.fitting.config import FitConfig
-from tests.matching.fitting.parts import TEXTS, TIMES, groups, learned, matcher, pictures, pipeline
+from tests.matching.fitting.parts import TEXTS, TIMES, groups, learned, matcher, pictures, pipeline, using
 from tests.tiny import load_tiny_lora
 
 ALL = ("lora", "prompt", "heads")
-FIT = FitConfig(steps=2, batch_size=2, learning_rate=3e-2, warmup=0)
+FIT = FitConfig(steps=1, batch_size=2, learning_rate=3e-2, warmup=0)
 
 
 def networks(model):
@@ -63,7 +63,7 @@ def test_the_shared_model_is_untouched(tmp_path):
         assert_same(before, snapshot(other.model))
 
     own.fit(groups(), ALL, config=FIT, callback=callback, progress=False)
-    assert seen == [True] * 3
+    assert seen == [True] * 2
     assert_same(before, snapshot(other.model))
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(other.score(images, TEXTS), want)
@@ -125,22 +125,23 @@ def test_a_second_fit_goes_on_from_the_first():
     own = matcher(pipeline())
     images = pictures(1)
     own.fit(groups(), ("lora", "heads"), config=FIT, progress=False)
-    first, before = own._adaptation, own.score(images, TEXTS)
+    first, before = own._scorer, own.score(images, TEXTS)
     weights = {name: p.clone() for name, p in first.model.unet.state_dict().items() if ".fitted." in name}
     kept = own.layers
     own.fit(groups(), "prompt", config=FIT, progress=False)
     # What the second does not train stays.
-    assert own._adaptation.model is first.model
+    now = {name: p for name, p in own._scorer.model.unet.state_dict().items() if ".fitted." in name}
+    assert all(torch.equal(now[name], value) for name, value in weights.items())
     assert all(torch.equal(own.layers[name], value) for name, value in kept.items())
     own.fit(groups(), "lora", config=FIT, progress=False)
-    now = {name: p for name, p in own._adaptation.model.unet.state_dict().items() if ".fitted." in name}
+    now = {name: p for name, p in own._scorer.model.unet.state_dict().items() if ".fitted." in name}
     assert now.keys() == weights.keys()
     assert not any(torch.equal(now[name], value) for name, value in weights.items() if "lora_B" in name and value.any())
     # The first matcher's LoRA has memory of its own.
     assert all(torch.equal(first.model.unet.state_dict()[name], value) for name, value in weights.items())
     assert not torch.equal(own.score(images, TEXTS), before)
-    for name, value in (("rank", 2), ("prompt_tokens", 2)):
-        method = "lora" if name == "rank" else "prompt"
+    for name, value in (("rank", 2), ("attention", "all"), ("prompt_tokens", 2)):
+        method = "prompt" if name == "prompt_tokens" else "lora"
         with pytest.raises(ValueError, match=rf"{name}: the matcher"):
             own.fit(groups(), method, config=FitConfig(steps=1, **{name: value}), progress=False)
 
@@ -181,7 +182,7 @@ def test_heads_alone_run_the_network_without_gradients():
     assert modes
     assert not any(modes)
     assert all(p.grad is None for p in pipe.unet.parameters())
-    assert own._adaptation.model.unet is pipe.unet
+    assert own.model.unet is pipe.unet
     assert own.layers.keys() == before.keys()
     assert all(not torch.equal(own.layers[name], value) for name, value in before.items())
     assert own.config.layers == {name: tuple(value.tolist()) for name, value in own.layers.items()}
@@ -198,9 +199,9 @@ def test_prompt_alone_gives_the_models_parameters_no_gradient():
     own = matcher(pipe)
     own.fit(groups(), "prompt", config=FIT, progress=False)
     assert all(p.grad is None for network in networks(own.model) for p in network.parameters())
-    assert own._adaptation.model.unet is pipe.unet
-    assert own._adaptation.prompt.shape == (FIT.prompt_tokens, 24)
-    assert not own._adaptation.prompt.requires_grad
+    assert own.model.unet is pipe.unet
+    assert own._scorer.prompt.shape == (FIT.prompt_tokens, 24)
+    assert not own._scorer.prompt.requires_grad
 
 
 @pytest.mark.parametrize("tokens", ["all", "real"])
@@ -209,7 +210,7 @@ def test_learned_vectors_follow_the_tokens_and_the_unconditional_row_has_none(to
     own = matcher(pipeline(), tokens=tokens)
     with torch.no_grad():
         made.parameters["prompt"].add_(torch.randn(FIT.prompt_tokens, 24, generator=torch.Generator().manual_seed(0)))
-    own = own.using(made.settle())
+    own = using(own, made.current())
     image, text = pictures(1)[0], TEXTS[0]
     got = float(own.score([image], [text]))
 
