@@ -17,8 +17,13 @@ Panel = dict[str, Any]
 
 _DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 _WIDTH, _HEIGHT = 7.2, 4.2
+# With the legend beside the axes.
+_GROWTH_WIDTH = 9.0
 # Line styles of levels.
 _LEVELS = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 2)))
+_MARKERS = "osD^vP*X"
+# Neighbouring lines are this far apart, in doublings, so that their intervals do not cover each other.
+_APART = 0.06
 
 
 def plot_data(suite: Suite, group: Group, records: Sequence[Record]) -> dict[str, Any] | None:
@@ -49,12 +54,14 @@ def svg(data: dict[str, Any]) -> bytes:
     panels = data["panels"]
     # Ids in the file come from the salt, and would be random without it.
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "svg.hashsalt": "dsd-fast", "font.size": 9}):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT * len(panels)), layout="constrained")
+        width = _GROWTH_WIDTH if data["plot"] == "growth" else _WIDTH
+        figure = Figure(figsize=(width, _HEIGHT * len(panels)), layout="constrained")
         FigureCanvasSVG(figure)
         draw = _DRAW[data["plot"]]
         for panel, axes in zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
             draw(axes, panel)
-            axes.set_title(f"{data['title']}\n{panel['machine']}", fontsize=9)
+            # From the left: a long title would leave the figure on both sides.
+            axes.set_title(f"{data['title']}\n{panel['machine']}", fontsize=9, loc="left")
         out = io.BytesIO()
         description = json.dumps(data, sort_keys=True)
         metadata = {"Description": description, "Date": None, "Creator": None}
@@ -177,20 +184,26 @@ def _draw_quality(axes: Any, panel: Panel) -> None:
 
 
 def _draw_growth(axes: Any, panel: Panel) -> None:
-    for name, points in panel["lines"].items():
+    drawn = []
+    middle = (len(panel["lines"]) - 1) / 2
+    for place, (name, points) in enumerate(panel["lines"].items()):
         x, value, low, high = zip(*points, strict=True)
-        axes.errorbar(x, value, yerr=_bars(value, low, high), marker="o", markersize=3, capsize=2, label=name)
+        beside = [size * 2 ** (_APART * (place - middle)) for size in x]
+        marker = _MARKERS[place % len(_MARKERS)]
+        bars = _bars(value, low, high)
+        drawn.append(axes.errorbar(beside, value, yerr=bars, marker=marker, markersize=4, capsize=2, label=name))
     for (name, (value, low, high)), style in zip(panel["levels"].items(), itertools.cycle(_LEVELS)):
-        axes.axhline(value, linestyle=style, color="black", linewidth=1, label=name)
-        axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+        drawn.append(axes.axhline(value, linestyle=style, color="black", linewidth=1, label=name))
+        axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
     if panel["chance"] is not None:
-        axes.axhline(panel["chance"], linestyle=":", color="grey", label="chance")
+        drawn.append(axes.axhline(panel["chance"], linestyle=":", color="grey", label="chance"))
     axes.set_xscale("log", base=2)
     ticks = sorted({point[0] for points in panel["lines"].values() for point in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set(xlabel=panel["x"], ylabel=panel["y"])
     axes.grid(True, alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    # In the order of drawing, the lines first; matplotlib would put the levels before them.
+    axes.legend(handles=drawn, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _plain(axis: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from dsd_fast.bench import Context, Quality
-from dsd_fast.bench.suites import fit, fit_quality
+from dsd_fast.bench.suites import fit, fit_ablation, fit_batches, fit_heads, fit_quality
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import evaluate
@@ -89,6 +89,61 @@ def mini_layers(context):
     return PairScorer(mini(context), MatchConfig()).program.score_ids
 
 
+NEGATIVES = {"one-negative": ("colour",)}
+METHODS = {"heads": "heads", "heads-real-tokens": "heads"}
+FITS = {
+    "own-draws": {"shared_noise": False},
+    "margin": {"loss": "margin"},
+    "weight-decay": {"weight_decay": 0.01},
+    "self-attention": {"attention": "all"},
+}
+SCORES = {
+    "real-tokens": {"tokens": "real"},
+    "max-pool": {"pool": "max"},
+    "all-layers": {"layers": None},
+    "heads": {"layers": None},
+    "heads-real-tokens": {"layers": None, "tokens": "real"},
+}
+
+
+def test_a_change_is_what_its_name_says(context):
+    names = ["base", "own-draws", "margin", "weight-decay", "one-negative", "real-tokens", "max-pool", "all-layers"]
+    assert [each.name for each in fit_ablation.CHANGES] == [*names, "self-attention", "heads", "heads-real-tokens"]
+    for change in fit_ablation.CHANGES:
+        score = SCORES.get(change.name, {})
+        score = score | ({"layers": list(mini_layers(context))} if "layers" in score else {})
+        expected = MatchConfig(timesteps=[500], **score), FitConfig(200, 6, **FITS.get(change.name, {}))
+        assert fit_ablation.settings(change, context) == expected
+        assert change.method == METHODS.get(change.name, "lora")
+        assert change.kinds == NEGATIVES.get(change.name, TRAINED)
+        # The table takes a line's name from a colon on.
+        assert ": " not in change.says
+
+
+# The heads' change is all that their scores have over the settings that the test above compares; one negative changes
+# what is shown.
+@pytest.mark.parametrize("name", ["one-negative", "heads-real-tokens"])
+def test_a_change_is_fitted_and_evaluated(context, name):
+    change = next(each for each in fit_ablation.CHANGES if each.name == name)
+    score = {"layers": mini_layers(context), "tokens": "real"} if name == "heads-real-tokens" else {}
+    matcher = Matcher(mini(context), MatchConfig(timesteps=[500], **score))
+    zero = accuracies(matcher, SCENES)
+    shown = groups(800_000_000, 4, NEGATIVES.get(name, TRAINED))
+    matcher.fit(shown, METHODS.get(name, "lora"), config=QUICK, progress=False)
+    wanted = accuracies(matcher, SCENES)
+    figures = fit_ablation.ablation(change, context, n=SCENES, count=4, fit=QUICK)
+    assert [figure.name for figure in figures] == [
+        f"{change.says}; new scenes, 4 examples",
+        f"{change.says}; held-out pairs, 4 examples",
+    ]
+    for figure, key in zip(figures, ("new-scenes", "held-out-pairs"), strict=True):
+        assert figure.value == pytest.approx(wanted[key, "both"])
+        assert (figure.n, figure.chance, figure.sizes) == (SCENES, 1 / 4, {"examples": 4, "fits": 1})
+        assert figure.group == "ablation"
+    # Otherwise unadapted scores would pass too.
+    assert any(wanted[key, "both"] != pytest.approx(zero[key, "both"]) for key in ("new-scenes", "held-out-pairs"))
+
+
 def test_scores_are_the_matchers_up_to_a_constant_of_the_image(context):
     scenes = fit_quality.evaluation_scenes(context, 3, False)
     assert tuple(scenes.kinds) == ("colour", "shape", "swap", "relation")
@@ -99,6 +154,30 @@ def test_scores_are_the_matchers_up_to_a_constant_of_the_image(context):
     # subtracted here; the attention terms, near 5, add a tenth.
     np.testing.assert_allclose(found - found[:, :1], wanted - wanted[:, :1], rtol=0, atol=1.4e-4)
     assert wanted.std(1).min() > 0.02
+
+
+def test_heads_by_themselves(context, monkeypatch):
+    monkeypatch.setattr(fit_heads, "_SCENES_AT_ONCE", 2)
+    figures = {figure.name: figure for figure in fit_heads.single_heads(context, n=3)}
+    kinds = ("colour", "shape", "swap", "relation")
+    every = groups(EVAL_SEED, 3, kinds)
+
+    def shares(layers):
+        """Of comparisons with each layer's weights, from the public call."""
+        config = MatchConfig(timesteps=[500], layers=layers, noise_weight=0, attention_weight=1)
+        matcher = Matcher(mini(context), config)
+        scores = np.stack([matcher.score(group.images, group.texts)[0] for group in every])
+        return (scores[:, :1] > scores[:, 1:]).mean()
+
+    assert figures.pop("mean of all heads").value == pytest.approx(shares(mini_layers(context)))
+    assert len(figures) == 2 * len(mini_layers(context))
+    for name in (mini_layers(context)[0], mini_layers(context)[-1]):
+        own = [shares({name: np.eye(4)[head].tolist()}) for head in range(4)]
+        for which, wanted in (("highest", max(own)), ("lowest", min(own))):
+            (figure,) = [each for each in figures.values() if each.name.startswith(f"{name}, {which} of its 4 heads, ")]
+            assert figure.value == pytest.approx(wanted)
+            assert own[int(figure.name.rpartition(", ")[2])] == wanted
+            assert (figure.n, figure.chance) == (3, 0.5)
 
 
 def test_zero_shot_figures(context, monkeypatch):
@@ -142,7 +221,7 @@ def test_the_interval_draws_fits():
 
 def test_batch_means_are_those_of_evaluate(context):
     n = 8
-    figures = {figure.name: figure for figure in fit_quality.batch_means(context, n=n)}
+    figures = {figure.name: figure for figure in fit_batches.batch_means(context, n=n)}
     matcher = Matcher(mini(context), MatchConfig(timesteps=[500], official=True))
     drawn = [scene(EVAL_SEED + place, objects=2) for place in range(2 * n)]
     questions = {
@@ -163,9 +242,9 @@ def test_batch_means_are_those_of_evaluate(context):
 
 def test_ties_are_right_under_the_official_conventions_alone(context, monkeypatch):
     (drawn,) = groups(EVAL_SEED, 1, ("colour",))
-    monkeypatch.setattr(fit_quality, "_two_images", lambda n: [Group(drawn.images * 2, drawn.texts[:1])])
-    monkeypatch.setattr(fit_quality, "_two_captions", lambda n: [Group(drawn.images, drawn.texts[:1] * 2)])
-    for figure in fit_quality.batch_means(context, n=1):
+    monkeypatch.setattr(fit_batches, "_two_images", lambda n: [Group(drawn.images * 2, drawn.texts[:1])])
+    monkeypatch.setattr(fit_batches, "_two_captions", lambda n: [Group(drawn.images, drawn.texts[:1] * 2)])
+    for figure in fit_batches.batch_means(context, n=1):
         assert figure.value == (0 if figure.name.endswith("by itself") else 1)
 
 
@@ -184,7 +263,10 @@ def test_the_suite_has_what_it_promises():
     trials = ["heads/both", "lora/both", "lora+heads/both", "prompt/both"]
     trials += ["heads/attention", "lora/attention", "lora/noise"]
     adapted = [f"{trial}/{count}" for trial in trials for count in (16, 64, 256, 1024)]
-    assert names == ["zero-shot", *adapted, "batch-mean"]
+    ablation = [f"ablation/{change.name}" for change in fit_ablation.CHANGES]
+    assert names == ["zero-shot", *adapted, *ablation, "single-heads", "batch-mean"]
+    # A run of all that is short does not wait for them.
+    assert all(case.long for case in fit.suite.cases if isinstance(case, Quality))
     assert fit_quality.N >= 1000
-    assert fit_quality.BATCH_GROUPS >= 1000
+    assert fit_batches.BATCH_GROUPS >= 1000
     assert fit_quality.FITS >= 3

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from dsd_fast.bench.case import Case, Group, Quality, Suite
+from dsd_fast.bench.suites import fit_ablation as ablation
+from dsd_fast.bench.suites import fit_batches as batches
+from dsd_fast.bench.suites import fit_heads as heads
 from dsd_fast.bench.suites import fit_quality as quality
 from dsd_fast.bench.suites import fit_steps as steps
 
@@ -23,7 +26,8 @@ TRIALS = (
 
 def _groups() -> Iterator[Group]:
     for each in quality.SETS:
-        rivals = f"the caption against its {' and '.join(each.kinds)} negative{'s' if len(each.kinds) > 1 else ''}"
+        kinds = " and ".join(filter(None, (", ".join(each.kinds[:-1]), each.kinds[-1])))
+        rivals = f"the caption against its {kinds} negative{'s' if len(each.kinds) > 1 else ''}"
         title = f"Right answers on {each.name}, {rivals}"
         yield Group(quality.slug(each), title, plot="growth", x="examples", wide=True)
         yield Group(f"{quality.slug(each)}-parts", f"{title}, by one part of the score", x="examples", wide=True)
@@ -34,6 +38,12 @@ def _adapted() -> Iterator[Quality]:
         for count in quality.EXAMPLES:
             measure = partial(quality.adapted, method, objective, count)
             yield Quality(f"{method}/{objective}/{count}", quality.slug(quality.SETS[0]), measure, long=True)
+
+
+def _ablation() -> Iterator[Quality]:
+    for change in ablation.CHANGES:
+        measure = partial(ablation.ablation, change)
+        yield Quality(f"{ablation.GROUP}/{change.name}", ablation.GROUP, measure, long=True)
 
 
 def _steps() -> Iterator[Case]:
@@ -47,6 +57,16 @@ suite = Suite(
     groups=[
         *_groups(),
         Group(
+            ablation.GROUP,
+            f"Right answers after one fit to {ablation.COUNT} examples, each line with one thing changed",
+            x="examples",
+            wide=True,
+        ),
+        Group(
+            heads.GROUP,
+            "How often a head's attention term by itself puts the caption above a negative of new scenes, zero-shot",
+        ),
+        Group(
             "step",
             "A step of adaptation to an image and five texts, a LoRA on all attention layers or on cross-attention",
         ),
@@ -56,6 +76,8 @@ suite = Suite(
         *_steps(),
         Quality("zero-shot", quality.slug(quality.SETS[0]), quality.zero_shot, long=True),
         *_adapted(),
-        Quality("batch-mean", "batch-mean", quality.batch_means, long=True),
+        *_ablation(),
+        Quality("single-heads", heads.GROUP, heads.single_heads, long=True),
+        Quality("batch-mean", "batch-mean", batches.batch_means, long=True),
     ],
 )

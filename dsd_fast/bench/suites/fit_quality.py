@@ -15,10 +15,7 @@ from dsd_fast.bench.case import Context, Figure
 from dsd_fast.bench.suites.shared import middles, mini
 from dsd_fast.images import decode
 from dsd_fast.matching import Group, MatchConfig, Matcher
-from dsd_fast.matching.evaluation import Evaluation
 from dsd_fast.matching.fitting.config import FitConfig
-from dsd_fast.matching.group_results import judge
-from dsd_fast.matching.group_scores import score_groups
 from dsd_fast.matching.pairs import Captions, PairScorer
 from dsd_fast.models import PromptStates
 from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, Scene, scene
@@ -49,10 +46,6 @@ METHODS = {
 
 TRAINED_KINDS = ("colour", "shape", "relation")
 """Negatives of the examples. The swap of the two objects' colours is in none of them."""
-
-BATCHES = (1, 16)
-"""Groups whose attention terms the official evaluation averages."""
-BATCH_GROUPS = 1024
 
 _SCENES_AT_ONCE = 20
 
@@ -109,10 +102,10 @@ def example(drawn: Scene, kinds: Sequence[str] = TRAINED_KINDS) -> Group:
     return Group((drawn.image,), (drawn.caption, *(negatives[kind] for kind in kinds)))
 
 
-def examples(count: int, fit: int) -> list[Group]:
+def examples(count: int, fit: int, kinds: Sequence[str] = TRAINED_KINDS) -> list[Group]:
     """The first examples of a fit, by its number; those of two fits have none in common."""
     first = EXAMPLE_SEED + _EXAMPLES_APART * fit
-    return [example(scene(first + place, objects=2)) for place in range(count)]
+    return [example(scene(first + place, objects=2), kinds) for place in range(count)]
 
 
 def evaluation_scenes(context: Context, n: int, held_out: bool) -> Scenes:
@@ -202,35 +195,54 @@ def adapted(
     config = OBJECTIVES[objective]
     if "heads" in method:
         config = replace(config, layers=all_layers(context))
-    found: dict[tuple[EvaluationSet, str], list[NDArray[np.bool_]]] = {}
-    for number in range(fits):
-        matcher = Matcher(mini(context), config)
-        matcher.fit(examples(count, number), method.split("+"), config=replace(fit, seed=number), progress=False)
-        for each, parts in answers(matcher._scorer, context, n):
-            for part, right in parts.items():
-                found.setdefault((each, part), []).append(right)
     figures = []
-    for (each, part), answered in found.items():
+    for (each, part), right in right_after(method, config, count, context, n=n, fit=fit, fits=fits).items():
         line = f"{METHODS[method]} for {objective}" + (f", {part} alone" if part != objective else "")
-        right = np.stack(answered)
-        low, high = pigeonhole(right)
-        figures.append(
-            Figure(
-                f"{each.name}: {line}, {count} examples",
-                right.mean(),
-                low,
-                high,
-                n,
-                chance=_chance(each),
-                sizes={"examples": count, "fits": fits},
-                group=slug(each) if part == objective else f"{slug(each)}-parts",
-            )
-        )
+        group = slug(each) if part == objective else f"{slug(each)}-parts"
+        figures.append(mean_over_fits(f"{each.name}: {line}, {count} examples", each, right, count, group))
     return figures
 
 
-def pigeonhole(right: NDArray[np.bool_], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of (fits, n): fits and scenes are both drawn with replacement.
+def right_after(
+    method: str,
+    config: MatchConfig,
+    count: int,
+    context: Context,
+    *,
+    n: int,
+    fit: FitConfig,
+    fits: int,
+    kinds: Sequence[str] = TRAINED_KINDS,
+) -> dict[tuple[EvaluationSet, str], NDArray[np.bool_]]:
+    """What is right after fits to examples: (fits, n) by evaluation set and part of the score.
+
+    Args:
+        method: a key of :data:`METHODS`.
+        config: the score that is trained, and then evaluated.
+        count, context, n, fit, fits: as :func:`adapted` takes them.
+        kinds: negatives of the examples.
+    """
+    found: dict[tuple[EvaluationSet, str], list[NDArray[np.bool_]]] = {}
+    for number in range(fits):
+        matcher = Matcher(mini(context), config)
+        shown = examples(count, number, kinds)
+        matcher.fit(shown, method.split("+"), config=replace(fit, seed=number), progress=False)
+        for each, parts in answers(matcher._scorer, context, n):
+            for part, right in parts.items():
+                found.setdefault((each, part), []).append(right)
+    return {key: np.stack(answered) for key, answered in found.items()}
+
+
+def mean_over_fits(name: str, each: EvaluationSet, right: NDArray[np.bool_], count: int, group: str) -> Figure:
+    """The share right of a set by the name of its figure and group, from (fits, n) after `count` examples."""
+    fits, n = right.shape
+    low, high = pigeonhole(right)
+    sizes = {"examples": count, "fits": fits}
+    return Figure(name, right.mean(), low, high, n, chance=_chance(each), sizes=sizes, group=group)
+
+
+def pigeonhole(right: NDArray[Any], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of (fits, n) numbers: fits and scenes are both drawn with replacement.
 
     The pigeonhole bootstrap (Owen 2007), for observations that share a fit or a scene.
     """
@@ -244,33 +256,6 @@ def pigeonhole(right: NDArray[np.bool_], resamples: int = 1000, seed: int = 0) -
     return min(float(low), float(right.mean())), max(float(high), float(right.mean()))
 
 
-def batch_means(context: Context, *, n: int = BATCH_GROUPS) -> list[Figure]:
-    """Zero-shot accuracy of the official score for each question by itself, and under the official conventions."""
-    matcher = Matcher(mini(context), replace(CONFIG, official=True))
-    figures = []
-    for question, groups in (("two images", _two_images(n)), ("two captions", _two_captions(n))):
-        scores = list(score_groups(matcher, groups))
-        for batch, how in ((None, "each by itself"), *((size, f"batches of {size}") for size in BATCHES)):
-            ties = "wrong" if batch is None else "right"
-            results = judge(groups, scores, batch_mean=batch, ties=ties, parts=("attention",))
-            whole = Evaluation.of(results)
-            for part, found in (("attention and noise", whole), ("attention alone", whole.parts["attention"])):
-                figure = found.figures["accuracy"]
-                low, high = figure.bootstrap
-                figures.append(
-                    Figure(
-                        f"{question}, {part}, {how}",
-                        figure.value,
-                        min(low, figure.value),
-                        max(high, figure.value),
-                        figure.n,
-                        chance=figure.chance,
-                        sizes={} if batch is None else {"batch": batch},
-                    )
-                )
-    return figures
-
-
 def all_layers(context: Context) -> list[str]:
     """The ids of all cross-attentions."""
     return list(PairScorer(mini(context), CONFIG).program.score_ids)
@@ -279,22 +264,6 @@ def all_layers(context: Context) -> list[str]:
 def slug(each: EvaluationSet) -> str:
     """A set's name as that of a group of the suite."""
     return each.name.replace(" ", "-")
-
-
-def _two_images(n: int) -> list[Group]:
-    """A caption with its picture and another, as ComVG asks."""
-    scenes = [_evaluation_scene(i) for i in range(2 * n)]
-    pairs = zip(scenes[:n], scenes[n:], strict=True)
-    return [Group((right.image, other.image), (right.caption,)) for right, other in pairs]
-
-
-def _two_captions(n: int) -> list[Group]:
-    """A picture with its caption and the negative of another colour."""
-    return [example(_evaluation_scene(i), ("colour",)) for i in range(n)]
-
-
-def _evaluation_scene(place: int) -> Scene:
-    return scene(EVAL_SEED + place, objects=2)
 
 
 def _chance(each: EvaluationSet) -> float:
