@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsd_fast.cli import options
+from dsd_fast.cli import data_options, options
+from dsd_fast.cli.data_options import DATA_PANEL
 from dsd_fast.cli.options import MODEL_PANEL, SCORE_PANEL
 from dsd_fast.cli.terminal import (
     EXIT_ERRORS,
@@ -20,9 +22,8 @@ from dsd_fast.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from dsd_fast.matching import Group, Matcher
+    from dsd_fast.matching import Matcher
 
-DATA_PANEL = "Data"
 CONVENTION_PANEL = "Conventions"
 
 # Categories, and errors, that the terminal shows; the files have all.
@@ -38,38 +39,20 @@ _LABELS = {
 
 
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="A data file, or the folder of RefCOCOg.", show_default=False)],
+    context: typer.Context,
+    data: data_options.Data,
     out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)],
-    format: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=DATA_PANEL,
-            metavar="NAME",
-            help="comvg, vqa, vqa-binary, refcocog, winoground, jsonl, csv or parquet; told by the file if none.",
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=DATA_PANEL, metavar="DIR", help="Folder of the images; the data file's if none."),
-    ] = None,
-    image_name: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=DATA_PANEL, metavar="TEMPLATE", help="Image file names from ids; the format's own if none."
-        ),
-    ] = None,
-    negatives_seed: Annotated[
-        int, typer.Option(rich_help_panel=DATA_PANEL, help="Of the negatives, where the format draws them.")
-    ] = 0,
+    format: data_options.Format = None,
+    images: data_options.Images = None,
+    image_name: data_options.ImageName = None,
+    negatives_seed: data_options.NegativesSeed = 0,
     official_split: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=DATA_PANEL, metavar="train|evaluation", help="The official few-shot part, or the rest."
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(rich_help_panel=DATA_PANEL, min=1, help="The first groups alone.")
-    ] = None,
+    limit: data_options.Limit = None,
     batch_mean: Annotated[
         int | None,
         typer.Option(
@@ -94,79 +77,26 @@ def evaluate(
             rich_help_panel=MODEL_PANEL, metavar="DIR", help="A fitted matcher, which brings its own score settings."
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(rich_help_panel=MODEL_PANEL, help='"mini", a hub id, or a diffusers folder.')
-    ] = "mini",
+    model: options.ModelName = "mini",
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     revision: options.Revision = None,
     variant: options.Variant = None,
     local_files_only: options.Offline = False,
-    adapter: Annotated[
-        str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="A LoRA: a .safetensors file, folder or hub id.")
-    ] = None,
-    adapter_file: Annotated[
-        str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="Which file, where --adapter has several.")
-    ] = None,
-    timesteps: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL,
-            metavar="N|T,T,…",
-            help="How many, on the official grid; or which, separated by commas. 10 if none.",
-        ),
-    ] = None,
-    draws: Annotated[
-        int | None, typer.Option(rich_help_panel=SCORE_PANEL, help="Noise draws per timestep; 1 if none.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise; 0 if none.")] = None,
-    attention_weight: Annotated[
-        float | None, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the cross-attention term; 0.5 if none.")
-    ] = None,
-    noise_weight: Annotated[
-        float | None, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise-prediction term; 1 if none.")
-    ] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, help="A score id to read; repeat for more. The official ones if not given."
-        ),
-    ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=SCORE_PANEL, metavar="all|real", help="Text tokens that are scored; all if none."),
-    ] = None,
-    pool: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL,
-            metavar="mean|max|τ",
-            help="Pooling over positions; τ is a temperature. mean if none.",
-        ),
-    ] = None,
-    official: Annotated[
-        bool,
-        typer.Option("--official", rich_help_panel=SCORE_PANEL, help="The official code's score to the last digit."),
-    ] = False,
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, metavar="H[xW]", help="Pixels to resize to; the model's own if none."
-        ),
-    ] = None,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, help="For activations and text keys, e.g. 512MB or 2GiB; the device's if none."
-        ),
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            metavar="inductor|cudagraph",
-            help="Compile the network, which takes minutes at first; for many images.",
-        ),
-    ] = None,
+    adapter: options.Adapter = None,
+    adapter_file: options.AdapterFile = None,
+    timesteps: options.Timesteps = "10",
+    draws: options.Draws = 1,
+    seed: options.NoiseSeed = 0,
+    attention_weight: options.AttentionWeight = 0.5,
+    noise_weight: options.NoiseWeight = 1.0,
+    layer: options.Layer = None,
+    tokens: options.Tokens = "all",
+    pool: options.Pool = "mean",
+    official: options.Official = False,
+    image_size: options.ImageSize = None,
+    runtime: options.Runtime = None,
+    memory_budget: options.MemoryBudget = None,
     resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap intervals.")] = 1000,
 ) -> None:
     """Count how often the right candidate of each group of a data set scores highest.
@@ -180,40 +110,43 @@ def evaluate(
     nothing could be done, 130 after Ctrl-C, which keeps what has been scored.
     """
     with one_sentence():
-        given: dict[str, Any] = {
-            "timesteps": None if timesteps is None else options.parse_timesteps(timesteps),
-            "layers": tuple(layer) if layer else None,
-            "attention_weight": attention_weight,
-            "noise_weight": noise_weight,
-            "draws": draws,
-            "seed": seed,
-            "tokens": tokens,
-            "pool": None if pool is None else options.parse_pool(pool),
-            "official": official or None,
-            "image_size": None if image_size is None else options.parse_image_size(image_size),
-            "memory_budget": None if memory_budget is None else options.parse_bytes(memory_budget),
-        }
-        given = {name: value for name, value in given.items() if value is not None}
         if matcher is not None:
-            _refuse_settings(given, adapter)
+            _refuse_settings(context)
+        scoring = options.match_settings(
+            timesteps=timesteps,
+            draws=draws,
+            seed=seed,
+            attention_weight=attention_weight,
+            noise_weight=noise_weight,
+            layer=layer,
+            tokens=tokens,
+            pool=pool,
+            official=official,
+            image_size=image_size,
+            memory_budget=memory_budget,
+        )
         from dsd_fast.cli.evaluate_run import run
         from dsd_fast.matching import MatchConfig, Matcher
 
-        config = MatchConfig(**given)
-        groups = read_data(data, format, images, image_name, negatives_seed, official_split, limit)
+        config = MatchConfig(**scoring)
+        groups = data_options.read_data(data, format, images, image_name, negatives_seed, official_split, limit)
+        load_model = partial(
+            options.load_model,
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            local_files_only=local_files_only,
+            adapter=adapter,
+            adapter_file=adapter_file,
+        )
 
         def load() -> Matcher:
-            bundle = options.load_model(
-                model,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                variant=variant,
-                local_files_only=local_files_only,
-            )
-            if adapter is not None:
-                bundle.load_lora(adapter, "adapter", adapter_file)
-            made = Matcher(bundle, config) if matcher is None else Matcher.load(matcher, bundle)
+            if matcher is None:
+                made = Matcher(load_model(), config)
+            else:
+                made = Matcher.load(matcher, load_model(), memory_budget=config.memory_budget)
             return made if runtime is None else made.compile(runtime)
 
         settings = {
@@ -236,40 +169,17 @@ def evaluate(
     raise typer.Exit(EXIT_ERRORS if counts["errors"] or counts["not_finite"] else 0)
 
 
-def _refuse_settings(given: Mapping[str, Any], adapter: str | None) -> None:
-    names = {"layers": "layer"}
-    extra = [f"--{names.get(name, name).replace('_', '-')}" for name in given]
-    extra += ["--adapter"] if adapter is not None else []
-    if extra:
-        raise CommandError(f"--matcher brings its own settings, so leave out {', '.join(extra)}")
-
-
-def read_data(
-    data: Path,
-    format: str | None,
-    images: Path | None,
-    image_name: str | None,
-    negatives_seed: int,
-    split: str | None,
-    limit: int | None,
-) -> list[Group]:
-    """The groups that a command's options ask for.
-
-    Raises:
-        CommandError: a part of a data set that has no name.
-        ValueError: as :func:`dsd_fast.read_groups` and :func:`dsd_fast.matching.official_split`.
-    """
-    from dsd_fast.matching.datasets import official_split, read_groups
-
-    if split is not None and format is None:
-        raise CommandError("--official-split depends on the data set: give --format too")
-    # A part is one of all groups, whatever the limit.
-    first = limit if split is None else None
-    groups = read_groups(data, format, images=images, image_name=image_name, seed=negatives_seed, limit=first)
-    if split is not None:
-        assert format is not None
-        groups = official_split(groups, format, split)
-    return groups[:limit]
+def _refuse_settings(context: typer.Context) -> None:
+    """A fitted matcher has the settings that it was fitted with."""
+    own = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if getattr(parameter, "rich_help_panel", None) == SCORE_PANEL
+        and (source := context.get_parameter_source(parameter.name or ""))
+        and source.name == "COMMANDLINE"
+    ]
+    if own:
+        raise CommandError(f"--matcher brings its own settings, so leave out {', '.join(own)}")
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:

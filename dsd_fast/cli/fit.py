@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsd_fast.cli import options
-from dsd_fast.cli.evaluate import DATA_PANEL, read_data
-from dsd_fast.cli.options import MODEL_PANEL, SCORE_PANEL
+from dsd_fast.cli import data_options, options
+from dsd_fast.cli.data_options import DATA_PANEL
+from dsd_fast.cli.options import MEMORY_PANEL
 from dsd_fast.cli.terminal import EXIT_INTERRUPTED, CommandError, fail, one_sentence
 
 if TYPE_CHECKING:
     from dsd_fast.matching import Matcher
 
 FIT_PANEL = "Fit"
-MEMORY_PANEL = "Memory and time"
 
 
 def fit(
-    data: Annotated[Path, typer.Argument(help="A data file, or the folder of RefCOCOg.", show_default=False)],
+    data: data_options.Data,
     out: Annotated[Path, typer.Option(help="Folder of the matcher and its checkpoints.", show_default=False)],
-    format: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=DATA_PANEL,
-            metavar="NAME",
-            help="comvg, vqa, vqa-binary, refcocog, winoground, jsonl, csv or parquet; told by the file if none.",
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=DATA_PANEL, metavar="DIR", help="Folder of the images; the data file's if none."),
-    ] = None,
-    image_name: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=DATA_PANEL, metavar="TEMPLATE", help="Image file names from ids; the format's own if none."
-        ),
-    ] = None,
-    negatives_seed: Annotated[
-        int, typer.Option(rich_help_panel=DATA_PANEL, help="Of the negatives, where the format draws them.")
-    ] = 0,
+    format: data_options.Format = None,
+    images: data_options.Images = None,
+    image_name: data_options.ImageName = None,
+    negatives_seed: data_options.NegativesSeed = 0,
     official_split: Annotated[
         bool,
         typer.Option("--official-split", rich_help_panel=DATA_PANEL, help="The official few-shot part of the groups."),
     ] = False,
-    limit: Annotated[
-        int | None, typer.Option(rich_help_panel=DATA_PANEL, min=1, help="The first groups alone.")
-    ] = None,
+    limit: data_options.Limit = None,
     validation: Annotated[
         Path | None,
         typer.Option(rich_help_panel=DATA_PANEL, metavar="FILE", help="Held-out groups, in the same format."),
@@ -69,7 +50,9 @@ def fit(
     official_recipe: Annotated[
         bool,
         typer.Option(
-            "--official-recipe", rich_help_panel=FIT_PANEL, help="The official code's settings where none is given."
+            "--official-recipe",
+            rich_help_panel=FIT_PANEL,
+            help="The official code's settings where none is given; its loss only with --official, of its score.",
         ),
     ] = False,
     steps: Annotated[int | None, typer.Option(rich_help_panel=FIT_PANEL, help="Of the optimiser; 300 if none.")] = None,
@@ -99,6 +82,32 @@ def fit(
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(rich_help_panel=FIT_PANEL, help="Of all methods; each one's own if none.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=FIT_PANEL,
+            metavar="linear|constant",
+            help="Of the learning rate; linear if none, which falls to 0 over the second half, officially constant.",
+        ),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=FIT_PANEL, help="Steps until the full learning rate; 10 if none, officially 0."),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(rich_help_panel=FIT_PANEL, help="Of the LoRA; 1 if none, officially 0.01.")
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(rich_help_panel=FIT_PANEL, help="Largest norm of the gradient; 1 if none.")
+    ] = None,
+    timestep_range: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=FIT_PANEL,
+            metavar="A,B",
+            help="Train on timesteps from A up to, not including, B; on all if none.",
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(rich_help_panel=FIT_PANEL, help="Of the LoRA; 4 if none.")] = None,
     attention: Annotated[
@@ -137,62 +146,26 @@ def fit(
     save_every: Annotated[
         float, typer.Option(rich_help_panel=MEMORY_PANEL, help="Seconds between checkpoints.")
     ] = 60.0,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=MEMORY_PANEL, help="For scoring held-out groups, e.g. 512MB or 2GiB; the device's if none."
-        ),
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=MEMORY_PANEL,
-            metavar="inductor|cudagraph",
-            help="Compile the network, which takes minutes at first; for many steps.",
-        ),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(rich_help_panel=MODEL_PANEL, help='"mini", a hub id, or a diffusers folder.')
-    ] = "mini",
+    runtime: options.Runtime = None,
+    memory_budget: options.MemoryBudget = None,
+    model: options.ModelName = "mini",
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     revision: options.Revision = None,
     variant: options.Variant = None,
     local_files_only: options.Offline = False,
+    adapter: options.Adapter = None,
+    adapter_file: options.AdapterFile = None,
     timesteps: options.Timesteps = "10",
-    draws: Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Noise draws per timestep.")] = 1,
-    noise_seed: Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the score's noise.")] = 0,
-    attention_weight: Annotated[
-        float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the cross-attention term.")
-    ] = 0.5,
-    noise_weight: Annotated[
-        float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise-prediction term.")
-    ] = 1.0,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, help="A score id to read; repeat for more. The official ones if not given."
-        ),
-    ] = None,
-    tokens: Annotated[
-        str, typer.Option(rich_help_panel=SCORE_PANEL, metavar="all|real", help="Text tokens that are scored.")
-    ] = "all",
-    pool: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, metavar="mean|max|τ", help="Pooling over positions; τ is a temperature."
-        ),
-    ] = "mean",
-    official: Annotated[
-        bool,
-        typer.Option("--official", rich_help_panel=SCORE_PANEL, help="The official code's score to the last digit."),
-    ] = False,
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, metavar="H[xW]", help="Pixels to resize to; the model's own if none."
-        ),
-    ] = None,
+    draws: options.Draws = 1,
+    noise_seed: options.NoiseSeed = 0,
+    attention_weight: options.AttentionWeight = 0.5,
+    noise_weight: options.NoiseWeight = 1.0,
+    layer: options.Layer = None,
+    tokens: options.Tokens = "all",
+    pool: options.Pool = "mean",
+    official: options.Official = False,
+    image_size: options.ImageSize = None,
 ) -> None:
     """Adapt the score to the groups of a data set: a LoRA, learned prompt vectors, or weights of heads.
 
@@ -215,6 +188,11 @@ def fit(
             "margin": margin,
             "shared_noise": None if own_noise is None else not own_noise,
             "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "clip_norm": clip_norm,
+            "timestep_range": None if timestep_range is None else options.parse_range(timestep_range),
             "rank": rank,
             "attention": attention,
             "lora_dropout": lora_dropout,
@@ -226,19 +204,19 @@ def fit(
             "save_every": save_every,
             "seed": seed,
         }
-        settings: dict[str, Any] = {
-            "timesteps": options.parse_timesteps(timesteps),
-            "layers": tuple(layer) if layer else "official",
-            "attention_weight": attention_weight,
-            "noise_weight": noise_weight,
-            "draws": draws,
-            "seed": noise_seed,
-            "tokens": tokens,
-            "pool": options.parse_pool(pool),
-            "official": official,
-            "image_size": None if image_size is None else options.parse_image_size(image_size),
-            "memory_budget": None if memory_budget is None else options.parse_bytes(memory_budget),
-        }
+        settings = options.match_settings(
+            timesteps=timesteps,
+            draws=draws,
+            seed=noise_seed,
+            attention_weight=attention_weight,
+            noise_weight=noise_weight,
+            layer=layer,
+            tokens=tokens,
+            pool=pool,
+            official=official,
+            image_size=image_size,
+            memory_budget=memory_budget,
+        )
         if validation is not None and validation_split is not None:
             raise CommandError("give --validation or --validation-split, not both")
         from dsd_fast.cli.fit_run import fit_config, hold_out, run, show
@@ -251,23 +229,27 @@ def fit(
         if official_lora and "lora" not in methods:
             raise CommandError("--official-lora: there is no LoRA without --method lora")
         part = "train" if official_split else None
-        groups = read_data(data, format, images, image_name, negatives_seed, part, limit)
+        groups = data_options.read_data(data, format, images, image_name, negatives_seed, part, limit)
         held_out = None
         if validation is not None:
-            held_out = read_data(validation, format, images, image_name, negatives_seed, None, None)
+            held_out = data_options.read_data(validation, format, images, image_name, negatives_seed, None, None)
         elif validation_split is not None:
             groups, held_out = hold_out(groups, validation_split, seed)
 
+        load_model = partial(
+            options.load_model,
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            local_files_only=local_files_only,
+            adapter=adapter,
+            adapter_file=adapter_file,
+        )
+
         def load() -> Matcher:
-            bundle = options.load_model(
-                model,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                variant=variant,
-                local_files_only=local_files_only,
-            )
-            made = Matcher(bundle, config)
+            made = Matcher(load_model(), config)
             return made if runtime is None else made.compile(runtime)
 
         about = {
@@ -280,6 +262,7 @@ def fit(
             "limit": limit,
             "validation": None if validation is None else str(validation),
             "validation_split": validation_split,
+            "adapter": adapter,
             "runtime": runtime,
         }
         try:

@@ -68,7 +68,7 @@ def run(
             scoring, start = settings_of(matcher), time.perf_counter()
             history = _fit(matcher, groups, held_out, methods, config, out)
             if official_lora:
-                _save_official(matcher, out / OFFICIAL)
+                matcher.save_attn_procs(out / OFFICIAL)
             summary = {
                 "command": "fit",
                 "settings": {**scoring, **settings, "methods": list(methods), "fit": asdict(config)},
@@ -193,13 +193,6 @@ def _fit(
         return matcher.fit(
             groups, methods, validation=held_out, config=config, out=out, callback=report, progress=False
         )
-
-
-def _save_official(matcher: Matcher, folder: Path) -> None:
-    from dsd_fast.compat.attn_procs import save_attn_procs
-
-    assert matcher._lora is not None
-    save_attn_procs(matcher._scorer.model.unet, folder, name=matcher._lora)
 
 
 def _questions(groups: Sequence[Group]) -> int:

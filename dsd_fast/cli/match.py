@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dsd_fast.cli import options
 from dsd_fast.cli.captions import read_captions
-from dsd_fast.cli.options import MODEL_PANEL, SCORE_PANEL
 from dsd_fast.cli.terminal import (
     EXIT_ERRORS,
     EXIT_INTERRUPTED,
@@ -19,9 +19,6 @@ from dsd_fast.cli.terminal import (
     printable,
     storable,
 )
-
-if TYPE_CHECKING:
-    from dsd_fast.models import Model
 
 # Images, and errors, that the terminal shows; the files have all.
 _SHOWN = 20
@@ -42,64 +39,26 @@ def match(
         ),
     ] = 0,
     report: Annotated[bool, typer.Option("--report", help="Write report.html, a page to look at.")] = False,
-    model: Annotated[
-        str, typer.Option(rich_help_panel=MODEL_PANEL, help='"mini", a hub id, or a diffusers folder.')
-    ] = "mini",
+    model: options.ModelName = "mini",
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     revision: options.Revision = None,
     variant: options.Variant = None,
     local_files_only: options.Offline = False,
-    adapter: Annotated[
-        str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="A LoRA: a .safetensors file, folder or hub id.")
-    ] = None,
-    adapter_file: Annotated[
-        str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="Which file, where --adapter has several.")
-    ] = None,
+    adapter: options.Adapter = None,
+    adapter_file: options.AdapterFile = None,
     timesteps: options.Timesteps = "10",
-    draws: Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Noise draws per timestep.")] = 1,
-    seed: Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise.")] = 0,
-    attention_weight: Annotated[
-        float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the cross-attention term.")
-    ] = 0.5,
-    noise_weight: Annotated[
-        float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise-prediction term.")
-    ] = 1.0,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, help="A score id to read; repeat for more. The official ones if not given."
-        ),
-    ] = None,
-    tokens: Annotated[
-        str, typer.Option(rich_help_panel=SCORE_PANEL, metavar="all|real", help="Text tokens that are scored.")
-    ] = "all",
-    pool: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, metavar="mean|max|τ", help="Pooling over positions; τ is a temperature."
-        ),
-    ] = "mean",
-    official: Annotated[
-        bool,
-        typer.Option("--official", rich_help_panel=SCORE_PANEL, help="The official code's score to the last digit."),
-    ] = False,
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=SCORE_PANEL, metavar="H[xW]", help="Pixels to resize to; the model's own if none."
-        ),
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            metavar="inductor|cudagraph",
-            help="Compile the network, which takes minutes at first; for many images.",
-        ),
-    ] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="For activations and text keys, e.g. 512MB or 2GiB; the device's if none.")
-    ] = None,
+    draws: options.Draws = 1,
+    seed: options.NoiseSeed = 0,
+    attention_weight: options.AttentionWeight = 0.5,
+    noise_weight: options.NoiseWeight = 1.0,
+    layer: options.Layer = None,
+    tokens: options.Tokens = "all",
+    pool: options.Pool = "mean",
+    official: options.Official = False,
+    image_size: options.ImageSize = None,
+    runtime: options.Runtime = None,
+    memory_budget: options.MemoryBudget = None,
 ) -> None:
     """Score every image with every caption; higher is a better match.
 
@@ -115,37 +74,34 @@ def match(
         texts = _texts(captions, caption)
         if heatmaps > top_k:
             raise CommandError(f"--heatmaps: got {heatmaps}, expected at most --top-k, {top_k}")
-        settings: dict[str, Any] = {
-            "timesteps": options.parse_timesteps(timesteps),
-            "layers": tuple(layer) if layer else "official",
-            "attention_weight": attention_weight,
-            "noise_weight": noise_weight,
-            "draws": draws,
-            "seed": seed,
-            "tokens": tokens,
-            "pool": options.parse_pool(pool),
-            "official": official,
-            "image_size": None if image_size is None else options.parse_image_size(image_size),
-            "memory_budget": None if memory_budget is None else options.parse_bytes(memory_budget),
-        }
+        settings = options.match_settings(
+            timesteps=timesteps,
+            draws=draws,
+            seed=seed,
+            attention_weight=attention_weight,
+            noise_weight=noise_weight,
+            layer=layer,
+            tokens=tokens,
+            pool=pool,
+            official=official,
+            image_size=image_size,
+            memory_budget=memory_budget,
+        )
         from dsd_fast.cli.match_run import run
         from dsd_fast.matching import MatchConfig
 
         config = MatchConfig(**settings)
-
-        def load() -> Model:
-            bundle = options.load_model(
-                model,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                variant=variant,
-                local_files_only=local_files_only,
-            )
-            if adapter is not None:
-                bundle.load_lora(adapter, "adapter", adapter_file)
-            return bundle
-
+        load = partial(
+            options.load_model,
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            local_files_only=local_files_only,
+            adapter=adapter,
+            adapter_file=adapter_file,
+        )
         summary = run(load, config, images, texts, out, top_k, {"adapter": adapter}, heatmaps, report, runtime)
     _show(summary, out)
     if not summary["complete"]:

@@ -1,9 +1,10 @@
-"""Options that several commands share, and how their values are read."""
+"""Options of models and scores that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
 
 MODEL_PANEL = "Model"
 SCORE_PANEL = "Score"
+MEMORY_PANEL = "Memory and time"
 
+ModelName = Annotated[
+    str, typer.Option("--model", rich_help_panel=MODEL_PANEL, help='"mini", a hub id, or a diffusers folder.')
+]
 Device = Annotated[str, typer.Option(rich_help_panel=MODEL_PANEL, help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(rich_help_panel=MODEL_PANEL, help="float32, float16, bfloat16 or float64.")]
 Revision = Annotated[str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="Branch, tag or commit of a hub id.")]
@@ -25,6 +30,12 @@ Offline = Annotated[
         "--local-files-only", "--offline", rich_help_panel=MODEL_PANEL, help="Take hub ids from the cache alone."
     ),
 ]
+Adapter = Annotated[
+    str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="A LoRA: a .safetensors file, folder or hub id.")
+]
+AdapterFile = Annotated[
+    str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="Which file, where --adapter has several.")
+]
 
 Timesteps = Annotated[
     str,
@@ -32,6 +43,48 @@ Timesteps = Annotated[
         rich_help_panel=SCORE_PANEL,
         metavar="N|T,T,…",
         help="How many, on the official grid; or which, separated by commas.",
+    ),
+]
+Draws = Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Noise draws per timestep.")]
+NoiseSeed = Annotated[int, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the score's noise.")]
+AttentionWeight = Annotated[float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the cross-attention term.")]
+NoiseWeight = Annotated[float, typer.Option(rich_help_panel=SCORE_PANEL, help="Of the noise-prediction term.")]
+Layer = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=SCORE_PANEL,
+        metavar="ID|all",
+        help="A score id to read, repeat for more; or all, every cross-attention. The official ones if not given.",
+    ),
+]
+Tokens = Annotated[
+    str, typer.Option(rich_help_panel=SCORE_PANEL, metavar="all|real", help="Text tokens that are scored.")
+]
+Pool = Annotated[
+    str,
+    typer.Option(rich_help_panel=SCORE_PANEL, metavar="mean|max|τ", help="Pooling over positions; τ is a temperature."),
+]
+Official = Annotated[
+    bool, typer.Option("--official", rich_help_panel=SCORE_PANEL, help="The official code's score to the last digit.")
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=SCORE_PANEL, metavar="H[xW]", help="Pixels to resize to; the model's own if none."),
+]
+
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MEMORY_PANEL,
+        help="For activations and text keys when scoring, e.g. 512MB or 2GiB; the device's if none.",
+    ),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MEMORY_PANEL,
+        metavar="inductor|cudagraph",
+        help="Compile the network, which takes minutes at first; for many images or steps.",
     ),
 ]
 
@@ -74,6 +127,59 @@ def parse_image_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def parse_range(text: str) -> tuple[int, int]:
+    """A first timestep and one past the last: 0,500."""
+    match = re.fullmatch(r"(\d+)\s*,\s*(\d+)", text.strip())
+    if match is None:
+        raise ValueError(f"--timestep-range: {text!r} is no range, expected for instance 0,500")
+    return int(match[1]), int(match[2])
+
+
+def parse_layers(given: Sequence[str] | None) -> str | tuple[str, ...]:
+    """The `layers` of a :class:`dsd_fast.MatchConfig`: score ids, "all", or "official" where none is given."""
+    if not given:
+        return "official"
+    if "all" not in given:
+        return tuple(given)
+    if len(given) > 1:
+        raise ValueError(f"--layer: all is every cross-attention, expected it alone, got {', '.join(given)}")
+    return "all"
+
+
+def match_settings(
+    *,
+    timesteps: str,
+    draws: int,
+    seed: int,
+    attention_weight: float,
+    noise_weight: float,
+    layer: Sequence[str] | None,
+    tokens: str,
+    pool: str,
+    official: bool,
+    image_size: str | None,
+    memory_budget: str | None,
+) -> dict[str, Any]:
+    """The arguments of a :class:`dsd_fast.MatchConfig` that a command's options stand for.
+
+    Raises:
+        ValueError: text that is no value of its option, by name.
+    """
+    return {
+        "timesteps": parse_timesteps(timesteps),
+        "layers": parse_layers(layer),
+        "attention_weight": attention_weight,
+        "noise_weight": noise_weight,
+        "draws": draws,
+        "seed": seed,
+        "tokens": tokens,
+        "pool": parse_pool(pool),
+        "official": official,
+        "image_size": None if image_size is None else parse_image_size(image_size),
+        "memory_budget": None if memory_budget is None else parse_bytes(memory_budget),
+    }
+
+
 def quiet_transformers() -> None:
     """Pipelines import image processors that nothing here uses, and transformers warns about each."""
     from transformers.utils import logging
@@ -89,9 +195,20 @@ def exact_products() -> None:
 
 
 def load_model(
-    name: str, *, device: str, dtype: str, revision: str | None, variant: str | None, local_files_only: bool
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    variant: str | None,
+    local_files_only: bool,
+    adapter: str | None = None,
+    adapter_file: str | None = None,
 ) -> Model:
-    """:func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`."""
+    """:func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`.
+
+    With an `adapter` that LoRA is active in it, under the name "adapter".
+    """
     from rich.console import Console
 
     from dsd_fast.cli.terminal import CommandError, printable
@@ -102,8 +219,11 @@ def load_model(
     # Not a live display: the hub's own progress bars may follow.
     Console(stderr=True).print(f"loading {printable(name)}", style="dim", markup=False, highlight=False)
     try:
-        return load(
+        model = load(
             name, device=device, dtype=dtype, revision=revision, variant=variant, local_files_only=local_files_only
         )
     except OSError as error:
         raise CommandError(f"model {name!r} cannot be read: {error}") from error
+    if adapter is not None:
+        model.load_lora(adapter, "adapter", adapter_file)
+    return model

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsd_fast.images import ImageError, ImageSource, decode, load_image, to_tensor
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
-from dsd_fast.matching.fitting.files import Adapter, load, save_locked
+from dsd_fast.matching.fitting.files import Adapter, load, save_locked, save_official
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
 from dsd_fast.matching.pairs import Captions, PairScorer
 from dsd_fast.matching.words import Span
@@ -62,11 +62,6 @@ class Matcher:
     def timesteps(self) -> list[int]:
         """The timesteps scored, one entry per noise draw."""
         return list(self._scorer.timesteps)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that images are resized to."""
-        return self._scorer.size
 
     @property
     def layers(self) -> dict[str, Tensor]:
@@ -151,7 +146,7 @@ class Matcher:
         return history
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the configuration and what was learned.
+        """Writes the configuration, but for its memory budget, and what was learned.
 
         ``matcher.json``; with a LoRA ``pytorch_lora_weights.safetensors``, which stock diffusers'
         ``pipe.load_lora_weights(folder)`` reads; with learned vectors ``prompt.safetensors``.
@@ -162,21 +157,35 @@ class Matcher:
         """
         save_locked(Path(folder), self._scorer, self._lora, self._adapter)
 
+    def save_attn_procs(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the LoRA as a checkpoint that the official code reads, ``pytorch_lora_weights.safetensors``.
+
+        :func:`dsd_fast.compat.attn_procs.save_attn_procs` says what is in it. ``Model.load_lora`` reads it too.
+
+        Raises:
+            OSError: the folder cannot be written.
+            ValueError: no LoRA has been learned.
+        """
+        if self._lora is None:
+            raise ValueError("save_attn_procs: this matcher has learned no LoRA; fit it with method='lora'")
+        save_official(Path(folder), self._scorer, self._lora)
+
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], model: Model) -> Matcher:
+    def load(cls, folder: str | os.PathLike[str], model: Model, *, memory_budget: int | None = None) -> Matcher:
         """The matcher that :meth:`save`, or :meth:`fit` with ``out``, has written.
 
         Args:
             folder: of the files.
             model: the model that it was fitted to. Another one of the family, or other adapters active on it, are taken
                 with a warning.
+            memory_budget: of the configuration, see :class:`MatchConfig`; it is no part of what was saved.
 
         Raises:
             ModelError: a LoRA that does not fit the model.
-            ValueError: no such files, or ones for a model of another family.
+            ValueError: no such files, or ones for a model of another family; a budget that is no number of bytes.
         """
         matcher = cls.__new__(cls)
-        matcher._adopt(model, *load(folder, model))
+        matcher._adopt(model, *load(folder, model, memory_budget))
         return matcher
 
     def score(

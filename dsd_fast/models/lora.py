@@ -14,6 +14,7 @@ from dsd_fast.models.adapters import lora_layers, lora_settings
 from dsd_fast.models.attn_procs import from_official, is_official
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import download_file
+from dsd_fast.models.private import private
 
 if TYPE_CHECKING:
     from dsd_fast.models.bundle import Model
@@ -67,14 +68,24 @@ def put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str
         what: the LoRA's name in errors.
 
     Raises:
-        ModelError: weights that do not fit.
+        ModelError: weights that do not fit; the UNet then has the adapters that it had.
     """
-    if name in getattr(unet, "peft_config", {}):
-        unet.delete_adapters(name)
     ranks = {key.removesuffix(_DOWN): len(matrix) for key, matrix in weights.items() if key.endswith(_DOWN)}
+    if not ranks:
+        raise ModelError(f"{what} cannot be loaded into the UNet: it has no matrices named '<module>{_DOWN}'")
     settings = lora_settings({path: (rank, rank) for path, rank in ranks.items()})
+    if name in getattr(unet, "peft_config", {}):
+        # First on a copy: weights that do not fit must not cost the adapter that is there.
+        trial = private(unet)
+        trial.delete_adapters(name)
+        _put_unet_lora(trial, weights, name, what, settings)
+        unet.delete_adapters(name)
+    _put_unet_lora(unet, weights, name, what, settings)
+
+
+def _put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str, settings: Mapping[str, Any]) -> None:
     with _adding(name, (unet,), unet.delete_adapters, f"{what} cannot be loaded into the UNet"):
-        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name, metadata=settings)
+        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name, metadata=dict(settings))
 
 
 def save_lora(unet: Any, name: str, file: str | os.PathLike[str]) -> None:

@@ -168,10 +168,15 @@ def test_a_saved_matcher_brings_its_settings(cli, good_images):
     for entry, result in zip(table(), want.results, strict=True):
         np.testing.assert_allclose(entry["scores"], result.scores.flatten(), rtol=1e-5, atol=1e-5)
     assert (results()["settings"]["matcher"], results()["settings"]["tokens"]) == ("fitted", "real")
-    done = cli(*command, "--timesteps", 3, "--layer", "mid", "--adapter", "lora")
+    assert results()["settings"]["memory_budget"] is None
+    # The budget is the device's, and no setting of the score.
+    assert cli(*command, "--resamples", 5, "--memory-budget", "64MiB").exit_code == 0
+    assert results()["settings"]["memory_budget"] == 64 << 20
+    # Given is given, be it the default.
+    done = cli(*command, "--timesteps", 10, "--layer", "mid", "--official", "--memory-budget", "64MiB")
     assert done.exit_code == 2
-    message = "--matcher brings its own settings, so leave out --timesteps, --layer, --adapter"
-    assert message in " ".join(done.stderr.split())
+    message = "--matcher brings its own settings, so leave out --timesteps, --layer, --official"
+    assert " ".join(done.stderr.split()).endswith(message)
     assert cli(*command[:-4], "--matcher", "nothing", "--out", "other").exit_code == 2
 
 

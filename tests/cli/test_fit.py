@@ -5,9 +5,11 @@ import os
 import re
 import signal
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.main import get_command
@@ -25,6 +27,7 @@ from tests.cli.conftest import start
 from tests.cli.test_processes import HEAVY, RUN
 from tests.repository.processes import run_python
 from tests.repository.source import ROOT
+from tests.tiny import save_tiny_lora, tiny_pipeline
 
 TIMESTEPS = [300, 700]
 SMALL = ["--timesteps", "300,700", "--batch-size", 2, "--out", "out"]
@@ -65,11 +68,15 @@ def test_it_does_what_the_library_does(cli):
     done = cli(
         "fit", "data.jsonl", "--images", "pictures", "--validation", "held-out.jsonl", "--method", "heads", "--method",
         "lora", "--steps", 4, "--validate-every", 2, "--seed", 5, "--noise-seed", 1, "--learning-rate", 0.01, "--rank",
-        2, "--own-noise", *SMALL,
+        2, "--own-noise", "--schedule", "constant", "--warmup", 1, "--weight-decay", 0.5, "--clip-norm", 0.7,
+        "--timestep-range", "100,900", *SMALL,
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     own = matcher(seed=1)
-    fit = FitConfig(steps=4, batch_size=2, validate_every=2, seed=5, learning_rate=0.01, rank=2, shared_noise=False)
+    fit = FitConfig(
+        steps=4, batch_size=2, validate_every=2, seed=5, learning_rate=0.01, rank=2, shared_noise=False,
+        schedule="constant", warmup=1, weight_decay=0.5, clip_norm=0.7, timestep_range=(100, 900),
+    )  # fmt: skip
     want = own.fit(groups, ("lora", "heads"), validation=held_out, config=fit, progress=False)
     got = history()
     assert got["records"] == [vars(record) for record in want.records]
@@ -127,6 +134,35 @@ def test_the_official_recipe_part_and_file(cli):
     assert not torch.equal(before, want)
 
 
+def test_under_an_adapter(cli, tmp_path):
+    """What was fitted under a LoRA is evaluated under it, without a warning, and beside its own."""
+    tiny_pipeline("sd15").save_pretrained(tmp_path / "model")
+    lora = save_tiny_lora("sd15", tmp_path / "lora")
+    groups = write_data(1)
+    common = ["data.jsonl", "--images", "pictures", "--model", "./model"]
+    under = [*common, "--adapter", "lora", "--adapter-file", lora.name]
+    done = cli("fit", *under, "--steps", 1, "--learning-rate", 0.05, *SMALL)
+    assert done.exit_code == 0, done.stderr
+    assert history()["settings"]["adapter"] == "lora"
+
+    model = dsd.load(tmp_path / "model")
+    model.load_lora(lora, "adapter")
+    own = dsd.Matcher(model, dsd.MatchConfig(timesteps=TIMESTEPS))
+    captions = list(groups[0].texts)
+    before = own.score(groups[0].images, captions)
+    own.fit(groups, config=FitConfig(steps=1, batch_size=2, learning_rate=0.05), progress=False)
+    want = own.score(groups[0].images, captions)
+    assert not torch.equal(want, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = cli("evaluate", *under, "--matcher", "out", "--resamples", 5, "--out", "found")
+    assert done.exit_code == 0, done.stderr
+    found = pq.read_table("found/groups.parquet")["scores"].to_pylist()
+    torch.testing.assert_close(torch.tensor(found), want, rtol=1e-5, atol=1e-5)
+    with pytest.warns(UserWarning, match="was fitted under the adapters"):
+        cli("evaluate", *common, "--matcher", "out", "--resamples", 5, "--out", "found")
+
+
 def test_stopped_it_goes_on_to_the_same_files(cli, tmp_path, monkeypatch):
     """Ctrl-C in this process, then kill -9 in one of its own."""
     write_data(2)
@@ -156,8 +192,8 @@ def test_stopped_it_goes_on_to_the_same_files(cli, tmp_path, monkeypatch):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    _, stderr = process.communicate()
+    assert process.returncode == -signal.SIGKILL, stderr
     assert not Path("out/matcher.json").exists()
 
     done = cli(*command, "out")
@@ -188,7 +224,9 @@ def test_two_at_once_are_one_sentence(cli):
     write_data(1)
     with locked(Path("out")):
         done = cli("fit", "data.jsonl", "--images", "pictures", *SMALL)
-    assert (done.exit_code, done.stderr.strip()) == (2, "Error: --out: out is being written by another process")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Error: --out: out is being written by another process")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -198,6 +236,9 @@ def test_two_at_once_are_one_sentence(cli):
         (["--method", "lora", "--method", "lora"], "method: got ('lora', 'lora')"),
         (["--steps", "0"], "steps: got 0, expected an integer of at least 1"),
         (["--loss", "hinge"], "loss: got 'hinge'"),
+        (["--schedule", "cosine"], "schedule: got 'cosine'"),
+        (["--timestep-range", "5"], "--timestep-range: '5' is no range, expected for instance 0,500"),
+        (["--timestep-range", "0,2000"], "timestep_range: got (0, 2000), expected at most (0, 1000)"),
         (["--attention", "self"], "attention: got 'self'"),
         (["--autocast", "half"], "autocast: got 'half'"),
         (["--patience", "2"], "patience: needs validation"),
@@ -244,10 +285,10 @@ def test_help_names_the_defaults_that_hold():
     named = {
         name: match[1]
         for name in ("steps", "batch_size", "loss", "temperature", "margin", "rank", "attention", "prompt_tokens",
-                     "validate_every", "lora_dropout")
+                     "validate_every", "lora_dropout", "schedule", "warmup", "weight_decay", "clip_norm")
         if (match := re.search(r"(\S+) if none", parameters[name].help))
     }  # fmt: skip
-    assert len(named) == 10
+    assert len(named) == 14
     assert {name: str(getattr(FitConfig(), name)).removesuffix(".0") for name in named} == named
 
 

@@ -130,6 +130,14 @@ def test_an_adapter_changes_the_scores(cli, good_images, tmp_path):
     assert results(tmp_path / "adapted")["settings"]["adapter"] == "lora"
 
 
+def test_every_layer(cli, good_images):
+    done = cli("match", good_images[0], *caption_options(), *COMMON, "--layer", "all", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    found = torch.tensor(pq.read_table("out/scores.parquet")["score"].to_pylist())
+    torch.testing.assert_close(found, wanted(good_images[:1], layers="all")[0], rtol=1e-5, atol=1e-5)
+    assert float((found - wanted(good_images[:1])[0]).abs().max()) > 1e-3
+
+
 def test_strange_names_and_captions(cli, good_images, tmp_path):
     name = os.fsdecode(b"caf\xe9 \x1b[31m[bold]\n.png")
     Path(name).write_bytes(good_images[0].read_bytes())
@@ -166,6 +174,8 @@ def test_strange_names_and_captions(cli, good_images, tmp_path):
         (["--caption", "a", "--pool", "min"], "--pool: 'min' is neither mean, max nor a temperature"),
         (["--caption", "a", "--tokens", "some"], "tokens: got 'some'"),
         (["--caption", "a", "--official", "--draws", "2"], "official: the official score has draws=1"),
+        (["--caption", "a", "--layer", "all", "--layer", "mid"], "--layer: all is every cross-attention, expected it"),
+        (["--caption", "a", "--layer", "all", "--official"], "official: the official score has layers='official'"),
         (["--caption", "a", "--layer", "mid"], "unknown id 'mid'; the nearest"),
         (["--caption", "a", "--image-size", "63"], "image_size: got (63, 63), expected multiples of 4"),
         (["--caption", "a", "--adapter", "none.safetensors"], "LoRA 'none.safetensors' does not exist"),

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 import dsd_fast as dsd
 from dsd_fast.models import ModelError
 from dsd_fast.models.attn_procs import to_official
-from dsd_fast.models.lora import save_lora
+from dsd_fast.models.lora import put_unet_lora, save_lora
 from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline, tiny_unet
 
 
@@ -198,3 +198,40 @@ def test_load_lora_reads_the_official_codes_file(folders, tmp_path):
     with pytest.raises(ModelError, match=rf"LoRA '.*': '{key}' has rank 2 and '.*up\.weight' rank 4"):
         model.load_lora(tmp_path, "wrong")
     assert list(model.unet.peft_config) == ["official"]
+
+
+def matrices(unet, name):
+    return dict(get_peft_model_state_dict(unet, adapter_name=name))
+
+
+@torch.no_grad()
+def test_a_lora_takes_the_place_of_another_only_if_it_fits(folders):
+    unet = peft_unet("sd15", r=4, target_modules=["to_q"]).eval()
+    unet.add_adapter(LoraConfig(r=3, init_lora_weights=False, target_modules=["to_v"]), "other")
+    unet.set_adapters(["mine", "other"], [0.5, 2.0])
+    model, before = dsd.load(folders["sd15"]), matrices(unet, "mine")
+    want = unet_output(unet, model)
+    key = next(iter(before))
+    for wrong in ({**before, key: before[key][:, 1:]}, matrices(peft_unet("sd21", target_modules=["to_k"]), "mine")):
+        with pytest.raises(ModelError, match="LoRA 'x' cannot be loaded into the UNet"):
+            put_unet_lora(unet, wrong, "mine", "LoRA 'x'")
+        assert torch.equal(unet_output(unet, model), want)
+    second = matrices(peft_unet("sd15", r=2, target_modules=["to_k"]), "mine")
+    put_unet_lora(unet, second, "mine", "LoRA 'x'")
+    assert {key: value.tolist() for key, value in matrices(unet, "mine").items()} == {
+        key: value.tolist() for key, value in second.items()
+    }
+    alone = tiny_unet("sd15").eval()
+    put_unet_lora(alone, second, "mine", "LoRA 'x'")
+    unet.set_adapters("mine", 1.0)
+    assert torch.equal(unet_output(unet, model), unet_output(alone, model))
+
+
+def test_what_has_no_matrices_of_a_lora_is_refused_by_name():
+    unet = tiny_unet("sd15")
+    for weights in ({}, {"mid_block.resnets.0.conv1.weight": torch.zeros(4, 4)}):
+        with pytest.raises(
+            ModelError, match=r"LoRA 'x' cannot be loaded .* no matrices named '<module>\.lora_A\.weight'"
+        ):
+            put_unet_lora(unet, weights, "mine", "LoRA 'x'")
+    assert not getattr(unet, "peft_config", {})

@@ -44,7 +44,7 @@ class Draft:
 
 
 class ImageFinder:
-    """Image names to sources.
+    """Image names to sources; embedded images of equal bytes are one source.
 
     Args:
         folder: where relative names start.
@@ -53,6 +53,7 @@ class ImageFinder:
 
     def __init__(self, folder: Path, extract: Path | None) -> None:
         self.folder, self.extract = folder, extract
+        self._decoded: dict[str, ImageSource] = {}
 
     def find(self, image: str | bytes, place: str) -> ImageSource:
         """The source of one image of the group at ``place``.
@@ -80,13 +81,16 @@ class ImageFinder:
         return self.folder / name
 
     def _embedded(self, data: bytes, place: str) -> ImageSource:
+        digest = hashlib.sha256(data).hexdigest()
+        if digest in self._decoded:
+            return self._decoded[digest]
         try:
             kind, _, _ = read_header(io.BytesIO(data), len(data))
         except UnsupportedFormatError:
             raise ValueError(f"{place}: an embedded image is not JPEG, PNG or WebP") from None
         except (TruncatedHeaderError, CorruptHeaderError):
             raise ValueError(f"{place}: an embedded image has a damaged header") from None
-        name = f"{hashlib.sha256(data).hexdigest()[:32]}.{_ENDINGS[kind]}"
+        name = f"{digest[:32]}.{_ENDINGS[kind]}"
         if self.extract is not None:
             file = self.extract / name
             if not file.is_file() or file.stat().st_size != len(data):
@@ -99,6 +103,7 @@ class ImageFinder:
             file = Path(folder) / name
             file.write_bytes(data)
             try:
-                return load_image(file)
+                self._decoded[digest] = load_image(file)
             except ImageError as error:
                 raise ValueError(f"{place}: an embedded image cannot be used ({error.reason})") from None
+        return self._decoded[digest]

@@ -33,7 +33,7 @@ class FitConfig:
             :data:`LEARNING_RATES`.
         schedule: "linear" is constant for the first half of the steps and then falls to 0; "constant" stays (official).
         warmup: steps over which the rate rises to its value.
-        weight_decay: AdamW's, of LoRA matrices; with few examples much of it generalises better than none.
+        weight_decay: AdamW's, of LoRA matrices.
         clip_norm: largest norm of the gradient of all parameters together.
         rank: of the LoRA, whose scale is 1.
         attention: which attention layers have a LoRA on their q, k, v and out: "cross", or "all" (official).
@@ -113,7 +113,10 @@ class FitConfig:
     @classmethod
     def official(cls, steps: int) -> FitConfig:
         """The official recipe: margin loss on one group a step, every candidate with its own timestep and noise, rank 4
-        on all attention layers, rate 1e-4, weight decay 1e-2."""
+        on all attention layers, rate 1e-4, weight decay 1e-2.
+
+        The loss is the official one only of the official score, that of a matcher with ``MatchConfig(official=True)``.
+        """
         return cls(
             steps=steps,
             batch_size=1,

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,8 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
         "strengths": others(scorer, lora),
         "lora": lora is not None,
         "prompt": scorer.prompt is not None,
-        "config": asdict(scorer.config),
+        # The budget is of the device that scores.
+        "config": {key: value for key, value in asdict(scorer.config).items() if key != "memory_budget"},
     }
     with replacing(folder / MATCHER) as file:
         file.write(json.dumps(about, indent=2, allow_nan=False, default=plain).encode() + b"\n")
@@ -68,6 +69,14 @@ def save_locked(folder: Path, scorer: PairScorer, lora: str | None, adapter: Ada
     """:func:`save`, behind the folder's lock."""
     with locked(folder):
         save(folder, scorer, lora, adapter)
+
+
+def save_official(folder: Path, scorer: PairScorer, lora: str) -> None:
+    """See :meth:`dsd_fast.matching.Matcher.save_attn_procs`."""
+    from dsd_fast.models.attn_procs import to_official
+    from dsd_fast.models.lora import write_lora
+
+    write_lora(folder / LORA, to_official(scorer.model.unet, lora))
 
 
 def others(scorer: PairScorer, lora: str | None) -> list[list[list[str | float]]]:
@@ -80,7 +89,9 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
-def load(folder: str | os.PathLike[str], model: Model) -> tuple[PairScorer, str | None, Adapter]:
+def load(
+    folder: str | os.PathLike[str], model: Model, memory_budget: int | None = None
+) -> tuple[PairScorer, str | None, Adapter]:
     """See :meth:`dsd_fast.matching.Matcher.load`: the scorer, the name of its LoRA, and the adapters asked for."""
     path = Path(folder)
     try:
@@ -94,7 +105,7 @@ def load(folder: str | os.PathLike[str], model: Model) -> tuple[PairScorer, str 
     _check_model(path, about["model"], model)
     adapter = about["adapter"]
     adapter = tuple(adapter) if isinstance(adapter, list) else adapter
-    base = PairScorer(model, _config(about["config"]), adapter)
+    base = PairScorer(model, replace(_config(about["config"]), memory_budget=memory_budget), adapter)
     found = others(base, None)
     if found != about["strengths"]:
         warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {found}", stacklevel=3)

@@ -189,7 +189,6 @@ class Training:
         """Leaves the gradient of the mean loss of the step's groups in the parameters; the loss."""
         fit, learned, examples, step = self._fit, self._learned, self._examples, self.state.step
         scorer = learned.scorer
-        compares_free = scorer.config.noise_weight != 0 or scorer.config.official
         chosen = _groups(len(examples.queries), fit, step)
         each = fit.micro_batch or len(chosen)
         total = 0.0
@@ -205,7 +204,7 @@ class Training:
                     examples.latents.shape[1:],
                     fit,
                     scorer.model.schedule.num_train_timesteps,
-                    compares_free,
+                    scorer.needs_unconditional,
                 )
                 values = scores(
                     scorer,

@@ -47,6 +47,14 @@ def test_they_are_decoded_at_once(tmp_path):
     assert groups[1].images == (tmp_path / "c.png",) * 2
 
 
+def test_equal_bytes_are_one_image(tmp_path):
+    """Whoever tells images apart by the object knows that two rows show the same one."""
+    rows = [{"image": embedded(encoded(n)), "texts": ["x", "y"], "label": 0} for n in (10, 10, 20)]
+    groups = read_groups(write_parquet(tmp_path / "t.parquet", rows))
+    assert groups[0].images[0] is groups[1].images[0]
+    assert [shade(group.images[0]) for group in groups] == [10, 10, 20]
+
+
 def test_they_are_written_where_one_says(tmp_path):
     first, second = encoded(10), encoded(20, "JPEG")
     rows = winoground((embedded(first), embedded(second)), (embedded(second), embedded(first)))

@@ -64,8 +64,18 @@ def test_an_unfitted_matcher_is_its_configuration(tmp_path):
     own = matcher(pipeline(), layers={"mid-vit-block0-cross": (0.1, 0.2, 0.3, 0.4)}, image_size=(32, 16))
     own.save(tmp_path)
     loaded = dsd.Matcher.load(tmp_path, own.model)
-    assert loaded.image_size == (32, 16)
+    assert loaded.config.image_size == (32, 16)
     assert torch.equal(loaded.score(pictures(1), TEXTS), own.score(pictures(1), TEXTS))
+
+
+def test_the_memory_budget_is_of_who_loads_it(tmp_path):
+    own = matcher(pipeline(), memory_budget=64 << 20)
+    own.save(tmp_path)
+    assert "memory_budget" not in json.loads((tmp_path / MATCHER).read_text())["config"]
+    assert dsd.Matcher.load(tmp_path, own.model).config.memory_budget is None
+    assert dsd.Matcher.load(tmp_path, own.model, memory_budget=32 << 20).config.memory_budget == 32 << 20
+    with pytest.raises(ValueError, match="memory_budget: got -1"):
+        dsd.Matcher.load(tmp_path, own.model, memory_budget=-1)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

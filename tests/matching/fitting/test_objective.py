@@ -86,6 +86,7 @@ def made(request):
 
 def both_ways(made, shared, questions=None, official=True):
     made.scorer.config = replace(made.scorer.config, official=official)
+    made.scorer.needs_unconditional |= official
     fit = FitConfig(loss="margin", margin=MARGIN, shared_noise=shared)
     questions = groups()[:2] if questions is None else questions
     examples = Examples(made.scorer, questions)
