@@ -26,7 +26,6 @@ class Change:
         method: a key of :data:`fit_quality.METHODS`.
         fit: settings of :class:`FitConfig` that are others.
         score: settings of :class:`MatchConfig` that are others, in training and evaluation.
-        all_layers: whether all cross-attentions count in the score instead of the official ones.
         kinds: negatives of the examples.
     """
 
@@ -35,7 +34,6 @@ class Change:
     method: str = "lora"
     fit: Mapping[str, Any] = field(default_factory=dict)
     score: Mapping[str, Any] = field(default_factory=dict)
-    all_layers: bool = False
     kinds: Sequence[str] = quality.TRAINED_KINDS
 
 
@@ -47,25 +45,21 @@ CHANGES = (
     Change("one-negative", "LoRA, one negative an example, of another colour", kinds=("colour",)),
     Change("real-tokens", "LoRA, no padding in the attention term", score={"tokens": "real"}),
     Change("max-pool", "LoRA, largest position in the attention term", score={"pool": "max"}),
-    Change("all-layers", "LoRA, all layers in the attention term", all_layers=True),
+    Change("all-layers", "LoRA, all layers in the attention term", score={"layers": "all"}),
     Change("self-attention", "LoRA on self-attention too", fit={"attention": "all"}),
-    Change("heads", "weights of heads of all layers", "heads", all_layers=True),
+    Change("heads", "weights of heads of all layers", "heads", score={"layers": "all"}),
     Change(
         "heads-real-tokens",
         "weights of heads of all layers, no padding in the attention term",
         "heads",
-        score={"tokens": "real"},
-        all_layers=True,
+        score={"layers": "all", "tokens": "real"},
     ),
 )
 
 
-def settings(change: Change, context: Context, fit: FitConfig = quality.FIT) -> tuple[MatchConfig, FitConfig]:
+def settings(change: Change, fit: FitConfig = quality.FIT) -> tuple[MatchConfig, FitConfig]:
     """The score and the fit of a change."""
-    config = replace(quality.OBJECTIVES["both"], **change.score)
-    if change.all_layers:
-        config = replace(config, layers=quality.all_layers(context))
-    return config, replace(fit, **change.fit)
+    return replace(quality.OBJECTIVES["both"], **change.score), replace(fit, **change.fit)
 
 
 def ablation(
@@ -80,7 +74,7 @@ def ablation(
         count: examples.
         fit: settings that the change is applied to.
     """
-    config, fit = settings(change, context, fit)
+    config, fit = settings(change, fit)
     found = quality.right_after(change.method, config, count, context, n=n, fit=fit, fits=1, kinds=change.kinds)
     return [
         quality.mean_over_fits(f"{change.says}; {each.name}, {count} examples", each, right, count, GROUP)

@@ -160,7 +160,7 @@ def zero_shot(context: Context, *, n: int = N) -> list[Figure]:
     """Before any adaptation, with the official layers and, as weights of heads begin, with all of them."""
     figures = []
     model = mini(context)
-    for layers, name in (("official", ""), (all_layers(context), " (all layers)")):
+    for layers, name in (("official", ""), ("all", " (all layers)")):
         for each, parts in answers(PairScorer(model, replace(CONFIG, layers=layers)), context, n):
             for part, right in parts.items():
                 if name and part == "noise":
@@ -194,7 +194,7 @@ def adapted(
     """
     config = OBJECTIVES[objective]
     if "heads" in method:
-        config = replace(config, layers=all_layers(context))
+        config = replace(config, layers="all")
     figures = []
     for (each, part), right in right_after(method, config, count, context, n=n, fit=fit, fits=fits).items():
         line = f"{METHODS[method]} for {objective}" + (f", {part} alone" if part != objective else "")
@@ -254,11 +254,6 @@ def pigeonhole(right: NDArray[Any], resamples: int = 1000, seed: int = 0) -> tup
     low, high = np.quantile(means, [0.025, 0.975])
     # The interval of few resamples may lie beside the value.
     return min(float(low), float(right.mean())), max(float(high), float(right.mean()))
-
-
-def all_layers(context: Context) -> list[str]:
-    """The ids of all cross-attentions."""
-    return list(PairScorer(mini(context), CONFIG).program.score_ids)
 
 
 def slug(each: EvaluationSet) -> str:
