@@ -89,7 +89,7 @@ def test_all_tokens_of_a_pixel_sum_to_one(family):
 
     states = m._scorer.encode_texts([CAPTION]).states
     latent = m._scorer.encode_images([dsd.images.to_tensor(dsd.images.load_image(image), m._scorer.size)])
-    every = heatmaps._token_maps(m._scorer, latent, states.states, states.pooled, range(77), "all")
+    every = heatmaps._token_maps(m._scorer, latent, states, range(77), "all")
     torch.testing.assert_close(every.sum(0), torch.ones(m._scorer.size), rtol=1e-5, atol=0)
 
 
