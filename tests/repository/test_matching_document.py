@@ -10,6 +10,7 @@ from typer.main import get_command
 import dsd_fast as dsd
 from dsd_fast.cli.app import app
 from dsd_fast.compat import DSDPipeline
+from tests.repository.processes import run_python
 from tests.repository.source import ROOT
 
 TEXT = (ROOT / "docs" / "matching.md").read_text(encoding="utf-8")
@@ -19,10 +20,15 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
+def run(code, folder):
+    (folder / "example.py").write_text(code, encoding="utf-8")
+    run_python(["example.py"], cwd=folder, path=[ROOT])
+
+
 def test_its_commands_run_on_the_data_that_it_makes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, last = blocks("python")
-    exec(first, {})
+    run(first, tmp_path)
     (shell,) = blocks("sh")
     commands = [shlex.split(line) for line in shell.replace("\\\n", "").splitlines()]
     assert [command[:2] for command in commands] == [["dsd-fast", name] for name in ("evaluate", "fit", "evaluate")]
@@ -30,13 +36,13 @@ def test_its_commands_run_on_the_data_that_it_makes(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as done:
             get_command(app)(command[1:])
         assert done.value.code in (0, None)
-    exec(last, (names := {}))
+    run(last, tmp_path)
     # What was fitted scores otherwise than what was not, by the commands and from the folder.
     before, after = (json.loads((tmp_path / name / "results.json").read_bytes()) for name in ("before", "after"))
     assert before["counts"]["scored"] == after["counts"]["scored"] == 12
     question = dsd.read_groups(tmp_path / "questions.jsonl")[0]
     plain = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=[500]))
-    fitted = names["matcher"].score(question.images, question.texts)
+    fitted = dsd.Matcher.load("fitted", dsd.load("mini")).score(question.images, question.texts)
     assert (fitted - plain.score(question.images, question.texts)).abs().max() > 1e-3
     # The files of the table are those that are there, but for the learned vectors.
     listed = re.findall(r"^\| `([\w./]+\.(?:json|safetensors))` \|", TEXT, re.MULTILINE)
