@@ -1,4 +1,4 @@
-"""The command line: ``dsd-fast match``, ``info`` and ``demo``."""
+"""The command line: ``dsd-fast match``, ``fit``, ``evaluate``, ``info``, ``demo`` and ``bench``."""
 
 import sys
 
