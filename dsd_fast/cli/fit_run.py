@@ -142,7 +142,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
     line = f"{counted(summary['steps'], 'step')} on {counted(counts['groups'], 'group')}"
     line += ", stopped early by --patience" if summary["stopped_early"] else ""
     if losses:
-        line += f", loss {losses[0]:.4f} at the first look and {losses[-1]:.4f} at the last"
+        line += f", loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last"
     line += f". {summary['seconds']:.1f} s. Matcher: {out}"
     console.print(Text(printable(line)), soft_wrap=True)
 
@@ -204,7 +204,7 @@ def _best(history: FitHistory) -> FitRecord:
 
 
 def _quality(record: FitRecord, held_out: Sequence[Group]) -> dict[str, Any]:
-    """A look at the held-out groups, with the 95 % Wilson interval of its accuracy."""
+    """The validation on the held-out groups, with the 95 % Wilson interval of its accuracy."""
     questions = _questions(held_out)
     assert record.accuracy is not None
     interval = wilson(round(record.accuracy * questions), questions)

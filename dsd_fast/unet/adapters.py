@@ -98,10 +98,8 @@ def activate(network: Any, names: Sequence[str]) -> None:
     Raises:
         ValueError: an adapter is fused into the weights, so that it cannot be switched.
     """
-    # Not layer.set_adapter(): that also changes which parameters are trainable.
     for layer in _unfused_layers(network):
-        layer._active_adapter = list(names)
-        layer._disable_adapters = not names
+        _put(layer, list(names), not names, {})
 
 
 def adapter_names(network: Any) -> set[str]:
