@@ -113,7 +113,7 @@ def hold_out(groups: Sequence[Group], share: float, seed: int) -> tuple[list[Gro
     """
     if not 0 < share < 1:
         raise ValueError(f"validation_split: got {share}, expected a share between 0 and 1")
-    keys = [image_key(group.images[0 if len(group.images) == 1 else group.label]) for group in groups]
+    keys = [image_key(group.right_image) for group in groups]
     sizes = Counter(keys)
     images = list(sizes)
     wanted, count = max(1, round(share * len(groups))), 0

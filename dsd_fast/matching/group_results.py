@@ -113,7 +113,7 @@ def _judge(
         if batch_mean is not None:
             batch = _share_attention(own, batch)
         for index, (group, item) in enumerate(zip(own, batch, strict=True), start):
-            cluster = image_key(group.images[group.label if len(group.images) > 1 else 0])
+            cluster = image_key(group.right_image)
             yield _result(index, group, item, cluster if batch_mean is None else start, ties, parts)
 
 

@@ -96,6 +96,11 @@ class Group:
         """K; of a paired group n, the candidates of each of its questions."""
         return max(len(self.images), len(self.texts))
 
+    @property
+    def right_image(self) -> ImageSource:
+        """The image, the right one of several, or the first of a paired group."""
+        return self.images[self.label if len(self.images) > 1 else 0]
+
     def queries(self) -> list[Group]:
         """The group as one-question groups: itself, or the 2n of a paired one.
 
