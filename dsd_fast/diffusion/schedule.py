@@ -94,6 +94,15 @@ class NoiseSchedule:
         dtype = sigma.dtype
         return (signal * latents.to(dtype) + sigma * noise.to(latents.device, dtype)).to(latents.dtype)
 
+    def coefficients(self, timesteps: int | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1 − ᾱ_t) of S timesteps, (S,) float64 on the CPU each.
+
+        Raises:
+            ValueError: timesteps out of range or not integers.
+        """
+        abar = self.alphas_cumprod[self._timestep_index(timesteps)]
+        return abar.sqrt(), (1.0 - abar).sqrt()
+
     def to_epsilon(self, model_output: Tensor, latents: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
         """The noise ε that a model output stands for.
 
@@ -158,10 +167,8 @@ class NoiseSchedule:
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
         shape = (-1,) + (1,) * (first.ndim - 1)
-        return (
-            abar.sqrt().to(first.device, dtype).reshape(shape),
-            (1.0 - abar).sqrt().to(first.device, dtype).reshape(shape),
-        )
+        signal, sigma = (each.to(first.device, dtype).reshape(shape) for each in self.coefficients(index))
+        return signal, sigma
 
     def _timestep_index(self, timesteps: int | Sequence[int] | Tensor) -> Tensor:
         index = torch.as_tensor(timesteps).cpu().reshape(-1)

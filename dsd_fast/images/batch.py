@@ -14,6 +14,8 @@ from dsd_fast.images.errors import ImageError
 from dsd_fast.images.load import ImageSource, load_image
 
 _MAX_DEFAULT_WORKERS = 8
+# Pixels of decoded images waiting for their turn.
+_PIXEL_BYTES = 64 << 20
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -95,6 +97,45 @@ def decode(
     if read_ahead < 1:
         raise ValueError(f"read_ahead is {read_ahead}, expected at least 1")
     return _stream(iter(sources), size, workers, read_ahead)
+
+
+def decode_chunks(
+    sources: Iterable[ImageSource], size: tuple[int, int], chunk: int
+) -> Iterator[tuple[list[int], list[Tensor], dict[int, ImageError]]]:
+    """:func:`decode` in chunks of at most ``chunk`` images.
+
+    Fewer where their float32 pixels would take more than 64 MiB.
+
+    Yields:
+        (numbers, tensors, errors): positions in ``sources`` of the images that can be used, their tensors in the same
+        order, and position → error of the others.
+
+    Raises:
+        ValueError: one image where a sequence of them is expected, or an argument that :func:`decode` refuses.
+    """
+    if isinstance(sources, (str, bytes, os.PathLike, Image.Image, np.ndarray, Tensor)):
+        raise ValueError(f"images: got one {type(sources).__name__}, expected a sequence of images")
+    height, width = _check_size(size)
+    return _chunks(decode(sources, size), max(1, min(chunk, _PIXEL_BYTES // (12 * height * width))))
+
+
+def _chunks(
+    images: Iterator[tuple[int, Tensor | ImageError]], chunk: int
+) -> Iterator[tuple[list[int], list[Tensor], dict[int, ImageError]]]:
+    numbers: list[int] = []
+    pixels: list[Tensor] = []
+    errors: dict[int, ImageError] = {}
+    for number, image in images:
+        if isinstance(image, ImageError):
+            errors[number] = image
+        else:
+            numbers.append(number)
+            pixels.append(image)
+        if len(numbers) + len(errors) == chunk:
+            yield numbers, pixels, errors
+            numbers, pixels, errors = [], [], {}
+    if numbers or errors:
+        yield numbers, pixels, errors
 
 
 def _stream(

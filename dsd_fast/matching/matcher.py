@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dsd_fast.images import ImageError, ImageSource, decode, load_image, to_tensor
+from dsd_fast.images import ImageError, ImageSource, decode_chunks, load_image, to_tensor
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
 from dsd_fast.matching.fitting.files import Adapter, load, save_locked, save_official
@@ -23,9 +21,6 @@ from dsd_fast.matching.words import Span
 if TYPE_CHECKING:
     from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
     from dsd_fast.models import Model
-
-# Pixels of decoded images waiting for their turn, float32.
-_PIXEL_BYTES = 64 << 20
 
 
 class Matcher:
@@ -356,23 +351,8 @@ class Matcher:
         self, images: Iterable[ImageSource], captions: Captions, texts: int
     ) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
         """Chunks of images, ``texts`` texts each, through the VAE: numbers, (n, C, h, w) latents, and the errors."""
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray, Tensor)):
-            raise ValueError(f"images: got one {type(images).__name__}, expected a sequence of images")
-        height, width = self._scorer.size
-        at_once = max(1, min(self._scorer.images_together(captions, texts), _PIXEL_BYTES // (12 * height * width)))
-        numbers: list[int] = []
-        pixels: list[Tensor] = []
-        errors: dict[int, ImageError] = {}
-        for number, image in decode(images, (height, width)):
-            if isinstance(image, ImageError):
-                errors[number] = image
-            else:
-                numbers.append(number)
-                pixels.append(image)
-            if len(numbers) + len(errors) == at_once:
-                yield numbers, self._scorer.encode_images(pixels), errors
-                numbers, pixels, errors = [], [], {}
-        if numbers or errors:
+        at_once = self._scorer.images_together(captions, texts)
+        for numbers, pixels, errors in decode_chunks(images, self._scorer.size, at_once):
             yield numbers, self._scorer.encode_images(pixels), errors
 
 

@@ -14,8 +14,9 @@ from dsd_fast.diffusion import noise, resolve_timesteps
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.layers import layer_weights
 from dsd_fast.matching.texts import project
+from dsd_fast.models.batches import encode_within
 from dsd_fast.unet import Output, TextKV, UNetProgram
-from dsd_fast.unet.adapters import AdapterScope, active_strengths, adapter_names
+from dsd_fast.unet.adapters import AdapterScope, active_strengths, split_adapters
 from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 _LATENT_BYTES = 64 << 20
 # Micro-batches scored together: enough that a partly filled last one costs little, few enough that results come soon.
 _MICRO_BATCHES = 4
-# Images in one call of the VAE, and its encoder's peak: so many float tensors of its first width at the image's size.
-_VAE_BATCH = 8
-_VAE_TENSORS = 6
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class PairScorer:
         unet_adapter: tuple[str, ...] | None = None
         self._encoder_scopes: list[AdapterScope]
         if like is None:
-            unet_adapter, self._encoder_scopes = _adapters(model, adapter)
+            unet_adapter, self._encoder_scopes = split_adapters(model.unet, model.text_encoders, adapter)
         else:
             self._encoder_scopes = like._encoder_scopes
         self.plan = self.program.plan(
@@ -154,19 +152,9 @@ class PairScorer:
 
     def encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
         """(n, C, h, w) clean latents of n images, each (3, height, width) in [−1, 1], a few at a time."""
-        if not len(pixels):
-            return torch.empty(0)
-        per_image = _VAE_TENSORS * self.model.vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
         given = self.config.memory_budget
         budget = default_budget(self.model.unet.device) if given is None else given
-        batch = max(1, min(_VAE_BATCH, budget // per_image))
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    self.model.encode_images(torch.stack(list(pixels[start : start + batch])))
-                    for start in range(0, len(pixels), batch)
-                ]
-            )
+        return encode_within(self.model, pixels, budget)
 
     def score(
         self,
@@ -322,21 +310,3 @@ class PairScorer:
     def _combine(self, terms: Terms) -> Tensor:
         attention, noise_part = self.parts(terms)
         return (attention + noise_part).float()
-
-
-def _adapters(model: Model, names: str | Sequence[str] | None) -> tuple[tuple[str, ...] | None, list[AdapterScope]]:
-    """The adapters of the UNet, and the scopes of the text encoders: a LoRA may be in one of them, or in several.
-
-    Raises:
-        ValueError: an adapter that no part of the model has.
-    """
-    if names is None:
-        return None, []
-    wanted = (names,) if isinstance(names, str) else tuple(names)
-    parts = [model.unet, *model.text_encoders]
-    known = set().union(*(adapter_names(part) for part in parts))
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"adapter: the model has no adapter {name!r}; it has {', '.join(sorted(known)) or 'none'}")
-    chosen = [tuple(name for name in wanted if name in adapter_names(part)) for part in parts]
-    return chosen[0], [AdapterScope(part, own) for part, own in zip(parts[1:], chosen[1:], strict=True)]

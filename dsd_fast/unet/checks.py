@@ -143,11 +143,11 @@ def residuals(plan: Plan, value: Residuals | None, rows: int, sizes: Sequence[Si
 def map_tokens(
     plan: Plan, value: Tensor | Sequence[int] | None, rows: int, text: TextKV | None, device: torch.device
 ) -> Tensor | None:
-    """(rows, n) int64."""
-    if not plan.maps:
+    """(rows, n) int64, or None where no cross-attention's maps are asked for."""
+    if not set(plan.maps) & set(plan.program.score_ids):
         return None
     if value is None or text is None:
-        raise ValueError("map_tokens: needed for a plan with maps")
+        raise ValueError("map_tokens: needed for a plan with maps of a cross-attention")
     chosen = torch.as_tensor(value)
     if chosen.dtype.is_floating_point and chosen.numel():
         raise ValueError(f"map_tokens: got {chosen.dtype}, expected integers")

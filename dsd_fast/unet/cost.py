@@ -33,6 +33,9 @@ def flops_by_step(
 
 
 def _step_flops(plan: Plan, step: Step, want: Want, size: Size, tokens: int) -> int:
+    if want.maps and step.map_flops is not None:
+        # The attention itself is left out where nothing reads its output.
+        return step.map_flops(size, tokens) + (0 if want.last else step.flops(size, tokens))
     if not step.score:
         return step.flops(size, tokens)
     # q kᵀ once more for the maps; of the attention itself, q kᵀ alone where nothing reads its output.
@@ -105,12 +108,13 @@ def _alive(plan: Plan, sizes: Sequence[Size], tokens: int, map_tokens: int) -> s
     stack: list[int] = []
     result = set()
     for step, want in zip(plan.steps, plan.wants, strict=True):
-        area = areas[step.level]
+        area, size = areas[step.level], sizes[step.level]
         if step.pops:
             held -= stack.pop()
         # Whole attention maps are made in float32, whatever the network is.
-        alive = step.elements(sizes[step.level], tokens) * (real if step.optional else itemsize)
-        chunk = CHUNK_COPIES * real * step.heads * area * tokens
+        alive = step.elements(size, tokens) * (real if step.optional else itemsize)
+        logits = step.score or want.maps
+        chunk = CHUNK_COPIES * real * step.heads * area * step.keys(size, tokens) if logits else 0
         result.add((held + kept + alive, chunk))
         if step.pushes:
             if pushed in plan.kept_skips:
@@ -118,8 +122,8 @@ def _alive(plan: Plan, sizes: Sequence[Size], tokens: int, map_tokens: int) -> s
                 held += stack[-1]
             pushed += 1
         if want.feature and step.shape is not None:
-            kept += math.prod(step.shape(sizes[step.level], tokens)) * itemsize
+            kept += math.prod(step.shape(size, tokens)) * itemsize
         kept += real * step.heads if want.score else 0
-        kept += real * map_tokens * area if want.maps else 0
+        kept += real * step.keys(size, map_tokens) * area if want.maps else 0
     result.add((held + 2 * kept, 0))
     return result

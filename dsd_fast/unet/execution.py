@@ -69,6 +69,8 @@ def advance(cut: Cut, state: State) -> list[Taken]:
         elif taken.feature is not None:
             # Nobody asked for it, and it would stay alive.
             taken = NOTHING
+        if step.self_maps and taken.maps is not None:
+            taken = Taken(maps=state.rows(taken.maps, state.expanded))
         result.append(taken)
     return result
 

@@ -16,7 +16,8 @@ class Output:
     Attributes:
         features: layer id → (B, C, h, w) in the network's type; a ``…-map`` id → (B, H, L, T).
         scores: score id → (B, H) float32 (float64 for a float64 network), natural logarithm.
-        maps: score id → (B, n, h, w) of the same type, probabilities averaged over heads.
+        maps: map id → (B, n, h, w) of the same type, probabilities averaged over heads; of a self-attention n = h·w,
+            map j being the probabilities of position j.
         noise_pred: (B, C, h, w), the model's output as diffusers gives it (v for v-models), or None.
 
     A value may share memory with another, or with the latents given (``unet-in``).

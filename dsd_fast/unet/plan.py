@@ -296,7 +296,8 @@ class Plan:
             if want.score:
                 result.scores[step.name] = torch.empty((rows, step.heads), dtype=real, device=device)
             if want.maps:
-                result.maps[step.name] = torch.empty((rows, map_tokens, *size), dtype=real, device=device)
+                count = step.keys(size, map_tokens)
+                result.maps[step.name] = torch.empty((rows, count, *size), dtype=real, device=device)
         return result
 
     def flops(self, *, latents: int, texts: int, rows: int, height: int, width: int, tokens: int) -> int:

@@ -32,6 +32,7 @@ class UNetProgram:
         steps: all steps.
         layer_ids: the ids of the reference's grammar that can be tapped as features, in execution order.
         score_ids: one per cross-attention, that id without a suffix: ``up-level1-repeat1-vit-block0-cross``.
+        map_ids: the same and one per self-attention, ``…-self``, whose attention maps can be asked for.
         time_blocks: the residual blocks, each with the name of the step that reads the time embedding for it.
         inductor: the compiled regions that plans share.
         weights: what tells plans that the network changed.
@@ -55,6 +56,7 @@ class UNetProgram:
         self.steps: tuple[Step, ...] = tuple(self._build())
         self.layer_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.shape is not None)
         self.score_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score)
+        self.map_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score or step.self_maps)
         self.inductor = Inductor()
         self.weights = Weights(unet)
         self.check()
@@ -79,7 +81,8 @@ class UNetProgram:
         Args:
             features: layer ids whose values are returned.
             scores: score ids whose log-sum-exp over the text's keys is returned.
-            maps: score ids whose attention maps of chosen tokens are returned.
+            maps: map ids whose attention maps, averaged over heads, are returned: of a cross-attention those of chosen
+                tokens, of a self-attention those of all positions that are attended to.
             noise_pred: whether the model's output is returned.
             pool: how a score is pooled over positions: "mean", "max", or a temperature τ > 0 for
                 τ·log mean exp(score/τ).
@@ -92,7 +95,7 @@ class UNetProgram:
         for name, ids, legal in (
             ("features", features, self.layer_ids),
             ("scores", scores, self.score_ids),
-            ("maps", maps, self.score_ids),
+            ("maps", maps, self.map_ids),
         ):
             _check_ids(name, ids, legal)
         if not (features or scores or maps or noise_pred):

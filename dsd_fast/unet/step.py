@@ -85,7 +85,7 @@ class Want:
     Attributes:
         feature: the value the step's layer id names.
         score: the score of a cross-attention: ``pool`` is "mean", "max" or a temperature.
-        maps: the attention maps of chosen tokens.
+        maps: the attention maps, averaged over heads: of chosen tokens, or of all positions of a self-attention.
         last: nothing runs after this step, so only what is taken from it need be computed.
     """
 
@@ -98,7 +98,7 @@ class Want:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a step gives: the value its id names, and a cross-attention's score (rows, H) and maps (rows, n, h, w)."""
+    """What a step gives: the value its id names, a cross-attention's score (rows, H), and maps (rows, n, h, w)."""
 
     feature: Tensor | None = None
     score: Tensor | None = None
@@ -127,7 +127,8 @@ class Step:
         optional: left out unless it is tapped.
         pushes: channels of the skip connection it stores; 0 where it stores none.
         pops: whether it uses a skip connection.
-        heads: heads of the attention a score id names.
+        heads: heads of the attention it computes.
+        map_flops: FLOPs of the maps of a self-attention, one for each position; None for all other steps.
     """
 
     name: str
@@ -144,6 +145,16 @@ class Step:
     pushes: int = 0
     pops: bool = False
     heads: int = 0
+    map_flops: Count | None = None
+
+    @property
+    def self_maps(self) -> bool:
+        """Whether it answers the maps of a self-attention."""
+        return self.map_flops is not None
+
+    def keys(self, size: Size, tokens: int) -> int:
+        """What its attention attends to, and so the most maps it answers, for an image of that size."""
+        return area(size) if self.self_maps else tokens
 
 
 def area(size: Size) -> int:

@@ -86,7 +86,7 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
 
 
 def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
-    """``self-q``, ``self-k``, ``self-v``, ``self-map``, and the attention itself with its residual."""
+    """``self-q``, ``self-k``, ``self-v``, ``self-map``, and the attention itself with its residual and its maps."""
     attn = block.attn1
     heads, width = attn.heads, attn.inner_dim
 
@@ -120,12 +120,21 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
         return Taken(torch.softmax(logits, dim=-1).to(q.dtype))
 
     def attend(state: State, want: Want) -> Taken:
-        q, k, v = (split_heads(state.live.pop(name), heads) for name in "qkv")
+        live, maps = state.live, None
+        if want.maps:
+            # Each row is its own text, of as many tokens as there are positions.
+            size = state.sizes[level]
+            every = torch.arange(area(size), device=live["q"].device).expand(len(live["q"]), -1)
+            maps = token_maps(live["q"], live["k"], every, None, None, None, heads, attn.scale)
+            maps = maps.view(*maps.shape[:2], *size)
+        if want.last:
+            return Taken(maps=maps)
+        q, k, v = (split_heads(live.pop(name), heads) for name in "qkv")
         o = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         # With the norm that the next step reads, so that the sum is read once.
         x = _project_out(attn, join_heads(o))
-        state.live["x"], state.live["n"] = add_norm(x, state.live["x"], block.norm2)
-        return NOTHING
+        live["x"], live["n"] = add_norm(x, live["x"], block.norm2)
+        return Taken(maps=maps)
 
     return [
         projection("q", "to_q"),
@@ -148,6 +157,8 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
             flops=lambda s, t: attention_flops(area(s), area(s), width) + linear_flops(attn.to_out[0], area(s)),
             elements=lambda s, t: (2 * channels + 8 * width) * area(s),
             region=prefix,
+            heads=heads,
+            map_flops=lambda s, t: attention_flops(area(s), area(s), width) // 2,
         ),
     ]
 
