@@ -1,4 +1,4 @@
-"""Diffusion models as discriminative learners, fast: image-text matching with Stable Diffusion.
+"""Diffusion models as discriminative learners, fast: image-text matching and features with Stable Diffusion.
 
 Public names load on first use: importing this package imports neither torch nor Triton nor diffusers, compiles
 nothing, and touches neither a GPU nor the network.
@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "FeatureExtractor",
     "FitConfig",
     "Group",
     "MatchConfig",
     "Matcher",
+    "Technique",
     "__version__",
     "bench",
     "compat",
     "diffusion",
+    "features",
     "from_pipeline",
     "images",
     "jobs",
@@ -31,16 +34,32 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dsd_fast import bench, compat, diffusion, images, jobs, kernels, matching, metrics, models, reference, unet
+    from dsd_fast import (
+        bench,
+        compat,
+        diffusion,
+        features,
+        images,
+        jobs,
+        kernels,
+        matching,
+        metrics,
+        models,
+        reference,
+        unet,
+    )
+    from dsd_fast.features import FeatureExtractor, Technique
     from dsd_fast.matching import FitConfig, Group, MatchConfig, Matcher, read_groups
     from dsd_fast.models import from_pipeline, load
 else:
     # Hidden from type checkers, for which a module with __getattr__ has every name.
     _HOMES = {
+        "FeatureExtractor": "dsd_fast.features",
         "FitConfig": "dsd_fast.matching",
         "Group": "dsd_fast.matching",
         "MatchConfig": "dsd_fast.matching",
         "Matcher": "dsd_fast.matching",
+        "Technique": "dsd_fast.features",
         "from_pipeline": "dsd_fast.models",
         "load": "dsd_fast.models",
         "read_groups": "dsd_fast.matching",

@@ -1,14 +1,35 @@
-"""Noise schedules, reproducible noise and timestep grids."""
+"""Noise schedules, reproducible noise, timestep grids, samplers and inversion."""
 
+from dsd_fast.diffusion.ddim import CLEAN, Predict, ddim_step, denoise, inversion_grid, invert
 from dsd_fast.diffusion.noise import noise
+from dsd_fast.diffusion.sampling import (
+    guided,
+    img2img,
+    official_denoising,
+    sample,
+    scheduler_steps,
+    scheduler_timesteps,
+)
 from dsd_fast.diffusion.schedule import NoiseSchedule
 from dsd_fast.diffusion.timesteps import img2img_timestep, official_timesteps, resolve_timesteps, scheduler_from_config
 
 __all__ = [
+    "CLEAN",
     "NoiseSchedule",
+    "Predict",
+    "ddim_step",
+    "denoise",
+    "guided",
+    "img2img",
     "img2img_timestep",
+    "inversion_grid",
+    "invert",
     "noise",
+    "official_denoising",
     "official_timesteps",
     "resolve_timesteps",
+    "sample",
     "scheduler_from_config",
+    "scheduler_steps",
+    "scheduler_timesteps",
 ]

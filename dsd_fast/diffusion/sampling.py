@@ -1,0 +1,241 @@
+"""A diffusers scheduler's own steps, and the samplers that they make: img2img, text to image, guidance.
+
+Functions of tensors and of a `Predict`; no network is known. Latents have the form z_t = √ᾱ_t z₀ + √(1 − ᾱ_t) ε, which
+the UNet is given, wherever a function takes, yields or returns them. Some schedulers (Euler and its kin) step in
+another form, z_t / √ᾱ_t = z₀ + σ_t ε; that form never leaves this module.
+
+Between the steps latents are held in float32 at least: a step of one timestep changes less than half precision can
+hold. Gradients flow, so wrap calls in `torch.no_grad()` where none are wanted.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.diffusion.ddim import CLEAN, Predict, working_dtype
+from dsd_fast.diffusion.timesteps import scheduler_from_config
+
+_SHORT_DENOISING = 50
+
+
+def scheduler_timesteps(scheduler: Any, steps: int, strength: float = 1.0) -> list[float]:
+    """The timesteps that a diffusers img2img pipeline visits, in its order: `set_timesteps`, then `get_timesteps`.
+
+    Whole ones are ints. PNDM visits its second one twice when it starts from the top.
+
+    Args:
+        scheduler: a diffusers scheduler, left as it is, or its config with "_class_name".
+        steps: number of inference steps over the whole schedule.
+        strength: share of them that is taken, the last int(steps · strength), 0 to 1. 1 is sampling from noise.
+
+    Raises:
+        ValueError: an argument outside its range, or a strength too small for any step.
+    """
+    fresh, start = _prepared(scheduler, steps, strength)
+    return [_time(t) for t in fresh.timesteps[start:]]
+
+
+def official_denoising(denoise_from: int, t: int, num_train_timesteps: int = 1000) -> tuple[int, float]:
+    """(steps, strength) with which the official extractors denoise from one timestep to another before they extract.
+
+    All timesteps of the schedule are visited when the two are at most 50 apart, else every tenth. From 60 to 50 that
+    makes 11 updates with PNDM and 9 with Euler. For the long way the official code divides by 100 instead of the number
+    of timesteps, hence starts at the top whatever was asked (strength 1); that is put right here.
+    Source: `extract` of Darkbblue/generic-diffusion-feature.
+
+    Raises:
+        ValueError: not 0 < t < denoise_from < num_train_timesteps.
+    """
+    if not 0 < t < denoise_from < num_train_timesteps:
+        raise ValueError(
+            f"denoise_from is {denoise_from} and t is {t}, expected 0 < t < denoise_from < {num_train_timesteps}"
+        )
+    short = denoise_from - t <= _SHORT_DENOISING
+    return num_train_timesteps if short else max(1, num_train_timesteps // 10), denoise_from / num_train_timesteps
+
+
+def scheduler_steps(
+    scheduler: Any,
+    predict: Predict,
+    latents: Tensor,
+    steps: int,
+    strength: float = 1.0,
+    *,
+    until: float | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Iterator[tuple[float, Tensor]]:
+    """A diffusers scheduler's own steps over `scheduler_timesteps(scheduler, steps, strength)`.
+
+    Latents are given and yielded as the UNet sees them (see the module), whatever form the scheduler steps in. PNDM's
+    second update repeats its first one with a better slope and gains no timestep. From the top the second timestep
+    comes twice for that; from below it does not, so that latents lag one step behind the timestep they are yielded
+    with. Stock pipelines do the same.
+
+    Args:
+        scheduler: left as it is; a fresh one is made from its config. A config with "_class_name" will do.
+        predict: called at every timestep yielded but the last.
+        latents: z at the first of those timesteps, (B, C, h, w).
+        until: stop at the last of those timesteps that is not below this one; None goes on to the clean latent.
+        generator: of schedulers that add noise at each step; one per row, or one for all.
+
+    Yields:
+        (t, z_t) at every timestep, the first and the last included; the clean latent comes with −1. z_t (B, C, h, w)
+        in the dtype of `latents`.
+
+    Raises:
+        ValueError: arguments as for `scheduler_timesteps`, or `until` above the first timestep.
+    """
+    fresh, start = _prepared(scheduler, steps, strength)
+    first = fresh.timesteps[start]
+    if until is not None and until > float(first):
+        raise ValueError(f"until is {until}, expected at most {float(first):g}, the first timestep")
+    real = working_dtype(latents)
+    # What the scheduler multiplies its own form by to make the UNet's input.
+    factor = fresh.scale_model_input(torch.ones(1, dtype=real, device=latents.device), first)
+    return _run(fresh, start, predict, latents.to(real) / factor, latents.dtype, until, generator)
+
+
+def img2img(
+    scheduler: Any,
+    predict: Predict,
+    latents: Tensor,
+    noise: Tensor,
+    *,
+    strength: float,
+    steps: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """Noises latents and samples back to clean ones: the loop of diffusers' img2img pipelines.
+
+    Meng et al. 2022, "SDEdit". Guidance is the business of `predict`: see `guided`.
+
+    Args:
+        scheduler: a diffusers scheduler, left as it is, or its config with "_class_name".
+        latents: z₀ of the images, (B, C, h, w).
+        noise: ε, a shape that broadcasts to that of `latents`.
+        strength: share of the steps that is taken, above 0 and at most 1.
+        steps: number of inference steps over the whole schedule.
+        generator: as for `scheduler_steps`.
+
+    Returns:
+        z₀ of the results, (B, C, h, w) in the dtype of `latents`.
+
+    Raises:
+        ValueError: arguments as for `scheduler_timesteps`, or a noise that does not fit.
+    """
+    try:
+        spread = noise.expand_as(latents)
+    except RuntimeError:
+        got, wanted = tuple(noise.shape), tuple(latents.shape)
+        raise ValueError(f"noise has shape {got}, expected one that broadcasts to {wanted}") from None
+    fresh, start = _prepared(scheduler, steps, strength)
+    real = working_dtype(latents)
+    state = fresh.add_noise(latents.to(real), spread.to(latents.device, real), fresh.timesteps[start : start + 1])
+    return _last(_run(fresh, start, predict, state, latents.dtype, None, generator))
+
+
+def sample(
+    scheduler: Any,
+    predict: Predict,
+    noise: Tensor,
+    *,
+    steps: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """Samples clean latents from noise: the loop of diffusers' text-to-image pipelines.
+
+    Args:
+        scheduler: a diffusers scheduler, left as it is, or its config with "_class_name".
+        noise: ε of unit variance, (B, C, h, w).
+        steps: number of inference steps.
+        generator: as for `scheduler_steps`.
+
+    Returns:
+        z₀, (B, C, h, w) in the dtype of `noise`.
+
+    Raises:
+        ValueError: arguments as for `scheduler_timesteps`.
+    """
+    fresh, start = _prepared(scheduler, steps, 1.0)
+    state = noise.to(working_dtype(noise)) * fresh.init_noise_sigma
+    return _last(_run(fresh, start, predict, state, noise.dtype, None, generator))
+
+
+def guided(predict: Predict, scale: float) -> Predict:
+    """Classifier-free guidance, u + scale · (c − u), over a prediction of twice the rows.
+
+    Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 with scale = 1 + w.
+
+    Args:
+        predict: given (2B, C, h, w), the same B latents twice, answers with the B unconditional outputs first and the B
+            conditional ones after them, as diffusers orders them.
+        scale: 1 is the conditional output alone; then the plain prediction of B rows is cheaper.
+    """
+
+    def predict_guided(latents: Tensor, t: float) -> Tensor:
+        unconditional, conditional = predict(torch.cat([latents, latents]), t).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return predict_guided
+
+
+def _run(
+    scheduler: Any,
+    start: int,
+    predict: Predict,
+    state: Tensor,
+    dtype: torch.dtype,
+    until: float | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> Iterator[tuple[float, Tensor]]:
+    """Steps a prepared scheduler; `state` has the scheduler's own form."""
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    times = [t for t in scheduler.timesteps[start:] if until is None or float(t) >= until]
+    for number, t in enumerate(times):
+        shown = scheduler.scale_model_input(state, t).to(dtype)
+        yield _time(t), shown
+        if until is None or number + 1 < len(times):
+            output = predict(shown, _time(t)).to(state.dtype)
+            state = scheduler.step(output, t, state, return_dict=False, **extra)[0].to(state.dtype)
+    if until is None:
+        yield CLEAN, state.to(dtype)
+
+
+def _prepared(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
+    """A fresh scheduler with its timesteps set, and the index of the first one that is taken."""
+    count = _count("steps", steps)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}, expected 0 to 1")
+    # The rounding is part of diffusers' rule.
+    taken = min(int(count * strength), count)
+    if taken < 1:
+        raise ValueError(f"strength is {strength}, too small for any of {count} steps")
+    if isinstance(scheduler, dict):
+        fresh = scheduler_from_config(scheduler)
+    else:
+        fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(count)
+    start = (count - taken) * fresh.order
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(start)
+    return fresh, start
+
+
+def _last(trajectory: Iterator[tuple[float, Tensor]]) -> Tensor:
+    ((_, result),) = deque(trajectory, maxlen=1)
+    return result
+
+
+def _time(t: Tensor) -> float:
+    value = float(t)
+    return int(value) if value.is_integer() else value
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+    return value

@@ -1,0 +1,22 @@
+"""UNet activations as features, kept true to the image."""
+
+from dsd_fast.features.amalgamation import Amalgamation
+from dsd_fast.features.attention import AttentionTap
+from dsd_fast.features.config import FeatureConfig
+from dsd_fast.features.extractor import Extracted, FeatureExtractor
+from dsd_fast.features.layers import SETS, layer_set
+from dsd_fast.features.pca import PCA, Moments
+from dsd_fast.features.technique import Technique
+
+__all__ = [
+    "PCA",
+    "SETS",
+    "Amalgamation",
+    "AttentionTap",
+    "Extracted",
+    "FeatureConfig",
+    "FeatureExtractor",
+    "Moments",
+    "Technique",
+    "layer_set",
+]

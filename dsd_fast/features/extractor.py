@@ -1,0 +1,419 @@
+"""UNet activations of images at any number of timesteps and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.features.attention import KEY, AttentionTap
+from dsd_fast.features.capture import Capture, exits
+from dsd_fast.features.config import FeatureConfig
+from dsd_fast.features.inputs import Inputs, Prompts, TextStates, draws_of_noise
+from dsd_fast.features.latents import latents_at, used_timesteps
+from dsd_fast.features.layers import Layers, resolve_layers
+from dsd_fast.features.pca import PCA, Moments
+from dsd_fast.features.runner import Runner
+from dsd_fast.features.technique import Technique
+from dsd_fast.images import ImageError, ImageSource, decode_chunks
+from dsd_fast.models.batches import encode_within
+from dsd_fast.models.prompts import token_limit
+from dsd_fast.unet import Plan, UNetProgram
+from dsd_fast.unet.stream import default_budget, rows_at_once
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Micro-batches of rows extracted together: enough that a partly filled last one costs little.
+_MICRO_BATCHES = 4
+# Of latents at all timesteps held at once, whatever the number of images.
+_LATENT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What a few images of a request gave.
+
+    Attributes:
+        numbers: positions in the request of the images that could be used.
+        features: of each technique, id → (n, S, C, h, w), or (n, S, D, C, h, w) where draws are kept.
+        errors: position → error of the others.
+    """
+
+    numbers: list[int]
+    features: list[dict[str, Tensor]]
+    errors: dict[int, ImageError]
+
+
+class FeatureExtractor:
+    """Features of images: activations of a diffusion model's UNet (Meng et al., arXiv 2410.03558 and 2410.06719).
+
+    An image goes through the VAE once, its latents are noised to all timesteps at once, and the UNet runs up to the
+    last layer asked for, over as many rows together as memory allows. A feature depends on the image, its prompt, its
+    seed, the model and the settings alone: not on the other images, timesteps or layers asked for.
+
+    On the way out, in this order: the mean over draws (unless kept), PCA, resizing or pooling, L2 normalisation over
+    channels, the type.
+
+    Args:
+        model: from :func:`dsd_fast.load` or :func:`dsd_fast.from_pipeline`.
+        layers: layer ids; a set by name ("practical", "legacy", or of :data:`dsd_fast.features.SETS`); "all"; id → bool
+            as in the official JSON files, or the path of one.
+        timesteps: S of them, exactly as given; 0 is the clean latent, fed at timestep 0.
+        attention: places whose attention maps are the feature "attn" (:class:`dsd_fast.features.AttentionTap`):
+            "up_cross", "down_self" and so on.
+        official_timesteps: use what the official extractors make of the timesteps (50 becomes 51, 49 or 50, by the
+            scheduler: :func:`dsd_fast.diffusion.img2img_timestep`), and with a technique that moves latents its
+            scheduler's own steps.
+        draws: D noise draws for each timestep, averaged (Tang et al., arXiv 2306.03881, "DIFT").
+        keep_draws: keep them apart instead.
+        image_size: (height, width) in pixels that images are resized to; the model's own if None.
+        resize: (height, width) for all maps, bilinear; or a factor that divides their sides, by mean over windows
+            (the official ``feature_resize``).
+        pool: "mean" or "max" over positions, which leaves one.
+        normalize: divide by the L2 norm over channels at each position.
+        pca: id → :class:`~dsd_fast.features.PCA`, see also :meth:`fit_pca`.
+        dtype: of the features; the network's if None.
+        technique: see :class:`Technique`.
+        memory_budget: bytes for activations and text keys; None: the device's, see
+            :func:`dsd_fast.unet.stream.default_budget`. What is handed out comes on top.
+
+    Attributes:
+        layers: the layer ids, in the order of the features; "attn" at the end if attention is asked for.
+        timesteps: S timesteps as the network is told them.
+        shapes: id → (C, h, w) of what is handed out.
+
+    Raises:
+        ValueError: a setting that is not allowed or does not fit the model, by name.
+        ModelError: a ControlNet that does not fit the UNet.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Layers = "practical",
+        timesteps: Sequence[int] = (50,),
+        *,
+        attention: Sequence[str] = (),
+        official_timesteps: bool = False,
+        draws: int = 1,
+        keep_draws: bool = False,
+        image_size: tuple[int, int] | None = None,
+        resize: int | tuple[int, int] | None = None,
+        pool: str | None = None,
+        normalize: bool = False,
+        pca: Mapping[str, PCA] | None = None,
+        dtype: str | None = None,
+        technique: Technique | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.model = model
+        self.program = UNetProgram(model.unet)
+        ids = resolve_layers(layers, self.program)
+        asked = timesteps if isinstance(timesteps, int) else tuple(timesteps)
+        self.config = FeatureConfig(
+            layers=ids,
+            timesteps=asked,
+            attention=attention if isinstance(attention, str) else tuple(attention),
+            official_timesteps=official_timesteps,
+            draws=draws,
+            keep_draws=keep_draws,
+            image_size=image_size,
+            resize=resize,
+            pool=pool,
+            normalize=normalize,
+            dtype=dtype,
+            memory_budget=memory_budget,
+        )
+        self.technique = technique or Technique()
+        self.timesteps = used_timesteps(model, self.config.timesteps, official_timesteps)
+        self.size = self.config.image_size or model.image_size
+        factor = model.vae_scale_factor
+        if any(side < factor or side % factor for side in self.size):
+            raise ValueError(f"image_size: got {self.size}, expected multiples of {factor} pixels")
+        self.latent_size = (self.size[0] // factor, self.size[1] // factor)
+        self._tokens = token_limit(model.tokenizers, model.text_encoders)
+        self._attention: AttentionTap | None = None
+        if self.config.attention:
+            self._attention = AttentionTap(self.program, self.config.attention, self.latent_size, self._tokens)
+        if not ids and self._attention is None:
+            raise ValueError("layers: got none, expected at least one, or attention")
+        self.layers = ids if self._attention is None else (*ids, KEY)
+        self._ids = ids
+        self._texts = TextStates(model)
+        self.runtime: str | None = None
+        self._runs: dict[Technique, tuple[Runner, Plan]] = {}
+        # Here, so that what does not fit the model is told before there is an image.
+        self._run(self.technique)
+        self.pca: dict[str, PCA] = {}
+        self._set_pca(pca or {})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Id → (C, h, w) of what is handed out."""
+        return {name: each.given for name, each in self._exits.items()}
+
+    def compile(self, runtime: str = "inductor") -> FeatureExtractor:
+        """From now on the network runs compiled, see :meth:`dsd_fast.unet.plan.Plan.compile`; the extractor itself.
+
+        Raises:
+            ValueError: an unknown runtime; "cudagraph" with a model that is not on a CUDA device.
+        """
+        for runner, plan in self._runs.values():
+            plan.compile(runtime)
+            runner.compile(runtime)
+        self.runtime = runtime
+        return self
+
+    def extract(
+        self,
+        images: Iterable[ImageSource],
+        prompts: str | Sequence[str] = "",
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+        out: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Features of N images.
+
+        Args:
+            images: N paths (``pathlib.Path``), PIL images, uint8 HWC arrays or float CHW tensors in [0, 1].
+            prompts: one for all, or one each; a technique's own prompts go before them.
+            seed: of the noise, the same for every image and timestep.
+            seeds: one for each image instead.
+            out: tensors to fill, contiguous, of the shapes below, on the model's device and of any float type.
+
+        Returns:
+            id → (N, S, C, h, w), or (N, S, D, C, h, w) where draws are kept, on the model's device; ``out`` if given.
+
+        Raises:
+            ImageError: an image that cannot be used; :meth:`extract_iter` gives it back instead.
+            ValueError: prompts that are too long or not as many as images; an ``out`` that does not fit.
+        """
+        return self._extract(images, [self.technique], prompts, seed, seeds, [out])[0]
+
+    def extract_each(
+        self,
+        images: Iterable[ImageSource],
+        techniques: Sequence[Technique],
+        prompts: str | Sequence[str] = "",
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """:meth:`extract` under each of the techniques, instead of the extractor's own.
+
+        Images go through the VAE once, edges are found once, and equal texts are encoded once for all of them.
+        """
+        return self._extract(images, techniques, prompts, seed, seeds, [None] * len(techniques))
+
+    def extract_iter(
+        self,
+        images: Iterable[ImageSource],
+        prompts: str | Sequence[str] = "",
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, dict[str, Tensor] | ImageError]]:
+        """:meth:`extract` of any number of images, one at a time and in order.
+
+        Yields:
+            (number, id → (S, C, h, w), or (S, D, C, h, w)), or (number, the image's error).
+        """
+        for part in self.extract_chunks(images, prompts, seed, seeds=seeds):
+            place = {number: row for row, number in enumerate(part.numbers)}
+            for number in sorted([*part.numbers, *part.errors]):
+                if number in part.errors:
+                    yield number, part.errors[number]
+                else:
+                    yield number, {name: value[place[number]] for name, value in part.features[0].items()}
+
+    def extract_chunks(
+        self,
+        images: Iterable[ImageSource],
+        prompts: str | Sequence[str] = "",
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+        techniques: Sequence[Technique] | None = None,
+        chunk: int | None = None,
+    ) -> Iterator[Extracted]:
+        """:meth:`extract` of any number of images, some at a time, in order; nothing of earlier ones is kept.
+
+        Args:
+            techniques: instead of the extractor's own.
+            chunk: images at a time; as many as fill a few micro-batches if None.
+        """
+        chosen = [self.technique] if techniques is None else list(techniques)
+        request = Prompts(prompts)
+        for inputs, errors in self._inputs(images, seed, seeds, chosen, chunk):
+            features = []
+            for technique in chosen:
+                out = self._empty(len(inputs))
+                if len(inputs):
+                    self._capture(technique, inputs, request, out, 0)
+                features.append(out)
+            yield Extracted(list(inputs.numbers), features, errors)
+
+    def fit_pca(
+        self,
+        images: Iterable[ImageSource],
+        components: int,
+        prompts: str | Sequence[str] = "",
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> dict[str, PCA]:
+        """The principal components of each feature over images, timesteps and positions; from now on they are used.
+
+        Args:
+            components: k, channels that are left of each feature.
+
+        Raises:
+            ImageError: an image that cannot be used.
+            ValueError: fewer positions or channels than components.
+        """
+        whole = FeatureExtractor(
+            self.model,
+            self._ids,
+            self.config.timesteps,
+            attention=self.config.attention,
+            official_timesteps=self.config.official_timesteps,
+            draws=self.config.draws,
+            keep_draws=self.config.keep_draws,
+            image_size=self.config.image_size,
+            technique=self.technique,
+            memory_budget=self.config.memory_budget,
+        )
+        moments = {name: Moments() for name in self.layers}
+        for part in whole.extract_chunks(images, prompts, seed, seeds=seeds):
+            _raise_first(part.errors)
+            for name, value in part.features[0].items():
+                moments[name].add(value)
+        self._set_pca({name: each.pca(components) for name, each in moments.items()})
+        return dict(self.pca)
+
+    def settings(self) -> dict[str, Any]:
+        """What of the settings changes the features, as JSON; the model, the technique's networks and the PCA aside."""
+        config = asdict(self.config)
+        del config["memory_budget"]
+        return {
+            **config,
+            "timesteps": list(self.timesteps),
+            "image_size": list(self.size),
+            "dtype": self.config.dtype or str(self.model.dtype).removeprefix("torch."),
+            "technique": self.technique.settings(),
+        }
+
+    def _extract(
+        self,
+        images: Iterable[ImageSource],
+        techniques: Sequence[Technique],
+        prompts: str | Sequence[str],
+        seed: int,
+        seeds: Sequence[int] | None,
+        outs: Sequence[Mapping[str, Tensor] | None],
+    ) -> list[dict[str, Tensor]]:
+        sources = images if isinstance(images, Sequence) else list(images)
+        request = Prompts(prompts)
+        for runner, _ in map(self._run, techniques):
+            runner.prompts(request).check(len(sources))
+        if seeds is not None and len(seeds) != len(sources):
+            raise ValueError(f"seeds: got {len(seeds)} for {len(sources)} images, expected one each")
+        filled = [self._empty(len(sources)) if out is None else self._checked(out, len(sources)) for out in outs]
+        for inputs, errors in self._inputs(sources, seed, seeds, techniques, None):
+            _raise_first(errors)
+            for technique, out in zip(techniques, filled, strict=True):
+                self._capture(technique, inputs, request, out, inputs.numbers[0])
+        return filled
+
+    def _inputs(
+        self,
+        images: Iterable[ImageSource],
+        seed: int,
+        seeds: Sequence[int] | None,
+        techniques: Sequence[Technique],
+        chunk: int | None,
+    ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
+        at_once = chunk or min(self._images_at_once(technique) for technique in techniques)
+        given = self.config.memory_budget
+        budget = default_budget(self.model.unet.device) if given is None else given
+        for numbers, pixels, errors in decode_chunks(images, self.size, at_once):
+            latents = encode_within(self.model, pixels, budget).to(self.model.unet.device)
+            epsilon = draws_of_noise(seed, seeds, numbers, self.config.draws, latents)
+            yield Inputs(numbers, pixels, latents, epsilon), errors
+
+    def _capture(
+        self, technique: Technique, inputs: Inputs, request: Prompts, out: Mapping[str, Tensor], first: int
+    ) -> None:
+        """Fills the rows of ``out`` that begin with image ``first``."""
+        runner, plan = self._run(technique)
+        prompts = runner.prompts(request).of(inputs.numbers)
+        official = self.config.official_timesteps
+        with torch.no_grad():
+            z, stood = latents_at(runner, inputs, prompts, self.config.timesteps, self.timesteps, official)
+        images, steps, draws = z.shape[:3]
+        mean_of = 1 if self.config.keep_draws else draws
+        kept = steps * draws // mean_of
+        flat = {name: value.flatten(0, -4) for name, value in out.items()}
+        capture = Capture(self._exits, self._attention, flat, first * kept, images * kept, mean_of)
+        times = torch.tensor(stood).repeat_interleave(draws).repeat(images)
+        image_of = torch.arange(images).repeat_interleave(steps * draws)
+        for rows, output in runner.run(plan, z.flatten(0, 2), times, image_of, inputs, prompts):
+            capture.add(rows, output)
+        capture.finish()
+
+    def _run(self, technique: Technique) -> tuple[Runner, Plan]:
+        if technique not in self._runs:
+            runner = Runner(self.program, self.model, technique, self._texts, self.config.memory_budget)
+            maps = () if self._attention is None else self._attention.ids
+            plan = self.program.plan(features=self._ids, maps=maps, adapter=runner.adapter)
+            if self.runtime is not None:
+                plan.compile(self.runtime)
+                runner.compile(self.runtime)
+            self._runs[technique] = runner, plan
+        return self._runs[technique]
+
+    def _images_at_once(self, technique: Technique) -> int:
+        plan, config = self._run(technique)[1], self.config
+        rows = rows_at_once(plan, *self.latent_size, self._tokens, memory_budget=config.memory_budget)
+        each = len(self.timesteps) * config.draws
+        latents = each * self.model.unet.config.in_channels * self.latent_size[0] * self.latent_size[1] * 4
+        together: int = min(-(-_MICRO_BATCHES * rows // each), _LATENT_BYTES // latents)
+        return max(1, together)
+
+    def _set_pca(self, pca: Mapping[str, PCA]) -> None:
+        held = {name: each.to(self.model.unet.device) for name, each in pca.items()}
+        self._exits = exits(self.program, self.config, self._ids, self._attention, self.latent_size, self._tokens, held)
+        self.pca = held
+
+    def _shape(self, name: str, images: int) -> tuple[int, ...]:
+        draws = (self.config.draws,) if self.config.keep_draws else ()
+        return (images, len(self.timesteps), *draws, *self.shapes[name])
+
+    def _empty(self, images: int) -> dict[str, Tensor]:
+        dtype = self.model.dtype if self.config.dtype is None else getattr(torch, self.config.dtype)
+        device = self.model.unet.device
+        return {name: torch.empty(self._shape(name, images), dtype=dtype, device=device) for name in self.layers}
+
+    def _checked(self, out: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
+        if set(out) != set(self.layers):
+            raise ValueError(f"out: holds {', '.join(out) or 'nothing'}, expected {', '.join(self.layers)}")
+        for name, value in out.items():
+            wanted, device = self._shape(name, images), self.model.unet.device
+            if tuple(value.shape) != wanted or value.device != device or not value.is_floating_point():
+                raise ValueError(
+                    f"out: {name!r} is {tuple(value.shape)} {value.dtype} on {value.device}, expected {wanted} of a "
+                    f"float type on {device}"
+                )
+            if not value.is_contiguous():
+                raise ValueError(f"out: {name!r} is not contiguous")
+        return dict(out)
+
+
+def _raise_first(errors: Mapping[int, ImageError]) -> None:
+    if errors:
+        raise errors[min(errors)]

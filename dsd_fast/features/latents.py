@@ -1,0 +1,134 @@
+"""The latents that the network sees at each timestep: noised, denoised from above, or inverted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsd_fast.diffusion import (
+    denoise,
+    img2img_timestep,
+    inversion_grid,
+    invert,
+    official_denoising,
+    scheduler_steps,
+    scheduler_timesteps,
+)
+from dsd_fast.features.inputs import Inputs
+from dsd_fast.features.runner import Runner
+from dsd_fast.kernels.noise_latents import noise_latents
+from dsd_fast.models import Model
+
+
+def used_timesteps(model: Model, timesteps: Sequence[int], official: bool) -> list[int]:
+    """The timesteps that the network is told: those asked for, or what the official extractors make of them.
+
+    Raises:
+        ValueError: one outside the schedule.
+    """
+    for t in timesteps:
+        if isinstance(t, bool) or not isinstance(t, int | np.integer):
+            raise ValueError(f"timesteps holds {t!r}, expected integers")
+        if not 0 <= t < model.schedule.num_train_timesteps:
+            raise ValueError(f"timesteps holds {t}, expected 0 to {model.schedule.num_train_timesteps - 1}")
+    return [img2img_timestep(model.scheduler_config, t) if official else int(t) for t in timesteps]
+
+
+def noised(model: Model, clean: Tensor, noise: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """z_t = √ᾱ_t z₀ + √(1 − ᾱ_t) ε for every image, timestep and draw; t = 0 is the clean latent itself.
+
+    Args:
+        clean: (n, C, h, w).
+        noise: (1 or n, 1, D, C, h, w) float32.
+
+    Returns:
+        (n, S, D, C, h, w) in the type of ``clean``.
+    """
+    signal, sigma = model.schedule.coefficients(timesteps)
+    there = torch.tensor(timesteps) == 0
+    signal, sigma = signal.masked_fill(there, 1.0), sigma.masked_fill(there, 0.0)
+    real = torch.promote_types(clean.dtype, torch.float32)
+    moved = (each.to(clean.device, real) for each in (noise, signal, sigma))
+    return noise_latents(clean, *moved)
+
+
+def latents_at(
+    runner: Runner, inputs: Inputs, prompts: Sequence[str], asked: Sequence[int], used: Sequence[int], official: bool
+) -> tuple[Tensor, list[int]]:
+    """(n, S, D, C, h, w) latents at the timesteps, and the timesteps that they really stand at.
+
+    Args:
+        prompts: one for each of the n images.
+        asked, used: see :func:`used_timesteps`.
+
+    Raises:
+        ValueError: a timestep that the technique's way does not pass.
+    """
+    technique, model = runner.technique, runner.model
+    if technique.inversion:
+        return _inverted(runner, inputs, prompts, used, official), list(used)
+    if technique.denoise_from is None:
+        return noised(model, inputs.latents, inputs.noise, used), list(used)
+    result = noised(model, inputs.latents, inputs.noise, [0] * len(used))
+    if official:
+        return _denoised_officially(runner, inputs, prompts, asked, result)
+    return _denoised(runner, inputs, prompts, used, result), list(used)
+
+
+def _inverted(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequence[int], official: bool) -> Tensor:
+    model = runner.model
+    if inputs.noise.shape[2] != 1:
+        raise ValueError(f"draws: got {inputs.noise.shape[2]}, expected 1: an inversion draws no noise")
+    grid = inversion_grid(model.scheduler_config) if official else None
+    up = sorted(set(used))
+    walk = invert(model.schedule, runner.predict(inputs, prompts), inputs.latents, up, grid=grid, exact=not official)
+    found = dict(walk)
+    return torch.stack([found[t] for t in used], dim=1)[:, :, None]
+
+
+def _denoised(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequence[int], result: Tensor) -> Tensor:
+    """Fills ``result`` by one walk down that passes all the timesteps; t = 0 stays the clean latent."""
+    model, top = runner.model, runner.technique.denoise_from
+    assert top is not None
+    low = [t for t in used if t]
+    if any(t >= top for t in low) or not top < model.schedule.num_train_timesteps:
+        raise ValueError(
+            f"denoise_from: got {top}, expected above the timesteps {sorted(low)} and in the schedule, "
+            f"below {model.schedule.num_train_timesteps}"
+        )
+    if not low:
+        return result
+    steps = runner.technique.denoise_steps or top - min(low)
+    between = {int(t) for t in np.linspace(top, min(low), steps + 1).round()}
+    way = sorted({top, *between, *low}, reverse=True)
+    start = noised(model, inputs.latents, inputs.noise, [top])[:, 0]
+    draws = start.shape[1]
+    predict = runner.predict(inputs, prompts, repeats=draws)
+    for t, z in denoise(model.schedule, predict, start.flatten(0, 1), way):
+        for position in (number for number, wanted in enumerate(used) if wanted == t):
+            result[:, position] = z.view(-1, draws, *z.shape[1:])
+    return result
+
+
+def _denoised_officially(
+    runner: Runner, inputs: Inputs, prompts: Sequence[str], asked: Sequence[int], result: Tensor
+) -> tuple[Tensor, list[int]]:
+    """By the scheduler's own steps, a walk for each timestep, as the official extractors do one at a time."""
+    model, top, stood = runner.model, runner.technique.denoise_from, []
+    assert top is not None
+    for position, t in enumerate(asked):
+        if t == 0:
+            stood.append(0)
+            continue
+        steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
+        first = int(scheduler_timesteps(model.scheduler_config, steps, strength)[0])
+        start = noised(model, inputs.latents, inputs.noise, [first])[:, 0]
+        predict = runner.predict(inputs, prompts, repeats=start.shape[1])
+        walk = scheduler_steps(model.scheduler_config, predict, start.flatten(0, 1), steps, strength, until=t)
+        *_, (last, z) = walk
+        result[:, position] = z.view(*start.shape[:2], *z.shape[1:])
+        stood.append(int(last))
+    return result, stood

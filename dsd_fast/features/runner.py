@@ -1,0 +1,165 @@
+"""The network's calls under one technique."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsd_fast.diffusion import Predict
+from dsd_fast.features.inputs import Inputs, Prompts, TextStates
+from dsd_fast.features.technique import Technique
+from dsd_fast.models.controlnet import check_controls, control_residuals
+from dsd_fast.unet import Output, UNetProgram
+from dsd_fast.unet.adapters import split_adapters
+from dsd_fast.unet.stream import rows_at_once
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+    from dsd_fast.models.prompts import PromptStates
+    from dsd_fast.unet import Plan
+
+
+class Runner:
+    """Runs plans of one model under one technique: its adapters, its ControlNets, its prompts.
+
+    Args:
+        texts: shared by the runners of a model.
+        memory_budget: bytes, see :meth:`dsd_fast.unet.plan.Plan.stream`.
+
+    Attributes:
+        adapter: of the UNet; plans that the runner is given belong to it.
+
+    Raises:
+        ValueError: an adapter that the model does not have.
+        ModelError: a ControlNet that does not fit the UNet.
+    """
+
+    def __init__(
+        self, program: UNetProgram, model: Model, technique: Technique, texts: TextStates, memory_budget: int | None
+    ) -> None:
+        check_controls(technique.controls, model)
+        self.model, self.technique = model, technique
+        self.adapter, self._scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
+        self._texts, self._budget = texts, memory_budget
+        # Ends at the last step; what it costs to make is small, and nothing runs before a call asks for it.
+        self._noise_plan = program.plan(noise_pred=True, adapter=self.adapter)
+
+    def prompts(self, request: Prompts) -> Prompts:
+        """Those of the technique, or of the request where it has none."""
+        return request if self.technique.prompts is None else Prompts(self.technique.prompts)
+
+    def compile(self, runtime: str) -> None:
+        """From now on noise predictions run compiled, see :meth:`dsd_fast.unet.plan.Plan.compile`."""
+        self._noise_plan.compile(runtime)
+
+    def run(
+        self, plan: Plan, latents: Tensor, timesteps: Tensor, image_of: Tensor, inputs: Inputs, prompts: Sequence[str]
+    ) -> Iterator[tuple[Tensor, Output]]:
+        """Any number of rows through a plan, in micro-batches: (rows, output) as :meth:`Plan.stream` yields them.
+
+        Args:
+            plan: of this runner's :attr:`adapter`.
+            latents: (B, C, h, w) as the UNet sees them, on its device and in its type.
+            timesteps: (B,) on the CPU.
+            image_of: (B,) int64 on the CPU, which of the inputs a row belongs to.
+            inputs: n images.
+            prompts: one for each of the n images.
+        """
+        used = list(dict.fromkeys(prompts))
+        place = {text: number for number, text in enumerate(used)}
+        text_of = torch.tensor([place[text] for text in prompts])[image_of]
+        states = self._texts.of(used, self._scopes)
+        return self._stream(plan, latents, timesteps, image_of, text_of, inputs, states)
+
+    def predict(self, inputs: Inputs, prompts: Sequence[str], repeats: int = 1) -> Predict:
+        """The model's output for B = n · repeats rows, image by image, with its images' prompts.
+
+        Args:
+            prompts: one for each of the n images.
+            repeats: rows in a row that belong to one image.
+        """
+        image_of = torch.arange(len(inputs)).repeat_interleave(repeats)
+        return partial(self._predict, inputs=inputs, prompts=tuple(prompts), image_of=image_of)
+
+    def _predict(
+        self, latents: Tensor, t: float, *, inputs: Inputs, prompts: Sequence[str], image_of: Tensor
+    ) -> Tensor:
+        result = torch.empty_like(latents)
+        times = torch.full((len(latents),), t)
+        for rows, out in self.run(self._noise_plan, latents, times, image_of, inputs, prompts):
+            assert out.noise_pred is not None
+            result[rows.to(result.device)] = out.noise_pred
+        return result
+
+    def _stream(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        image_of: Tensor,
+        text_of: Tensor,
+        inputs: Inputs,
+        states: PromptStates,
+    ) -> Iterator[tuple[Tensor, Output]]:
+        text = None
+        if plan.boundary < len(plan.steps):
+            with torch.no_grad():
+                text = plan.encode_text(states.states, states.pooled)
+        # Attention maps are taken of every token.
+        tokens = None if text is None else torch.arange(text.tokens)
+        height, width = (side * self.model.vae_scale_factor for side in latents.shape[-2:])
+        ids = self.model.time_ids(height, width)
+        controls = self.technique.controls
+        if not controls:
+            index = None if text is None else text_of
+            yield from plan.stream(
+                latents,
+                timesteps,
+                text,
+                text_index=index,
+                time_ids=ids,
+                map_tokens=tokens,
+                memory_budget=self._budget,
+            )
+            return
+        conditions = inputs.conditions(controls)
+        at_once = self._controlled_rows(plan, latents, int(states.states.shape[1]))
+        for start in range(0, len(latents), at_once):
+            chosen = slice(start, start + at_once)
+            with torch.no_grad():
+                residuals = control_residuals(
+                    controls,
+                    conditions,
+                    latents[chosen],
+                    timesteps[chosen].to(latents.device),
+                    states.states,
+                    pooled=states.pooled,
+                    time_ids=ids,
+                    text_index=text_of[chosen],
+                    condition_index=image_of[chosen],
+                )
+            batches = plan.stream(
+                latents[chosen],
+                timesteps[chosen],
+                text,
+                text_index=None if text is None else text_of[chosen],
+                time_ids=ids,
+                residuals=residuals,
+                map_tokens=tokens,
+                memory_budget=self._budget,
+            )
+            for rows, out in batches:
+                yield rows + start, out
+
+    def _controlled_rows(self, plan: Plan, latents: Tensor, tokens: int) -> int:
+        """Rows whose residuals are made together. A ControlNet's own activations are fewer than the UNet's."""
+        sizes = plan.program.sizes(*latents.shape[-2:])
+        pushed = [(step.pushes, sizes[step.level]) for step in plan.program.steps if step.pushes]
+        pushed.append((plan.program.unet.config.block_out_channels[-1], sizes[-1]))
+        per_row = sum(channels * height * width for channels, (height, width) in pushed) * latents.itemsize
+        height, width = latents.shape[-2:]
+        return rows_at_once(plan, height, width, tokens, residuals=per_row, memory_budget=self._budget)
