@@ -37,11 +37,11 @@ class FeatureConfig:
             raise ValueError(f"timesteps: got the integer {self.timesteps}, expected a sequence of timesteps")
         if not self.timesteps:
             raise ValueError("timesteps: got none, expected at least one")
+        if isinstance(self.attention, str) or len(set(self.attention)) != len(self.attention):
+            raise ValueError(f"attention: got {self.attention!r}, expected a sequence of different places")
         for name in self.attention:
             if name not in PLACES:
                 raise ValueError(f"attention: got {name!r}, expected of {', '.join(PLACES)}")
-        if isinstance(self.attention, str) or len(set(self.attention)) != len(self.attention):
-            raise ValueError(f"attention: got {self.attention!r}, expected a sequence of different places")
         if not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"draws: got {self.draws!r}, expected an integer of at least 1")
         if self.image_size is not None and not _is_size(self.image_size):

@@ -34,17 +34,17 @@ SETS: dict[str, tuple[str, ...]] = {
     "legacy-xl": ("up-level0-upsampler-out", "up-level1-upsampler-out", "up-level2-repeat2-res-out"),
     "pgv2": ("up-level0-repeat0-vit-block3-out",),
     "practical-mini": (
-        "up-level0-repeat1-res-out",
-        "up-level1-repeat0-vit-block0-cross-q",
-        "up-level1-repeat1-vit-block0-cross-q",
-        "up-level1-repeat1-vit-out",
+        "up-level1-repeat0-res-increment",
+        "up-level1-repeat0-vit-out",
+        "up-level1-repeat1-res-increment",
+        "up-level1-upsampler-out",
     ),
 }
 """Sets of layer ids by name.
 
 Those of SD 1.5 and 2.1 ("15"), SDXL ("xl") and Playground v2 ("pgv2") are the official ones (Meng et al., arXiv
 2410.03558 and 2410.06719, appendix B.1; configs of Darkbblue/generic-diffusion-feature). "practical-mini" was chosen
-for the mini model in the same way, by what its layers are worth.
+for the mini model in the same way, by what its layers are worth on scenes that nothing else is fitted or measured on.
 """
 
 # Tried in turn for a name without a model: the first whose ids the network has.

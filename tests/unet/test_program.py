@@ -329,6 +329,28 @@ def test_maps_of_chosen_tokens():
     close(out.maps[name].flatten(2), want)
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["last", "on"])
+def test_maps_of_self_attentions_are_the_mean_of_whole_maps(case, last):
+    # The first is computed once per latent, before the text; the other once per row.
+    first = next(name for name in case.program.map_ids if name.endswith("-self"))
+    later = [name for name in case.program.map_ids if name.endswith("-self")][-1]
+    plan = case.program.plan(
+        maps=[first, later], features=[f"{name}-map" for name in (first, later)], noise_pred=not last
+    )
+    out = case.run(plan)
+    for name in (first, later):
+        whole = out.features[f"{name}-map"].mean(1).transpose(1, 2)
+        assert out.maps[name].shape[:2] == whole.shape[:2]
+        close(out.maps[name].flatten(2), whole)
+    height, width = case.latents.shape[-2:]
+    filled = case.run(plan, out=plan.empty_output(5, height, width, tokens=TOKENS))
+    assert all(torch.equal(filled.maps[name], out.maps[name]) for name in out.maps)
+    if last:
+        assert plan.steps[-1].name == later
+    else:
+        close(out.noise_pred, case.diffusers())
+
+
 def test_float64_and_bfloat16_networks():
     case = Case("sd15")
     case.unet.double()

@@ -206,6 +206,7 @@ def test_the_estimate_of_memory_is_an_upper_bound_and_not_a_loose_one(family, dt
         program.plan(scores=program.score_ids[-1:]),
         program.plan(features=["mid-vit-out"]),
         program.plan(features=[f"{program.score_ids[0]}-map"]),
+        program.plan(maps=[name for name in program.map_ids if name.endswith("-self")][-1:]),
     ):
         with torch.no_grad():
             text = plan.encode_text(states, pooled=pooled)
