@@ -271,3 +271,39 @@ def test_bad_requests_are_named(model, images):
         FeatureExtractor(model, LAYERS, [70], technique=Technique(denoise_from=60)).extract(images)
     with pytest.raises(ValueError, match="inversion draws no noise"):
         FeatureExtractor(model, LAYERS, draws=2, technique=Technique(inversion=True)).extract(images)
+
+
+def test_controls_add_their_residuals_to_every_row(model, images):
+    from dsd_fast.models.controlnet import Control, control_residuals
+
+    controls = tuple(
+        Control(each, scale=scale) for each, scale in ((tiny_net(model, 0), 0.5), (tiny_net(model, 1), 1.5))
+    )
+    prompts = ["a red circle", "", "a blue ring"]
+    extractor = FeatureExtractor(model, LAYERS, [50, 200], draws=2, technique=Technique(controls=controls))
+    found = extractor.extract(images[:3], prompts)
+    plan = UNetProgram(model.unet).plan(features=LAYERS)
+    for n, image in enumerate(images[:3]):
+        with torch.no_grad():
+            picture = dsd_fast.images.load_image(image)
+            clean = model.encode_images(to_tensor(picture, (64, 64))[None])
+            states = model.encode_prompts([prompts[n]]).states
+            edges = [control.prepare(picture, (64, 64))[None] for control in controls]
+            both = []
+            for d in range(2):
+                z = model.schedule.add_noise(clean, noise(0, d, clean.shape[1:])[None], 200)
+                residuals = control_residuals(controls, edges, z, 200, states)
+                both.append(plan.run(z, 200, plan.encode_text(states), residuals=residuals).features)
+        for name in LAYERS:
+            close(found[name][n, 1], (both[0][name][0] + both[1][name][0]) / 2)
+    plain = FeatureExtractor(model, LAYERS, [50, 200], draws=2).extract(images[:3], prompts)
+    assert (plain[LAYERS[0]] - found[LAYERS[0]]).abs().max() > 1e-2
+
+
+def tiny_net(model, seed):
+    from diffusers import ControlNetModel
+
+    from tests.tiny import trained_like
+
+    net = ControlNetModel.from_unet(model.unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 8, 8))
+    return trained_like(net, seed).eval().requires_grad_(False)
