@@ -338,6 +338,7 @@ class FeatureExtractor:
         techniques: Sequence[Technique],
         chunk: int | None,
     ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
+        self._texts.forget()
         at_once = chunk or min(self._images_at_once(technique) for technique in techniques)
         given = self.config.memory_budget
         budget = default_budget(self.model.unet.device) if given is None else given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from dsd_fast.models import Model
     from dsd_fast.models.prompts import PromptStates
     from dsd_fast.unet.adapters import AdapterScope
+
+_TEXTS_KEPT = 7
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,22 @@ class TextStates:
         self._model = model
         self._known: dict[tuple[object, ...], PromptStates] = {}
 
+    def forget(self) -> None:
+        """To be called at each request: the text encoders or their adapters may have changed since the last."""
+        self._known = {}
+
     def of(self, prompts: Sequence[str], scopes: Sequence[AdapterScope]) -> PromptStates:
         """States of M prompts, on the model's device, under the text encoders' adapters."""
         key = (tuple(prompts), tuple(scope.names for scope in scopes))
-        if key not in self._known:
+        found = self._known.get(key)
+        if found is None:
             with ExitStack() as entered, torch.no_grad():
                 for scope in scopes:
                     entered.enter_context(scope.active())
-                states = self._model.encode_prompts(prompts).to(self._model.device)
-            # A few: the techniques of one chunk. The oldest goes first.
-            for old in list(itertools.islice(self._known, max(0, len(self._known) - 7))):
-                del self._known[old]
-            self._known[key] = states
-        return self._known[key]
+                found = self._model.encode_prompts(prompts).to(self._model.device)
+            # The techniques of one chunk; the oldest goes first. A new dictionary, for other threads read the old one.
+            self._known = {**dict([*self._known.items()][-_TEXTS_KEPT:]), key: found}
+        return found
 
 
 class Inputs:

@@ -184,6 +184,15 @@ def test_techniques_share_the_vae_and_the_texts(model, images, monkeypatch):
             close(each[name], alone[name])
 
 
+def test_a_text_encoder_that_changed_is_asked_again(images):
+    model = dsd_fast.load("mini")
+    extractor = FeatureExtractor(model, LAYERS)
+    before = extractor.extract(images[:1], "a red circle")
+    model.text_encoders[0].get_input_embeddings().weight.data.mul_(1.5)
+    after = extractor.extract(images[:1], "a red circle")
+    assert (before[LAYERS[1]] - after[LAYERS[1]]).abs().max() > 1e-3
+
+
 def test_denoising_passes_all_timesteps_and_leaves_the_clean_latent_alone(model, images):
     way = FeatureExtractor(model, LAYERS, [40, 0, 50], technique=Technique(denoise_from=60)).extract(images[:2])
     alone = FeatureExtractor(model, LAYERS, [50], technique=Technique(denoise_from=60)).extract(images[:2])
