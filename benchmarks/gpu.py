@@ -36,7 +36,7 @@ from dsd_fast.bench.suites import SUITES
 from dsd_fast.bench.tables import summary
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("ops", "unet", "fit")
+NAMES = ("ops", "unet", "features", "fit")
 DEVICE = "cuda"
 _SUITES = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 
@@ -47,7 +47,7 @@ GRACE = 80
 BUILD = 180
 
 # What the suites import beyond torch and Triton.
-NEEDS = {"unet": "diffusers", "fit": "diffusers"}
+NEEDS = {"unet": "diffusers", "features": "diffusers", "fit": "diffusers"}
 
 SANITIZER = Path("/usr/local/cuda/bin/compute-sanitizer")
 

@@ -7,6 +7,7 @@ from dsd_fast.diffusion.sampling import (
     img2img,
     official_denoising,
     sample,
+    scheduler_noised,
     scheduler_steps,
     scheduler_timesteps,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "resolve_timesteps",
     "sample",
     "scheduler_from_config",
+    "scheduler_noised",
     "scheduler_steps",
     "scheduler_timesteps",
 ]

@@ -58,6 +58,30 @@ def official_denoising(denoise_from: int, t: int, num_train_timesteps: int = 100
     return num_train_timesteps if short else max(1, num_train_timesteps // 10), denoise_from / num_train_timesteps
 
 
+def scheduler_noised(
+    scheduler: Any, latents: Tensor, noise: Tensor, steps: int, strength: float = 1.0
+) -> tuple[float, Tensor]:
+    """Where `scheduler_steps` begins: the first of its timesteps, and the latents noised to it by the scheduler's rule.
+
+    Some schedulers place timesteps between two of the schedule, with a noise level between theirs.
+
+    Args:
+        scheduler, steps, strength: as for `scheduler_steps`.
+        latents: z₀, (B, C, h, w).
+        noise: ε, a shape that broadcasts to that of `latents`.
+
+    Returns:
+        (t, z_t), z_t (B, C, h, w) as the UNet sees it, in the dtype of `latents`.
+
+    Raises:
+        ValueError: arguments as for `scheduler_timesteps`.
+    """
+    fresh, start = _prepared(scheduler, steps, strength)
+    first = fresh.timesteps[start]
+    state = _noised(fresh, start, latents, noise)
+    return _time(first), fresh.scale_model_input(state, first).to(latents.dtype)
+
+
 def scheduler_steps(
     scheduler: Any,
     predict: Predict,
@@ -203,6 +227,14 @@ def _run(
             state = scheduler.step(output, t, state, return_dict=False, **extra)[0].to(state.dtype)
     if until is None:
         yield CLEAN, state.to(dtype)
+
+
+def _noised(scheduler: Any, start: int, latents: Tensor, noise: Tensor) -> Tensor:
+    """z₀ noised to a prepared scheduler's first timestep, in the scheduler's own form."""
+    real = working_dtype(latents)
+    spread = noise.to(latents.device, real).expand_as(latents)
+    state: Tensor = scheduler.add_noise(latents.to(real), spread, scheduler.timesteps[start : start + 1])
+    return state
 
 
 def _prepared(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:

@@ -14,8 +14,8 @@ from dsd_fast.diffusion import (
     inversion_grid,
     invert,
     official_denoising,
+    scheduler_noised,
     scheduler_steps,
-    scheduler_timesteps,
 )
 from dsd_fast.features.inputs import Inputs
 from dsd_fast.features.runner import Runner
@@ -57,7 +57,7 @@ def noised(model: Model, clean: Tensor, noise: Tensor, timesteps: Sequence[int])
 
 def latents_at(
     runner: Runner, inputs: Inputs, prompts: Sequence[str], asked: Sequence[int], used: Sequence[int], official: bool
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, Sequence[float]]:
     """(n, S, D, C, h, w) latents at the timesteps, and the timesteps that they really stand at.
 
     Args:
@@ -69,13 +69,13 @@ def latents_at(
     """
     technique, model = runner.technique, runner.model
     if technique.inversion:
-        return _inverted(runner, inputs, prompts, used, official), list(used)
+        return _inverted(runner, inputs, prompts, used, official), used
     if technique.denoise_from is None:
-        return noised(model, inputs.latents, inputs.noise, used), list(used)
+        return noised(model, inputs.latents, inputs.noise, used), used
     result = noised(model, inputs.latents, inputs.noise, [0] * len(used))
     if official:
         return _denoised_officially(runner, inputs, prompts, asked, result)
-    return _denoised(runner, inputs, prompts, used, result), list(used)
+    return _denoised(runner, inputs, prompts, used, result), used
 
 
 def _inverted(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequence[int], official: bool) -> Tensor:
@@ -84,51 +84,62 @@ def _inverted(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequ
         raise ValueError(f"draws: got {inputs.noise.shape[2]}, expected 1: an inversion draws no noise")
     grid = inversion_grid(model.scheduler_config) if official else None
     up = sorted(set(used))
-    walk = invert(model.schedule, runner.predict(inputs, prompts), inputs.latents, up, grid=grid, exact=not official)
+    # The official walk leaves the ControlNets out.
+    predict = runner.predict(inputs, prompts, controlled=not official)
+    walk = invert(model.schedule, predict, inputs.latents, up, grid=grid, exact=not official)
     found = dict(walk)
     return torch.stack([found[t] for t in used], dim=1)[:, :, None]
 
 
 def _denoised(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequence[int], result: Tensor) -> Tensor:
-    """Fills ``result`` by one walk down that passes all the timesteps; t = 0 stays the clean latent."""
+    """Fills ``result`` by walks down; t = 0 stays the clean latent."""
     model, top = runner.model, runner.technique.denoise_from
     assert top is not None
-    low = [t for t in used if t]
-    if any(t >= top for t in low) or not top < model.schedule.num_train_timesteps:
+    low = sorted({t for t in used if t}, reverse=True)
+    if (low and low[0] >= top) or not top < model.schedule.num_train_timesteps:
         raise ValueError(
-            f"denoise_from: got {top}, expected above the timesteps {sorted(low)} and in the schedule, "
+            f"denoise_from: got {top}, expected above the timesteps {low} and in the schedule, "
             f"below {model.schedule.num_train_timesteps}"
         )
-    if not low:
-        return result
-    steps = runner.technique.denoise_steps or top - min(low)
-    between = {int(t) for t in np.linspace(top, min(low), steps + 1).round()}
-    way = sorted({top, *between, *low}, reverse=True)
     start = noised(model, inputs.latents, inputs.noise, [top])[:, 0]
     draws = start.shape[1]
     predict = runner.predict(inputs, prompts, repeats=draws)
-    for t, z in denoise(model.schedule, predict, start.flatten(0, 1), way):
-        for position in (number for number, wanted in enumerate(used) if wanted == t):
-            result[:, position] = z.view(-1, draws, *z.shape[1:])
+    for way in _ways(top, low, runner.technique.denoise_steps):
+        for t, z in denoise(model.schedule, predict, start.flatten(0, 1), way):
+            for position in (number for number, wanted in enumerate(used) if wanted == t and t in low):
+                result[:, position] = z.view(-1, draws, *z.shape[1:])
     return result
+
+
+def _ways(top: int, low: Sequence[int], steps: int | None) -> list[list[int]]:
+    """The timesteps of each walk: one by one through all that are wanted, or in few steps to each of them alone.
+
+    What a feature is then does not depend on the other timesteps.
+    """
+    if steps is None:
+        return [list(range(top, low[-1] - 1, -1))] if low else []
+    ways = [{int(each) for each in np.linspace(top, t, steps + 1).round()} for t in low]
+    return [sorted(way, reverse=True) for way in ways]
 
 
 def _denoised_officially(
     runner: Runner, inputs: Inputs, prompts: Sequence[str], asked: Sequence[int], result: Tensor
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, Sequence[float]]:
     """By the scheduler's own steps, a walk for each timestep, as the official extractors do one at a time."""
-    model, top, stood = runner.model, runner.technique.denoise_from, []
+    model, top = runner.model, runner.technique.denoise_from
+    stood: list[float] = []
     assert top is not None
+    images, _, draws = result.shape[:3]
+    clean = inputs.latents.repeat_interleave(draws, 0)
+    epsilon = inputs.noise[:, 0].expand(images, -1, -1, -1, -1).flatten(0, 1)
+    predict = runner.predict(inputs, prompts, repeats=draws)
     for position, t in enumerate(asked):
         if t == 0:
             stood.append(0)
             continue
         steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
-        first = int(scheduler_timesteps(model.scheduler_config, steps, strength)[0])
-        start = noised(model, inputs.latents, inputs.noise, [first])[:, 0]
-        predict = runner.predict(inputs, prompts, repeats=start.shape[1])
-        walk = scheduler_steps(model.scheduler_config, predict, start.flatten(0, 1), steps, strength, until=t)
-        *_, (last, z) = walk
-        result[:, position] = z.view(*start.shape[:2], *z.shape[1:])
-        stood.append(int(last))
+        _, start = scheduler_noised(model.scheduler_config, clean, epsilon, steps, strength)
+        *_, (last, z) = scheduler_steps(model.scheduler_config, predict, start, steps, strength, until=t)
+        result[:, position] = z.view(images, draws, *z.shape[1:])
+        stood.append(last)
     return result, stood

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsd_fast.diffusion import Predict
 from dsd_fast.features.inputs import Inputs, Prompts, TextStates
 from dsd_fast.features.technique import Technique
-from dsd_fast.models.controlnet import check_controls, control_residuals
+from dsd_fast.models.controlnet import Control, check_controls, control_residuals
 from dsd_fast.unet import Output, UNetProgram
 from dsd_fast.unet.adapters import split_adapters
 from dsd_fast.unet.stream import rows_at_once
@@ -45,7 +45,6 @@ class Runner:
         self.model, self.technique = model, technique
         self.adapter, self._scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
         self._texts, self._budget = texts, memory_budget
-        # Ends at the last step; what it costs to make is small, and nothing runs before a call asks for it.
         self._noise_plan = program.plan(noise_pred=True, adapter=self.adapter)
 
     def prompts(self, request: Prompts) -> Prompts:
@@ -69,28 +68,49 @@ class Runner:
             inputs: n images.
             prompts: one for each of the n images.
         """
+        return self._run(plan, latents, timesteps, image_of, inputs, prompts, self.technique.controls)
+
+    def _run(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        image_of: Tensor,
+        inputs: Inputs,
+        prompts: Sequence[str],
+        controls: Sequence[Control],
+    ) -> Iterator[tuple[Tensor, Output]]:
         used = list(dict.fromkeys(prompts))
         place = {text: number for number, text in enumerate(used)}
         text_of = torch.tensor([place[text] for text in prompts])[image_of]
         states = self._texts.of(used, self._scopes)
-        return self._stream(plan, latents, timesteps, image_of, text_of, inputs, states)
+        return self._stream(plan, latents, timesteps, image_of, text_of, inputs, states, controls)
 
-    def predict(self, inputs: Inputs, prompts: Sequence[str], repeats: int = 1) -> Predict:
+    def predict(self, inputs: Inputs, prompts: Sequence[str], repeats: int = 1, controlled: bool = True) -> Predict:
         """The model's output for B = n · repeats rows, image by image, with its images' prompts.
 
         Args:
             prompts: one for each of the n images.
             repeats: rows in a row that belong to one image.
+            controlled: whether the ControlNets take part.
         """
         image_of = torch.arange(len(inputs)).repeat_interleave(repeats)
-        return partial(self._predict, inputs=inputs, prompts=tuple(prompts), image_of=image_of)
+        controls = self.technique.controls if controlled else ()
+        return partial(self._predict, inputs=inputs, prompts=tuple(prompts), image_of=image_of, controls=controls)
 
     def _predict(
-        self, latents: Tensor, t: float, *, inputs: Inputs, prompts: Sequence[str], image_of: Tensor
+        self,
+        latents: Tensor,
+        t: float,
+        *,
+        inputs: Inputs,
+        prompts: Sequence[str],
+        image_of: Tensor,
+        controls: Sequence[Control],
     ) -> Tensor:
         result = torch.empty_like(latents)
         times = torch.full((len(latents),), t)
-        for rows, out in self.run(self._noise_plan, latents, times, image_of, inputs, prompts):
+        for rows, out in self._run(self._noise_plan, latents, times, image_of, inputs, prompts, controls):
             assert out.noise_pred is not None
             result[rows.to(result.device)] = out.noise_pred
         return result
@@ -104,6 +124,7 @@ class Runner:
         text_of: Tensor,
         inputs: Inputs,
         states: PromptStates,
+        controls: Sequence[Control],
     ) -> Iterator[tuple[Tensor, Output]]:
         text = None
         if plan.boundary < len(plan.steps):
@@ -113,7 +134,6 @@ class Runner:
         tokens = None if text is None else torch.arange(text.tokens)
         height, width = (side * self.model.vae_scale_factor for side in latents.shape[-2:])
         ids = self.model.time_ids(height, width)
-        controls = self.technique.controls
         if not controls:
             index = None if text is None else text_of
             yield from plan.stream(

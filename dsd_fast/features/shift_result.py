@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+# With more layers the numbers in a picture could not be read.
+_WRITTEN = 40
+
 
 @dataclass(frozen=True, eq=False)
 class ShiftResult:
@@ -100,22 +103,24 @@ class ShiftResult:
         except ModuleNotFoundError as error:
             raise ImportError("pictures of scores need matplotlib: pip install 'dsd-fast[bench]'") from error
         mean = self.scores.mean(-1)
-        lines, columns = len(self.layers), len(self.timesteps)
-        size = (max(5.0, 3.2 + 0.55 * columns), (0.8 + 0.3 * lines) * len(self.techniques) + 0.4)
+        lines, columns, panels = len(self.layers), len(self.timesteps), len(self.techniques)
+        written = lines <= _WRITTEN
+        size = (4.0 + panels * max(1.4, 0.5 * columns), max(2.4, 1.0 + lines * (0.3 if written else 0.12)))
         figure = Figure(figsize=size, layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
-        axes = figure.subplots(len(self.techniques), 1, squeeze=False)[:, 0]
+        axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
         low, high = min(0.0, float(mean.min())), 1.0
         for panel, values, name in zip(axes, mean, self.techniques, strict=True):
             image = panel.imshow(values, vmin=low, vmax=high, cmap="viridis", aspect="auto")
-            panel.set_title(name, fontsize=8, loc="left")
+            panel.set_title(name, fontsize=8, loc="left", parse_math=False)
             panel.set_yticks(range(lines), self.layers, fontsize=6)
             panel.set_xticks(range(columns), [f"{t}" for t in self.timesteps], fontsize=7)
-            for i, j in np.ndindex(lines, columns):
+            panel.set_xlabel("timestep", fontsize=7)
+            for i, j in np.ndindex(lines, columns) if written else ():
                 ink = "white" if values[i, j] < (low + high) / 2 else "black"
                 panel.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6, color=ink)
-        axes[-1].set_xlabel("timestep", fontsize=7)
-        figure.colorbar(image, ax=list(axes), label=f"score, 0 = {self.anchor[0]} at t = {self.anchor[1]}")
+        bar = figure.colorbar(image, ax=list(axes))
+        bar.set_label(f"score, 0 = {self.anchor[0]} at t = {self.anchor[1]}", fontsize=7, parse_math=False)
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None})
         return out.getvalue()

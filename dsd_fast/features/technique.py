@@ -21,9 +21,10 @@ class Technique:
             model as it stands.
         denoise_from: noise the image to this timestep and denoise it from there to each timestep asked for, instead of
             noising it to those timesteps.
-        denoise_steps: network calls of that way down; None: one for each timestep on it.
+        denoise_steps: network calls of the way down to each timestep; None: one way through every timestep for all.
         inversion: follow the deterministic sampler backwards from the clean latent to the timesteps asked for (DDIM
-            inversion, Song et al. 2021) instead of adding noise.
+            inversion, Song et al. 2021) instead of adding noise. ControlNets take part, save with the official
+            timesteps: the official walk leaves them out.
 
     Raises:
         ValueError: parts that exclude each other, or a value that is not allowed.

@@ -15,12 +15,16 @@ def runs_triton(device: str, dtype: torch.dtype) -> bool:
 
 # A compiler calls it once and keeps the answer: plain torch is then traced into, and fused, without a graph break.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(operator: str, device: str, dtype: torch.dtype) -> str:
-    """The implementation of ``operator`` for such inputs: plain torch, which a compiler can fuse, unless one is forced.
+def choose(operator: str, device: str, dtype: torch.dtype, *, fuses: bool = True) -> str:
+    """The implementation of ``operator`` for such inputs, unless one is forced.
 
-    A compiled graph keeps the choice that it was traced with.
+    ``fuses`` says whether it stands in compiled code, where a compiler fuses plain torch with what surrounds it: plain
+    torch is then the default; else the kernels are, on a GPU. A compiled graph keeps the choice that it was traced
+    with.
     """
-    available = ("reference", "triton") if runs_triton(device, dtype) else ("reference",)
+    available = ["reference", "triton"] if runs_triton(device, dtype) else ["reference"]
+    if not fuses and device == "cuda":
+        available.reverse()
     return backend.choose(operator, available)
 
 

@@ -193,6 +193,15 @@ def test_a_text_encoder_that_changed_is_asked_again(images):
     assert (before[LAYERS[1]] - after[LAYERS[1]]).abs().max() > 1e-3
 
 
+def test_a_way_down_in_few_steps_is_each_timesteps_own(model, images):
+    few = Technique(denoise_from=100, denoise_steps=3)
+    both = FeatureExtractor(model, LAYERS, [20, 50], technique=few).extract(images[:2])
+    for s, t in enumerate((20, 50)):
+        alone = FeatureExtractor(model, LAYERS, [t], technique=few).extract(images[:2])
+        for name in LAYERS:
+            close(both[name][:, s], alone[name][:, 0])
+
+
 def test_denoising_passes_all_timesteps_and_leaves_the_clean_latent_alone(model, images):
     way = FeatureExtractor(model, LAYERS, [40, 0, 50], technique=Technique(denoise_from=60)).extract(images[:2])
     alone = FeatureExtractor(model, LAYERS, [50], technique=Technique(denoise_from=60)).extract(images[:2])

@@ -19,6 +19,8 @@ def _of(module: str) -> Callable[[], Suite]:
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
+    "feature-quality": _of("feature_quality"),
+    "features": _of("features"),
     "fit": _of("fit"),
     "match": _of("match"),
     "mini-card": _of("mini_card"),

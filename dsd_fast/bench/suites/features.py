@@ -1,0 +1,122 @@
+"""Multi-timestep features: the FeatureExtractor beside the reference, where its speed comes from, and early exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Suite, Target, Work
+from dsd_fast.bench.suites import features_exit as exits
+from dsd_fast.bench.suites import features_export as export
+from dsd_fast.bench.suites import features_gpu as gpu
+from dsd_fast.bench.suites import features_rungs as rungs
+from dsd_fast.bench.suites.features_rungs import Job
+from dsd_fast.bench.suites.shared import middles, mini
+from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+
+FEATURE_TOLERANCE = 3e-5
+"""A float32 activation is off by 1e-5 of the largest, as a prediction is. The VAE and the text encoder, in batches of
+another size too, and ᾱ, which diffusers multiplies up in float32, put about as much into what the network is given."""
+
+IMAGES, TIMESTEPS = 32, 8
+
+TARGETS = {1: 4.0, 32: 1.5}
+"""Images in a call of the reference → times faster than it."""
+
+
+def _job(context: Context, images: int, timesteps: int) -> Job:
+    """The first evaluation scenes on the mini model."""
+
+    def make() -> Job:
+        pictures = [scene(EVAL_SEED + i).image for i in range(images)]
+        return Job(mini(context), pictures, middles(timesteps))
+
+    return context.shared(f"features of {images}, {timesteps}", make)
+
+
+def _work(job: Job, sides: list[Side], oracle: Callable[[], Any] | None = None) -> Work:
+    return Work(
+        sides=sides,
+        difference=rungs.difference,
+        tolerance=FEATURE_TOLERANCE,
+        accuracy="largest relative difference of a feature",
+        oracle=oracle,
+        oracle_name="the reference, one image and timestep a call",
+        item="image",
+        items=len(job.images),
+    )
+
+
+def _extract(batch: int, context: Context) -> Work:
+    """The reference with ``batch`` images in a call, stock diffusers batched by hand, and the extractor."""
+    job = _job(context, IMAGES, TIMESTEPS)
+    return _extract_job(job, batch, context)
+
+
+def _extract_job(job: Job, batch: int, context: Context) -> Work:
+    name = f"reference, {batch} image{'' if batch == 1 else 's'} a call"
+    by_hand = "diffusers batched by hand"
+    ours = rungs.extractor_side(job, against={name: [Target("ratio", TARGETS[batch])], by_hand: ()})
+    sides = [
+        job.side(name, partial(rungs.official, batch=batch), min(batch, len(job.images)), against={}),
+        job.side(by_hand, rungs.images_together, min(job.batch, job.rows), against={name: ()}),
+        ours,
+    ]
+    return _work(job, sides, lambda: _right(job, context))
+
+
+def _right(job: Job, context: Context) -> Any:
+    """The reference's features of a job, computed once."""
+    return context.shared(f"right features of {len(job.images)}", lambda: rungs.one_by_one(job))
+
+
+def _waterfall(context: Context) -> Work:
+    job = _job(context, 8, TIMESTEPS)
+    return _work(job, rungs.ladder(job))
+
+
+def _overlap(context: Context) -> list[Figure]:
+    return export.overlap(_job(context, IMAGES, TIMESTEPS))
+
+
+suite = Suite(
+    name="features",
+    groups=[
+        Group("extract", f"{IMAGES} images at {TIMESTEPS} timesteps, the practical layers of the mini model"),
+        Group("waterfall", f"Where the speed comes from: 8 images, {TIMESTEPS} timesteps", plot="waterfall"),
+        Group("early-exit", f"SD 1.5's network up to each up block, one row of {exits.SIDE} × {exits.SIDE} latents"),
+        Group(
+            "export",
+            f"Extraction into a folder: {IMAGES} images at {TIMESTEPS} timesteps, the mini model, "
+            f"{export.SHARD_ROWS} images a shard",
+        ),
+        Group(
+            "sd15",
+            f"{gpu.IMAGES} images of 512 × 512 pixels at {gpu.TIMESTEPS} timesteps, all up blocks of SD 1.5, bfloat16, "
+            "random weights",
+        ),
+    ],
+    cases=[
+        *(
+            Case(f"extract/mini/batch{batch}", "extract", partial(_extract, batch), devices=("cpu",))
+            for batch in TARGETS
+        ),
+        Case("waterfall", "waterfall", _waterfall, devices=("cpu",)),
+        *(
+            Case(f"early-exit/sd15/{block}", "early-exit", partial(exits.work, block), repeats=9, devices=("cpu",))
+            for block in exits.LEVELS
+        ),
+        Quality("export/overlap", "export", _overlap),
+        Case("sd15/against-official", "sd15", gpu.against_official, repeats=6, devices=("cuda",)),
+        Case(f"sd15/against-{gpu.SHORT_MODE}", "sd15", partial(gpu.against_compiled, gpu.SHORT_MODE), 6, ("cuda",)),
+        Case(
+            f"sd15/against-{gpu.LONG_MODE}",
+            "sd15",
+            partial(gpu.against_compiled, gpu.LONG_MODE),
+            6,
+            ("cuda",),
+            long=True,
+        ),
+    ],
+)

@@ -1,0 +1,262 @@
+"""Features of any number of images into a folder, by one or more processes that may die at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from dsd_fast.features.export_items import COLUMNS, Item, Items, Names, prompt_check
+from dsd_fast.features.export_layouts import LAYOUTS, writer_of
+from dsd_fast.images import ImageSource
+from dsd_fast.jobs import Counts, Job, read_index, tensors_hash, weights_hash
+from dsd_fast.unet.adapters import AdapterScope, active_strengths, split_adapters
+
+if TYPE_CHECKING:
+    from dsd_fast.features.extractor import Extracted, FeatureExtractor
+    from dsd_fast.features.technique import Technique
+
+KIND = "features"
+
+# A shard is held up to three times: being filled, waiting and being written.
+_SHARD_BYTES = 64 << 20
+_BUDGET_SHARE = 16
+_MOST_ROWS = 4096
+# Below what decoding holds at once, so that chunks have the size asked for.
+_PIXEL_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an extraction into a folder came to.
+
+    Attributes:
+        folder: that holds the features.
+        counts: what became of the inputs.
+        compute_seconds: spent on features, decoding that was waited for included.
+        write_seconds: spent on writing, by its own thread.
+        overlap: share of the writing that went on while features were computed.
+    """
+
+    folder: Path
+    counts: Counts
+    compute_seconds: float
+    write_seconds: float
+    overlap: float
+
+
+def extract_to(
+    extractor: FeatureExtractor,
+    folder: str | os.PathLike[str],
+    images: Iterable[ImageSource],
+    prompts: str | Sequence[str] = "",
+    seed: int = 0,
+    *,
+    names: Sequence[str] | None = None,
+    layout: str = "shards",
+    shard_rows: int | None = None,
+    worker: int = 0,
+    workers: int = 1,
+    retry_errors: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Exported:
+    """Extracts the features of any number of images into files; memory does not grow with them.
+
+    The folder is a job's (:class:`dsd_fast.jobs.Job`): an extraction that was stopped, in whatever way, goes on when it
+    is called again, and images whose features are there are not extracted again. The table of
+    :func:`dsd_fast.jobs.read_index` says of each row its id, name, status, reason and message of an error, shard, row
+    in the shard, path, prompt, seed, and the height and width of the image file. An image that cannot be used, a prompt
+    that is too long for the text encoders where each image has its own, and features that are not finite ("not-finite")
+    are rows with the status "error".
+
+    Args:
+        folder: made if missing.
+        images: see :meth:`FeatureExtractor.extract`; consumed as they are needed.
+        prompts: one for all, or one each; a technique's own prompts go before them.
+        seed: of the noise.
+        names: of the rows, and of their files in the ".npy" layouts, where "a/b" makes a folder; None: a file's name
+            without its ending, the position of other images. A row's id is made of the image's content, the prompt, the
+            seed and the name: inputs that are equal in all of them are one row.
+        layout: "shards": shards/<shard>.safetensors, id → (rows, S, C, h, w), of which the index gives each image's
+            shard and row. Or, as the official extract_feature.py writes them, "npy-layer": <layer>/<name>.npy,
+            "npy-sample": <name>/<layer>.npy, (S, C, h, w); "npy-aggregated": <name>.npy, (S, sum of C, H, W), all maps
+            enlarged (nearest) to the largest. Of one timestep these arrays have no axis for it.
+        shard_rows: images that become whole files and rows of the index together; None: as many as have 64 MiB, or a
+            sixteenth of the extractor's memory budget.
+        worker: which of ``workers`` processes this is, from 0. Each image is one worker's, by its id.
+        workers: processes that share the images, at once or one after the other; all are given all images.
+        retry_errors: whether images that were errors are tried again.
+        progress: called with the number of this worker's inputs that are dealt with, now and then.
+
+    Raises:
+        JobError: the folder holds other results (names each setting that differs), is being written, or cannot be
+            written.
+        ValueError: an argument that does not fit, by name; two images of one name in a layout of files.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if shard_rows is not None and shard_rows < 1:
+        raise ValueError(f"shard_rows: got {shard_rows}, expected at least 1")
+    technique, prompts = _own_prompts(extractor.technique, prompts)
+    check = prompt_check(extractor.model)
+    if isinstance(prompts, str) and (wrong := check(prompts)) is not None:
+        raise ValueError(f"prompts: {wrong}")
+    items = Items(images, prompts, seed, names, check)
+    rows = shard_rows or _rows_of_a_shard(extractor)
+    job = Job(
+        folder,
+        KIND,
+        _settings(extractor, technique, prompts, seed, layout),
+        write=writer_of(layout, len(extractor.timesteps), {"timesteps": list(extractor.timesteps)}),
+        columns=COLUMNS,
+        shard_rows=rows,
+        worker=worker,
+        workers=workers,
+        retry_errors=retry_errors,
+    )
+    with job:
+        taken: dict[str, str] = {}
+        if layout != "shards":
+            found = read_index(folder, ["name"])
+            whole = zip(*(found[name].to_pylist() for name in ("name", "id", "status")), strict=True)
+            taken = {name: row for name, row, status in whole if status == "ok"}
+        key = Names(taken).check if layout != "shards" else _id
+        waiting: deque[Item] = deque()
+        # Grows as the images are taken, ahead of what asks for the text of one.
+        texts: list[str] = []
+
+        def sources() -> Iterator[Any]:
+            for item in job.pending(items, key):
+                waiting.append(item)
+                if not isinstance(prompts, str):
+                    texts.append(item.prompt)
+                # What is unusable goes through as no image, so that its row keeps its place.
+                yield item.source if item.refusal is None else None
+
+        together = _images_at_once(extractor, technique, rows)
+        request = prompts if isinstance(prompts, str) else texts
+        chunks = extractor.extract_chunks(sources(), request, seed, techniques=[technique], chunk=together)
+        # Nothing goes on decoding when the job ends early.
+        with closing(cast("Generator[Extracted]", chunks)):
+            while True:
+                with job.timeline.span("compute"):
+                    part = next(chunks, None)
+                if part is None:
+                    break
+                _put(job, part, waiting)
+                if progress is not None:
+                    progress(job.counts.inputs - len(waiting))
+    if progress is not None:
+        progress(job.counts.inputs)
+    line = job.timeline
+    return Exported(
+        job.folder, job.counts, line.seconds("compute"), line.seconds("write"), line.overlap("write", "compute")
+    )
+
+
+def _id(item: Item) -> str:
+    return item.id
+
+
+def _put(job: Job, part: Extracted, waiting: deque[Item]) -> None:
+    """The rows of a chunk, in the order of the inputs."""
+    features = part.features[0]
+    with job.timeline.span("copy"):
+        finite = _finite(features, len(part.numbers))
+        features = {layer: value.cpu() for layer, value in features.items()}
+    places = {number: row for row, number in enumerate(part.numbers)}
+    for number in sorted([*part.numbers, *part.errors]):
+        item = waiting.popleft()
+        if number in part.errors:
+            error = part.errors[number]
+            reason, message = item.refusal or (error.reason, str(error))
+            job.fail(item.id, item.name, reason, message, **item.columns)
+        elif not finite[places[number]]:
+            message = f"{item.name} has features that are no finite numbers, which dtype float32 may avoid"
+            job.fail(item.id, item.name, "not-finite", message, **item.columns)
+        else:
+            payload = {layer: value[places[number]] for layer, value in features.items()}
+            job.put(item.id, item.name, payload, **item.columns)
+
+
+def _finite(features: dict[str, Tensor], count: int) -> list[bool]:
+    """Whether all values of each image are finite numbers."""
+    if not count:
+        return []
+    found = []
+    for value in features.values():
+        # NaN wins in both, and nothing of the features' size is made.
+        low, high = torch.aminmax(value.flatten(1), dim=1)
+        found.append(low.isfinite() & high.isfinite())
+    finite: list[bool] = torch.stack(found).all(0).tolist()
+    return finite
+
+
+def _own_prompts(technique: Technique, prompts: str | Sequence[str]) -> tuple[Technique, str | Sequence[str]]:
+    """The technique without its prompts, which count all images where the extractor sees the pending ones; and they."""
+    if technique.prompts is None:
+        return technique, prompts
+    return replace(technique, prompts=None), technique.prompts
+
+
+def _settings(
+    extractor: FeatureExtractor, technique: Technique, prompts: str | Sequence[str], seed: int, layout: str
+) -> dict[str, Any]:
+    """All that changes the files but for the images, their names, and prompts of their own, which the ids hold."""
+    model, config = extractor.model, extractor.settings()
+    unet, scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
+    with ExitStack() as entered:
+        for scope in [*([] if unet is None else [AdapterScope(model.unet, unet)]), *scopes]:
+            entered.enter_context(scope.active())
+        strengths = [active_strengths(network) for network in (model.unet, *model.text_encoders)]
+    networks = {"unet": model.unet, "vae": model.vae}
+    networks |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(model.text_encoders)}
+    networks |= {f"control_{number}": control.net for number, control in enumerate(technique.controls)}
+    pca = {
+        name: tensors_hash({"mean": each.mean, "components": each.components}) for name, each in extractor.pca.items()
+    }
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_hash(networks),
+        "adapters": strengths,
+        "prediction_type": model.schedule.prediction_type,
+        "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
+        "scheduler": json.loads(json.dumps(model.scheduler_config, default=str))
+        if config["official_timesteps"]
+        else {},
+        **config,
+        "technique": {**config["technique"], "prompts": None},
+        "prompts": prompts if isinstance(prompts, str) else None,
+        "pca": pca,
+        "seed": seed,
+        "layout": layout,
+    }
+
+
+def _rows_of_a_shard(extractor: FeatureExtractor) -> int:
+    """A power of two, which the images extracted together divide."""
+    config = extractor.config
+    dtype = extractor.model.dtype if config.dtype is None else getattr(torch, config.dtype)
+    values = sum(math.prod(shape) for shape in extractor.shapes.values())
+    row = values * len(extractor.timesteps) * (config.draws if config.keep_draws else 1) * dtype.itemsize
+    budget = config.memory_budget
+    size = _SHARD_BYTES if budget is None else min(_SHARD_BYTES, budget // _BUDGET_SHARE)
+    return 1 << (max(1, min(_MOST_ROWS, size // row)).bit_length() - 1)
+
+
+def _images_at_once(extractor: FeatureExtractor, technique: Technique, rows: int) -> int:
+    """As many as divide a shard: one that is begun anew then has the batches that it had, and the same bits."""
+    height, width = extractor.size
+    most = min(extractor._images_at_once(technique), _PIXEL_BYTES // (12 * height * width))
+    return next(count for count in range(max(1, min(most, rows)), 0, -1) if rows % count == 0)

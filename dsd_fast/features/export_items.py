@@ -1,0 +1,213 @@
+"""The inputs of an extraction into a folder, each with its id and its name."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dsd_fast.images import ImageError, ImageSource, load_image
+from dsd_fast.images.header import CorruptHeaderError, TruncatedHeaderError, UnsupportedFormatError, read_header
+from dsd_fast.images.load import MAX_BYTES
+from dsd_fast.jobs import file_digest, row_id
+from dsd_fast.models.prompts import token_limit, tokenize
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Reading files waits more than it works.
+_READERS = 4
+_READ_AHEAD = 16
+
+# Digest of the content, height, width.
+_Known = tuple[str, int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An input.
+
+    Attributes:
+        id: from the image's content, the prompt, the seed and the name.
+        name: of its files.
+        source: the image.
+        prompt: that it is extracted with.
+        columns: of the index: path, prompt, seed, height, width.
+        refusal: reason and message of what makes it unusable whatever the image; or None.
+    """
+
+    id: str
+    name: str
+    source: Any
+    prompt: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    refusal: tuple[str, str] | None = None
+
+
+COLUMNS = {"path": "string", "prompt": "string", "seed": "int64", "height": "int32", "width": "int32"}
+"""Of the index: the file, or null; the prompt; the seed; the image's size as its header says, or null."""
+
+
+class Items:
+    """Iterates over the inputs in their order; files are read by threads, a few ahead.
+
+    Args:
+        images: consumed as they are asked for.
+        prompts: one for all, or one each.
+        names: one each; None: a file's name without its ending, a position for other images.
+        check: says what is wrong with a prompt, or None.
+
+    Raises:
+        ValueError: one image instead of several; another number of prompts or names than of images, at once where
+            ``images`` has a length, else when it is reached.
+    """
+
+    def __init__(
+        self,
+        images: Iterable[ImageSource],
+        prompts: str | Sequence[str],
+        seed: int,
+        names: Sequence[str] | None,
+        check: Callable[[str], str | None],
+    ) -> None:
+        if isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Iterable):
+            raise ValueError(f"images: got one {type(images).__name__}, expected a sequence of images")
+        self._images, self._prompts, self._seed, self._names, self._check = images, prompts, seed, names, check
+        for what, given in (("prompts", prompts), ("names", names)):
+            if given is None or (what == "prompts" and isinstance(given, str)):
+                continue
+            if isinstance(given, str):
+                raise ValueError(f"names: got the str {given[:80]!r}, expected a sequence of them")
+            if isinstance(images, Sequence) and len(given) != len(images):
+                raise ValueError(f"{what}: got {len(given)} for {len(images)} images, expected one each")
+
+    def __iter__(self) -> Iterator[Item]:
+        waiting: deque[tuple[int, ImageSource, Future[_Known]]] = deque()
+        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="dsd-read")
+        try:
+            for number, source in enumerate(self._images):
+                waiting.append((number, source, pool.submit(_known, source)))
+                if len(waiting) >= _READ_AHEAD:
+                    yield self._item(*waiting.popleft())
+            while waiting:
+                yield self._item(*waiting.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _item(self, number: int, source: ImageSource, read: Future[_Known]) -> Item:
+        prompt, refusal = self._prompts, None
+        if not isinstance(prompt, str):
+            prompt = _of("prompts", prompt, number)
+            # Here, in the caller's thread: tokenizers are for one at a time.
+            wrong = self._check(prompt)
+            refusal = None if wrong is None else ("prompt-too-long", wrong)
+        path = Path(source) if isinstance(source, os.PathLike) else None
+        if self._names is not None:
+            name = _of("names", self._names, number)
+        else:
+            name = str(number) if path is None else path.stem
+        digest, height, width = read.result()
+        columns = {
+            "path": None if path is None else storable(str(path)),
+            "prompt": storable(prompt),
+            "seed": self._seed,
+            "height": height,
+            "width": width,
+        }
+        return Item(row_id(digest, prompt, str(self._seed), name), name, source, prompt, columns, refusal)
+
+
+class Names:
+    """Refuses two inputs whose files would have one name.
+
+    Args:
+        taken: name → id of those that have their files, as the index has them.
+    """
+
+    def __init__(self, taken: Mapping[str, str]) -> None:
+        self._taken = {_path(name): row for name, row in taken.items()}
+
+    def check(self, item: Item) -> str:
+        """The item's id.
+
+        Raises:
+            ValueError: its name is that of another input, or no path below a folder.
+        """
+        path = PurePosixPath(item.name)
+        if not path.name or path.is_absolute() or ".." in path.parts or "\0" in item.name:
+            raise ValueError(f"names: got {item.name!r}, expected a path below the folder")
+        if self._taken.setdefault(_path(item.name), item.id) != item.id:
+            raise ValueError(
+                f"names: {item.name!r} stands for several inputs, and their files would have one name; give names, or "
+                "the layout 'shards'"
+            )
+        return item.id
+
+
+def prompt_check(model: Model) -> Callable[[str], str | None]:
+    """Says of a prompt why the model's text encoders do not take it, or None."""
+    limit = token_limit(model.tokenizers, model.text_encoders)
+
+    @lru_cache(1024)
+    def check(prompt: str) -> str | None:
+        try:
+            for tokenizer in model.tokenizers:
+                tokenize(tokenizer, [prompt], limit)
+        except ValueError as error:
+            return str(error).replace("prompts[0]", "the prompt", 1)
+        return None
+
+    return check
+
+
+def storable(text: str) -> str:
+    """As UTF-8 can hold it: what of a file's name is no text becomes escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _path(name: str) -> str:
+    """A name as the index has it, and without what leads to the same file."""
+    return storable(str(PurePosixPath(name)))
+
+
+def _of(what: str, given: Sequence[str], number: int) -> str:
+    if number >= len(given):
+        raise ValueError(f"{what}: got {len(given)}, expected one for each image")
+    if not isinstance(given[number], str):
+        raise ValueError(f"{what}[{number}] is of type {type(given[number]).__name__}, expected str")
+    return given[number]
+
+
+def _known(source: ImageSource) -> _Known:
+    return _from_file(Path(source)) if isinstance(source, os.PathLike) else _from_object(source)
+
+
+def _from_file(path: Path) -> _Known:
+    """Digest, height and width; of what cannot be read the digest of nothing, and loading it says why."""
+    try:
+        status = path.stat()
+        # Else reading might never end.
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            return "", None, None
+        digest = file_digest(path)
+        with path.open("rb") as file:
+            _, width, height = read_header(file, status.st_size)
+    except (UnsupportedFormatError, TruncatedHeaderError, CorruptHeaderError):
+        return digest, None, None
+    except (OSError, ValueError):
+        return "", None, None
+    return digest, height, width
+
+
+def _from_object(source: Any) -> _Known:
+    try:
+        image = load_image(source)
+    except ImageError as error:
+        return row_id(error.reason), None, None
+    return row_id(f"{image.width} {image.height}", image.tobytes()), image.height, image.width

@@ -1,0 +1,77 @@
+"""How far a generated picture is from its input, in the VAE's latent space and in CLIP's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Of CLIP (Radford et al. 2021), where a model says nothing else.
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Pictures decoded and embedded at a time.
+_BATCH = 4
+
+
+def latent_distance(latents: Tensor, target: Tensor) -> Tensor:
+    """Root mean square difference of scaled latents, (n, C, h, w) each, to (n,) float32.
+
+    Latents have about unit variance, so unrelated pictures are about √2 apart.
+    """
+    return (latents.float() - target.float()).square().flatten(1).mean(1).sqrt()
+
+
+class ClipSpace:
+    """Embeds pictures with the model's CLIP.
+
+    Pixels are resized to CLIP's input (bicubic, with antialiasing, the whole picture) and normalised with the mean and
+    deviation of the preprocessor_config.json beside CLIP's weights, or with those of OpenAI's CLIP.
+
+    Args:
+        model: with a `clip`.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._clip = model, model.clip
+        self._side = int(self._clip.config.vision_config.image_size)
+        mean, std = _statistics(self._clip)
+        weight = next(self._clip.parameters())
+        self._mean, self._std = (torch.tensor(each, device=weight.device).view(1, 3, 1, 1) for each in (mean, std))
+        self._dtype = weight.dtype
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) in [−1, 1] to (n, E) float32 of unit length."""
+        x = (pixels.to(self._mean) + 1) / 2
+        if x.shape[-2:] != (self._side, self._side):
+            x = F.interpolate(x, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
+        x = ((x - self._mean) / self._std).to(self._dtype)
+        embeds = self._clip.visual_projection(self._clip.vision_model(x).pooler_output)
+        return F.normalize(embeds.float(), dim=-1)
+
+    def of_latents(self, latents: Tensor) -> Tensor:
+        """(n, C, h, w) latents, decoded, to (n, E) float32 of unit length."""
+        parts = (latents[start : start + _BATCH] for start in range(0, len(latents), _BATCH))
+        return torch.cat([self.of_pixels(self._model.decode_latents(part)) for part in parts])
+
+
+def clip_distance(embeds: Tensor, target: Tensor) -> Tensor:
+    """1 − cosine of embeddings of unit length, (n, E) each, to (n,); 0 to 2."""
+    return 1 - (embeds * target).sum(-1)
+
+
+def _statistics(clip: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    file = Path(str(clip.name_or_path or "")) / "preprocessor_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        mean, std = (tuple(float(value) for value in config[key]) for key in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return _MEAN, _STD
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        return _MEAN, _STD
+    return mean, std

@@ -1,0 +1,199 @@
+"""The qualitative guide: does a technique bring what the model makes of an image closer to the image?
+
+Meng et al., arXiv 2410.06719, section 5: img2img (Meng et al. 2022, "SDEdit") at high strength without the technique
+is the reference; with it, the output should come closer to the input. The paper looks at the pictures; here they are
+kept for looking, and the distance to the input is measured too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dsd_fast.diffusion import Predict, guided, img2img
+from dsd_fast.features.gate.distance import ClipSpace, clip_distance, latent_distance
+from dsd_fast.features.inputs import Inputs, Prompts, TextStates, _picture
+from dsd_fast.features.runner import Runner
+from dsd_fast.features.technique import Technique
+from dsd_fast.metrics import bootstrap
+from dsd_fast.unet import UNetProgram
+from dsd_fast.unet.adapters import adapter_names
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class GuideResult:
+    """Distances of img2img outputs to their inputs, for N images.
+
+    Attributes:
+        techniques: K names, the baseline's first.
+        spaces: "vae", root mean square difference of latents; and "clip", 1 − cosine of embeddings, if the model has a
+            CLIP.
+        distances: (K, spaces, N) float64.
+        unchanged: of K: whether img2img was the baseline's own for every image. A way to make latents (`denoise_from`,
+            `inversion`) does not enter img2img, so the guide cannot tell what it does.
+        inputs: the first images as the model sees them.
+        outputs: of each technique, what became of those.
+    """
+
+    techniques: tuple[str, ...]
+    spaces: tuple[str, ...]
+    distances: Floats
+    unchanged: tuple[bool, ...]
+    inputs: list[Image.Image]
+    outputs: list[list[Image.Image]]
+
+    def gains(self, confidence: float = 0.95) -> tuple[Floats, Floats, Floats]:
+        """By what share outputs are closer to the inputs than the baseline's: 1 − Σ d / Σ d_baseline.
+
+        Returns:
+            The value and the bounds of its bootstrap interval over images, (K, spaces) each; 0 is the baseline, 1 the
+            input itself. NaN where the baseline's outputs are the inputs.
+        """
+
+        def share(drawn: Floats) -> Floats:
+            total = drawn.sum(0)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.asarray(1 - total / total[:1])
+
+        drawn = np.moveaxis(self.distances, -1, 0)
+        low, high = bootstrap(drawn, share, confidence=confidence)
+        return share(drawn), low, high
+
+    def accepted(self, confidence: float = 0.95) -> list[bool | None]:
+        """Whether a technique brings outputs closer: by intervals above 0 in every space.
+
+        None for the baseline, and for techniques that the guide cannot tell from it.
+        """
+        _, low, _ = self.gains(confidence)
+        return [None if same else bool((bounds > 0).all()) for same, bounds in zip(self.unchanged, low, strict=True)]
+
+
+class Guide:
+    """Runs img2img under each technique, some images at a time.
+
+    Techniques that share prompts, ControlNets and adapters are run once. Noise is that of the features.
+
+    Args:
+        model: its scheduler's own steps are taken.
+        techniques: K of them, the baseline first.
+        strength: share of the steps that is taken, above 0 and at most 1. High: what the noise leaves of the image must
+            not be enough.
+        steps: number of inference steps over the whole schedule.
+        guidance: scale of classifier-free guidance against the empty prompt; 1 is none, as features are extracted.
+        shown: pictures that are kept.
+        memory_budget: bytes, see :meth:`dsd_fast.unet.plan.Plan.stream`.
+
+    Raises:
+        ValueError: a strength or a number of steps outside its range.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        program: UNetProgram,
+        techniques: Sequence[Technique],
+        *,
+        strength: float = 0.8,
+        steps: int = 20,
+        guidance: float = 1.0,
+        shown: int = 8,
+        memory_budget: int | None = None,
+    ) -> None:
+        if not 0 < strength <= 1 or int(strength * steps) < 1:
+            raise ValueError(
+                f"strength is {strength}, expected above 0, at most 1, and enough for one of {steps} steps"
+            )
+        texts = TextStates(model)
+        self._model, self._techniques = model, list(techniques)
+        self._adapters = any(adapter_names(part) for part in (model.unet, *model.text_encoders))
+        self._runners = [Runner(program, model, each, texts, memory_budget) for each in techniques]
+        self._strength, self._steps, self._guidance, self._shown = strength, steps, guidance, shown
+        self._clip = None if model.clip is None else ClipSpace(model)
+        self._distances: list[Floats] = []
+        self._unchanged = [True] * len(self._techniques)
+        self._inputs: list[Image.Image] = []
+        self._outputs: list[list[Image.Image]] = [[] for _ in techniques]
+
+    def add(self, inputs: Inputs, prompts: Prompts) -> None:
+        """Some images more.
+
+        Args:
+            prompts: of the request, for techniques without their own.
+        """
+        kept = max(0, self._shown - len(self._inputs))
+        self._inputs += [_picture(each) for each in inputs.pixels[:kept]]
+        with torch.no_grad():
+            target = None if self._clip is None else self._clip.of_pixels(torch.stack(list(inputs.pixels)))
+            made: dict[tuple[object, ...], tuple[list[Tensor], list[Image.Image]]] = {}
+            first: tuple[object, ...] | None = None
+            found = []
+            for number, runner in enumerate(self._runners):
+                texts = tuple(runner.prompts(prompts).of(inputs.numbers))
+                # Without adapters in the model it is all the same which of them are named.
+                key = (texts, runner.technique.controls, runner.technique.adapter if self._adapters else None)
+                first = key if first is None else first
+                self._unchanged[number] &= key == first
+                if key not in made:
+                    made[key] = self._generate(runner, inputs, texts, target, kept)
+                distances, pictures = made[key]
+                found.append(torch.stack(distances))
+                self._outputs[number] += pictures
+        self._distances.append(torch.stack(found).double().cpu().numpy())
+
+    def result(self) -> GuideResult:
+        """Of all images so far.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self._distances:
+            raise ValueError("images: got none, expected at least one")
+        return GuideResult(
+            tuple(each.name for each in self._techniques),
+            ("vae",) if self._clip is None else ("vae", "clip"),
+            np.concatenate(self._distances, -1),
+            tuple(self._unchanged),
+            list(self._inputs),
+            [list(each) for each in self._outputs],
+        )
+
+    def _generate(
+        self, runner: Runner, inputs: Inputs, prompts: Sequence[str], target: Tensor | None, kept: int
+    ) -> tuple[list[Tensor], list[Image.Image]]:
+        """Distances in each space, (n,) each, and the first pictures."""
+        predict: Predict = runner.predict(inputs, prompts)
+        if self._guidance != 1:
+            predict = _guided(predict, runner.predict(inputs, [""] * len(inputs)), self._guidance)
+        latents = img2img(
+            self._model.scheduler_config,
+            predict,
+            inputs.latents,
+            inputs.noise[:, 0, 0],
+            strength=self._strength,
+            steps=self._steps,
+        )
+        distances = [latent_distance(latents, inputs.latents)]
+        if self._clip is not None and target is not None:
+            distances.append(clip_distance(self._clip.of_latents(latents), target).to(latents.device))
+        pictures = [_picture(self._model.decode_latents(each[None])[0].float()) for each in latents[:kept]]
+        return distances, pictures
+
+
+def _guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
+    def both(latents: Tensor, t: float) -> Tensor:
+        first, second = latents.chunk(2)
+        return torch.cat([unconditional(first, t), conditional(second, t)])
+
+    return guided(both, scale)

@@ -1,0 +1,239 @@
+import diffusers
+import pytest
+import torch
+
+import dsd_fast as dsd
+from dsd_fast.diffusion import (
+    CLEAN,
+    NoiseSchedule,
+    guided,
+    img2img,
+    img2img_timestep,
+    official_denoising,
+    sample,
+    scheduler_steps,
+    scheduler_timesteps,
+)
+from tests.tiny import tiny_scheduler
+
+CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULERS = {
+    "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "Euler": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
+    "EulerLeading": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
+    "Karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "Ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "Heun": (diffusers.HeunDiscreteScheduler, {}),
+    "DPM": (diffusers.DPMSolverMultistepScheduler, {}),
+    "UniPC": (diffusers.UniPCMultistepScheduler, {}),
+}
+
+
+def scheduler(name):
+    cls, extra = SCHEDULERS[name]
+    return cls(**CONFIG, **extra)
+
+
+def batch(rows=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, rows, 4, 6, 5, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dsd.load("mini")
+
+
+@pytest.fixture(scope="module")
+def network(model):
+    """Guided by 3, as the stock pipelines do it; the two prompts of the batch differ."""
+    with torch.no_grad():
+        states = model.encode_prompts(["", "", "a red circle", "a blue square"]).states
+
+    def predict(latents, t):
+        return model.unet(latents, t, encoder_hidden_states=states).sample
+
+    return guided(predict, 3.0)
+
+
+PROMPTS = ["a red circle", "a blue square"]
+# Both sides run the same network on the same rows; float32 sums in another order are magnified by the guidance and by
+# the steps. Values are of order 1.
+CLOSE = {"rtol": 2e-4, "atol": 2e-4}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@torch.no_grad()
+def test_img2img_is_the_stock_pipeline(name, model, network):
+    parts = model.to_pipeline().components
+    parts["scheduler"] = scheduler(name)
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    expected = pipe(
+        prompt=PROMPTS,
+        image=latents,
+        strength=0.7,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images
+    draws = torch.Generator().manual_seed(7)
+    noise = torch.randn(2, 4, 16, 16, generator=draws)
+    ours = img2img(scheduler(name), network, latents, noise, strength=0.7, steps=5, generator=draws)
+    torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["PNDM", "Euler", "Ancestral"])
+@torch.no_grad()
+def test_sampling_is_the_stock_pipeline(name, model, network):
+    pipe = model.to_pipeline()
+    pipe.scheduler = scheduler(name)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        prompt=PROMPTS,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)],
+        height=64,
+        width=64,
+        output_type="latent",
+    ).images
+    draws = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    noise = torch.cat([torch.randn(1, 4, 16, 16, generator=each) for each in draws])
+    ours = sample(scheduler(name), network, noise, steps=5, generator=draws)
+    torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "Euler", "EulerLeading", "Heun", "DPM", "UniPC"])
+def test_every_boundary_has_the_form_that_the_network_sees(name):
+    ours = NoiseSchedule.from_scheduler(scheduler(name))
+    z0, noise = batch()
+    times = scheduler_timesteps(scheduler(name), 10, 0.5)
+    called = []
+
+    def predict(latents, t):
+        called.append(t)
+        return noise
+
+    trajectory = list(scheduler_steps(scheduler(name), predict, ours.add_noise(z0, noise, times[0]), 10, 0.5))
+    assert [t for t, _ in trajectory] == [*times, CLEAN]
+    assert called == times
+    for t, latents in trajectory:
+        # Such a DDIM scheduler ends at timestep 0, which still has a little noise.
+        level = 0 if t == CLEAN and name == "DDIM" else t
+        expected = z0 if level == CLEAN else ours.add_noise(z0, noise, level)
+        # With the true noise every method is exact. float32 sigmas, products of 1000 factors: some 1e-5 relative.
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pndm_lags_one_step_when_it_starts_below_the_top():
+    pndm = scheduler("PNDM")
+    ours = NoiseSchedule.from_scheduler(pndm)
+    z0, noise = batch()
+    steps = list(scheduler_steps(pndm, lambda z, t: noise, ours.add_noise(z0, noise, 601), 10, 0.6, until=401))
+    assert [t for t, _ in steps] == [601, 501, 401]
+    for (_, latents), level in zip(steps, [601, 501, 501], strict=True):
+        torch.testing.assert_close(latents, ours.add_noise(z0, noise, level), rtol=1e-4, atol=1e-4)
+    # From the top its second timestep comes twice.
+    assert scheduler_timesteps(pndm, 10)[:4] == [901, 801, 801, 701]
+
+
+# Asked for 60 to 50: the updates of the official code, and the timesteps at its ends.
+@pytest.mark.parametrize(("family", "updates", "first"), [("sd15", 11, 61), ("sd21", 9, 59), ("sdxl", 10, 60)])
+def test_official_denoising(family, updates, first):
+    given = tiny_scheduler(family)
+    steps, strength = official_denoising(60, 50)
+    assert img2img_timestep(given, 60) == first
+    called = []
+
+    def predict(latents, t):
+        called.append(t)
+        return torch.zeros_like(latents)
+
+    latents, _ = batch()
+    trajectory = list(scheduler_steps(given, predict, latents, steps, strength, until=50))
+    assert (len(called), called[0], trajectory[-1][0]) == (updates, first, 50)
+    torch.testing.assert_close(trajectory[0][1], latents, rtol=1e-6, atol=0)
+
+
+def test_official_denoising_over_a_long_way():
+    assert official_denoising(100, 50) == (1000, 0.1)
+    steps, strength = official_denoising(200, 50)
+    times = scheduler_timesteps(tiny_scheduler("sd15"), steps, strength)
+    assert (steps, times[0], times[1]) == (100, 201, 191)
+
+
+def test_the_scheduler_given_is_left_as_it_is():
+    given = scheduler("Euler")
+    before = dict(given.config), given.timesteps.clone(), given.num_inference_steps, given.step_index
+    z0, noise = batch()
+    first = img2img(given, lambda z, t: noise, z0, noise, strength=0.5, steps=4)
+    after = dict(given.config), given.timesteps, given.num_inference_steps, given.step_index
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
+    assert before[2:] == after[2:]
+    config = {**given.config, "_class_name": "EulerDiscreteScheduler"}
+    assert torch.equal(img2img(config, lambda z, t: noise, z0, noise, strength=0.5, steps=4), first)
+
+
+def test_timesteps_are_ints_where_they_are_whole():
+    times = scheduler_timesteps(scheduler("Euler"), 20)
+    assert isinstance(times[0], int)
+    assert times[:2] == [999, pytest.approx(999 - 999 / 19)]
+
+
+def test_guidance_is_linear():
+    latents, _ = batch()
+
+    def predict(both, t):
+        unconditional, conditional = both.chunk(2)
+        assert torch.equal(unconditional, conditional)
+        return torch.cat([unconditional, 2 * conditional])
+
+    # u + s (c - u) with u = z and c = 2 z.
+    torch.testing.assert_close(guided(predict, 3.0)(latents, 5), 4 * latents)
+
+
+def test_half_precision_stays_half_precision():
+    z0, noise = (each.half() for each in batch())
+    seen = []
+
+    def predict(latents, t):
+        seen.append(latents.dtype)
+        return noise
+
+    result = img2img(scheduler("DDIM"), predict, z0, noise, strength=0.5, steps=10)
+    assert {*seen, result.dtype} == {torch.float16}
+    # With the true noise the end is timestep 0 of z₀ and ε: |ε| √(1 - ᾱ₀) ≤ 4 · 0.03.
+    assert float((result - z0).abs().max()) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 1.5}, "strength is 1.5, expected 0 to 1"),
+        ({"strength": 0.05}, "strength is 0.05, too small for any of 10 steps"),
+        ({"steps": 0}, "steps is 0, expected an integer of at least 1"),
+        ({"noise": torch.zeros(3, 4, 2, 2)}, "noise has shape"),
+    ],
+)
+def test_img2img_refuses(options, message):
+    z0, noise = batch()
+    arguments = {"noise": noise, "strength": 0.5, "steps": 10, **options}
+    with pytest.raises(ValueError, match=message):
+        img2img(scheduler("DDIM"), lambda z, t: z, z0, **arguments)
+
+
+def test_scheduler_steps_refuses_an_end_before_its_start():
+    with pytest.raises(ValueError, match="until is 600, expected at most 501"):
+        scheduler_steps(scheduler("DDIM"), lambda z, t: z, batch()[0], 10, 0.6, until=600)
+
+
+@pytest.mark.parametrize(("start", "t"), [(50, 50), (50, 60), (1000, 50), (50, 0)])
+def test_official_denoising_refuses(start, t):
+    with pytest.raises(ValueError, match="expected 0 < t < denoise_from < 1000"):
+        official_denoising(start, t)
