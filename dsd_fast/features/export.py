@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
 
 from dsd_fast.features.export_items import COLUMNS, Item, Items, Names, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
+from dsd_fast.features.host import on_host
 from dsd_fast.images import ImageSource
 from dsd_fast.jobs import Counts, Job, read_index, tensors_hash, weights_hash
 from dsd_fast.unet.adapters import AdapterScope, active_strengths, split_adapters
@@ -147,12 +147,13 @@ def extract_to(
         chunks = extractor.extract_chunks(sources(), request, seed, techniques=[technique], chunk=together)
         # Nothing goes on decoding when the job ends early.
         with closing(cast("Generator[Extracted]", chunks)):
+            here = on_host(chunks)
             while True:
                 with job.timeline.span("compute"):
-                    part = next(chunks, None)
+                    part = next(here, None)
                 if part is None:
                     break
-                _put(job, part, waiting)
+                _put(job, *part, waiting)
                 if progress is not None:
                     progress(job.counts.inputs - len(waiting))
     if progress is not None:
@@ -167,12 +168,9 @@ def _id(item: Item) -> str:
     return item.id
 
 
-def _put(job: Job, part: Extracted, waiting: deque[Item]) -> None:
+def _put(job: Job, part: Extracted, finite: Sequence[bool], waiting: deque[Item]) -> None:
     """The rows of a chunk, in the order of the inputs."""
     features = part.features[0]
-    with job.timeline.span("copy"):
-        finite = _finite(features, len(part.numbers))
-        features = {layer: value.cpu() for layer, value in features.items()}
     places = {number: row for row, number in enumerate(part.numbers)}
     for number in sorted([*part.numbers, *part.errors]):
         item = waiting.popleft()
@@ -186,19 +184,6 @@ def _put(job: Job, part: Extracted, waiting: deque[Item]) -> None:
         else:
             payload = {layer: value[places[number]] for layer, value in features.items()}
             job.put(item.id, item.name, payload, **item.columns)
-
-
-def _finite(features: dict[str, Tensor], count: int) -> list[bool]:
-    """Whether all values of each image are finite numbers."""
-    if not count:
-        return []
-    found = []
-    for value in features.values():
-        # NaN wins in both, and nothing of the features' size is made.
-        low, high = torch.aminmax(value.flatten(1), dim=1)
-        found.append(low.isfinite() & high.isfinite())
-    finite: list[bool] = torch.stack(found).all(0).tolist()
-    return finite
 
 
 def _own_prompts(technique: Technique, prompts: str | Sequence[str]) -> tuple[Technique, str | Sequence[str]]:
@@ -258,5 +243,5 @@ def _rows_of_a_shard(extractor: FeatureExtractor) -> int:
 def _images_at_once(extractor: FeatureExtractor, technique: Technique, rows: int) -> int:
     """As many as divide a shard: one that is begun anew then has the batches that it had, and the same bits."""
     height, width = extractor.size
-    most = min(extractor._images_at_once(technique), _PIXEL_BYTES // (12 * height * width))
+    most = min(extractor.images_at_once(technique), _PIXEL_BYTES // (12 * height * width))
     return next(count for count in range(max(1, min(most, rows)), 0, -1) if rows % count == 0)

@@ -1,15 +1,40 @@
 """What writes results in a way that a killed process, or a full disk, cannot spoil."""
 
+from dsd_fast.jobs.errors import JobError, LockedError, ManifestError
 from dsd_fast.jobs.files import remove_stale, replacing, sync_folder
-from dsd_fast.jobs.lock import LockedError, locked
-from dsd_fast.jobs.tensors import read_tensors, write_tensors
+from dsd_fast.jobs.ids import file_digest, row_id, tensors_hash, weights_hash, worker_of
+from dsd_fast.jobs.job import Counts, Job
+from dsd_fast.jobs.lock import locked, waiting
+from dsd_fast.jobs.manifest import open_manifest, read_manifest
+from dsd_fast.jobs.store import Row, ShardFiles, read_index
+from dsd_fast.jobs.tensors import read_tensors, stream_tensors, write_tensors
+from dsd_fast.jobs.timeline import Timeline
+from dsd_fast.jobs.writer import Writer
 
 __all__ = [
+    "Counts",
+    "Job",
+    "JobError",
     "LockedError",
+    "ManifestError",
+    "Row",
+    "ShardFiles",
+    "Timeline",
+    "Writer",
+    "file_digest",
     "locked",
+    "open_manifest",
+    "read_index",
+    "read_manifest",
     "read_tensors",
     "remove_stale",
     "replacing",
+    "row_id",
+    "stream_tensors",
     "sync_folder",
+    "tensors_hash",
+    "waiting",
+    "weights_hash",
+    "worker_of",
     "write_tensors",
 ]

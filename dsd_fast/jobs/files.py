@@ -22,7 +22,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():
         # Only the rename at the end would notice.
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with renaming(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), path) as file:
+        yield file
+    sync_folder(path.parent)
+
+
+@contextmanager
+def renaming(temporary: Path, path: Path) -> Iterator[BinaryIO]:
+    """A new file `temporary`, which takes the name `path` when the block ends; after an exception it is gone.
+
+    Its content is on the disk by then; its name is once :func:`sync_folder` was called with the folder of `path`.
+
+    Raises:
+        OSError: `temporary` is there, a folder cannot be written, or the disk is full.
+    """
     file = temporary.open("xb")
     try:
         with file:
@@ -33,7 +46,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def remove_stale(path: Path) -> None:

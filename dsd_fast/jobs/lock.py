@@ -1,18 +1,18 @@
-"""One writer to a folder."""
+"""One writer to a folder, or several that share its work."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from dsd_fast.jobs.errors import LockedError
+
 NAME = ".lock"
-
-
-class LockedError(RuntimeError):
-    """Another process writes to the folder."""
+_WORKER = re.compile(r"\.lock-(\d+)of(\d+)")
 
 
 @contextmanager
@@ -26,12 +26,65 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    with _held(folder / NAME, fcntl.LOCK_EX, f"{folder} is being written by another process or thread"):
+        yield
+
+
+@contextmanager
+def locked_worker(folder: Path, worker: int, workers: int) -> Iterator[None]:
+    """As :func:`locked`, for one of several workers: others of the same ``workers`` have the folder at the same time.
+
+    Raises:
+        LockedError: this worker, or one of another number of workers, or a single writer has it.
+        OSError: the folder cannot be written.
+    """
+    if workers == 1:
+        with locked(folder):
+            yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        alone = f"{folder} is being written by another process, which is not one of {workers} workers"
+        stack.enter_context(_held(folder / NAME, fcntl.LOCK_SH, alone))
+        own = folder / f"{NAME}-{worker}of{workers}"
+        stack.enter_context(_held(own, fcntl.LOCK_EX, f"{folder} is being written by worker {worker} of {workers}"))
+        # After the own lock is held: of two that start at once, at least one sees the other.
+        for file in sorted(folder.glob(f"{NAME}-*")):
+            found = _WORKER.fullmatch(file.name)
+            if found and int(found[2]) != workers:
+                other = f"{folder} is being written by worker {found[1]} of {found[2]}, and this is one of {workers}"
+                with _held(file, fcntl.LOCK_SH, other):
+                    pass
+        yield
+
+
+@contextmanager
+def waiting(folder: Path, name: str = "start") -> Iterator[None]:
+    """One at a time of those that share the folder, which wait for each other, so that none may take long.
+
+    Args:
+        folder: exists.
+        name: of what they wait for.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    descriptor = os.open(folder / f"{NAME}-{name}", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _held(file: Path, mode: int, otherwise: str) -> Iterator[None]:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LockedError(f"{folder} is being written by another process or thread") from None
+            raise LockedError(otherwise) from None
         yield
     finally:
         os.close(descriptor)

@@ -1,0 +1,103 @@
+"""Names of rows that follow from their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+_BYTES = 16
+
+
+def row_id(*parts: bytes | str) -> str:
+    """What a row is known by: BLAKE2b of all that makes it, each part behind its length, 32 hexadecimal digits.
+
+    A str counts as its UTF-8 bytes; what of a file's name is no text, as the bytes that the system gave.
+    """
+    digest = hashlib.blake2b(digest_size=_BYTES)
+    for part in parts:
+        content = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def worker_of(row: str, workers: int) -> int:
+    """Which of ``workers`` makes the row of this id: the same wherever the row stands, and about as many for each.
+
+    Raises:
+        ValueError: ``row`` is no id that :func:`row_id` makes.
+    """
+    return int.from_bytes(packed(row)[:8], "big") % workers
+
+
+def packed(row: str) -> bytes:
+    """An id as its 16 bytes, which take less memory.
+
+    Raises:
+        ValueError: ``row`` is no id that :func:`row_id` makes.
+    """
+    try:
+        found = bytes.fromhex(row)
+    except ValueError:
+        found = b""
+    if len(found) != _BYTES or len(row) != 2 * _BYTES:
+        raise ValueError(f"row is {row!r}, expected {2 * _BYTES} hexadecimal digits, as row_id makes them")
+    return found
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """BLAKE2b of a file's content, 32 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_BYTES)).hexdigest()
+
+
+def weights_hash(modules: Mapping[str, Module] | Iterable[Module]) -> str:
+    """BLAKE2b over the names, shapes, types and values of all parameters and buffers, 32 hexadecimal digits.
+
+    Adapters that hang in the modules are among their parameters; with what strength they act is not. Neither the
+    device nor the layout in memory (channels-last) counts.
+
+    Args:
+        modules: name → module, or modules in an order that is part of the hash.
+    """
+    named = modules.items() if isinstance(modules, Mapping) else enumerate(modules)
+    tensors = {
+        f"{prefix}.{kind}.{name}": tensor
+        for prefix, module in named
+        for kind, found in (
+            ("parameter", module.named_parameters(remove_duplicate=False)),
+            ("buffer", module.named_buffers(remove_duplicate=False)),
+        )
+        for name, tensor in found
+    }
+    return tensors_hash(tensors)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b over the names, shapes, types and values of tensors, 32 hexadecimal digits; the device does not count."""
+    names = sorted(tensors)
+    # Hashing lets go of the interpreter, so threads share the work; each holds one tensor's copy at most.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(_tensor_digest, (tensors[name] for name in names))
+        return row_id(*(part for named in zip(names, digests, strict=True) for part in named))
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    import torch
+
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=_BYTES)
+    digest.update(content.data)
+    return digest.digest()
