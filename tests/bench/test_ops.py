@@ -8,7 +8,7 @@ import torch
 
 from dsd_fast.bench import Context, Target, UnavailableError
 from dsd_fast.bench.run import checked
-from dsd_fast.bench.suites import ops, ops_attention, ops_elementwise, ops_rivals
+from dsd_fast.bench.suites import ops, ops_attention, ops_elementwise, ops_features, ops_rivals
 from dsd_fast.bench.suites.ops_attention import Shape
 
 SHAPE = Shape(4, 33, 2, 8, tokens=7)
@@ -125,6 +125,43 @@ def test_plain_torch_is_what_the_elementwise_operators_compute(name, monkeypatch
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in given if x.ndim == 4)
     assert [x.ndim > 1 for x in given] == [True] * piece.flows + [False] * (len(given) - piece.flows)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The cases of features on a CPU, where every side but Triton's is plain torch: the operators' own there."""
+    monkeypatch.setattr(ops_features, "LEVELS", {"small": (40, 6)})
+
+    def forms(piece, given):
+        return piece.plain, piece.ours, piece.plain
+
+    monkeypatch.setattr(ops_features, "forms", forms)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_side_of_the_features_operators_is_right(context, dtype):
+    prepared = [
+        call(dtype, context, images=2, side=8) for call in (ops_features.noise_forward, ops_features.noise_backward)
+    ]
+    for resize in ops_features.RESIZES:
+        prepared += [ops_features.pack(resize, "small", normal, dtype, context, rows=3) for normal in (False, True)]
+    for work in prepared:
+        _, differences = checked(work)
+        assert all(0 <= difference <= 1 for difference in differences)
+        right = work.oracle()
+        assert work.difference([right[0] + 0.1 * right[0].abs().max(), *right[1:]], right) > 1
+
+
+@pytest.mark.usefixtures("small")
+def test_bytes_of_the_features_operators_by_hand(context):
+    noised = 2 * ops_features.TIMESTEPS * ops_features.DRAWS * 4 * 8 * 8
+    shared = 4 * (ops_features.DRAWS * 4 * 8 * 8 + 2 * ops_features.TIMESTEPS)
+    for call in (ops_features.noise_forward, ops_features.noise_backward):
+        assert call("bfloat16", context, images=2, side=8).sides[-1].bytes == 2 * (noised + 2 * 4 * 8 * 8) + shared
+    for resize, places in (("as-is", 36), ("bilinear", 144), ("area", 9), ("max", 9)):
+        work = ops_features.pack(resize, "small", True, "bfloat16", context, rows=3)
+        assert work.sides[-1].bytes == 2 * 3 * 40 * (36 + places)
 
 
 def cases(group):

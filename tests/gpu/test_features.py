@@ -7,6 +7,7 @@ pytest.importorskip("diffusers")
 
 import dsd_fast as dsd
 from dsd_fast.features import FeatureExtractor, Technique
+from dsd_fast.features.inputs import Prompts
 from dsd_fast.models.mini.scenes import scene
 
 pytestmark = pytest.mark.gpu
@@ -81,7 +82,7 @@ def test_half_precision_is_as_good_as_diffusers_own(on_cpu, dtype):
 def test_a_tight_budget_and_repeats(model):
     extractor = FeatureExtractor(model, timesteps=TIMESTEPS)
     whole = extractor.extract(IMAGES, PROMPTS)
-    row = extractor._run(extractor.technique)[1].run_bytes(2, 16, 16, 24)
+    row = extractor.plan.run_bytes(2, 16, 16, 24)
     tight = FeatureExtractor(model, timesteps=TIMESTEPS, memory_budget=8 * row)
     assert worst(tight.extract(IMAGES, PROMPTS), whole) <= FLOAT32
     again = extractor.extract(IMAGES, PROMPTS)
@@ -91,7 +92,7 @@ def test_a_tight_budget_and_repeats(model):
 def test_a_run_of_rows_waits_for_nothing(model):
     extractor = FeatureExtractor(model, timesteps=TIMESTEPS)
     runner, plan = extractor._run(extractor.technique)
-    (inputs, _), *_ = extractor._inputs(IMAGES, 0, None, [extractor.technique], None)
+    (inputs, _), *_ = extractor.encode(IMAGES, Prompts(""))
     rows = inputs.latents.repeat_interleave(3, 0)
     times, image_of = torch.tensor(TIMESTEPS).repeat(6), torch.arange(6).repeat_interleave(3)
     found = list(runner.run(plan, rows, times, image_of, inputs, PROMPTS))

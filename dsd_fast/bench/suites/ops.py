@@ -1,4 +1,4 @@
-"""The operators: attention with its score, token maps, and the network's memory-bound pieces."""
+"""The operators: attention with its score, token maps, the network's memory-bound pieces, and those around it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from dsd_fast.bench.case import Case, Group, Suite, Target, Work
 from dsd_fast.bench.suites import ops_attention as attention
 from dsd_fast.bench.suites import ops_elementwise as elementwise
+from dsd_fast.bench.suites import ops_features as features
 from dsd_fast.bench.suites import ops_rivals as rivals
 from dsd_fast.bench.suites.ops_attention import Shape
 
@@ -115,6 +116,22 @@ def _elementwise_cases() -> list[Case]:
     ]
 
 
+def _feature_cases() -> list[Case]:
+    prepared = {
+        "noise-latents/forward": partial(features.noise_forward, "bfloat16"),
+        "noise-latents/backward": partial(features.noise_backward, "bfloat16"),
+    }
+    for kind, normalize in (("plain", False), ("normalised", True)):
+        for resize in features.RESIZES:
+            for level in elementwise.LEVELS:
+                prepare = partial(features.pack, resize, level, normalize, "bfloat16")
+                prepared[f"pack-features/{kind}/{resize}/{level}"] = prepare
+    return [
+        Case(f"features/{name}", "features", prepare, 15, CUDA, not name.endswith(("forward", SHORT_LEVEL)))
+        for name, prepare in prepared.items()
+    ]
+
+
 def _in_order(cases: Sequence[Case], groups: Sequence[Group]) -> list[Case]:
     """What a short run takes first, each part by group."""
     places = [group.name for group in groups]
@@ -131,6 +148,7 @@ _GROUPS = [
     Group("score-alone", f"The score alone, {_SIZES}"),
     Group("token-maps", f"Probabilities of {attention.MAP_TOKENS} tokens, {_SIZES}"),
     Group("elementwise", f"The network's memory-bound pieces, bfloat16, {elementwise.ROWS} rows of SD 1.5"),
+    Group("features", f"What stands before and behind a network, bfloat16, {elementwise.ROWS} rows of SD 1.5"),
     Group("implementations", f"Attention with its score by each implementation, {_SIZES}"),
     Group("tune", f"Ways to launch the kernel beside the one that is taken, {_SIZES}"),
     Group("flex-forward", f"Attention with its score, beside FlexAttention, {_SIZES}"),
@@ -139,5 +157,5 @@ _GROUPS = [
 suite = Suite(
     name="ops",
     groups=_GROUPS,
-    cases=_in_order([*_cpu_cases(), *_cuda_cases(), *_elementwise_cases()], _GROUPS),
+    cases=_in_order([*_cpu_cases(), *_cuda_cases(), *_elementwise_cases(), *_feature_cases()], _GROUPS),
 )

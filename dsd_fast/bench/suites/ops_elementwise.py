@@ -91,7 +91,7 @@ PIECES = {
 def forward(name: str, level: str, dtype: str, context: Context, rows: int = ROWS) -> Work:
     """An operator's result."""
     piece, given = PIECES[name], _inputs(name, level, dtype, context.device, rows)
-    plain, ours, compiled = _forms(piece, given)
+    plain, ours, compiled = forms(piece, given)
 
     def no_grad(call: Function) -> Callable[[], Sequence[Tensor]]:
         def run() -> Sequence[Tensor]:
@@ -103,15 +103,15 @@ def forward(name: str, level: str, dtype: str, context: Context, rows: int = ROW
     with torch.no_grad():
         truth = piece.plain(*(x.double() for x in given))
         naive = piece.plain(*given)
-    moved = _bytes(given) + _bytes(naive)
+    moved = byte_count(given) + byte_count(naive)
     runs = {EAGER: no_grad(plain), COMPILED: no_grad(compiled), OURS: no_grad(ours)}
-    return _work(runs, moved, truth, naive, dtype, rows)
+    return work(runs, moved, truth, naive, dtype, rows)
 
 
 def backward(name: str, level: str, dtype: str, context: Context, rows: int = ROWS) -> Work:
     """The gradients of all its inputs; the forward pass is not timed."""
     piece, given = PIECES[name], _inputs(name, level, dtype, context.device, rows)
-    plain, ours, compiled = _forms(piece, given)
+    plain, ours, compiled = forms(piece, given)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         results = piece.plain(*given)
@@ -125,8 +125,8 @@ def backward(name: str, level: str, dtype: str, context: Context, rows: int = RO
 
     runs = {EAGER: of(plain), COMPILED: of(compiled), OURS: of(ours)}
     # What must be read: the activations and the results' gradients; what must be written: the inputs' gradients.
-    moved = _bytes(given[: piece.flows]) + _bytes(grads) + _bytes(given)
-    return _work(runs, moved, of(piece.plain, torch.float64)(), runs[EAGER](), dtype, rows)
+    moved = byte_count(given[: piece.flows]) + byte_count(grads) + byte_count(given)
+    return work(runs, moved, of(piece.plain, torch.float64)(), runs[EAGER](), dtype, rows)
 
 
 def _inputs(name: str, level: str, dtype: str, device: str, rows: int) -> list[Tensor]:
@@ -140,7 +140,7 @@ def _inputs(name: str, level: str, dtype: str, device: str, rows: int) -> list[T
     return made
 
 
-def _forms(piece: Piece, given: Sequence[Tensor]) -> tuple[Function, Function, Function]:
+def forms(piece: Piece, given: Sequence[Tensor]) -> tuple[Function, Function, Function]:
     """Plain torch, our kernel, and plain torch compiled."""
 
     def ours(*inputs: Tensor) -> Sequence[Tensor]:
@@ -161,7 +161,7 @@ def _forms(piece: Piece, given: Sequence[Tensor]) -> tuple[Function, Function, F
     return piece.plain, ours, compiled
 
 
-def _work(
+def work(
     runs: dict[str, Callable[[], Sequence[Tensor]]],
     moved: int,
     truth: Sequence[Tensor],
@@ -169,6 +169,15 @@ def _work(
     dtype: str,
     rows: int,
 ) -> Work:
+    """The sides, ours judged and measured against both others; the truth is in float64.
+
+    Args:
+        runs: of each side, by its name.
+        moved: bytes that must be read and written.
+        truth, naive: the right results, and plain torch's.
+        dtype: of the bulk of the arithmetic.
+        rows: what a run makes.
+    """
     judge = Judge([each.detach() for each in truth], [each.detach() for each in naive])
     targets = {EAGER: (), COMPILED: (Target("ratio", LEAST),)}
     sides = [
@@ -190,5 +199,6 @@ def _work(
     )
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def byte_count(tensors: Sequence[Tensor]) -> int:
+    """Of all elements."""
     return sum(each.numel() * each.element_size() for each in tensors)
