@@ -17,13 +17,13 @@ from dsd_fast.images import ImageSource, load_image
 from dsd_fast.models import Model, ModelError
 from dsd_fast.models.hub import download, local_folder
 from dsd_fast.models.load import (
-    _TRANSFORMERS_STEM,
-    _check_weights,
-    _load_network,
-    _reported,
-    _resolve_dtype,
-    _weight_patterns,
+    TRANSFORMERS_STEM,
+    check_weights,
+    load_network,
+    reported,
     resolve_device,
+    resolve_dtype,
+    weight_patterns,
 )
 from dsd_fast.models.prompts import token_limit
 
@@ -115,7 +115,7 @@ def load_captioner(
     """
     from transformers import AutoModelForImageTextToText
 
-    torch_dtype, torch_device = _resolve_dtype(dtype), resolve_device(device)
+    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder = local_folder(source, "captioner")
     if folder is not None and revision is not None:
         raise ModelError(
@@ -124,16 +124,16 @@ def load_captioner(
     if folder is None:
         folder = download(
             os.fspath(source),
-            [*_TOKENIZER_FILES, *_weight_patterns(_TRANSFORMERS_STEM, None)],
+            [*_TOKENIZER_FILES, *weight_patterns(TRANSFORMERS_STEM, None)],
             what="captioner",
             revision=revision,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
         )
     what = f"captioner {os.fspath(source)!r}"
-    _check_weights(folder, _TRANSFORMERS_STEM, None, what)
-    network = _load_network(AutoModelForImageTextToText, folder, torch_dtype, None, what)
-    with _reported(what):
+    check_weights(folder, TRANSFORMERS_STEM, None, what)
+    network = load_network(AutoModelForImageTextToText, folder, torch_dtype, None, what)
+    with reported(what):
         processor = _processor(folder)
     return network.requires_grad_(False).to(torch_device), processor
 

@@ -189,7 +189,8 @@ class Model:
         A model made from a pipeline shares its networks, so that pipeline gets the adapter too.
 
         Args:
-            source: a .safetensors file, a folder, or a hub id; of diffusers, or of the official DSD code.
+            source: "mini", the LoRA of the shipped model; a .safetensors file, a folder, or a hub id; of diffusers, of
+                kohya's scripts (LoCon included), or of the official DSD code.
             name: of the adapter.
             weight_name: file inside the folder or repository; needed when there are several.
 

@@ -24,13 +24,13 @@ from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import download, local_folder
 from dsd_fast.models.load import (
-    _DIFFUSERS_STEM,
-    _check_weights,
-    _load_network,
-    _read_json,
-    _resolve_dtype,
-    _weight_patterns,
+    DIFFUSERS_STEM,
+    check_weights,
+    load_network,
+    read_json,
     resolve_device,
+    resolve_dtype,
+    weight_patterns,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def load_controlnet(
     """
     from diffusers import ControlNetModel
 
-    torch_dtype, torch_device = _resolve_dtype(dtype), resolve_device(device)
+    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder: Path | None
     if source == "mini":
         from dsd_fast.models import mini
@@ -131,18 +131,18 @@ def load_controlnet(
     if folder is None:
         folder = download(
             name,
-            ["config.json", *_weight_patterns(_DIFFUSERS_STEM, variant)],
+            ["config.json", *weight_patterns(DIFFUSERS_STEM, variant)],
             what="ControlNet",
             revision=revision,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
         )
     what = f"ControlNet {name!r}"
-    _check_weights(folder, _DIFFUSERS_STEM, variant, what)
-    kind = _read_json(folder / "config.json", name).get("_class_name")
+    check_weights(folder, DIFFUSERS_STEM, variant, what)
+    kind = read_json(folder / "config.json", name).get("_class_name")
     if kind != "ControlNetModel":
         raise ModelError(f"{what} is a {kind}, expected a ControlNetModel")
-    net = _load_network(ControlNetModel, folder, torch_dtype, variant, what)
+    net = load_network(ControlNetModel, folder, torch_dtype, variant, what)
     # As the UNet: the layout that convolutions run fastest in.
     return net.requires_grad_(False).to(torch_device, memory_format=torch.channels_last)
 

@@ -26,9 +26,9 @@ _DTYPES = {
 }
 
 # File stems of weights: diffusers' networks, transformers' networks.
-_DIFFUSERS_STEM = "diffusion_pytorch_model"
-_TRANSFORMERS_STEM = "model"
-_STEMS = {"unet": _DIFFUSERS_STEM, "vae": _DIFFUSERS_STEM}
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+_STEMS = {"unet": DIFFUSERS_STEM, "vae": DIFFUSERS_STEM}
 
 
 def load(
@@ -61,7 +61,7 @@ def load(
         ModelError: naming what was given and what was expected: no such folder, repository or revision, a missing
             component, weights only as pickle, another architecture, an unknown dtype or a device that is not there.
     """
-    torch_dtype, torch_device = _resolve_dtype(dtype), resolve_device(device)
+    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     folder: Path | None
     if model == "mini":
         from dsd_fast.models import mini
@@ -149,27 +149,27 @@ def _load_components(folder: Path, name: str, dtype: torch.dtype, variant: str |
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ModelError(f"model {name!r} has no model_index.json, expected a folder in diffusers' layout")
-    index = _read_json(index_file, name)
+    index = read_json(index_file, name)
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise ModelError(f"model {name!r} is a {pipeline}, expected {' or '.join(PIPELINES)}")
     names = PIPELINES[pipeline]
     for component in names:
         _check_component(folder, name, index, component, variant)
-    unet_config = _read_json(folder / "unet" / "config.json", name)
-    vae_config = _read_json(folder / "vae" / "config.json", name)
+    unet_config = read_json(folder / "unet" / "config.json", name)
+    vae_config = read_json(folder / "vae" / "config.json", name)
     check_unet(unet_config, vae_config.get("latent_channels", 4), f"model {name!r}")
 
     def network(component: str) -> Any:
         cls = getattr(diffusers if component in _STEMS else transformers, CLASSES[component][0])
-        return _load_network(cls, folder / component, dtype, variant, f"component {component!r} of model {name!r}")
+        return load_network(cls, folder / component, dtype, variant, f"component {component!r} of model {name!r}")
 
     def tokenizer(component: str) -> Any:
-        with _reported(f"component {component!r} of model {name!r}"):
+        with reported(f"component {component!r} of model {name!r}"):
             return transformers.CLIPTokenizer.from_pretrained(folder / component, local_files_only=True)
 
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", name)
-    with _reported(f"component 'scheduler' of model {name!r}"):
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", name)
+    with reported(f"component 'scheduler' of model {name!r}"):
         scheduler = scheduler_from_config({"_class_name": index["scheduler"][1], **scheduler_config})
     return {
         "unet": network("unet"),
@@ -201,14 +201,14 @@ def _check_component(folder: Path, name: str, index: Mapping[str, Any], componen
         if not (where / "scheduler_config.json").is_file():
             raise ModelError(f"model {name!r}: component 'scheduler' has no scheduler_config.json")
     else:
-        stem = _STEMS.get(component, _TRANSFORMERS_STEM)
-        _check_weights(where, stem, variant, f"model {name!r}: component {component!r}")
+        stem = _STEMS.get(component, TRANSFORMERS_STEM)
+        check_weights(where, stem, variant, f"model {name!r}: component {component!r}")
 
 
-def _check_weights(where: Path, stem: str, variant: str | None, what: str) -> None:
+def check_weights(where: Path, stem: str, variant: str | None, what: str) -> None:
     if not (where / "config.json").is_file():
         raise ModelError(f"{what} has no config.json")
-    if any(any(where.glob(pattern)) for pattern in _weight_patterns(stem, variant)):
+    if any(any(where.glob(pattern)) for pattern in weight_patterns(stem, variant)):
         return
     others = sorted(file.name for file in where.glob("*.safetensors"))
     if others:
@@ -223,7 +223,7 @@ def _check_weights(where: Path, stem: str, variant: str | None, what: str) -> No
     raise ModelError(f"{what} has no .safetensors weights")
 
 
-def _load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None, what: str) -> Any:
+def load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None, what: str) -> Any:
     """A network in eval mode; weights that are missing from the file are an error, not random numbers."""
     from diffusers.utils import is_accelerate_available
 
@@ -233,7 +233,7 @@ def _load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None
         options |= {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
     else:
         options["dtype"] = dtype
-    with _reported(what), _no_progress_bars():
+    with reported(what), _no_progress_bars():
         network, info = cls.from_pretrained(where, output_loading_info=True, **options)
         missing = sorted(info["missing_keys"])
         if missing:
@@ -255,7 +255,7 @@ def _resolve_clip(
         raise ModelError(f"clip is of type {type(clip).__name__}, expected a CLIPModel, a folder or a hub id")
     folder = local_folder(clip, "clip")
     if folder is None:
-        patterns = ["config.json", "preprocessor_config.json", *_weight_patterns(_TRANSFORMERS_STEM, None)]
+        patterns = ["config.json", "preprocessor_config.json", *weight_patterns(TRANSFORMERS_STEM, None)]
         folder = download(
             os.fspath(clip),
             patterns,
@@ -265,26 +265,26 @@ def _resolve_clip(
             cache_dir=cache_dir,
         )
     what = f"clip {os.fspath(clip)!r}"
-    _check_weights(folder, _TRANSFORMERS_STEM, None, what)
-    kind = _read_json(folder / "config.json", what).get("model_type")
+    check_weights(folder, TRANSFORMERS_STEM, None, what)
+    kind = read_json(folder / "config.json", what).get("model_type")
     if kind != "clip":
         raise ModelError(f"{what} is a model of type {kind!r}, expected 'clip'")
-    return _load_network(CLIPModel, folder, dtype, None, what)
+    return load_network(CLIPModel, folder, dtype, None, what)
 
 
 def _patterns(variant: str | None) -> list[str]:
     """Files of a hub repository that a model needs, and no other precision or format of the same weights."""
     patterns = ["model_index.json", "scheduler/*.json", "clip/*.json", "clip/merges.txt"]
     for component in ("unet", "vae", "text_encoder", "text_encoder_2", "clip"):
-        stem = _STEMS.get(component, _TRANSFORMERS_STEM)
+        stem = _STEMS.get(component, TRANSFORMERS_STEM)
         patterns.append(f"{component}/config.json")
-        patterns += [f"{component}/{pattern}" for pattern in _weight_patterns(stem, variant)]
+        patterns += [f"{component}/{pattern}" for pattern in weight_patterns(stem, variant)]
     for component in ("tokenizer", "tokenizer_2"):
         patterns += [f"{component}/*.json", f"{component}/merges.txt"]
     return patterns
 
 
-def _weight_patterns(stem: str, variant: str | None) -> list[str]:
+def weight_patterns(stem: str, variant: str | None) -> list[str]:
     """Whole, sharded, and the index of shards."""
     if variant is None:
         return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{stem}.safetensors.index.json"]
@@ -295,7 +295,7 @@ def _weight_patterns(stem: str, variant: str | None) -> list[str]:
     ]
 
 
-def _resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved not in _DTYPES.values():
         raise ModelError(f"dtype is {dtype!r}, expected float32, float16, bfloat16 or float64")
@@ -334,7 +334,7 @@ def _is_instance(component: Any, classes: tuple[str, ...]) -> bool:
     return any(cls.__name__ in classes for cls in type(component).__mro__)
 
 
-def _read_json(file: Path, name: str) -> dict[str, Any]:
+def read_json(file: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -345,7 +345,7 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
+def reported(what: str) -> Iterator[None]:
     """Turns what diffusers and transformers raise into one error that names the thing."""
     try:
         yield

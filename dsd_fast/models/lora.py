@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from dsd_fast.models.adapters import lora_layers, lora_settings
 from dsd_fast.models.attn_procs import from_official, is_official
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import download_file
+from dsd_fast.models.kohya import KohyaLora, from_kohya, is_kohya
 from dsd_fast.models.private import private
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def load_lora(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> None:
     """See `Model.load_lora`."""
+    from safetensors.torch import load_file
+
     if not name or "." in name:
         raise ModelError(f"adapter name is {name!r}, expected a non-empty name without a dot")
     networks = (model.unet, *model.text_encoders)
@@ -41,19 +44,23 @@ def load_lora(
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
     file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
     what = f"LoRA {str(file)!r}"
-    official = _read_official(file)
-    if official is not None:
-        put_unet_lora(model.unet, from_official(official, model.unet, what), name, what)
+    kind = _kind(file)
+    if kind == "official":
+        put_unet_lora(model.unet, from_official(load_file(file), model.unet, what), name, what)
         return
     pipe = model.to_pipeline()
+    kohya = from_kohya(load_file(file), model.unet, model.text_encoders, what) if kind == "kohya" else None
     with _adding(name, networks, pipe.delete_adapters, f"{what} cannot be loaded into {model.name!r}"):
-        pipe.load_lora_weights(
-            str(file.parent),
-            weight_name=file.name,
-            adapter_name=name,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        if kohya is not None:
+            _put_kohya(pipe, model, *kohya, name)
+        else:
+            pipe.load_lora_weights(
+                str(file.parent),
+                weight_name=file.name,
+                adapter_name=name,
+                use_safetensors=True,
+                local_files_only=True,
+            )
     if not any(name in getattr(network, "peft_config", {}) for network in networks):
         raise ModelError(f"{what} has no weights for the UNet or the text encoders of {model.name!r}")
 
@@ -134,18 +141,33 @@ def write_lora(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, s
         stream.write(save(values, {"format": "pt", **(header or {})}))
 
 
-def _read_official(file: Path) -> dict[str, Tensor] | None:
-    """The weights of an official DSD checkpoint; None of any other file."""
+def _put_kohya(pipe: Any, model: "Model", unet: KohyaLora, texts: Sequence[KohyaLora], name: str) -> None:
+    if unet.ranks:
+        settings = lora_settings(unet.ranks)
+        model.unet.load_lora_adapter(dict(unet.weights), prefix=None, adapter_name=name, metadata=settings)
+    for encoder, part in zip(model.text_encoders, texts, strict=True):
+        if part.ranks:
+            pipe.load_lora_into_text_encoder(
+                {f"text_encoder.{key}": value for key, value in part.weights.items()},
+                None,
+                encoder,
+                prefix="text_encoder",
+                adapter_name=name,
+                metadata={f"text_encoder.{key}": value for key, value in lora_settings(part.ranks).items()},
+            )
+
+
+def _kind(file: Path) -> Literal["official", "kohya", "diffusers"]:
+    """Whose file it is: the official DSD code's, kohya's, or what diffusers reads."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
 
     try:
         with safe_open(file, framework="pt") as stream:
-            official = is_official(stream.keys())
+            keys = list(stream.keys())
     except SafetensorError:
-        # Whoever reads it next says what is wrong with it.
-        return None
-    return load_file(file) if official else None
+        # diffusers says what is wrong with it.
+        return "diffusers"
+    return "official" if is_official(keys) else "kohya" if is_kohya(keys) else "diffusers"
 
 
 @contextmanager
@@ -174,13 +196,17 @@ def find_lora(
     local_files_only: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """The .safetensors file that a file, folder or hub id and an optional file name stand for.
+    """The .safetensors file that "mini", a file, folder or hub id and an optional file name stand for.
 
     Raises:
         ModelError: none, several, or only pickles.
     """
     if weight_name is not None:
         _refuse_pickle(weight_name)
+    if source == "mini":
+        from dsd_fast.models import mini
+
+        source = mini.path() / "lora"
     path = Path(source)
     if path.is_file():
         _refuse_pickle(path.name)

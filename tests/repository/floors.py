@@ -16,6 +16,7 @@ FLOORS = (
 )
 SIDEWAYS = {
     ("models", "diffusion"),  # a bundle carries its noise schedule
+    ("models", "images"),  # a ControlNet looks at a picture
     ("models", "jobs"),  # checkpoints and adapters are files that appear whole or not at all
     ("class_tokens", "generation"),
     ("image_prompt", "generation"),

@@ -76,8 +76,13 @@ def test_the_oldest_constraints_are_the_floors_that_are_declared():
 
 
 # Imports that an extra brings: import name to the extra.
-OPTIONAL = {"triton": "triton", "matplotlib": "bench", "sklearn": "bench"}
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+OPTIONAL = {"triton": "triton", "cv2": "control", "matplotlib": "bench", "sklearn": "bench", "scipy": "bench"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "sklearn": "scikit-learn",
+    "huggingface_hub": "huggingface-hub",
+}
 
 
 def test_every_imported_package_is_required():

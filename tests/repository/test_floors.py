@@ -12,7 +12,7 @@ BAD = [
     ("dsd_fast.unet.plan", "from ..cli import main", "unet imports cli, which is not below it"),
     ("dsd_fast.unet.plan", "def f():\n    import dsd_fast.bench", "unet imports bench, which is not below it"),
     ("dsd_fast.diffusion.noise", "from dsd_fast import models", "diffusion imports models, which is not below it"),
-    ("dsd_fast.models.bundle", "from dsd_fast import images", "models imports images, which is not below it"),
+    ("dsd_fast.images.batch", "from dsd_fast import models", "images imports models, which is not below it"),
     ("dsd_fast.matching.matcher", "import dsd_fast.features", "matching imports features, which is not below it"),
     ("dsd_fast.matching.matcher", "import dsd_fast", "matching imports the whole package, which hides the arrow"),
     (

@@ -20,9 +20,12 @@ def pipe():
     return loaded
 
 
-def test_whole_folder_stays_under_sixteen_megabytes_in_half_precision():
+def test_model_stays_under_sixteen_megabytes_in_half_precision_and_what_is_added_under_four():
     files = [file for file in mini.path().rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 16_000_000
+    added = [file for file in files if file.relative_to(mini.path()).parts[0] in ("controlnet", "lora")]
+    assert len(added) == 3
+    assert sum(file.stat().st_size for file in added) <= 4_000_000
+    assert sum(file.stat().st_size for file in files) - sum(file.stat().st_size for file in added) <= 16_000_000
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt"}
     for file in mini.path().rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
