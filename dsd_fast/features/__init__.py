@@ -3,6 +3,7 @@
 from dsd_fast.features.amalgamation import Amalgamation
 from dsd_fast.features.attention import AttentionTap
 from dsd_fast.features.config import FeatureConfig
+from dsd_fast.features.export import Exported, extract_to
 from dsd_fast.features.extractor import Extracted, FeatureExtractor
 from dsd_fast.features.layers import SETS, layer_set
 from dsd_fast.features.pca import PCA, Moments
@@ -13,10 +14,12 @@ __all__ = [
     "SETS",
     "Amalgamation",
     "AttentionTap",
+    "Exported",
     "Extracted",
     "FeatureConfig",
     "FeatureExtractor",
     "Moments",
     "Technique",
+    "extract_to",
     "layer_set",
 ]

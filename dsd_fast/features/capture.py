@@ -78,17 +78,17 @@ def exits(
             raise ValueError(f"pca: {name!r} is not extracted; what is: {', '.join(shapes)}")
         if len(given.mean) != shapes[name][0]:
             raise ValueError(f"pca: that of {name!r} has {len(given.mean)} channels, expected {shapes[name][0]}")
-    return {name: _exit(config, shape, pca.get(name)) for name, shape in shapes.items()}
+    return {name: _exit(name, config, shape, pca.get(name)) for name, shape in shapes.items()}
 
 
-def _exit(config: FeatureConfig, shape: Shape, pca: PCA | None) -> Exit:
+def _exit(name: str, config: FeatureConfig, shape: Shape, pca: PCA | None) -> Exit:
     channels, height, width = shape
     mode = "bilinear"
     if config.pool is not None:
         height, width, mode = 1, 1, "area" if config.pool == "mean" else "max"
     elif isinstance(config.resize, tuple):
         height, width = config.resize
-    elif config.resize is not None:
+    elif config.resize is not None and name != KEY:
         height, width, mode = max(1, height // config.resize), max(1, width // config.resize), "area"
     given = channels if pca is None else len(pca.components)
     return Exit(shape, (given, height, width), mode, config.normalize, pca)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from dsd_fast.features.attention import KEY, AttentionTap
 from dsd_fast.features.capture import Capture, exits
 from dsd_fast.features.config import FeatureConfig
-from dsd_fast.features.inputs import Inputs, Prompts, TextStates, draws_of_noise
+from dsd_fast.features.inputs import Inputs, Prompts, TextStates, draws_of_noise, own_prompts
 from dsd_fast.features.latents import latents_at, used_timesteps
 from dsd_fast.features.layers import Layers, resolve_layers
 from dsd_fast.features.pca import PCA, Moments
@@ -25,6 +26,7 @@ from dsd_fast.unet import Plan, UNetProgram
 from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
+    from dsd_fast.features.export import Exported
     from dsd_fast.models import Model
 
 # Micro-batches of rows extracted together: enough that a partly filled last one costs little.
@@ -72,7 +74,7 @@ class FeatureExtractor:
         keep_draws: keep them apart instead.
         image_size: (height, width) in pixels that images are resized to; the model's own if None.
         resize: (height, width) for all maps, bilinear; or a factor that divides their sides, by mean over windows
-            (the official ``feature_resize``).
+            (the official ``feature_resize``, which leaves "attn" as it is).
         pool: "mean" or "max" over positions, which leaves one.
         normalize: divide by the L2 norm over channels at each position.
         pca: id → :class:`~dsd_fast.features.PCA`, see also :meth:`fit_pca`.
@@ -150,6 +152,11 @@ class FeatureExtractor:
         self._run(self.technique)
         self.pca: dict[str, PCA] = {}
         self._set_pca(pca or {})
+
+    @property
+    def plan(self) -> Plan:
+        """The cut through the network that answers, under the extractor's own technique."""
+        return self._run(self.technique)[1]
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -249,14 +256,95 @@ class FeatureExtractor:
         """
         chosen = [self.technique] if techniques is None else list(techniques)
         request = Prompts(prompts)
-        for inputs, errors in self._inputs(images, seed, seeds, chosen, chunk):
-            features = []
-            for technique in chosen:
-                out = self._empty(len(inputs))
-                if len(inputs):
-                    self._capture(technique, inputs, request, out, 0)
-                features.append(out)
+        for inputs, errors in self.encode(images, request, seed, seeds=seeds, techniques=chosen, chunk=chunk):
+            features = [self.features_of(inputs, request, technique) for technique in chosen]
             yield Extracted(list(inputs.numbers), features, errors)
+
+    def encode(
+        self,
+        images: Iterable[ImageSource],
+        prompts: Prompts,
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+        techniques: Sequence[Technique] | None = None,
+        chunk: int | None = None,
+    ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
+        """Images through the VAE, some at a time, for :meth:`features_of` under any of the techniques.
+
+        Args:
+            prompts: of the request, or one empty prompt; of a sequence of images there must be one, or one each.
+            techniques, chunk: as :meth:`extract_chunks`.
+
+        Yields:
+            (inputs, position → error of the images that cannot be used).
+
+        Raises:
+            ValueError: prompts, of the request or of a technique, or seeds that are not as many as images.
+        """
+        chosen = [self.technique] if techniques is None else list(techniques)
+        if isinstance(images, Sequence):
+            for technique in chosen:
+                own_prompts(technique, prompts).check(len(images))
+            if seeds is not None and len(seeds) != len(images):
+                raise ValueError(f"seeds: got {len(seeds)} for {len(images)} images, expected one each")
+        self._texts.forget()
+        at_once = chunk or min(self.images_at_once(technique) for technique in chosen)
+        given = self.config.memory_budget
+        budget = default_budget(self.model.unet.device) if given is None else given
+        return self._encoded(decode_chunks(images, self.size, at_once), budget, seed, seeds)
+
+    def _encoded(
+        self,
+        chunks: Iterator[tuple[list[int], list[Tensor], dict[int, ImageError]]],
+        budget: int,
+        seed: int,
+        seeds: Sequence[int] | None,
+    ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
+        for numbers, pixels, errors in chunks:
+            latents = encode_within(self.model, pixels, budget).to(self.model.unet.device)
+            epsilon = draws_of_noise(seed, seeds, numbers, self.config.draws, latents)
+            yield Inputs(numbers, pixels, latents, epsilon), errors
+
+    def features_of(self, inputs: Inputs, prompts: Prompts, technique: Technique | None = None) -> dict[str, Tensor]:
+        """Features of encoded images, id → (n, S, C, h, w), under a technique, or the extractor's own."""
+        out = self._empty(len(inputs))
+        if len(inputs):
+            self._capture(technique or self.technique, inputs, prompts, out, 0)
+        return out
+
+    def extract_to(
+        self,
+        folder: str | os.PathLike[str],
+        images: Iterable[ImageSource],
+        prompts: str | Sequence[str] = "",
+        seed: int = 0,
+        *,
+        names: Sequence[str] | None = None,
+        layout: str = "shards",
+        shard_rows: int | None = None,
+        worker: int = 0,
+        workers: int = 1,
+        retry_errors: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Exported:
+        """:meth:`extract` of any number of images into files, resumable: see :func:`dsd_fast.features.extract_to`."""
+        from dsd_fast.features.export import extract_to
+
+        return extract_to(
+            self,
+            folder,
+            images,
+            prompts,
+            seed,
+            names=names,
+            layout=layout,
+            shard_rows=shard_rows,
+            worker=worker,
+            workers=workers,
+            retry_errors=retry_errors,
+            progress=progress,
+        )
 
     def fit_pca(
         self,
@@ -276,25 +364,19 @@ class FeatureExtractor:
             ImageError: an image that cannot be used.
             ValueError: fewer positions or channels than components.
         """
-        whole = FeatureExtractor(
-            self.model,
-            self._ids,
-            self.config.timesteps,
-            attention=self.config.attention,
-            official_timesteps=self.config.official_timesteps,
-            draws=self.config.draws,
-            keep_draws=self.config.keep_draws,
-            image_size=self.config.image_size,
-            technique=self.technique,
-            memory_budget=self.config.memory_budget,
-        )
+        whole = self.replaced(resize=None, pool=None, normalize=False, pca=None)
         moments = {name: Moments() for name in self.layers}
         for part in whole.extract_chunks(images, prompts, seed, seeds=seeds):
-            _raise_first(part.errors)
+            raise_first(part.errors)
             for name, value in part.features[0].items():
                 moments[name].add(value)
         self._set_pca({name: each.pca(components) for name, each in moments.items()})
         return dict(self.pca)
+
+    def replaced(self, **changes: Any) -> FeatureExtractor:
+        """An extractor like this one but for some of its arguments."""
+        given = {each.name: getattr(self.config, each.name) for each in fields(self.config)}
+        return FeatureExtractor(self.model, **{**given, "pca": self.pca, "technique": self.technique, **changes})
 
     def settings(self) -> dict[str, Any]:
         """What of the settings changes the features, as JSON; the model, the technique's networks and the PCA aside."""
@@ -319,40 +401,19 @@ class FeatureExtractor:
     ) -> list[dict[str, Tensor]]:
         sources = images if isinstance(images, Sequence) else list(images)
         request = Prompts(prompts)
-        for runner, _ in map(self._run, techniques):
-            runner.prompts(request).check(len(sources))
-        if seeds is not None and len(seeds) != len(sources):
-            raise ValueError(f"seeds: got {len(seeds)} for {len(sources)} images, expected one each")
         filled = [self._empty(len(sources)) if out is None else self._checked(out, len(sources)) for out in outs]
-        for inputs, errors in self._inputs(sources, seed, seeds, techniques, None):
-            _raise_first(errors)
+        for inputs, errors in self.encode(sources, request, seed, seeds=seeds, techniques=techniques):
+            raise_first(errors)
             for technique, out in zip(techniques, filled, strict=True):
                 self._capture(technique, inputs, request, out, inputs.numbers[0])
         return filled
-
-    def _inputs(
-        self,
-        images: Iterable[ImageSource],
-        seed: int,
-        seeds: Sequence[int] | None,
-        techniques: Sequence[Technique],
-        chunk: int | None,
-    ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
-        self._texts.forget()
-        at_once = chunk or min(self._images_at_once(technique) for technique in techniques)
-        given = self.config.memory_budget
-        budget = default_budget(self.model.unet.device) if given is None else given
-        for numbers, pixels, errors in decode_chunks(images, self.size, at_once):
-            latents = encode_within(self.model, pixels, budget).to(self.model.unet.device)
-            epsilon = draws_of_noise(seed, seeds, numbers, self.config.draws, latents)
-            yield Inputs(numbers, pixels, latents, epsilon), errors
 
     def _capture(
         self, technique: Technique, inputs: Inputs, request: Prompts, out: Mapping[str, Tensor], first: int
     ) -> None:
         """Fills the rows of ``out`` that begin with image ``first``."""
         runner, plan = self._run(technique)
-        prompts = runner.prompts(request).of(inputs.numbers)
+        prompts = own_prompts(technique, request).of(inputs.numbers)
         official = self.config.official_timesteps
         with torch.no_grad():
             z, stood = latents_at(runner, inputs, prompts, self.config.timesteps, self.timesteps, official)
@@ -378,8 +439,9 @@ class FeatureExtractor:
             self._runs[technique] = runner, plan
         return self._runs[technique]
 
-    def _images_at_once(self, technique: Technique) -> int:
-        plan, config = self._run(technique)[1], self.config
+    def images_at_once(self, technique: Technique | None = None) -> int:
+        """Images that fill a few micro-batches."""
+        plan, config = self._run(technique or self.technique)[1], self.config
         rows = rows_at_once(plan, *self.latent_size, self._tokens, memory_budget=config.memory_budget)
         each = len(self.timesteps) * config.draws
         latents = each * self.model.unet.config.in_channels * self.latent_size[0] * self.latent_size[1] * 4
@@ -415,6 +477,7 @@ class FeatureExtractor:
         return dict(out)
 
 
-def _raise_first(errors: Mapping[int, ImageError]) -> None:
+def raise_first(errors: Mapping[int, ImageError]) -> None:
+    """Raises the error of the first image that cannot be used, if there is one."""
     if errors:
         raise errors[min(errors)]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dsd_fast.diffusion import noise
+from dsd_fast.features.technique import Technique
 from dsd_fast.models.controlnet import Control
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class Prompts:
         if numbers and max(numbers) >= len(self.given):
             raise ValueError(f"prompts: got {len(self.given)}, expected one for each image")
         return [self.given[number] for number in numbers]
+
+
+def own_prompts(technique: Technique, request: Prompts) -> Prompts:
+    """The prompts of a technique, or the request's where it has none."""
+    return request if technique.prompts is None else Prompts(technique.prompts)
 
 
 class TextStates:
@@ -100,7 +106,7 @@ class Inputs:
 
     def _condition(self, control: Control) -> Tensor:
         if control.condition not in self._conditions:
-            prepared = [control.prepare(_picture(each), (each.shape[1], each.shape[2])) for each in self.pixels]
+            prepared = [control.prepare(picture_of(each), (each.shape[1], each.shape[2])) for each in self.pixels]
             self._conditions[control.condition] = torch.stack(prepared)
         return self._conditions[control.condition]
 
@@ -122,7 +128,7 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
     return torch.stack([torch.stack([noise(each, draw, size) for draw in range(draws)])[None] for each in chosen])
 
 
-def _picture(pixels: Tensor) -> Image.Image:
+def picture_of(pixels: Tensor) -> Image.Image:
     """The 8-bit picture that :func:`dsd_fast.images.to_tensor` made the pixels from."""
     values = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().cpu().numpy())

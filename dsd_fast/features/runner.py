@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion import Predict
-from dsd_fast.features.inputs import Inputs, Prompts, TextStates
+from dsd_fast.features.inputs import Inputs, TextStates
 from dsd_fast.features.technique import Technique
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals
 from dsd_fast.unet import Output, UNetProgram
@@ -46,10 +46,6 @@ class Runner:
         self.adapter, self._scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
         self._texts, self._budget = texts, memory_budget
         self._noise_plan = program.plan(noise_pred=True, adapter=self.adapter)
-
-    def prompts(self, request: Prompts) -> Prompts:
-        """Those of the technique, or of the request where it has none."""
-        return request if self.technique.prompts is None else Prompts(self.technique.prompts)
 
     def compile(self, runtime: str) -> None:
         """From now on noise predictions run compiled, see :meth:`dsd_fast.unet.plan.Plan.compile`."""

@@ -21,7 +21,7 @@ choices open and its repositories have no code for it; here
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsd_fast.features.extractor import FeatureExtractor
+from dsd_fast.features.extractor import FeatureExtractor, raise_first
 from dsd_fast.features.inputs import Inputs, Prompts
 from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.features.technique import Technique
@@ -129,8 +129,8 @@ class ShiftMeter:
         if strong is None:
             strong = 4 * extractor.model.schedule.num_train_timesteps // 5
         self._techniques, self._anchor, self._normalize = list(techniques), anchor, normalize
-        self._main = with_timesteps(extractor, [0, *asked])
-        self._strong = with_timesteps(extractor, [0, strong])
+        self._main = extractor.replaced(timesteps=(0, *asked))
+        self._strong = extractor.replaced(timesteps=(0, strong))
         self._names, self._timestep = tuple(names), strong
         self._diffs: list[Floats] = []
         self._anchor_diffs: list[Floats] = []
@@ -164,7 +164,7 @@ class ShiftMeter:
 
     def _measure(self, extractor: FeatureExtractor, technique: Technique, inputs: Inputs, prompts: Prompts) -> Floats:
         """(L, S, n): diff at every timestep but the first, which is 0."""
-        features = features_of(extractor, technique, inputs, prompts)
+        features = extractor.features_of(inputs, prompts, technique)
         found = []
         for layer in extractor.layers:
             # (n, S + 1, …): with draws that were kept each is compared with its own reference.
@@ -205,22 +205,6 @@ def measure_shift(
     return meter.result()
 
 
-def with_timesteps(extractor: FeatureExtractor, timesteps: Sequence[int]) -> FeatureExtractor:
-    """The same extractor at other timesteps."""
-    settings = {each.name: getattr(extractor.config, each.name) for each in fields(extractor.config)}
-    settings["timesteps"] = tuple(timesteps)
-    return FeatureExtractor(extractor.model, **settings, pca=extractor.pca, technique=extractor.technique)
-
-
-def features_of(
-    extractor: FeatureExtractor, technique: Technique, inputs: Inputs, prompts: Prompts
-) -> dict[str, Tensor]:
-    """Features of encoded images under a technique, id → (n, S, C, h, w)."""
-    out = extractor._empty(len(inputs))
-    extractor._capture(technique, inputs, prompts, out, 0)
-    return out
-
-
 def inputs_of(
     extractor: FeatureExtractor,
     images: Iterable[ImageSource],
@@ -233,14 +217,9 @@ def inputs_of(
 
     Raises:
         ImageError: an image that cannot be used.
-        ValueError: prompts, of the request or of a technique, or seeds that are not as many as images.
+        ValueError: as :meth:`FeatureExtractor.encode`.
     """
     sources = images if isinstance(images, Sequence) else list(images)
-    for technique in techniques:
-        (prompts if technique.prompts is None else Prompts(technique.prompts)).check(len(sources))
-    if seeds is not None and len(seeds) != len(sources):
-        raise ValueError(f"seeds: got {len(seeds)} for {len(sources)} images, expected one each")
-    for inputs, errors in extractor._inputs(sources, seed, seeds, techniques, None):
-        if errors:
-            raise errors[min(errors)]
+    for inputs, errors in extractor.encode(sources, prompts, seed, seeds=seeds, techniques=techniques):
+        raise_first(errors)
         yield inputs

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import dsd_fast
 from dsd_fast.diffusion import noise
 from dsd_fast.features import PCA, FeatureExtractor, Technique
-from dsd_fast.features.inputs import _picture
+from dsd_fast.features.inputs import picture_of
 from dsd_fast.images import ImageError, load_batch, to_tensor
 from dsd_fast.models.mini.scenes import scene
 from dsd_fast.unet import UNetProgram
@@ -92,11 +92,11 @@ def test_seeds_of_images_and_kept_draws(model, images):
 
 def test_the_budget_changes_nothing_but_rounding(model, images):
     plain = FeatureExtractor(model, LAYERS, [50, 200], draws=2)
-    row = plain._run(plain.technique)[1].run_bytes(1, 16, 16, 24)
+    row = plain.plan.run_bytes(1, 16, 16, 24)
     tight = FeatureExtractor(model, LAYERS, [50, 200], draws=2, memory_budget=16 * row)
     prompts = ["", "a red circle", "a blue ring", "", "a green cross"]
     first, second = plain.extract(images, prompts), tight.extract(images, prompts)
-    assert tight._images_at_once(tight.technique) < len(images)
+    assert tight.images_at_once() < len(images)
     for name in LAYERS:
         close(second[name], first[name])
     again = tight.extract(images, prompts)
@@ -105,7 +105,7 @@ def test_the_budget_changes_nothing_but_rounding(model, images):
 
 def test_only_what_is_asked_for_runs(model):
     extractor = FeatureExtractor(model, LAYERS)
-    assert extractor._run(extractor.technique)[1].steps[-1].name == LAYERS[1]
+    assert extractor.plan.steps[-1].name == LAYERS[1]
 
 
 def test_on_the_way_out(model, images):
@@ -240,7 +240,7 @@ def test_given_tensors_are_filled(model, images):
 
 def test_pictures_of_controls_are_the_bytes_that_were_decoded(images):
     for image, pixels in zip(images, load_batch(images, (64, 64)), strict=True):
-        assert np.array_equal(np.asarray(_picture(pixels)), image)
+        assert np.array_equal(np.asarray(picture_of(pixels)), image)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsd_fast.diffusion import Predict, guided, img2img
 from dsd_fast.features.gate.distance import ClipSpace, clip_distance, latent_distance
-from dsd_fast.features.inputs import Inputs, Prompts, TextStates, _picture
+from dsd_fast.features.inputs import Inputs, Prompts, TextStates, own_prompts, picture_of
 from dsd_fast.features.runner import Runner
 from dsd_fast.features.technique import Technique
 from dsd_fast.metrics import bootstrap
@@ -133,14 +133,14 @@ class Guide:
             prompts: of the request, for techniques without their own.
         """
         kept = max(0, self._shown - len(self._inputs))
-        self._inputs += [_picture(each) for each in inputs.pixels[:kept]]
+        self._inputs += [picture_of(each) for each in inputs.pixels[:kept]]
         with torch.no_grad():
             target = None if self._clip is None else self._clip.of_pixels(torch.stack(list(inputs.pixels)))
             made: dict[tuple[object, ...], tuple[list[Tensor], list[Image.Image]]] = {}
             first: tuple[object, ...] | None = None
             found = []
             for number, runner in enumerate(self._runners):
-                texts = tuple(runner.prompts(prompts).of(inputs.numbers))
+                texts = tuple(own_prompts(runner.technique, prompts).of(inputs.numbers))
                 # Without adapters in the model it is all the same which of them are named.
                 key = (texts, runner.technique.controls, runner.technique.adapter if self._adapters else None)
                 first = key if first is None else first
@@ -187,7 +187,7 @@ class Guide:
         distances = [latent_distance(latents, inputs.latents)]
         if self._clip is not None and target is not None:
             distances.append(clip_distance(self._clip.of_latents(latents), target).to(latents.device))
-        pictures = [_picture(self._model.decode_latents(each[None])[0].float()) for each in latents[:kept]]
+        pictures = [picture_of(self._model.decode_latents(each[None])[0].float()) for each in latents[:kept]]
         return distances, pictures
 
 
