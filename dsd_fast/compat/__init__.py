@@ -1,5 +1,6 @@
 """The official entry points, with their own names and arguments, on this package's engine."""
 
+from dsd_fast.compat.feature_extractor import FeatureExtractor
 from dsd_fast.compat.pipeline import DSDPipeline
 
-__all__ = ["DSDPipeline"]
+__all__ = ["DSDPipeline", "FeatureExtractor"]
