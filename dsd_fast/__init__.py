@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "Control",
     "FeatureExtractor",
     "FitConfig",
     "Group",
@@ -25,6 +26,7 @@ __all__ = [
     "jobs",
     "kernels",
     "load",
+    "load_controlnet",
     "matching",
     "metrics",
     "models",
@@ -50,10 +52,11 @@ if TYPE_CHECKING:
     )
     from dsd_fast.features import FeatureExtractor, Technique
     from dsd_fast.matching import FitConfig, Group, MatchConfig, Matcher, read_groups
-    from dsd_fast.models import from_pipeline, load
+    from dsd_fast.models import Control, from_pipeline, load, load_controlnet
 else:
     # Hidden from type checkers, for which a module with __getattr__ has every name.
     _HOMES = {
+        "Control": "dsd_fast.models",
         "FeatureExtractor": "dsd_fast.features",
         "FitConfig": "dsd_fast.matching",
         "Group": "dsd_fast.matching",
@@ -62,6 +65,7 @@ else:
         "Technique": "dsd_fast.features",
         "from_pipeline": "dsd_fast.models",
         "load": "dsd_fast.models",
+        "load_controlnet": "dsd_fast.models",
         "read_groups": "dsd_fast.matching",
     }
 

@@ -51,7 +51,7 @@ def test_one_case_through_pytest_benchmark(tmp_path):
         assert (each["group"], each["stats"]["rounds"]) == ("product/8", 7)
 
 
-@pytest.mark.parametrize("name", ["match", "ops", "unet"])
+@pytest.mark.parametrize("name", ["features", "match", "ops", "unet"])
 def test_the_suites_cases_are_collected(name):
     done = pytest_run(f"benchmarks/test_{name}.py", "--collect-only", "-q", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

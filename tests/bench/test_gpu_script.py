@@ -22,8 +22,8 @@ JUNIT = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped=
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "the tests marked gpu and the short cases of the suites ops, unet and fit would have run"),
-        (["--full"], "all cases of the suites ops, unet and fit would have run"),
+        ([], "the tests marked gpu and the short cases of the suites ops, unet, features and fit would have run"),
+        (["--full"], "all cases of the suites ops, unet, features and fit would have run"),
         (["--sanitize", "--", "-k", "x"], "the tests marked sanitizer under compute-sanitizer would have run"),
     ],
 )
@@ -150,10 +150,11 @@ def test_what_no_time_is_left_for_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "SHORT", -1)
     assert gpu.main([]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[1:6] == [
+    assert said[1:7] == [
         "built in 180 s",
         "ops: left out, no time is left",
         "unet: left out, no time is left",
+        "features: left out, no time is left",
         "fit: left out, no time is left",
         "checks: 0 passed, 0 failed, 0 skipped; they did not end in time",
     ]

@@ -1,0 +1,41 @@
+"""Intervals of what several runs measured on the same scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["interval"]
+
+Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def interval(
+    values: NDArray[Any], statistic: Statistic, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """A statistic of the mean over runs and scenes, with its 95 % percentile interval.
+
+    Runs and scenes are both drawn with replacement: the pigeonhole bootstrap (Owen 2007).
+
+    Args:
+        values: (runs, n, …) of each run and scene.
+        statistic: (m, …) means → (m,) numbers.
+        resamples: how many are drawn.
+        seed: of the draws.
+
+    Returns:
+        The value and the interval's bounds, which are widened where they leave the value outside.
+    """
+    runs, n = values.shape[:2]
+    draw = np.random.default_rng(seed)
+    of_runs = draw.multinomial(runs, np.full(runs, 1 / runs), resamples) / runs
+    of_scenes = draw.multinomial(n, np.full(n, 1 / n), resamples) / n
+    rows = values.astype(np.float64)
+    each = np.stack([of_scenes @ run.reshape(n, -1) for run in rows])
+    means = np.einsum("mr,rmf->mf", of_runs, each).reshape(resamples, *values.shape[2:])
+    value = float(statistic(rows.mean((0, 1))[None])[0])
+    low, high = np.quantile(statistic(means), [0.025, 0.975])
+    return value, min(float(low), value), max(float(high), value)
