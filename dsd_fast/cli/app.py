@@ -8,7 +8,9 @@ from dsd_fast import __version__
 from dsd_fast.cli.bench import bench, bench_docs
 from dsd_fast.cli.demo import demo
 from dsd_fast.cli.evaluate import evaluate
+from dsd_fast.cli.features import features
 from dsd_fast.cli.fit import fit
+from dsd_fast.cli.gate import gate
 from dsd_fast.cli.info import info
 from dsd_fast.cli.match import match
 
@@ -35,6 +37,8 @@ def dsd_fast(
 app.command()(match)
 app.command()(evaluate)
 app.command()(fit)
+app.command()(features)
+app.command()(gate)
 app.command()(info)
 app.command()(demo)
 app.command()(bench)

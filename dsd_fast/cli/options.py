@@ -31,7 +31,7 @@ Offline = Annotated[
     ),
 ]
 Adapter = Annotated[
-    str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="A LoRA: a .safetensors file, folder or hub id.")
+    str | None, typer.Option(rich_help_panel=MODEL_PANEL, help='A LoRA: "mini", a .safetensors file, folder or hub id.')
 ]
 AdapterFile = Annotated[
     str | None, typer.Option(rich_help_panel=MODEL_PANEL, help="Which file, where --adapter has several.")
@@ -76,7 +76,7 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=MEMORY_PANEL,
-        help="For activations and text keys when scoring, e.g. 512MB or 2GiB; the device's if none.",
+        help="For activations and text keys, e.g. 512MB or 2GiB; the device's if none.",
     ),
 ]
 Runtime = Annotated[

@@ -121,6 +121,35 @@ def share(value: float, interval: tuple[float, float], chance: float) -> str:
     )
 
 
+def image(picture: Image.Image, alt: str) -> str:
+    """A picture inside the page, and the words for those who do not see it, as plain text."""
+    return f'<img src="{_uri(picture)}" alt="{visible(alt)}" width="{picture.width}" height="{picture.height}">'
+
+
+def lane(spans: Sequence[tuple[float, float]], total: float) -> str:
+    """Bars for the spans of time, on a line that stands for the time from 0 to `total`."""
+    # What is closer than a pixel is drawn as one.
+    drawn: list[list[float]] = []
+    for start, end in sorted((1000 * start / total, 1000 * end / total) for start, end in spans if total > 0):
+        if drawn and start - drawn[-1][1] < 1:
+            drawn[-1][1] = max(drawn[-1][1], end)
+        else:
+            drawn.append([start, end])
+    bars = "".join(
+        f'<rect class="dot" x="{start:.1f}" y="0" width="{max(1.0, end - start):.1f}" height="20"/>'
+        for start, end in drawn
+    )
+    return (
+        '<svg class="lane" viewBox="0 0 1000 20" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="track" x="0" y="0" width="1000" height="20"/>{bars}</svg>'
+    )
+
+
+def code(text: str) -> str:
+    """Lines of code, as they are."""
+    return f'<pre class="scroll" tabindex="0"><code>{chr(10).join(map(visible, text.split(chr(10))))}</code></pre>\n'
+
+
 def settings(values: Mapping[str, Any]) -> str:
     """Names and values, folded away."""
     rows = "".join(f"<dt>{visible(name)}</dt><dd>{visible(str(value))}</dd>\n" for name, value in values.items())
@@ -152,7 +181,7 @@ def card(item: Card) -> str:
     """A card with its pictures inside; as text these take a fraction of the memory that they take as pixels."""
     picture = '<p class="missing">The file could not be read a second time.</p>'
     if item.picture is not None:
-        picture = _image(item.picture, item.name)
+        picture = image(item.picture, item.name)
     rows = "".join(_ranked(row, item) for row in item.ranked)
     maps = "".join(_maps(each, item.name) for each in item.maps)
     return (
@@ -181,7 +210,7 @@ def _maps(maps: WordMaps, name: str) -> str:
         word = visible(caption[start:end])
         marked = f"{visible(caption[:start])}<mark>{word}</mark>{visible(caption[end:])}"
         tiles += (
-            f"<figure>{_image(picture, f'Heat map of “{caption[start:end]}” over {name}')}"
+            f"<figure>{image(picture, f'Heat map of “{caption[start:end]}” over {name}')}"
             f"<figcaption><bdi>{marked}</bdi></figcaption></figure>\n"
         )
     if not maps.words and not maps.left_out:
@@ -196,10 +225,6 @@ def _maps(maps: WordMaps, name: str) -> str:
         f'<p class="scale"><span>0</span><img src="{_scale()}" alt="dark to light" width="256" height="12">'
         f"<span>{maps.top:.2g}</span> <span>attention probability, one scale for all words of this caption</span></p>\n"
     )
-
-
-def _image(image: Image.Image, alt: str) -> str:
-    return f'<img src="{_uri(image)}" alt="{visible(alt)}" width="{image.width}" height="{image.height}">'
 
 
 def _uri(image: Image.Image) -> str:

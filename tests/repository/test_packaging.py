@@ -140,6 +140,7 @@ def test_metadata_of_the_wheel(distributions):
         "triton",
         "onnx",
         "onnx-gpu",
+        "control",
         "bench",
         "dev",
     }

@@ -8,7 +8,7 @@ from tests.repository.source import ROOT
 
 def test_examples_run(tmp_path):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     printed = []
     for number, example in enumerate(examples):
         (tmp_path / f"example{number}.py").write_text(example)
@@ -18,4 +18,5 @@ def test_examples_run(tmp_path):
     scores = [float(line.split()[0]) for line in printed[0].splitlines()]
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
-    assert re.fullmatch(r"tensor\(\[ *[\d.]+, *[\d.]+\]\)\n", printed[2])
+    assert re.fullmatch(r"(up-level\S+ \(1, 2, \d+, \d+, \d+\)\n)+", printed[2])
+    assert re.fullmatch(r"tensor\(\[ *[\d.]+, *[\d.]+\]\)\n", printed[3])
