@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dsd_fast.cli import features_options, options
-from dsd_fast.cli.features_options import FEATURE_PANEL, TECHNIQUE_PANEL
+from dsd_fast.cli.features_options import FEATURE_PANEL
 from dsd_fast.cli.terminal import EXIT_ERRORS, EXIT_INTERRUPTED, CommandError, counted, one_sentence, printable
 
 OUTPUT_PANEL = "Files"
@@ -81,10 +81,7 @@ def features(
     control_scale: features_options.ControlScale = None,
     denoise_from: features_options.DenoiseFrom = None,
     denoise_steps: features_options.DenoiseSteps = None,
-    inversion: Annotated[
-        bool,
-        typer.Option("--inversion", rich_help_panel=TECHNIQUE_PANEL, help="Invert the sampler, add no noise."),
-    ] = False,
+    inversion: features_options.Inversion = False,
     layout: Annotated[
         str,
         typer.Option(

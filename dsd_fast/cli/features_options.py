@@ -71,6 +71,9 @@ DenoiseSteps = Annotated[
     int | None,
     typer.Option(rich_help_panel=TECHNIQUE_PANEL, metavar="N", help="Steps of that way; one per timestep if none."),
 ]
+Inversion = Annotated[
+    bool, typer.Option("--inversion", rich_help_panel=TECHNIQUE_PANEL, help="Invert the sampler, add no noise.")
+]
 
 
 def parse_timesteps(text: str) -> list[int]:

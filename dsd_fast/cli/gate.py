@@ -63,6 +63,7 @@ def gate(
     ] = None,
     denoise_from: features_options.DenoiseFrom = None,
     denoise_steps: features_options.DenoiseSteps = None,
+    inversion: features_options.Inversion = False,
     layers: features_options.Layers = None,
     timesteps: features_options.Timesteps = "50",
     draws: features_options.Draws = 1,
@@ -142,6 +143,7 @@ def gate(
             adapters=tuple(adapter or ()),
             denoise_from=denoise_from,
             denoise_steps=denoise_steps,
+            inversion=inversion,
             local_files_only=local_files_only,
         )
         controls = partial(

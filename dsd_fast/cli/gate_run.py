@@ -35,7 +35,7 @@ class Parts:
         prompt, prompts, captioner: at most one: a text for all images, a file, or a model that writes them.
         quality: words after each caption; None: the official ones.
         adapters: "NAME=FILE" or "FILE" of LoRAs.
-        denoise_from, denoise_steps: of :class:`Technique`.
+        denoise_from, denoise_steps, inversion: of :class:`Technique`.
         local_files_only: for the captioner.
     """
 
@@ -46,6 +46,7 @@ class Parts:
     adapters: Sequence[str] = ()
     denoise_from: int | None = None
     denoise_steps: int | None = None
+    inversion: bool = False
     local_files_only: bool = False
 
 
@@ -172,10 +173,17 @@ def _techniques(
         alone[f"from t = {parts.denoise_from}"] = way
     elif parts.denoise_steps is not None:
         raise CommandError("--denoise-steps: given without --denoise-from")
+    if parts.inversion:
+        alone["inversion"] = {"inversion": True}
     if not alone:
-        raise CommandError("give a technique: --prompt, --prompts, --captioner, --control, --adapter or --denoise-from")
+        raise CommandError(
+            "give a technique: --prompt, --prompts, --captioner, --control, --adapter, --denoise-from or --inversion"
+        )
     plain = {"prompts": "", "adapter": ()}
     chosen = [Technique(name, **{**plain, **own}) for name, own in alone.items()]
+    if parts.denoise_from is not None:
+        # Both say how the latents are made.
+        alone.pop("inversion", None)
     if len(alone) > 1:
         together = {key: value for own in alone.values() for key, value in own.items()}
         together |= {"adapter": tuple(names)}

@@ -10,6 +10,7 @@ from PIL import Image
 
 import dsd_fast as dsd
 from dsd_fast.cli import options
+from dsd_fast.cli.gate_run import Parts, _techniques
 from dsd_fast.features.gate import gate
 from dsd_fast.models.controlnet import Control, load_controlnet
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -41,6 +42,16 @@ def images(tmp_path_factory):
 def ranking():
     with open("out/ranking.csv") as file:
         return {row["technique"]: row for row in csv.DictReader(file)}
+
+
+def test_inversion_is_a_technique_and_joins_what_adds_noise(model):
+    def names(**parts):
+        return [each.name for each in _techniques(model, "a picture", (), Parts(**parts))]
+
+    assert names(inversion=True) == ["prompt", "inversion", "prompt + inversion"]
+    # A walk down from noise and a walk up exclude each other.
+    both = names(inversion=True, denoise_from=60)
+    assert both == ["prompt", "from t = 60", "inversion", "prompt + from t = 60"]
 
 
 def test_techniques_by_themselves_and_together(cli, images):
@@ -116,7 +127,7 @@ def test_what_an_earlier_run_has_left_is_replaced_and_bad_images_are_said(cli, l
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a technique: --prompt, --prompts, --captioner, --control, --adapter or --denoise-from"),
+        ([], "give a technique: --prompt, --prompts, --captioner, --control, --adapter, --denoise-from or --inversion"),
         (["--prompt", "a", "--captioner", "b"], "give one of --prompt TEXT, --prompts FILE and --captioner NAME"),
         (["--captioner", "no/such"], "quality has 44 tokens, expected at most 24"),
         (["--captioner", "no/such", "--quality", ""], "captioner 'no/such'"),
