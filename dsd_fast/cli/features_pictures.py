@@ -47,7 +47,7 @@ class Shown:
 
     name: str
     image: Image.Image
-    rows: dict[int, list[Image.Image]]
+    rows: dict[float, list[Image.Image]]
 
 
 class Pictures:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsd_fast.unet import Plan
+from dsd_fast.features.attention import KEY, AttentionTap
+from dsd_fast.unet import UNetProgram
 
 # What stock pipelines hand to the UNet and the plan takes too; anything else would be left out without a word.
 _TAKEN = {
@@ -25,25 +26,35 @@ _TAKEN = {
 
 
 class Background:
-    """Watches the calls of a UNet, and at chosen ones runs a plan on the same inputs first.
+    """Watches the calls of a UNet, and at chosen ones runs the part that features need on the same inputs first.
 
     The network's own modules stay as they are but for a hook that sees the call come.
 
     Args:
-        plan: of the network that is watched; gives the features.
-        change: from a feature as the plan gives it to the one that is kept.
+        program: of the network that is watched.
+        layers: ids of the features.
+        attention: places whose maps make the feature "attn", see :class:`AttentionTap`.
+        change: from a feature as the network has it to the one that is kept.
         calls: which calls count, the first being 1.
 
     Attributes:
-        found: layer id → {call: feature}.
+        found: layer id, or "attn" → {call: feature}.
     """
 
-    def __init__(self, plan: Plan, change: Callable[[str, Tensor], Tensor], calls: Iterable[int]) -> None:
-        self._plan, self._change = plan, change
+    def __init__(
+        self,
+        program: UNetProgram,
+        layers: Sequence[str],
+        attention: Sequence[str],
+        change: Callable[[str, Tensor], Tensor],
+        calls: Iterable[int],
+    ) -> None:
+        program.check()
+        self._program, self._layers, self._attention, self._change = program, layers, attention, change
         self._calls = frozenset(calls)
         self._count = 0
-        self.found: dict[str, dict[int, Tensor]] = {name: {} for name in plan.features}
-        self._unet = plan.program.unet
+        self.found: dict[str, dict[int, Tensor]] = {name: {} for name in (*layers, *([KEY] if attention else []))}
+        self._unet = program.unet
         self._signature = inspect.signature(self._unet.forward)
         self._handle: Any = None
         self.watch()
@@ -84,16 +95,22 @@ class Background:
             self.found[name][self._count] = self._change(name, value)
 
     def _features(self, given: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        plan, sample = self._plan, given["sample"]
+        sample, states = given["sample"], given["encoder_hidden_states"]
+        tap = None
+        if self._attention:
+            # Of the generation's own size, which need not be that of the images.
+            tap = AttentionTap(self._program, self._attention, tuple(sample.shape[-2:]), states.shape[1])
+        plan = self._program.plan(features=self._layers, maps=() if tap is None else tap.ids)
         added = given.get("added_cond_kwargs") or {}
         down: Any = given.get("down_block_additional_residuals")
         mid: Any = given.get("mid_block_additional_residual")
-        text = plan.encode_text(given["encoder_hidden_states"], added.get("text_embeds"))
+        text = plan.encode_text(states, added.get("text_embeds"))
         out = plan.run(
-            sample.to(plan.program.dtype),
+            sample.to(self._program.dtype),
             given["timestep"],
             text,
             time_ids=added.get("time_ids"),
             residuals=None if down is None else (down, mid),
+            map_tokens=torch.arange(text.tokens),
         )
-        return out.features
+        return out.features if tap is None else {**out.features, KEY: tap.gather(out)}

@@ -99,8 +99,10 @@ def _extractor(args: argparse.Namespace) -> FeatureExtractor:
     from dsd_fast.features import FeatureExtractor, Technique
     from dsd_fast.unet import UNetProgram
 
-    if args.feature_resize < 1:
-        raise ValueError(f"--feature_resize: got {args.feature_resize}, expected at least 1")
+    for name in ("feature_resize", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: got {value}, expected at least 1")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     lora = args.offline_lora, args.offline_lora_filename
     if args.model is None:

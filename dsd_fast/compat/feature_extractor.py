@@ -235,10 +235,13 @@ class FeatureExtractor:
             self._background.stop()
         self._background = None
         if numbers:
-            self._background = Background(self._program.plan(features=self.layers), self._changed, numbers)
+            self._background = Background(self._program, self.layers, self.attention or (), self._changed, numbers)
 
     def get_background_extraction(self) -> dict[str, dict[int, Tensor]]:
-        """id → {call: (B, C, h, w) float16}; B is the generation's, with guidance the unconditional rows first."""
+        """id, then "attn" → {call: (B, C, h, w) float16}.
+
+        Rows, sizes and tokens are the generation's; with guidance the unconditional rows come first.
+        """
         if self._background is None:
             return {}
         return {name: dict(found) for name, found in self._background.found.items()}

@@ -74,7 +74,7 @@ def scheduler_noised(
         (t, z_t), z_t (B, C, h, w) as the UNet sees it, in the dtype of `latents`.
 
     Raises:
-        ValueError: arguments as for `scheduler_timesteps`.
+        ValueError: arguments as for `scheduler_timesteps`, or a noise that does not fit.
     """
     fresh, start = _prepared(scheduler, steps, strength)
     first = fresh.timesteps[start]
@@ -151,14 +151,8 @@ def img2img(
     Raises:
         ValueError: arguments as for `scheduler_timesteps`, or a noise that does not fit.
     """
-    try:
-        spread = noise.expand_as(latents)
-    except RuntimeError:
-        got, wanted = tuple(noise.shape), tuple(latents.shape)
-        raise ValueError(f"noise has shape {got}, expected one that broadcasts to {wanted}") from None
     fresh, start = _prepared(scheduler, steps, strength)
-    real = working_dtype(latents)
-    state = fresh.add_noise(latents.to(real), spread.to(latents.device, real), fresh.timesteps[start : start + 1])
+    state = _noised(fresh, start, latents, noise)
     return _last(_run(fresh, start, predict, state, latents.dtype, None, generator))
 
 
@@ -230,10 +224,19 @@ def _run(
 
 
 def _noised(scheduler: Any, start: int, latents: Tensor, noise: Tensor) -> Tensor:
-    """z₀ noised to a prepared scheduler's first timestep, in the scheduler's own form."""
+    """z₀ noised to a prepared scheduler's first timestep, in the scheduler's own form.
+
+    Raises:
+        ValueError: a noise that does not fit.
+    """
+    try:
+        spread = noise.expand_as(latents)
+    except RuntimeError:
+        got, wanted = tuple(noise.shape), tuple(latents.shape)
+        raise ValueError(f"noise has shape {got}, expected one that broadcasts to {wanted}") from None
     real = working_dtype(latents)
-    spread = noise.to(latents.device, real).expand_as(latents)
-    state: Tensor = scheduler.add_noise(latents.to(real), spread, scheduler.timesteps[start : start + 1])
+    first = scheduler.timesteps[start : start + 1]
+    state: Tensor = scheduler.add_noise(latents.to(real), spread.to(latents.device, real), first)
     return state
 
 

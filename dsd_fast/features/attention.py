@@ -18,8 +18,9 @@ class AttentionTap:
 
     For each place in turn, and in it for each size in the order of execution, the mean over its layers of the softmax
     maps, whose channels are the text's tokens or, of a self-attention, the positions attended to; enlarged to the
-    latents' size (nearest) and laid side by side. Layers whose maps have a quarter to a half of the latents' side
-    count (Darkbblue/generic-diffusion-feature, `aggregate_attention`: 1/32 to 1/16 of the picture's).
+    latents' size (nearest) and laid side by side. Layers of as many positions as maps of a quarter to a half of the
+    latents' side have count (Darkbblue/generic-diffusion-feature, `aggregate_attention`: 1/32 to 1/16 of the
+    picture's).
 
     Args:
         places: of "down", "mid", "up" with "_cross" or "_self".

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from dsd_fast.features.config import FeatureConfig
 from dsd_fast.features.pca import PCA
 from dsd_fast.kernels.pack_features import pack_features
 from dsd_fast.unet import Output, UNetProgram
+from dsd_fast.unet.checks import upload
 
 Shape = tuple[int, int, int]
 
@@ -124,11 +125,12 @@ class Capture:
         taken = dict(output.features)
         if self._attention is not None:
             taken[KEY] = self._attention.gather(output)
+        draws = None if self._mean_of == 1 else self._draws(rows, next(iter(taken.values())).device)
         for name, value in taken.items():
-            if self._mean_of == 1:
+            if draws is None:
                 self._exits[name].pack(value, self._out[name], rows + self._first)
             else:
-                self._sum(name, value, rows)
+                self._sum(name, value, draws)
 
     def finish(self) -> None:
         """Hands out what had to wait for all draws."""
@@ -136,15 +138,20 @@ class Capture:
         for name, total in self._sums.items():
             self._exits[name].pack(total / self._mean_of, self._out[name], every)
 
-    def _sum(self, name: str, value: Tensor, rows: Tensor) -> None:
+    def _draws(self, rows: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Of each draw, which of the rows are its own and which sums they go to.
+
+        Draw by draw: in each no sum occurs twice, so the order of additions is always the same.
+        """
+        parts = [torch.nonzero(rows % self._mean_of == draw).flatten() for draw in range(self._mean_of)]
+        pairs = [(part, rows[part] // self._mean_of) for part in parts if len(part)]
+        return [(upload(part, device), upload(where, device)) for part, where in pairs]
+
+    def _sum(self, name: str, value: Tensor, draws: Sequence[tuple[Tensor, Tensor]]) -> None:
         if name not in self._sums:
             real = torch.promote_types(value.dtype, torch.float32)
             empty = torch.empty((self._rows, *value.shape[1:]), dtype=real, device=value.device)
             self._sums[name] = empty.contiguous(memory_format=torch.channels_last).zero_()
         total = self._sums[name]
-        # Draw by draw: in each no row of the sum occurs twice, so the order of additions is always the same.
-        for draw in range(self._mean_of):
-            chosen = torch.nonzero(rows % self._mean_of == draw).flatten()
-            if len(chosen):
-                where = (rows[chosen] // self._mean_of).to(total.device)
-                total[where] += value[chosen.to(value.device)]
+        for part, where in draws:
+            total[where] += value[part]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,10 +16,10 @@ import torch
 
 from dsd_fast.features.export_items import COLUMNS, Item, Items, Names, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
+from dsd_fast.features.export_settings import job_settings
 from dsd_fast.features.host import on_host
 from dsd_fast.images import ImageSource
-from dsd_fast.jobs import Counts, Job, read_index, tensors_hash, weights_hash
-from dsd_fast.unet.adapters import AdapterScope, active_strengths, split_adapters
+from dsd_fast.jobs import Counts, Job, read_index
 
 if TYPE_CHECKING:
     from dsd_fast.features.extractor import Extracted, FeatureExtractor
@@ -33,6 +33,7 @@ _BUDGET_SHARE = 16
 _MOST_ROWS = 4096
 # Below what decoding holds at once, so that chunks have the size asked for.
 _PIXEL_BYTES = 32 << 20
+_SEEDS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,22 @@ def extract_to(
     :func:`dsd_fast.jobs.read_index` says of each row its id, name, status, reason and message of an error, shard, row
     in the shard, path, prompt, seed, and the height and width of the image file. An image that cannot be used, a prompt
     that is too long for the text encoders where each image has its own, and features that are not finite ("not-finite")
-    are rows with the status "error".
+    are rows with the status "error". A file that was damaged and is mended has another content, and so another row:
+    that of the error stays beside it.
 
     Args:
         folder: made if missing.
         images: see :meth:`FeatureExtractor.extract`; consumed as they are needed.
         prompts: one for all, or one each; a technique's own prompts go before them.
-        seed: of the noise.
+        seed: of the noise, 0 ≤ seed < 2**32.
         names: of the rows, and of their files in the ".npy" layouts, where "a/b" makes a folder; None: a file's name
             without its ending, the position of other images. A row's id is made of the image's content, the prompt, the
             seed and the name: inputs that are equal in all of them are one row.
         layout: "shards": shards/<shard>.safetensors, id → (rows, S, C, h, w), of which the index gives each image's
             shard and row. Or, as the official extract_feature.py writes them, "npy-layer": <layer>/<name>.npy,
             "npy-sample": <name>/<layer>.npy, (S, C, h, w); "npy-aggregated": <name>.npy, (S, sum of C, H, W), all maps
-            enlarged (nearest) to the largest. Of one timestep these arrays have no axis for it.
+            enlarged (nearest) to the largest, which attention maps over tokens ("…-map") cannot be. Of one timestep
+            these arrays have no axis for it.
         shard_rows: images that become whole files and rows of the index together; None: as many as have 64 MiB, or a
             sixteenth of the extractor's memory budget.
         worker: which of ``workers`` processes this is, from 0. Each image is one worker's, by its id.
@@ -100,12 +103,20 @@ def extract_to(
     Raises:
         JobError: the folder holds other results (names each setting that differs), is being written, or cannot be
             written.
-        ValueError: an argument that does not fit, by name; two images of one name in a layout of files.
+        ValueError: an argument that does not fit, by name; two images of one name in a layout of files; a ControlNet's
+            condition that another process could not tell from others, as a lambda.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    maps = [layer for layer in extractor.layers if layer.endswith("-map")]
+    if layout == "npy-aggregated" and maps:
+        raise ValueError(
+            f"layout: got {layout!r}, whose maps have a picture's positions, for attention maps over tokens "
+            f"({', '.join(maps)}); expected another layout"
+        )
     if shard_rows is not None and shard_rows < 1:
         raise ValueError(f"shard_rows: got {shard_rows}, expected at least 1")
+    seed = _checked(seed)
     technique, prompts = _own_prompts(extractor.technique, prompts)
     check = prompt_check(extractor.model)
     if isinstance(prompts, str) and (wrong := check(prompts)) is not None:
@@ -115,7 +126,7 @@ def extract_to(
     job = Job(
         folder,
         KIND,
-        _settings(extractor, technique, prompts, seed, layout),
+        job_settings(extractor, technique, prompts, seed, layout),
         write=writer_of(layout, len(extractor.timesteps), {"timesteps": list(extractor.timesteps)}),
         columns=COLUMNS,
         shard_rows=rows,
@@ -164,6 +175,17 @@ def extract_to(
     )
 
 
+def _checked(seed: int) -> int:
+    """The seed as a Python integer."""
+    try:
+        value = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value < _SEEDS:
+        raise ValueError(f"seed: got {seed!r}, expected an integer from 0 to 2**32 - 1")
+    return value
+
+
 def _id(item: Item) -> str:
     return item.id
 
@@ -193,42 +215,6 @@ def _own_prompts(technique: Technique, prompts: str | Sequence[str]) -> tuple[Te
     return replace(technique, prompts=None), technique.prompts
 
 
-def _settings(
-    extractor: FeatureExtractor, technique: Technique, prompts: str | Sequence[str], seed: int, layout: str
-) -> dict[str, Any]:
-    """All that changes the files but for the images, their names, and prompts of their own, which the ids hold."""
-    model, config = extractor.model, extractor.settings()
-    unet, scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
-    with ExitStack() as entered:
-        for scope in [*([] if unet is None else [AdapterScope(model.unet, unet)]), *scopes]:
-            entered.enter_context(scope.active())
-        strengths = [active_strengths(network) for network in (model.unet, *model.text_encoders)]
-    networks = {"unet": model.unet, "vae": model.vae}
-    networks |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(model.text_encoders)}
-    networks |= {f"control_{number}": control.net for number, control in enumerate(technique.controls)}
-    pca = {
-        name: tensors_hash({"mean": each.mean, "components": each.components}) for name, each in extractor.pca.items()
-    }
-    return {
-        "model": model.name,
-        "revision": model.revision,
-        "model_dtype": str(model.dtype).removeprefix("torch."),
-        "weights": weights_hash(networks),
-        "adapters": strengths,
-        "prediction_type": model.schedule.prediction_type,
-        "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
-        "scheduler": json.loads(json.dumps(model.scheduler_config, default=str))
-        if config["official_timesteps"]
-        else {},
-        **config,
-        "technique": {**config["technique"], "prompts": None},
-        "prompts": prompts if isinstance(prompts, str) else None,
-        "pca": pca,
-        "seed": seed,
-        "layout": layout,
-    }
-
-
 def _rows_of_a_shard(extractor: FeatureExtractor) -> int:
     """A power of two, which the images extracted together divide."""
     config = extractor.config
@@ -241,7 +227,10 @@ def _rows_of_a_shard(extractor: FeatureExtractor) -> int:
 
 
 def _images_at_once(extractor: FeatureExtractor, technique: Technique, rows: int) -> int:
-    """As many as divide a shard: one that is begun anew then has the batches that it had, and the same bits."""
+    """As many as divide a shard: one that is begun anew then has the batches that it had.
+
+    On a CPU it then has the same bits, too; a GPU's kernels need not add in the same order in every run.
+    """
     height, width = extractor.size
     most = min(extractor.images_at_once(technique), _PIXEL_BYTES // (12 * height * width))
     return next(count for count in range(max(1, min(most, rows)), 0, -1) if rows % count == 0)

@@ -64,8 +64,8 @@ class Items:
         check: says what is wrong with a prompt, or None.
 
     Raises:
-        ValueError: one image instead of several; another number of prompts or names than of images, at once where
-            ``images`` has a length, else when it is reached.
+        ValueError: one image instead of several; a prompt or a name that is no str; another number of them than of
+            images, at once where ``images`` has a length, else when it is reached.
     """
 
     def __init__(
@@ -86,6 +86,9 @@ class Items:
                 raise ValueError(f"names: got the str {given[:80]!r}, expected a sequence of them")
             if isinstance(images, Sequence) and len(given) != len(images):
                 raise ValueError(f"{what}: got {len(given)} for {len(images)} images, expected one each")
+            for number, each in enumerate(given):
+                if not isinstance(each, str):
+                    raise ValueError(f"{what}[{number}] is of type {type(each).__name__}, expected str")
 
     def __iter__(self) -> Iterator[Item]:
         waiting: deque[tuple[int, ImageSource, Future[_Known]]] = deque()
@@ -179,8 +182,6 @@ def _path(name: str) -> str:
 def _of(what: str, given: Sequence[str], number: int) -> str:
     if number >= len(given):
         raise ValueError(f"{what}: got {len(given)}, expected one for each image")
-    if not isinstance(given[number], str):
-        raise ValueError(f"{what}[{number}] is of type {type(given[number]).__name__}, expected str")
     return given[number]
 
 
@@ -189,19 +190,20 @@ def _known(source: ImageSource) -> _Known:
 
 
 def _from_file(path: Path) -> _Known:
-    """Digest, height and width; of what cannot be read the digest of nothing, and loading it says why."""
+    """Digest, height and width; of what cannot be read the digest of its path, and loading it says why."""
+    unread = row_id("unread", str(path)), None, None
     try:
         status = path.stat()
         # Else reading might never end.
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-            return "", None, None
+            return unread
         digest = file_digest(path)
         with path.open("rb") as file:
             _, width, height = read_header(file, status.st_size)
     except (UnsupportedFormatError, TruncatedHeaderError, CorruptHeaderError):
         return digest, None, None
     except (OSError, ValueError):
-        return "", None, None
+        return unread
     return digest, height, width
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +15,16 @@ from dsd_fast.features.attention import KEY, AttentionTap
 from dsd_fast.features.capture import Capture, exits
 from dsd_fast.features.config import FeatureConfig
 from dsd_fast.features.inputs import Inputs, Prompts, TextStates, draws_of_noise, own_prompts
-from dsd_fast.features.latents import latents_at, used_timesteps
+from dsd_fast.features.latents import latents_at, told_timesteps, used_timesteps
 from dsd_fast.features.layers import Layers, resolve_layers
 from dsd_fast.features.pca import PCA, Moments
 from dsd_fast.features.runner import Runner
 from dsd_fast.features.technique import Technique
-from dsd_fast.images import ImageError, ImageSource, decode_chunks
+from dsd_fast.images import ImageError, ImageSource, check_sources, decode_chunks
 from dsd_fast.models.batches import encode_within
 from dsd_fast.models.prompts import token_limit
 from dsd_fast.unet import Plan, UNetProgram
+from dsd_fast.unet.adapters import adapter_strengths
 from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _MICRO_BATCHES = 4
 # Of latents at all timesteps held at once, whatever the number of images.
 _LATENT_BYTES = 64 << 20
+# Share of the memory budget that the features of images extracted together may take besides.
+_OUT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,12 @@ class FeatureExtractor:
         dtype: of the features; the network's if None.
         technique: see :class:`Technique`.
         memory_budget: bytes for activations and text keys; None: the device's, see
-            :func:`dsd_fast.unet.stream.default_budget`. What is handed out comes on top.
+            :func:`dsd_fast.unet.stream.default_budget`. What is handed out comes on top: all features of
+            :meth:`extract`, an eighth of the budget (or one image's) elsewhere.
 
     Attributes:
         layers: the layer ids, in the order of the features; "attn" at the end if attention is asked for.
-        timesteps: S timesteps as the network is told them.
+        timesteps: S timesteps as the network is told them; a scheduler's own may lie between two of the schedule.
         shapes: id → (C, h, w) of what is handed out.
 
     Raises:
@@ -123,15 +128,16 @@ class FeatureExtractor:
             official_timesteps=official_timesteps,
             draws=draws,
             keep_draws=keep_draws,
-            image_size=image_size,
-            resize=resize,
+            image_size=tuple(image_size) if isinstance(image_size, list) else image_size,
+            resize=tuple(resize) if isinstance(resize, list) else resize,
             pool=pool,
             normalize=normalize,
             dtype=dtype,
             memory_budget=memory_budget,
         )
         self.technique = technique or Technique()
-        self.timesteps = used_timesteps(model, self.config.timesteps, official_timesteps)
+        self._used = used_timesteps(model, self.config.timesteps, official_timesteps)
+        self.timesteps = told_timesteps(model, self.technique, self.config.timesteps, official_timesteps)
         self.size = self.config.image_size or model.image_size
         factor = model.vae_scale_factor
         if any(side < factor or side % factor for side in self.size):
@@ -147,7 +153,7 @@ class FeatureExtractor:
         self._ids = ids
         self._texts = TextStates(model)
         self.runtime: str | None = None
-        self._runs: dict[Technique, tuple[Runner, Plan]] = {}
+        self._runs: dict[Technique, tuple[object, Runner, Plan]] = {}
         # Here, so that what does not fit the model is told before there is an image.
         self._run(self.technique)
         self.pca: dict[str, PCA] = {}
@@ -169,7 +175,7 @@ class FeatureExtractor:
         Raises:
             ValueError: an unknown runtime; "cudagraph" with a model that is not on a CUDA device.
         """
-        for runner, plan in self._runs.values():
+        for _, runner, plan in self._runs.values():
             plan.compile(runtime)
             runner.compile(runtime)
         self.runtime = runtime
@@ -230,13 +236,7 @@ class FeatureExtractor:
         Yields:
             (number, id → (S, C, h, w), or (S, D, C, h, w)), or (number, the image's error).
         """
-        for part in self.extract_chunks(images, prompts, seed, seeds=seeds):
-            place = {number: row for row, number in enumerate(part.numbers)}
-            for number in sorted([*part.numbers, *part.errors]):
-                if number in part.errors:
-                    yield number, part.errors[number]
-                else:
-                    yield number, {name: value[place[number]] for name, value in part.features[0].items()}
+        return _one_by_one(self.extract_chunks(images, prompts, seed, seeds=seeds))
 
     def extract_chunks(
         self,
@@ -256,9 +256,13 @@ class FeatureExtractor:
         """
         chosen = [self.technique] if techniques is None else list(techniques)
         request = Prompts(prompts)
-        for inputs, errors in self.encode(images, request, seed, seeds=seeds, techniques=chosen, chunk=chunk):
-            features = [self.features_of(inputs, request, technique) for technique in chosen]
-            yield Extracted(list(inputs.numbers), features, errors)
+        encoded = self.encode(images, request, seed, seeds=seeds, techniques=chosen, chunk=chunk)
+        return (
+            Extracted(
+                list(inputs.numbers), [self.features_of(inputs, request, technique) for technique in chosen], errors
+            )
+            for inputs, errors in encoded
+        )
 
     def encode(
         self,
@@ -283,11 +287,14 @@ class FeatureExtractor:
             ValueError: prompts, of the request or of a technique, or seeds that are not as many as images.
         """
         chosen = [self.technique] if techniques is None else list(techniques)
-        if isinstance(images, Sequence):
-            for technique in chosen:
-                own_prompts(technique, prompts).check(len(images))
-            if seeds is not None and len(seeds) != len(images):
-                raise ValueError(f"seeds: got {len(seeds)} for {len(images)} images, expected one each")
+        if not chosen:
+            raise ValueError("techniques: got none, expected at least one")
+        check_sources(images)
+        count = len(images) if isinstance(images, Sequence) else None
+        for technique in chosen:
+            own_prompts(technique, prompts).check(count)
+        if seeds is not None and count is not None and len(seeds) != count:
+            raise ValueError(f"seeds: got {len(seeds)} for {count} images, expected one each")
         self._texts.forget()
         at_once = chunk or min(self.images_at_once(technique) for technique in chosen)
         given = self.config.memory_budget
@@ -365,6 +372,11 @@ class FeatureExtractor:
             ValueError: fewer positions or channels than components.
         """
         whole = self.replaced(resize=None, pool=None, normalize=False, pca=None)
+        narrowest = min(shape[0] for shape in whole.shapes.values())
+        if not 1 <= components <= narrowest:
+            raise ValueError(f"components: got {components}, expected 1 to {narrowest}, the channels of a feature")
+        if any(name.endswith("-map") for name in self.layers):
+            raise ValueError("layers: whole attention maps have no channels to make components of")
         moments = {name: Moments() for name in self.layers}
         for part in whole.extract_chunks(images, prompts, seed, seeds=seeds):
             raise_first(part.errors)
@@ -376,7 +388,8 @@ class FeatureExtractor:
     def replaced(self, **changes: Any) -> FeatureExtractor:
         """An extractor like this one but for some of its arguments."""
         given = {each.name: getattr(self.config, each.name) for each in fields(self.config)}
-        return FeatureExtractor(self.model, **{**given, "pca": self.pca, "technique": self.technique, **changes})
+        other = FeatureExtractor(self.model, **{**given, "pca": self.pca, "technique": self.technique, **changes})
+        return other if self.runtime is None else other.compile(self.runtime)
 
     def settings(self) -> dict[str, Any]:
         """What of the settings changes the features, as JSON; the model, the technique's networks and the PCA aside."""
@@ -399,6 +412,7 @@ class FeatureExtractor:
         seeds: Sequence[int] | None,
         outs: Sequence[Mapping[str, Tensor] | None],
     ) -> list[dict[str, Tensor]]:
+        check_sources(images)
         sources = images if isinstance(images, Sequence) else list(images)
         request = Prompts(prompts)
         filled = [self._empty(len(sources)) if out is None else self._checked(out, len(sources)) for out in outs]
@@ -416,7 +430,7 @@ class FeatureExtractor:
         prompts = own_prompts(technique, request).of(inputs.numbers)
         official = self.config.official_timesteps
         with torch.no_grad():
-            z, stood = latents_at(runner, inputs, prompts, self.config.timesteps, self.timesteps, official)
+            z, stood = latents_at(runner, inputs, prompts, self.config.timesteps, self._used, official)
         images, steps, draws = z.shape[:3]
         mean_of = 1 if self.config.keep_draws else draws
         kept = steps * draws // mean_of
@@ -429,15 +443,22 @@ class FeatureExtractor:
         capture.finish()
 
     def _run(self, technique: Technique) -> tuple[Runner, Plan]:
-        if technique not in self._runs:
-            runner = Runner(self.program, self.model, technique, self._texts, self.config.memory_budget)
+        # Neither changes the network's calls; the strengths of adapters are those of the request.
+        core = replace(technique, name="network", prompts=None)
+        strengths = () if core.adapter is None else adapter_strengths(self.model.unet, *self.model.text_encoders)
+        found = self._runs.get(core)
+        if found is None or found[0] != strengths:
+            told_timesteps(self.model, core, self.config.timesteps, self.config.official_timesteps)
+            if core.inversion and self.config.draws > 1:
+                raise ValueError(f"draws: got {self.config.draws}, expected 1: an inversion draws no noise")
+            runner = Runner(self.program, self.model, core, self._texts, self.config.memory_budget)
             maps = () if self._attention is None else self._attention.ids
             plan = self.program.plan(features=self._ids, maps=maps, adapter=runner.adapter)
             if self.runtime is not None:
                 plan.compile(self.runtime)
                 runner.compile(self.runtime)
-            self._runs[technique] = runner, plan
-        return self._runs[technique]
+            found = self._runs[core] = strengths, runner, plan
+        return found[1:]
 
     def images_at_once(self, technique: Technique | None = None) -> int:
         """Images that fill a few micro-batches."""
@@ -445,8 +466,21 @@ class FeatureExtractor:
         rows = rows_at_once(plan, *self.latent_size, self._tokens, memory_budget=config.memory_budget)
         each = len(self.timesteps) * config.draws
         latents = each * self.model.unet.config.in_channels * self.latent_size[0] * self.latent_size[1] * 4
-        together: int = min(-(-_MICRO_BATCHES * rows // each), _LATENT_BYTES // latents)
+        given = config.memory_budget
+        budget = default_budget(self.model.unet.device) if given is None else given
+        together: int = min(
+            -(-_MICRO_BATCHES * rows // each), _LATENT_BYTES // latents, budget // _OUT_SHARE // self._out_bytes()
+        )
         return max(1, together)
+
+    def _out_bytes(self) -> int:
+        """Of one image's features, and of the sums that its draws are added to."""
+        steps, config = len(self.timesteps), self.config
+        given = steps * sum(math.prod(shape) for shape in self.shapes.values()) * self._dtype.itemsize
+        if config.draws == 1:
+            return given
+        sums = steps * sum(math.prod(each.taken) for each in self._exits.values()) * 4
+        return given * config.draws if config.keep_draws else given + sums
 
     def _set_pca(self, pca: Mapping[str, PCA]) -> None:
         held = {name: each.to(self.model.unet.device) for name, each in pca.items()}
@@ -458,9 +492,13 @@ class FeatureExtractor:
         return (images, len(self.timesteps), *draws, *self.shapes[name])
 
     def _empty(self, images: int) -> dict[str, Tensor]:
-        dtype = self.model.dtype if self.config.dtype is None else getattr(torch, self.config.dtype)
-        device = self.model.unet.device
+        dtype, device = self._dtype, self.model.unet.device
         return {name: torch.empty(self._shape(name, images), dtype=dtype, device=device) for name in self.layers}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype if self.config.dtype is None else getattr(torch, self.config.dtype)
+        return dtype
 
     def _checked(self, out: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
         if set(out) != set(self.layers):
@@ -475,6 +513,16 @@ class FeatureExtractor:
             if not value.is_contiguous():
                 raise ValueError(f"out: {name!r} is not contiguous")
         return dict(out)
+
+
+def _one_by_one(parts: Iterator[Extracted]) -> Iterator[tuple[int, dict[str, Tensor] | ImageError]]:
+    for part in parts:
+        place = {number: row for row, number in enumerate(part.numbers)}
+        for number in sorted([*part.numbers, *part.errors]):
+            if number in part.errors:
+                yield number, part.errors[number]
+            else:
+                yield number, {name: value[place[number]] for name, value in part.features[0].items()}
 
 
 def raise_first(errors: Mapping[int, ImageError]) -> None:

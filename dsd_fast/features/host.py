@@ -22,6 +22,10 @@ def on_host(chunks: Iterator[Extracted]) -> Iterator[tuple[Extracted, list[bool]
     for chunk in chunks:
         copied = _Copy(chunk)
         if not copied.beside:
+            # Chunks keep their order: one without a usable image has nothing on the GPU.
+            if waiting is not None:
+                yield waiting.done()
+                waiting = None
             yield copied.done()
             continue
         if waiting is not None:
@@ -32,11 +36,14 @@ def on_host(chunks: Iterator[Extracted]) -> Iterator[tuple[Extracted, list[bool]
 
 
 class _Copy:
-    """A chunk whose copy has begun; ``beside`` where it goes on by itself."""
+    """A chunk whose copy has begun; ``beside`` where it goes on by itself.
+
+    It holds what it copies until it is done.
+    """
 
     def __init__(self, chunk: Extracted) -> None:
         self._chunk, features = chunk, chunk.features[0]
-        tensors = {**features, "": _finite(features, len(chunk.numbers))}
+        self._read = tensors = {**features, "": _finite(features, len(chunk.numbers))}
         device = tensors[""].device
         self.beside = device.type == "cuda"
         if not self.beside:
@@ -49,8 +56,6 @@ class _Copy:
             for name, value in tensors.items():
                 pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
                 self._found[name] = pinned.copy_(value, non_blocking=True)
-                # Not to be given away before the copy has read it.
-                value.record_stream(stream)
             self._event = stream.record_event()
 
     def done(self) -> tuple[Extracted, list[bool]]:

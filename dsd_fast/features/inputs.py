@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,15 +33,14 @@ class Prompts:
 
     given: str | Sequence[str]
 
-    def __post_init__(self) -> None:
-        texts = [self.given] if isinstance(self.given, str) else self.given
-        for number, text in enumerate(texts):
+    def check(self, count: int | None) -> None:
+        """Refuses what is no text, and another number of prompts than of images; None: their number is unknown."""
+        if isinstance(self.given, str):
+            return
+        for number, text in enumerate(self.given):
             if not isinstance(text, str):
                 raise ValueError(f"prompts[{number}] is of type {type(text).__name__}, expected str")
-
-    def check(self, count: int) -> None:
-        """Refuses another number of prompts than of images."""
-        if not isinstance(self.given, str) and len(self.given) != count:
+        if count is not None and len(self.given) != count:
             raise ValueError(f"prompts: got {len(self.given)} for {count} images, expected one, or one each")
 
     def of(self, numbers: Sequence[int]) -> list[str]:
@@ -69,15 +68,21 @@ class TextStates:
         """To be called at each request: the text encoders or their adapters may have changed since the last."""
         self._known = {}
 
-    def of(self, prompts: Sequence[str], scopes: Sequence[AdapterScope]) -> PromptStates:
-        """States of M prompts, on the model's device, under the text encoders' adapters."""
-        key = (tuple(prompts), tuple(scope.names for scope in scopes))
+    def of(self, prompts: Sequence[str] | None, scopes: Sequence[AdapterScope]) -> PromptStates:
+        """States of M prompts, or of the absent one for None, on the model's device, under the encoders' adapters."""
+        key = (None if prompts is None else tuple(prompts), tuple(scope.identity for scope in scopes))
         found = self._known.get(key)
         if found is None:
             with ExitStack() as entered, torch.no_grad():
                 for scope in scopes:
                     entered.enter_context(scope.active())
-                found = self._model.encode_prompts(prompts).to(self._model.device)
+                model = self._model
+                found = model.encode_unconditional() if prompts is None else model.encode_prompts(prompts)
+                found = found.to(model.device)
+            # A pipeline's text encoders may have another type than its UNet.
+            dtype = self._model.dtype
+            pooled = None if found.pooled is None else found.pooled.to(dtype)
+            found = replace(found, states=found.states.to(dtype), pooled=pooled)
             # The techniques of one chunk; the oldest goes first. A new dictionary, for other threads read the old one.
             self._known = {**dict([*self._known.items()][-_TEXTS_KEPT:]), key: found}
         return found
@@ -101,13 +106,14 @@ class Inputs:
         return len(self.numbers)
 
     def conditions(self, controls: Sequence[Control]) -> list[Tensor]:
-        """(n, 3, H, W) in [0, 1] for each net; the same function of the pictures is computed once."""
+        """(n, 3, H, W) in [0, 1] for each net, where the latents are and in their type; the same function of the
+        pictures is computed once."""
         return [self._condition(control) for control in controls]
 
     def _condition(self, control: Control) -> Tensor:
         if control.condition not in self._conditions:
             prepared = [control.prepare(picture_of(each), (each.shape[1], each.shape[2])) for each in self.pixels]
-            self._conditions[control.condition] = torch.stack(prepared)
+            self._conditions[control.condition] = torch.stack(prepared).to(self.latents.device, self.latents.dtype)
         return self._conditions[control.condition]
 
 
@@ -121,7 +127,9 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
     Raises:
         ValueError: fewer seeds than images, or one that is no integer of 32 bits.
     """
-    if seeds is not None and numbers and max(numbers) >= len(seeds):
+    if not numbers:
+        return torch.empty(0)
+    if seeds is not None and max(numbers) >= len(seeds):
         raise ValueError(f"seeds: got {len(seeds)}, expected one per image")
     chosen = [seed] if seeds is None else [seeds[number] for number in numbers]
     size = shape.shape[1:]

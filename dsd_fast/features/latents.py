@@ -16,9 +16,11 @@ from dsd_fast.diffusion import (
     official_denoising,
     scheduler_noised,
     scheduler_steps,
+    scheduler_timesteps,
 )
 from dsd_fast.features.inputs import Inputs
 from dsd_fast.features.runner import Runner
+from dsd_fast.features.technique import Technique
 from dsd_fast.kernels.noise_latents import noise_latents
 from dsd_fast.models import Model
 
@@ -35,6 +37,28 @@ def used_timesteps(model: Model, timesteps: Sequence[int], official: bool) -> li
         if not 0 <= t < model.schedule.num_train_timesteps:
             raise ValueError(f"timesteps holds {t}, expected 0 to {model.schedule.num_train_timesteps - 1}")
     return [img2img_timestep(model.scheduler_config, t) if official else int(t) for t in timesteps]
+
+
+def told_timesteps(model: Model, technique: Technique, timesteps: Sequence[int], official: bool) -> list[float]:
+    """The timesteps that the network is told under a technique: :func:`used_timesteps`, or where a walk ends.
+
+    Raises:
+        ValueError: a timestep outside the schedule, or one that the technique's way does not pass.
+    """
+    used, top = used_timesteps(model, timesteps, official), technique.denoise_from
+    total = model.schedule.num_train_timesteps
+    if technique.inversion and not official and model.schedule.prediction_type == "sample":
+        raise ValueError("inversion: a model that predicts z₀ says nothing of the noise of a latent without any")
+    if top is None:
+        return list(used)
+    if not all(t < top for t in timesteps) or not top < total:
+        raise ValueError(
+            f"denoise_from: got {top}, expected above the timesteps {list(timesteps)} and below {total}, the length of "
+            "the schedule"
+        )
+    if not official:
+        return list(used)
+    return [0 if t == 0 else _last_of_walk(model, top, t) for t in timesteps]
 
 
 def noised(model: Model, clean: Tensor, noise: Tensor, timesteps: Sequence[int]) -> Tensor:
@@ -62,10 +86,7 @@ def latents_at(
 
     Args:
         prompts: one for each of the n images.
-        asked, used: see :func:`used_timesteps`.
-
-    Raises:
-        ValueError: a timestep that the technique's way does not pass.
+        asked, used: see :func:`used_timesteps`; :func:`told_timesteps` has accepted them.
     """
     technique, model = runner.technique, runner.model
     if technique.inversion:
@@ -80,8 +101,6 @@ def latents_at(
 
 def _inverted(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequence[int], official: bool) -> Tensor:
     model = runner.model
-    if inputs.noise.shape[2] != 1:
-        raise ValueError(f"draws: got {inputs.noise.shape[2]}, expected 1: an inversion draws no noise")
     grid = inversion_grid(model.scheduler_config) if official else None
     up = sorted(set(used))
     # The official walk leaves the ControlNets out.
@@ -96,30 +115,26 @@ def _denoised(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequ
     model, top = runner.model, runner.technique.denoise_from
     assert top is not None
     low = sorted({t for t in used if t}, reverse=True)
-    if (low and low[0] >= top) or not top < model.schedule.num_train_timesteps:
-        raise ValueError(
-            f"denoise_from: got {top}, expected above the timesteps {low} and in the schedule, "
-            f"below {model.schedule.num_train_timesteps}"
-        )
     start = noised(model, inputs.latents, inputs.noise, [top])[:, 0]
     draws = start.shape[1]
     predict = runner.predict(inputs, prompts, repeats=draws)
-    for way in _ways(top, low, runner.technique.denoise_steps):
+    for way, wanted in _ways(top, low, runner.technique.denoise_steps):
         for t, z in denoise(model.schedule, predict, start.flatten(0, 1), way):
-            for position in (number for number, wanted in enumerate(used) if wanted == t and t in low):
+            for position in (number for number, each in enumerate(used) if each == t and t in wanted):
                 result[:, position] = z.view(-1, draws, *z.shape[1:])
     return result
 
 
-def _ways(top: int, low: Sequence[int], steps: int | None) -> list[list[int]]:
-    """The timesteps of each walk: one by one through all that are wanted, or in few steps to each of them alone.
+def _ways(top: int, low: Sequence[int], steps: int | None) -> list[tuple[list[int], Sequence[int]]]:
+    """The timesteps of each walk, and those that are wanted of it.
 
-    What a feature is then does not depend on the other timesteps.
+    One walk, timestep by timestep, through all; or one in few steps to each alone. What a feature is then does not
+    depend on the other timesteps.
     """
     if steps is None:
-        return [list(range(top, low[-1] - 1, -1))] if low else []
+        return [(list(range(top, low[-1] - 1, -1)), low)] if low else []
     ways = [{int(each) for each in np.linspace(top, t, steps + 1).round()} for t in low]
-    return [sorted(way, reverse=True) for way in ways]
+    return [(sorted(way, reverse=True), [t]) for way, t in zip(ways, low, strict=True)]
 
 
 def _denoised_officially(
@@ -143,3 +158,9 @@ def _denoised_officially(
         result[:, position] = z.view(images, draws, *z.shape[1:])
         stood.append(last)
     return result, stood
+
+
+def _last_of_walk(model: Model, top: int, t: int) -> float:
+    """Where the official walk from one timestep to another ends."""
+    steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
+    return [each for each in scheduler_timesteps(model.scheduler_config, steps, strength) if each >= t][-1]

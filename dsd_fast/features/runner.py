@@ -15,7 +15,8 @@ from dsd_fast.features.technique import Technique
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals
 from dsd_fast.unet import Output, UNetProgram
 from dsd_fast.unet.adapters import split_adapters
-from dsd_fast.unet.stream import rows_at_once
+from dsd_fast.unet.checks import upload
+from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -73,26 +74,57 @@ class Runner:
         timesteps: Tensor,
         image_of: Tensor,
         inputs: Inputs,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         controls: Sequence[Control],
     ) -> Iterator[tuple[Tensor, Output]]:
-        used = list(dict.fromkeys(prompts))
-        place = {text: number for number, text in enumerate(used)}
-        text_of = torch.tensor([place[text] for text in prompts])[image_of]
-        states = self._texts.of(used, self._scopes)
-        return self._stream(plan, latents, timesteps, image_of, text_of, inputs, states, controls)
+        if prompts is None:
+            text_of = torch.zeros_like(image_of)
+            states = self._texts.of(None, self._scopes)
+        else:
+            used = list(dict.fromkeys(prompts))
+            place = {text: number for number, text in enumerate(used)}
+            text_of = torch.tensor([place[text] for text in prompts])[image_of]
+            states = self._texts.of(used, self._scopes)
+        at_once = self._texts_at_once(plan, int(states.states.shape[1]))
+        if at_once >= len(states):
+            yield from self._stream(plan, latents, timesteps, image_of, text_of, inputs, states, controls)
+            return
+        for first in range(0, len(states), at_once):
+            own = slice(first, first + at_once)
+            chosen = torch.nonzero((text_of >= first) & (text_of < own.stop)).flatten()
+            there = upload(chosen, latents.device)
+            parts = self._stream(
+                plan,
+                latents[there],
+                timesteps[chosen],
+                image_of[chosen],
+                text_of[chosen] - first,
+                inputs,
+                states[own],
+                controls,
+            )
+            for rows, out in parts:
+                yield chosen[rows], out
 
-    def predict(self, inputs: Inputs, prompts: Sequence[str], repeats: int = 1, controlled: bool = True) -> Predict:
+    def predict(
+        self, inputs: Inputs, prompts: Sequence[str] | None, repeats: int = 1, controlled: bool = True
+    ) -> Predict:
         """The model's output for B = n · repeats rows, image by image, with its images' prompts.
 
         Args:
-            prompts: one for each of the n images.
+            prompts: one for each of the n images; None: the absent prompt of the family's sampler for all of them.
             repeats: rows in a row that belong to one image.
             controlled: whether the ControlNets take part.
         """
         image_of = torch.arange(len(inputs)).repeat_interleave(repeats)
         controls = self.technique.controls if controlled else ()
-        return partial(self._predict, inputs=inputs, prompts=tuple(prompts), image_of=image_of, controls=controls)
+        return partial(
+            self._predict,
+            inputs=inputs,
+            prompts=None if prompts is None else tuple(prompts),
+            image_of=image_of,
+            controls=controls,
+        )
 
     def _predict(
         self,
@@ -100,7 +132,7 @@ class Runner:
         t: float,
         *,
         inputs: Inputs,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         image_of: Tensor,
         controls: Sequence[Control],
     ) -> Tensor:
@@ -143,7 +175,8 @@ class Runner:
             )
             return
         conditions = inputs.conditions(controls)
-        at_once = self._controlled_rows(plan, latents, int(states.states.shape[1]))
+        keys = 0 if text is None else plan.text_bytes(text)
+        at_once = self._controlled_rows(latents, int(states.states.shape[1]), keys, len(controls))
         for start in range(0, len(latents), at_once):
             chosen = slice(start, start + at_once)
             with torch.no_grad():
@@ -171,11 +204,26 @@ class Runner:
             for rows, out in batches:
                 yield rows + start, out
 
-    def _controlled_rows(self, plan: Plan, latents: Tensor, tokens: int) -> int:
-        """Rows whose residuals are made together. A ControlNet's own activations are fewer than the UNet's."""
-        sizes = plan.program.sizes(*latents.shape[-2:])
-        pushed = [(step.pushes, sizes[step.level]) for step in plan.program.steps if step.pushes]
-        pushed.append((plan.program.unet.config.block_out_channels[-1], sizes[-1]))
-        per_row = sum(channels * height * width for channels, (height, width) in pushed) * latents.itemsize
-        height, width = latents.shape[-2:]
-        return rows_at_once(plan, height, width, tokens, residuals=per_row, memory_budget=self._budget)
+    def _controlled_rows(self, latents: Tensor, tokens: int, keys: int, nets: int) -> int:
+        """Rows whose residuals are made together.
+
+        A ControlNet holds what the whole network's first half does, whatever the plan's end, and its residuals before
+        and after their scaling; those of all nets so far are held besides, and the plan takes copies of its own rows'.
+        """
+        program, (height, width) = self._noise_plan.program, latents.shape[-2:]
+        sizes = program.sizes(height, width)
+        pushed = [(step.pushes, sizes[step.level]) for step in program.steps if step.pushes]
+        pushed.append((program.unet.config.block_out_channels[-1], sizes[-1]))
+        residuals = sum(channels * rows * columns for channels, (rows, columns) in pushed) * latents.itemsize
+        copies = 3 + min(nets, 2)
+        return rows_at_once(
+            self._noise_plan, height, width, tokens, keys=keys, residuals=copies * residuals, memory_budget=self._budget
+        )
+
+    def _texts_at_once(self, plan: Plan, tokens: int) -> int:
+        """Texts whose keys and values take half the budget, at least one."""
+        names = (*plan.key_layers, *plan.value_layers)
+        width: int = sum(plan.program.attention(name).inner_dim for name in names)
+        per_text = max(1, width * tokens * self.model.dtype.itemsize)
+        budget = default_budget(self.model.unet.device) if self._budget is None else self._budget
+        return max(1, budget // 2 // per_text)

@@ -129,9 +129,11 @@ class ShiftMeter:
         if strong is None:
             strong = 4 * extractor.model.schedule.num_train_timesteps // 5
         self._techniques, self._anchor, self._normalize = list(techniques), anchor, normalize
-        self._main = extractor.replaced(timesteps=(0, *asked))
-        self._strong = extractor.replaced(timesteps=(0, strong))
-        self._names, self._timestep = tuple(names), strong
+        self._main = extractor.replaced(timesteps=(0, *asked), technique=techniques[0])
+        # In one with what is asked of the anchor's technique, if anything is: they share the reference.
+        shared = asked if anchor.technique in techniques else []
+        self._strong = extractor.replaced(timesteps=(0, *shared, strong), technique=anchor.technique)
+        self._names = tuple(names)
         self._diffs: list[Floats] = []
         self._anchor_diffs: list[Floats] = []
 
@@ -141,9 +143,14 @@ class ShiftMeter:
         Args:
             prompts: of the request, for techniques without their own.
         """
-        measured = [self._measure(self._main, technique, inputs, prompts) for technique in self._techniques]
+        anchor = self._anchor.technique
+        *shared, strong = np.moveaxis(self._measure(self._strong, anchor, inputs, prompts), 1, 0)
+        measured = [
+            np.stack(shared, 1) if technique == anchor else self._measure(self._main, technique, inputs, prompts)
+            for technique in self._techniques
+        ]
         self._diffs.append(np.stack(measured))
-        self._anchor_diffs.append(self._measure(self._strong, self._anchor.technique, inputs, prompts)[:, 0])
+        self._anchor_diffs.append(strong)
 
     def result(self) -> ShiftResult:
         """Of all images so far.
@@ -159,7 +166,7 @@ class ShiftMeter:
             tuple(self._main.timesteps[1:]),
             np.concatenate(self._diffs, -1),
             np.concatenate(self._anchor_diffs, -1),
-            (self._anchor.technique.name, self._timestep),
+            (self._anchor.technique.name, self._strong.timesteps[-1]),
         )
 
     def _measure(self, extractor: FeatureExtractor, technique: Technique, inputs: Inputs, prompts: Prompts) -> Floats:

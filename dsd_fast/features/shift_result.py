@@ -27,18 +27,18 @@ class ShiftResult:
     Attributes:
         techniques: K names.
         layers: L ids.
-        timesteps: S.
+        timesteps: S, as the network is told them under the first technique.
         diffs: (K, L, S, N) float64, diff(F).
         anchor_diffs: (L, N) float64, diff of the anchor.
-        anchor: name of the anchor's technique and its timestep.
+        anchor: name of the anchor's technique and its timestep, as the network is told it.
     """
 
     techniques: tuple[str, ...]
     layers: tuple[str, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     diffs: Floats
     anchor_diffs: Floats
-    anchor: tuple[str, int]
+    anchor: tuple[str, float]
 
     @property
     def scores(self) -> Floats:

@@ -75,14 +75,9 @@ class Technique:
         """What of it changes results, but for the weights of its networks, as JSON."""
         return {
             "prompts": list(self.prompts) if isinstance(self.prompts, tuple) else self.prompts,
-            "controls": [{"condition": _named(each.condition), "scale": each.scale} for each in self.controls],
+            "controls": [each.settings() for each in self.controls],
             "adapter": None if self.adapter is None else list(self.adapter),
             "denoise_from": self.denoise_from,
             "denoise_steps": self.denoise_steps,
             "inversion": self.inversion,
         }
-
-
-def _named(condition: Any) -> str | None:
-    """A function's name, which stands for what it does."""
-    return None if condition is None else f"{condition.__module__}.{condition.__qualname__}"

@@ -1,6 +1,6 @@
 """Decoding and resizing of images from untrusted files."""
 
-from dsd_fast.images.batch import decode, decode_chunks, load_batch, to_tensor
+from dsd_fast.images.batch import check_sources, decode, decode_chunks, load_batch, to_tensor
 from dsd_fast.images.errors import ImageError
 from dsd_fast.images.load import MAX_BYTES, MAX_PIXELS, ImageSource, load_image
 
@@ -9,6 +9,7 @@ __all__ = [
     "MAX_PIXELS",
     "ImageError",
     "ImageSource",
+    "check_sources",
     "decode",
     "decode_chunks",
     "load_batch",

@@ -113,10 +113,19 @@ def decode_chunks(
     Raises:
         ValueError: one image where a sequence of them is expected, or an argument that :func:`decode` refuses.
     """
-    if isinstance(sources, (str, bytes, os.PathLike, Image.Image, np.ndarray, Tensor)):
-        raise ValueError(f"images: got one {type(sources).__name__}, expected a sequence of images")
+    check_sources(sources)
     height, width = _check_size(size)
     return _chunks(decode(sources, size), max(1, min(chunk, _PIXEL_BYTES // (12 * height * width))))
+
+
+def check_sources(sources: object) -> None:
+    """Refuses one image where a sequence of them is expected.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if isinstance(sources, (str, bytes, os.PathLike, Image.Image, np.ndarray, Tensor)):
+        raise ValueError(f"images: got one {type(sources).__name__}, expected a sequence of images")
 
 
 def _chunks(

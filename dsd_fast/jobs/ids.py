@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,26 +63,27 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_BYTES)).hexdigest()
 
 
-def weights_hash(modules: Mapping[str, Module] | Iterable[Module]) -> str:
-    """BLAKE2b over the names, shapes, types and values of all parameters and buffers, 32 hexadecimal digits.
+def all_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers of a module, by name."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def weights_hash(
+    modules: Mapping[str, Module] | Iterable[Module],
+    tensors_of: Callable[[Module], Iterable[tuple[str, Tensor]]] = all_tensors,
+) -> str:
+    """BLAKE2b over the names, shapes, types and values of parameters and buffers, 32 hexadecimal digits.
 
     Adapters that hang in the modules are among their parameters; with what strength they act is not. Neither the
     device nor the layout in memory (channels-last) counts.
 
     Args:
         modules: name → module, or modules in an order that is part of the hash.
+        tensors_of: gives those of a module that count, by name.
     """
     named = modules.items() if isinstance(modules, Mapping) else enumerate(modules)
-    tensors = {
-        f"{prefix}.{kind}.{name}": tensor
-        for prefix, module in named
-        for kind, found in (
-            ("parameter", module.named_parameters(remove_duplicate=False)),
-            ("buffer", module.named_buffers(remove_duplicate=False)),
-        )
-        for name, tensor in found
-    }
-    return tensors_hash(tensors)
+    return tensors_hash({f"{prefix}.{name}": tensor for prefix, module in named for name, tensor in tensors_of(module)})
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

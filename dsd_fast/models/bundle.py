@@ -175,11 +175,11 @@ class Model:
         section 2.2).
 
         Returns:
-            (6,) float32 on the model's device, or None for other families.
+            (6,) float32 on the CPU, from where plans take it, or None for other families.
         """
         if self.family != "sdxl":
             return None
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         assert ids.numel() == TIME_IDS
         return ids
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -316,12 +317,13 @@ def _residuals(network: Any) -> list[tuple[int, int]]:
 
 
 def _named(function: Callable[..., Any]) -> str:
-    """The same in every process, as far as a function has a name."""
+    """The same in every process, as far as a function has a name; an object is told by its representation."""
     if isinstance(function, partial):
         given = [repr(value) for value in function.args] + [f"{k}={v!r}" for k, v in sorted(function.keywords.items())]
         return f"{_named(function.func)}({', '.join(given)})"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    if isinstance(function, FunctionType | BuiltinFunctionType | type):
+        return f"{function.__module__}.{function.__qualname__}"
+    return f"{type(function).__module__}.{function!r}"
 
 
 def _reads_text(net: Any) -> bool:

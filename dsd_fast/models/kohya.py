@@ -66,8 +66,8 @@ def from_kohya(
         what: the file's name in errors.
 
     Raises:
-        ModelError: a layer that the model does not have, or weights of another kind than plain LoRA: LoHa, LoKr, DoRA,
-            LoCon in its Tucker form, whole weights.
+        ModelError: a layer that the model does not have, one half of a product without the other, or weights of another
+            kind than plain LoRA: LoHa, LoKr, DoRA, LoCon in its Tucker form, whole weights.
     """
     layers = {_UNET + name: (0, path) for name, path in _unet_names(unet)}
     for number, (prefix, encoder) in enumerate(zip(_TEXT[len(text_encoders)], text_encoders, strict=True), 1):
@@ -81,10 +81,11 @@ def from_kohya(
             raise ModelError(
                 f"{what} has {key!r}, which is of another kind than plain LoRA, such as LoHa, LoKr or DoRA"
             )
+        for here, missing in ((_DOWN, name + _UP), (_UP, name + _DOWN)):
+            if f".{kind}" == here and missing not in tensors:
+                raise ModelError(f"{what} has {key!r} but no {missing!r}")
         if f".{kind}" != _DOWN:
             continue
-        if name + _UP not in tensors:
-            raise ModelError(f"{what} has {key!r} but no {name + _UP!r}")
         number, path = layers[name]
         down, up = tensors[key], tensors[name + _UP]
         alpha = tensors.get(name + _ALPHA)

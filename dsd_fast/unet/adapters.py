@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 Signature = tuple[Any, ...]
@@ -38,6 +39,11 @@ class AdapterScope:
                 )
         for layer in _tuner_layers(network):
             self._scaling[layer] = {name: layer.scaling[name] for name in self.names if name in layer.scaling}
+
+    @property
+    def identity(self) -> Signature:
+        """Equal for scopes of one network that make the same adapters active, equally strong."""
+        return self.names, tuple(tuple(sorted(each.items())) for each in self._scaling.values())
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -112,6 +118,42 @@ def active_strengths(network: Any) -> list[tuple[str, float]]:
     return list(found.items())
 
 
+def adapter_strengths(*networks: Any) -> Signature:
+    """The strengths of all adapters of networks, layer by layer, active or not."""
+    return tuple(tuple(sorted(layer.scaling.items())) for network in networks for layer in _tuner_layers(network))
+
+
+def strengths_by_layer(network: Any) -> dict[str, list[tuple[str, float]]]:
+    """Path of each layer → the adapters that act there now, in order, and the strength of each.
+
+    Layers where none acts are left out, and so is what is fused into the weights.
+    """
+    found = {}
+    for path, layer in _named_tuner_layers(network):
+        if not layer.disable_adapters and not layer.merged:
+            found[path] = [
+                (name, float(layer.scaling[name])) for name in layer.active_adapters if name in layer.scaling
+            ]
+    return {path: strengths for path, strengths in found.items() if strengths}
+
+
+def acting_tensors(network: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters and buffers that count now, by the names that they have without adapters.
+
+    Those of adapters that do not act are left out: a network that has such adapters gives what it gave without them.
+    """
+    layers = {path for path, _ in _named_tuner_layers(network)}
+    acting = strengths_by_layer(network)
+    named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+    for name, tensor in chain(*named):
+        # As "to_q.lora_A.<adapter>.weight" and "to_q.base_layer.weight", where it was "to_q.weight".
+        path, _, rest = name.partition(".lora_")
+        if path in layers and rest.split(".")[1] not in dict(acting.get(path, ())):
+            continue
+        path, _, rest = name.partition(".base_layer.")
+        yield f"{path}.{rest}" if path in layers else name, tensor
+
+
 def activate(network: Any, names: Sequence[str]) -> None:
     """From now on exactly these adapters are active, at the strength they have.
 
@@ -172,10 +214,14 @@ def _unfused_layers(network: Any) -> list[Any]:
 
 
 def _tuner_layers(network: Any) -> Iterator[Any]:
+    return (layer for _, layer in _named_tuner_layers(network))
+
+
+def _named_tuner_layers(network: Any) -> Iterator[tuple[str, Any]]:
     if not adapter_names(network):
         return
     from peft.tuners.lora import LoraLayer
 
-    for module in network.modules():
+    for path, module in network.named_modules():
         if isinstance(module, LoraLayer):
-            yield module
+            yield path, module

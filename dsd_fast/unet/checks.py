@@ -36,9 +36,9 @@ def index(name: str, value: Index, count: int | None, limit: int, device: torch.
 
 def upload(value: Tensor, device: torch.device) -> Tensor:
     """``value`` on ``device``, without waiting for what the device is doing."""
-    # From pageable memory the copy has read all when the call returns; pinned memory the caller could overwrite.
-    waits = value.device.type == "cpu" and device.type == "cuda" and value.is_pinned()
-    return value.to(device, non_blocking=not waits)
+    # From pageable memory the copy has read all when the call returns; pinned memory the caller could overwrite, and
+    # what comes from a device is not here before the copy has ended.
+    return value.to(device, non_blocking=value.device.type == "cpu" and not value.is_pinned())
 
 
 def timesteps(value: Tensor | Sequence[int] | int, count: int, device: torch.device) -> Tensor:

@@ -209,7 +209,7 @@ def test_bad_settings_are_named(files, tmp_path, capsys):
         ({}, ["--control", "depth"], "control: 'depth'"),
         ({"offline_lora": "x"}, [], "offline_lora"),
         ({}, ["--use_original_filename"], "'one' stands for several"),
-        ({"batch_size": 0}, [], "shard_rows"),
+        ({"batch_size": 0}, [], "--batch_size: got 0, expected at least 1"),
     ]
     for changed, options, message in cases:
         assert run(folder, tmp_path / "out", *options, **changed) == 1

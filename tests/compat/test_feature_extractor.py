@@ -18,6 +18,7 @@ from dsd_fast.images.canny import canny
 from dsd_fast.models.controlnet import Control
 from dsd_fast.models.lora import save_lora
 from dsd_fast.reference import features as reference
+from dsd_fast.reference.features_tapping import aggregated, tapping
 from tests.tiny import tiny_pipeline, trained_like
 
 VERSION = {"sd15": "1-5", "sd21": "2-1", "sdxl": "xl"}
@@ -330,6 +331,36 @@ def test_features_are_taken_while_a_pipeline_generates(mini):
     extractor.set_background_extraction(None)
     assert not mini.unet._forward_pre_hooks
     assert extractor.get_background_extraction() == {}
+
+
+@pytest.mark.parametrize(("layer", "side"), [({"attn": True}, 64), ({"attn": True, ORDERED[0]: True}, 48)])
+def test_attention_is_taken_while_a_pipeline_generates(mini, layer, side):
+    stock = mini.to_pipeline()
+    stock.set_progress_bar_config(disable=True)
+    places, size, seen = ("up_cross", "down_self"), (side // 4, side // 4), []
+
+    def generate():
+        generator = torch.Generator().manual_seed(0)
+        stock(PROMPT, num_inference_steps=2, generator=generator, height=side, width=side, output_type="latent")
+
+    handle = mini.unet.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    generate()
+    handle.remove()
+    args, kwargs = seen[1]
+    # Of a quarter to a half of the latents' side.
+    with torch.no_grad(), tapping(mini.unet, (), places, ((side // 16) ** 2, (side // 8) ** 2)) as tapped:
+        mini.unet(*args, **kwargs)
+        expected = aggregated(tapped.attention, places, size)
+
+    extractor = FeatureExtractor(layer, "mini", "cpu", img_size=64, attention=places, external_model=stock)
+    extractor.set_background_extraction([2])
+    generate()
+    found = extractor.get_background_extraction()
+    extractor.set_background_extraction(None)
+    assert {name: list(values) for name, values in found.items()} == {name: [2] for name in layer}
+    # With guidance two rows for the one picture.
+    assert found["attn"][2].shape == (2, *expected.shape[1:])
+    torch.testing.assert_close(found["attn"][2].double(), expected.double(), **NEAR)
 
 
 def test_the_encoders_can_be_let_go():

@@ -11,6 +11,7 @@ from dsd_fast.diffusion import (
     img2img_timestep,
     official_denoising,
     sample,
+    scheduler_noised,
     scheduler_steps,
     scheduler_timesteps,
 )
@@ -226,6 +227,11 @@ def test_img2img_refuses(options, message):
     arguments = {"noise": noise, "strength": 0.5, "steps": 10, **options}
     with pytest.raises(ValueError, match=message):
         img2img(scheduler("DDIM"), lambda z, t: z, z0, **arguments)
+
+
+def test_noise_that_does_not_fit_is_refused_wherever_it_is_added():
+    with pytest.raises(ValueError, match=r"noise has shape \(3, 4, 2, 2\), expected one that broadcasts to"):
+        scheduler_noised(scheduler("DDIM"), batch()[0], torch.zeros(3, 4, 2, 2), 10, 0.5)
 
 
 def test_scheduler_steps_refuses_an_end_before_its_start():

@@ -376,6 +376,53 @@ def test_arguments_that_do_not_fit_are_named(extractor, pictures, tmp_path, opti
     assert read_index(tmp_path / "out").num_rows == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "technique", "options", "message"),
+    [
+        ({}, {}, {"seed": -1}, "seed: got -1, expected an integer from 0 to"),
+        ({}, {}, {"seed": 2**32}, "seed: got 4294967296, expected"),
+        ({}, {}, {"seed": 1.0}, "seed: got 1.0, expected"),
+        ({}, {}, {"seed": True}, "seed: got True, expected"),
+        ({}, {}, {"prompts": [""] * 11 + [1]}, r"prompts\[11\] is of type int, expected str"),
+        ({}, {}, {"names": ["a", 1] * 6}, r"names\[1\] is of type int, expected str"),
+        ({}, {"denoise_from": 199}, {}, "denoise_from"),
+        ({"draws": 2}, {"inversion": True}, {}, "draws: got 2, expected 1"),
+    ],
+)
+def test_a_request_that_cannot_work_leaves_the_folder_alone(
+    model, pictures, tmp_path, settings, technique, options, message
+):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        dsd.FeatureExtractor(
+            model, LAYERS, timesteps=(50, 200), technique=dsd.Technique(**technique), **settings
+        ).extract_to(out, pictures, **options)
+    assert not out.exists()
+
+
+def test_the_largest_seed_and_a_seed_of_numpy(extractor, pictures, tmp_path):
+    assert extract_to(extractor, tmp_path / "out", pictures[:1], seed=np.uint32(2**32 - 1)).counts.ok == 1
+    assert extract_to(extractor, tmp_path / "out", pictures[:1], seed=2**32 - 1).counts.done == 1
+
+
+def test_every_file_that_cannot_be_read_has_its_row(extractor, tmp_path):
+    missing = [tmp_path / folder / "x.png" for folder in "ab"]
+    assert extract_to(extractor, tmp_path / "out", [*missing, missing[0]]).counts == Counts(
+        inputs=3, errors=2, duplicates=1
+    )
+    assert read_index(tmp_path / "out")["path"].to_pylist() == [str(path) for path in missing]
+    assert extract_to(extractor, tmp_path / "out", missing).counts == Counts(inputs=2, done=2, done_errors=2)
+
+
+def test_attention_maps_are_not_put_beside_layers(model, pictures, tmp_path):
+    name = next(each for each in dsd.FeatureExtractor(model, "all").layers if each.endswith("-map"))
+    extractor = dsd.FeatureExtractor(model, [LAYERS[0], name])
+    with pytest.raises(ValueError, match=rf"layout: got 'npy-aggregated', .* over tokens \({name}\); expected another"):
+        extract_to(extractor, tmp_path / "out", pictures[:1], layout="npy-aggregated")
+    assert not (tmp_path / "out").exists()
+    assert extract_to(extractor, tmp_path / "out", pictures[:1], layout="npy-layer").counts.ok == 1
+
+
 @pytest.mark.parametrize("images", ["a.png", b"a", 3])
 def test_one_image_is_not_several(extractor, tmp_path, images):
     with pytest.raises(ValueError, match=r"images: got one .*, expected a sequence of images"):

@@ -13,7 +13,7 @@ from dsd_fast.diffusion import noise
 from dsd_fast.features import PCA, FeatureExtractor, Technique
 from dsd_fast.features.inputs import picture_of
 from dsd_fast.images import ImageError, load_batch, to_tensor
-from dsd_fast.models.mini.scenes import scene
+from dsd_fast.models.mini.scenes import COLOURS, SHAPES, scene
 from dsd_fast.unet import UNetProgram
 from tests.tiny import tiny_pipeline
 
@@ -195,8 +195,9 @@ def test_a_text_encoder_that_changed_is_asked_again(images):
 
 def test_a_way_down_in_few_steps_is_each_timesteps_own(model, images):
     few = Technique(denoise_from=100, denoise_steps=3)
-    both = FeatureExtractor(model, LAYERS, [20, 50], technique=few).extract(images[:2])
-    for s, t in enumerate((20, 50)):
+    # The way to 40 passes 80 and 60, in other steps than theirs.
+    both = FeatureExtractor(model, LAYERS, [40, 60, 80], technique=few).extract(images[:2])
+    for s, t in enumerate((40, 60, 80)):
         alone = FeatureExtractor(model, LAYERS, [t], technique=few).extract(images[:2])
         for name in LAYERS:
             close(both[name][:, s], alone[name][:, 0])
@@ -227,6 +228,75 @@ def test_more_images_than_memory_one_at_a_time_with_errors(model, images, tmp_pa
             close(found[LAYERS[1]], whole[LAYERS[1]][n])
     with pytest.raises(ImageError):
         extractor.extract(sources)
+
+
+def test_chunks_without_a_usable_image(model, images, tmp_path):
+    extractor = FeatureExtractor(model, LAYERS)
+    missing = [tmp_path / "a.png", tmp_path / "b.png"]
+    found = list(extractor.extract_chunks([*missing, images[0]], seeds=[1, 2, 3], chunk=2))
+    assert [(part.numbers, sorted(part.errors)) for part in found] == [([], [0, 1]), ([2], [])]
+    want = extractor.extract(images[:1], seeds=[3])
+    for name in LAYERS:
+        close(found[1].features[0][name], want[name])
+
+
+def test_texts_of_many_prompts_stay_within_the_budget(model, images):
+    small = {"image_size": (16, 16)}
+    plain = FeatureExtractor(model, LAYERS, **small)
+    text = plain.plan.encode_text(model.encode_prompts([""]).states.detach())
+    budget = 4 * text.nbytes + 8 * plain.plan.run_bytes(1, 4, 4, 24)
+    prompts = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    many = [images[number % len(images)] for number in range(len(prompts))]
+    # More than all keys together leave room for.
+    assert text.nbytes * len(prompts) > budget
+    tight = FeatureExtractor(model, LAYERS, **small, memory_budget=budget)
+    first, second = plain.extract(many, prompts), tight.extract(many, prompts)
+    for name in LAYERS:
+        close(second[name], first[name])
+
+
+def test_strengths_of_adapters_are_those_of_the_request(images):
+    model = dsd_fast.load("mini")
+    model.load_lora("mini", "night")
+    extractor = FeatureExtractor(model, LAYERS, technique=Technique(adapter="night"))
+    before = extractor.extract(images[:1])
+    model.unet.set_adapters(["night"], [0.25])
+    fresh = FeatureExtractor(model, LAYERS, technique=Technique(adapter="night")).extract(images[:1])
+    after = extractor.extract(images[:1])
+    assert (after[LAYERS[1]] - before[LAYERS[1]]).abs().max() > 1e-3
+    assert all(torch.equal(after[name], fresh[name]) for name in LAYERS)
+
+
+def test_prompts_of_techniques_leave_nothing_behind(model, images):
+    extractor = FeatureExtractor(model, LAYERS)
+    for number in range(3):
+        extractor.extract_each(images[:1], [Technique(prompts=[f"a red circle {number}"])])
+    assert len(extractor._runs) == 1
+
+
+def test_timesteps_are_those_that_the_network_is_told(model):
+    # PNDM alone makes 51 of 50; its own walk from 60 passes 50.
+    assert FeatureExtractor(model, LAYERS, [50], official_timesteps=True).timesteps == [51]
+    walk = Technique(denoise_from=60)
+    extractor = FeatureExtractor(model, LAYERS, [50, 0, 45], official_timesteps=True, technique=walk)
+    scheduler = model.new_scheduler()
+    scheduler.set_timesteps(1000)
+    passed = [int(t) for t in scheduler.timesteps if t <= 60]
+    assert extractor.timesteps == [min(t for t in passed if t >= asked) if asked else 0 for asked in (50, 0, 45)]
+
+
+def test_a_changed_extractor_stays_compiled(model):
+    compiled = FeatureExtractor(model, LAYERS).compile("inductor")
+    assert compiled.replaced(timesteps=(60,)).runtime == "inductor"
+
+
+def test_text_encoders_of_another_type(images):
+    model = dsd_fast.load("mini", dtype="bfloat16")
+    found = FeatureExtractor(model, LAYERS).extract(images[:1], "a red circle")
+    model.text_encoders[0].float()
+    again = FeatureExtractor(model, LAYERS).extract(images[:1], "a red circle")
+    # Texts that are rounded once at the end instead of at each layer: half precision keeps 8 bits.
+    close(again[LAYERS[1]].float(), found[LAYERS[1]].float(), 0.1)
 
 
 def test_given_tensors_are_filled(model, images):
@@ -283,12 +353,20 @@ def test_bad_requests_are_named(model, images):
     ):
         with pytest.raises(ValueError, match=message):
             extractor.extract(images, **options)
+    # At the call, not at the first image.
     with pytest.raises(ValueError, match="images: got one ndarray"):
-        next(extractor.extract_iter(images[0]))
+        extractor.extract_iter(images[0])
+    for one in (images[0], Path("a.png")):
+        with pytest.raises(ValueError, match="images: got one"):
+            extractor.extract(one)
+    with pytest.raises(ValueError, match="techniques: got none"):
+        extractor.extract_each(images, [])
+    with pytest.raises(ValueError, match="components: got 97, expected 1 to 96"):
+        extractor.fit_pca(images, 97)
     with pytest.raises(ValueError, match="denoise_from: got 60, expected above the timesteps"):
-        FeatureExtractor(model, LAYERS, [70], technique=Technique(denoise_from=60)).extract(images)
+        FeatureExtractor(model, LAYERS, [70], technique=Technique(denoise_from=60))
     with pytest.raises(ValueError, match="inversion draws no noise"):
-        FeatureExtractor(model, LAYERS, draws=2, technique=Technique(inversion=True)).extract(images)
+        FeatureExtractor(model, LAYERS, draws=2, technique=Technique(inversion=True))
 
 
 def test_controls_add_their_residuals_to_every_row(model, images):

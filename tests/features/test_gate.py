@@ -24,9 +24,12 @@ from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.shift import inputs_of, measure_shift
 from dsd_fast.features.shift_result import ShiftResult
 from dsd_fast.images import load_batch
-from dsd_fast.models.controlnet import Control
+from dsd_fast.jobs import weights_hash
+from dsd_fast.models.controlnet import Control, load_controlnet
 from dsd_fast.models.mini.scenes import scene
 from dsd_fast.unet import UNetProgram
+from dsd_fast.unet.adapters import active_strengths
+from tests.tiny import tiny_pipeline
 
 LAYERS = ("up-level1-repeat0-vit-block0-cross-q", "up-level1-repeat1-vit-block0-cross-q")
 SCENES = [scene(1_000_000_000 + seed) for seed in range(12)]
@@ -124,6 +127,71 @@ def test_guidance_of_the_empty_prompt_changes_nothing(model, extractor):
         drawn.append(guide.result().distances)
     np.testing.assert_allclose(drawn[0][0], drawn[1][0], rtol=1e-3)
     assert np.abs(drawn[0][1] - drawn[1][1]).min() > 0.01
+
+
+def test_guidance_is_the_stock_pipelines():
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    # SDXL's absent prompt is zeros, which no text is.
+    tiny = dsd_fast.from_pipeline(tiny_pipeline("sdxl"))
+    pipe = StableDiffusionXLImg2ImgPipeline(**tiny.to_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    extractor = FeatureExtractor(tiny, "all", (500,))
+    guide = Guide(tiny, extractor.program, [RED], steps=4, guidance=3.0, shown=1)
+    (inputs,) = inputs_of(extractor, IMAGES[:1], [RED], Prompts(""), 0, None)
+    guide.add(inputs, Prompts(""))
+    clean, epsilon = inputs.latents, inputs.noise[:, 0, 0]
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(4)
+    # A latent that is given is taken as it is; three of four steps.
+    start = scheduler.add_noise(clean, epsilon, scheduler.timesteps[1:2])
+    size = inputs.pixels[0].shape[-2:]
+    found = pipe(
+        RED.prompts,
+        image=start,
+        strength=0.8,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        original_size=size,
+        target_size=size,
+        latents=start,
+        output_type="latent",
+    ).images
+    # float32, three steps of six UNet calls in another batch.
+    assert guide.result().distances[0, 0, 0] == pytest.approx(float(latent_distance(found, clean)), rel=1e-3)
+
+
+def test_the_guide_compiles_what_it_runs(model, extractor):
+    plain, compiled = (
+        Guide(model, extractor.program, [RED], steps=2, shown=0, runtime=runtime) for runtime in (None, "inductor")
+    )
+    assert [each._runners[0]._noise_plan.runtime for each in (plain, compiled)] == [None, "inductor"]
+    with pytest.raises(ValueError, match="runtime: got 'fast'"):
+        Guide(model, extractor.program, [RED], runtime="fast")
+
+
+def test_settings_say_what_was_asked_and_of_which_networks():
+    own = dsd_fast.load("mini")
+    own.load_lora("mini", "scenes")
+    net = load_controlnet("mini")
+    extractor = FeatureExtractor(own, LAYERS, (50,), official_timesteps=True, technique=Technique(adapter="scenes"))
+    techniques = [Technique("lora", adapter="scenes"), Technique("control", controls=[Control(net, scale=0.5)])]
+    found = json.loads(json.dumps(gate(extractor, IMAGES[:2], techniques, CAPTIONS[:2], guide=False).settings))
+    assert (found["prompts"], found["revision"], found["anchor"]) == (CAPTIONS[:2], None, ["baseline", 801])
+    assert found["extractor"]["timesteps"] == [51]
+    assert "technique" not in found["extractor"]
+    strengths = [[list(each) for each in active_strengths(part)] for part in (own.unet, *own.text_encoders)]
+    assert strengths[0][0][0] == "scenes"
+    assert found["techniques"]["lora"]["adapters"] == strengths
+    assert found["baseline"]["adapters"] == [[] for _ in strengths]
+    (control,) = found["techniques"]["control"]["controls"]
+    assert (control["scale"], control["weights"]) == (0.5, weights_hash([net]))
+    with torch.no_grad():
+        net.controlnet_mid_block.bias += 1
+        own.vae.quant_conv.bias += 1
+    other = gate(extractor, IMAGES[:1], techniques[1:], guide=False).settings
+    assert other["weights"] != found["weights"]
+    assert other["techniques"]["control"]["controls"][0]["weights"] != control["weights"]
 
 
 def test_controlnets_take_part_in_the_guide(model, extractor):

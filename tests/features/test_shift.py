@@ -195,6 +195,38 @@ def test_techniques_that_start_below_the_anchor(model):
     assert np.isfinite(found.scores).all()
 
 
+def test_the_timesteps_are_those_used(model):
+    extractor = FeatureExtractor(model, LAYERS, (50,), official_timesteps=True)
+    found = measure_shift(extractor, IMAGES[:1])
+    # PNDM's config has an offset of 1.
+    assert (found.timesteps, found.anchor) == ((51,), ("plain", 801))
+    by_hand = FeatureExtractor(model, LAYERS, (0, 801)).extract(IMAGES[:1], "")
+    for i, layer in enumerate(LAYERS):
+        clean, strong = by_hand[layer][0]
+        np.testing.assert_allclose(found.anchor_diffs[i, 0], content_shift(strong, clean), rtol=BATCH)
+
+
+@pytest.mark.parametrize(("anchor", "rows"), [(Technique("b", prompts=""), 3 + 4), (Technique("c"), 2 * 3 + 2)])
+def test_the_anchor_shares_the_reference_of_its_technique(model, anchor, rows):
+    count = 0
+
+    def counted(_, arguments, kwargs):
+        nonlocal count
+        count += len(arguments[0])
+
+    techniques = [Technique("a", prompts="a red circle"), Technique("b", prompts="")]
+    handle = model.unet.conv_in.register_forward_pre_hook(counted, with_kwargs=True)
+    try:
+        found = measure_shift(FeatureExtractor(model, LAYERS, (50, 500)), IMAGES[:1], techniques, anchor=Anchor(anchor))
+    finally:
+        handle.remove()
+    # 0, 50 and 500 of each technique, and the anchor's 800, alone with a 0 of its own.
+    assert count == rows
+    alone = measure_shift(FeatureExtractor(model, LAYERS, (50, 500)), IMAGES[:1], techniques[1:])
+    np.testing.assert_allclose(found.diffs[1], alone.diffs[0], rtol=BATCH)
+    np.testing.assert_allclose(found.anchor_diffs, alone.anchor_diffs, rtol=BATCH)
+
+
 def test_refusals(model):
     extractor = FeatureExtractor(model, LAYERS, (50,))
     with pytest.raises(ValueError, match=r"techniques: got \['a', 'a'\], expected at least one, and different names"):

@@ -180,5 +180,10 @@ def test_what_is_no_plain_lora_is_refused(folders, tmp_path):
     refused(
         r"cannot be loaded into .*size mismatch|cannot be loaded into", {f"{name}.lora_down.weight": torch.ones(2, 7)}
     )
-    del weights[f"{name}.lora_up.weight"]
-    refused(rf"has '{name}.lora_down.weight' but no '{name}.lora_up.weight'", {})
+    for here, missing in (("lora_down", "lora_up"), ("lora_up", "lora_down")):
+        half = {f"{name}.{kind}.weight": weights.pop(f"{name}.{kind}.weight") for kind in (here, missing)}
+        refused(
+            rf"has '{name}.{here}.weight' but no '{name}.{missing}.weight'",
+            {f"{name}.{here}.weight": half[f"{name}.{here}.weight"]},
+        )
+        weights |= half

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from dsd_fast.jobs.ids import all_tensors
 from dsd_fast.unet import UNetProgram
+from dsd_fast.unet.adapters import acting_tensors, strengths_by_layer
 from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, load_tiny_lora, tiny_pipeline
 
 
@@ -184,3 +186,40 @@ def test_a_deep_copy_keeps_the_strength_that_a_plan_has(tmp_path):
     with torch.no_grad():
         case.unet.conv_in.weight.zero_()
     close(case.ours(copied), want)
+
+
+def test_strengths_of_every_layer_where_an_adapter_acts(tmp_path):
+    case = Adapted("sd15", tmp_path)
+    # The LoRA's alpha is its rank, so that a layer's scaling is the strength itself.
+    case.pipe.set_adapters(["a", "b"], [{"unet": {"down": 1.0, "mid": 0.5, "up": 0.0}}, 0.25])
+    found = strengths_by_layer(case.unet)
+    assert found.keys() == {path for path, module in case.unet.named_modules() if hasattr(module, "lora_A")}
+    wanted = {"down_blocks": 1.0, "mid_block": 0.5, "up_blocks": 0.0}
+    assert all(each == [("a", wanted[path.split(".")[0]]), ("b", 0.25)] for path, each in found.items())
+    assert {path.split(".")[0] for path in found} == wanted.keys()
+    case.pipe.disable_lora()
+    assert strengths_by_layer(case.unet) == {}
+    case.pipe.enable_lora()
+    case.pipe.fuse_lora(adapter_names=["a"])
+    # The active adapter waits until the other is no longer fused.
+    assert strengths_by_layer(case.unet) == {}
+    assert strengths_by_layer(tiny_pipeline("sd15").unet) == {}
+
+
+def test_tensors_that_act_are_those_of_the_plain_network_and_of_active_adapters(tmp_path):
+    plain = tiny_pipeline("sd15").unet
+    case = Adapted("sd15", tmp_path)
+    case.pipe.disable_lora()
+    want = dict(all_tensors(plain))
+    found = dict(acting_tensors(case.unet))
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+    case.pipe.enable_lora()
+    case.pipe.set_adapters("b")
+    more = dict(acting_tensors(case.unet))
+    layers = strengths_by_layer(case.unet)
+    assert more.keys() - want.keys() == {f"{path}.lora_{side}.b.weight" for path in layers for side in "AB"}
+    case.pipe.fuse_lora(adapter_names=["a"])
+    fused = dict(acting_tensors(case.unet))
+    assert fused.keys() == want.keys()
+    assert all(not torch.equal(fused[f"{path}.weight"], want[f"{path}.weight"]) for path in layers)

@@ -91,12 +91,14 @@ class Guide:
         strength: share of the steps that is taken, above 0 and at most 1. High: what the noise leaves of the image must
             not be enough.
         steps: number of inference steps over the whole schedule.
-        guidance: scale of classifier-free guidance against the empty prompt; 1 is none, as features are extracted.
+        guidance: scale of classifier-free guidance against the absent prompt, as the stock pipeline has it
+            (:meth:`dsd_fast.models.Model.encode_unconditional`); 1 is none, as features are extracted.
         shown: pictures that are kept.
         memory_budget: bytes, see :meth:`dsd_fast.unet.plan.Plan.stream`.
+        runtime: compile for it, see :meth:`dsd_fast.unet.plan.Plan.compile`.
 
     Raises:
-        ValueError: a strength or a number of steps outside its range.
+        ValueError: a strength or a number of steps outside its range, or an unknown runtime.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Guide:
         guidance: float = 1.0,
         shown: int = 8,
         memory_budget: int | None = None,
+        runtime: str | None = None,
     ) -> None:
         if not 0 < strength <= 1 or int(strength * steps) < 1:
             raise ValueError(
@@ -119,6 +122,9 @@ class Guide:
         self._model, self._techniques = model, list(techniques)
         self._adapters = any(adapter_names(part) for part in (model.unet, *model.text_encoders))
         self._runners = [Runner(program, model, each, texts, memory_budget) for each in techniques]
+        if runtime is not None:
+            for runner in self._runners:
+                runner.compile(runtime)
         self._strength, self._steps, self._guidance, self._shown = strength, steps, guidance, shown
         self._clip = None if model.clip is None else ClipSpace(model)
         self._distances: list[Floats] = []
@@ -175,7 +181,7 @@ class Guide:
         """Distances in each space, (n,) each, and the first pictures."""
         predict: Predict = runner.predict(inputs, prompts)
         if self._guidance != 1:
-            predict = _guided(predict, runner.predict(inputs, [""] * len(inputs)), self._guidance)
+            predict = _guided(predict, runner.predict(inputs, None), self._guidance)
         latents = img2img(
             self._model.scheduler_config,
             predict,

@@ -168,7 +168,7 @@ class GateResult:
         columns = {
             "technique": np.asarray(shift.techniques, object)[k],
             "layer": np.asarray(shift.layers, object)[i],
-            "timestep": np.asarray(shift.timesteps, np.int32)[s],
+            "timestep": np.asarray(shift.timesteps)[s],
             "image": n.astype(np.int32),
             "diff": shift.diffs.ravel(),
             "score": shift.scores.ravel(),

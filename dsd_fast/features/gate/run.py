@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from dsd_fast.features.extractor import FeatureExtractor
 from dsd_fast.features.gate.guide import Guide
@@ -11,6 +12,8 @@ from dsd_fast.features.gate.result import GateResult
 from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.shift import Anchor, ShiftMeter, inputs_of
 from dsd_fast.features.technique import Technique
+from dsd_fast.jobs import weights_hash
+from dsd_fast.unet.adapters import AdapterScope, active_strengths, split_adapters
 
 if TYPE_CHECKING:
     from dsd_fast.images import ImageSource
@@ -74,6 +77,7 @@ def gate(
             guidance=guidance,
             shown=shown,
             memory_budget=extractor.config.memory_budget,
+            runtime=extractor.runtime,
         )
     request = Prompts(prompts)
     for inputs in inputs_of(extractor, images, compared, request, seed, seeds):
@@ -81,14 +85,35 @@ def gate(
         if drawer is not None:
             drawer.add(inputs, request)
     shift = meter.result()
+    model, given = extractor.model, extractor.settings()
+    # Its own is not measured.
+    del given["technique"]
     settings = {
-        "model": extractor.model.name,
-        "extractor": extractor.settings() | {"timesteps": list(shift.timesteps)},
-        "baseline": plain.settings(),
-        "techniques": {each.name: each.settings() for each in techniques},
+        "model": model.name,
+        "revision": model.revision,
+        "weights": weights_hash([model.unet, model.vae, *model.text_encoders]),
+        "extractor": given | {"timesteps": list(shift.timesteps)},
+        "prompts": prompts if isinstance(prompts, str) else list(prompts),
+        "baseline": _settings(model, plain),
+        "techniques": {each.name: _settings(model, each) for each in techniques},
         "anchor": list(shift.anchor),
         "normalize": normalize,
         "guide": {"strength": strength, "steps": steps, "guidance": guidance} if guide else None,
         "seed": seed if seeds is None else list(seeds),
     }
     return GateResult(shift, None if drawer is None else drawer.result(), settings)
+
+
+def _settings(model: Model, technique: Technique) -> dict[str, Any]:
+    """A technique's settings with the identity of its networks: the ControlNets' weights, the adapters' strengths."""
+    unet, scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
+    with ExitStack() as entered:
+        for scope in (AdapterScope(model.unet, unet), *scopes):
+            entered.enter_context(scope.active())
+        strengths = [active_strengths(part) for part in (model.unet, *model.text_encoders)]
+    found = technique.settings()
+    controls = [
+        {**control, "name": str(each.net.config.get("_name_or_path") or ""), "weights": weights_hash([each.net])}
+        for control, each in zip(found["controls"], technique.controls, strict=True)
+    ]
+    return {**found, "controls": controls, "adapters": strengths}

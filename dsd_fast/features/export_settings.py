@@ -1,0 +1,108 @@
+"""What an extraction's results depend on, by which a folder knows its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from dsd_fast.features.technique import Technique
+from dsd_fast.jobs import row_id, tensors_hash, weights_hash
+from dsd_fast.unet.adapters import AdapterScope, acting_tensors, split_adapters, strengths_by_layer
+
+if TYPE_CHECKING:
+    from dsd_fast.features.extractor import FeatureExtractor
+
+# Of a network's config: how its file was made. The weights' hash knows the types.
+_OF_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+# In the name of what another process may not have, or may have another of.
+_FLEETING = ("<lambda>", "<locals>", " at 0x")
+
+
+def job_settings(
+    extractor: FeatureExtractor, technique: Technique, prompts: str | Sequence[str], seed: int, layout: str
+) -> dict[str, Any]:
+    """All that changes the files, as JSON, but for what the ids hold: the images, their names, prompts of their own.
+
+    Raises:
+        ValueError: a ControlNet's condition that has no lasting name; an adapter that is fused into the weights.
+    """
+    model, config = extractor.model, extractor.settings()
+    for number, control in enumerate(technique.controls):
+        condition = control.settings()["condition"]
+        if condition is not None and any(mark in condition for mark in _FLEETING):
+            raise ValueError(
+                f"controls[{number}]: condition is {condition}, which a later run could not tell from another; "
+                "expected a function of a module, or functools.partial of one"
+            )
+    networks = {"unet": model.unet, "vae": model.vae}
+    networks |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(model.text_encoders)}
+    networks |= {f"control_{number}": control.net for number, control in enumerate(technique.controls)}
+    unet, scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
+    with ExitStack() as entered:
+        for scope in [AdapterScope(model.unet, unet), *scopes]:
+            entered.enter_context(scope.active())
+        strengths = {name: strengths_by_layer(network) for name, network in networks.items()}
+        weights = weights_hash(networks, acting_tensors)
+    pca = {
+        name: tensors_hash({"mean": each.mean, "components": each.components}) for name, each in extractor.pca.items()
+    }
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights,
+        "configs": {name: _config_hash(network) for name, network in networks.items()},
+        "tokenizers": [_tokenizer_hash(tokenizer) for tokenizer in model.tokenizers],
+        "adapters": {name: found for name, layers in strengths.items() if (found := _summary(layers))},
+        "adapter_strengths": _hash(strengths),
+        "prediction_type": model.schedule.prediction_type,
+        "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
+        "scheduler": json.loads(json.dumps(model.scheduler_config, default=str))
+        if config["official_timesteps"]
+        else {},
+        **config,
+        "technique": {**config["technique"], "prompts": None},
+        "prompts": prompts if isinstance(prompts, str) else None,
+        "pca": pca,
+        "seed": seed,
+        "layout": layout,
+    }
+
+
+def _summary(layers: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, list[float]]:
+    """Adapter → its different strengths, for people."""
+    found: dict[str, set[float]] = {}
+    for strengths in layers.values():
+        for name, strength in strengths:
+            found.setdefault(name, set()).add(strength)
+    return {name: sorted(each) for name, each in found.items()}
+
+
+def _config_hash(network: Any) -> str:
+    config = network.config
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    # What is off or not set may as well be missing, as in the config of a library that knows less.
+    return _hash(
+        {
+            key: value
+            for key, value in values.items()
+            if not key.startswith("_") and key not in _OF_THE_FILE and value is not None and value is not False
+        }
+    )
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    return _hash(
+        {
+            "vocabulary": tokenizer.get_vocab(),
+            "limit": tokenizer.model_max_length,
+            "special": tokenizer.special_tokens_map,
+            "padding": [tokenizer.pad_token_id, tokenizer.padding_side],
+        }
+    )
+
+
+def _hash(values: Any) -> str:
+    return row_id(json.dumps(values, sort_keys=True, default=str))
