@@ -239,6 +239,8 @@ class Group:
             the seconds they cost) or "growth" (figures against ``x``, those at 0 as levels); None: no plot.
         x: for "latency" and "growth" the size on the horizontal axis, for "quality" the size that labels a point.
         wide: whether the table has a line of figures a row, and a column for each value of ``x``.
+        columns: what parts the line of a figure's name from its column; then there is a column for each of those,
+            whatever ``wide``. Empty: names are not parted.
     """
 
     name: str
@@ -246,6 +248,7 @@ class Group:
     plot: Plot | None = None
     x: str = "rows"
     wide: bool = False
+    columns: str = ""
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def markdown(suite: Suite, group: Group, records: Sequence[Record]) -> str:
     """The tables of a group, one for each machine, each with what it was measured on and the commands."""
     parts = []
     for rows in chosen(suite, group, records).values():
-        if group.wide:
+        if group.wide or group.columns:
             parts.append(_wide(group, rows))
             continue
         kind = rows[0]["kind"]
@@ -170,17 +170,24 @@ def line_of(record: Record) -> str:
 
 
 def _wide(group: Group, rows: Sequence[Record]) -> str:
-    """A table of figures with a row for each line and a column for each value of the group's size."""
+    """A table of figures with a row for each line and a column for each value of the group's size, or each column."""
     figures = [record for record in rows if record["kind"] == "quality"]
-    sizes = sorted({record["sizes"][group.x] for record in figures})
-    lines: dict[str, dict[int, Record]] = {}
+    lines: dict[str, dict[Any, Record]] = {}
     for record in figures:
-        lines.setdefault(line_of(record), {})[record["sizes"][group.x]] = record
-    names = ("what", *(f"{size:,} {group.x}" for size in sizes), "n", "chance")
+        line, column = line_of(record), record["sizes"].get(group.x)
+        if group.columns:
+            line, _, column = record["name"].rpartition(group.columns)
+        lines.setdefault(line, {})[column] = record
+    every = dict.fromkeys(column for found in lines.values() for column in found)
+    columns = list(every) if group.columns else sorted(every)
+    heads = columns if group.columns else [f"{size:,} {group.x}" for size in columns]
+    names = ("what", *heads, "n", "chance")
     table = [_cells(names), _cells(["---"] * len(names))]
     for line, found in lines.items():
-        cells = [_figure(found[size]) if size in found else "-" for size in sizes]
-        table.append(_cells([line, *cells, *quality_row(next(iter(found.values())))[2:4]]))
+        cells = [_figure(found[column]) if column in found else "-" for column in columns]
+        counts = sorted({record["n"] for record in found.values()})
+        count = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+        table.append(_cells([line, *cells, count, quality_row(next(iter(found.values())))[3]]))
     commands = dict.fromkeys(_ONLY.sub("", record["command"]) for record in figures)
     made = ", ".join(f"`{command}`" for command in commands)
     return "\n".join([f"{group.title}. {provenance(rows)} Made by {made}.", "", *table])

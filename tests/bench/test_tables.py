@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,21 @@ def test_a_wide_table_has_a_column_for_each_size():
         ["first", "-", "0.800 (0.700 to 0.900)", "0.500 (0.400 to 0.600)", "100", "0.50"],
         ["second, by half", "-", "0.900 (0.800 to 1.000)", "-", "100", "0.50"],
         ["before", "0.300 (0.200 to 0.400)", "-", "-", "100", "0.50"],
+    ]
+
+
+def test_names_may_be_parted_into_lines_and_columns():
+    names = [("plain, at 1; red", 0.5, 100), ("plain, at 1; blue", 0.25, 40), ("other; blue", 0.75, 100)]
+    records = [
+        quality() | {"name": name, "value": value, "low": value, "high": value, "n": n} for name, value, n in names
+    ]
+    _, _, *table = markdown(SUITE, replace(GROUPS["share"], columns="; "), records).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    assert rows == [
+        ["what", "red", "blue", "n", "chance"],
+        ["---"] * 5,
+        ["plain, at 1", "0.500", "0.250", "40 to 100", "0.50"],
+        ["other", "-", "0.750", "100", "0.50"],
     ]
 
 

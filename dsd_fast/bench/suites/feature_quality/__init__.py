@@ -60,7 +60,7 @@ suite = Suite(
             x="percent",
             wide=True,
         ),
-        Group("keypoints-shapes", "Keypoints found again, PCK@0.1 of the object's box by shape"),
+        Group("keypoints-shapes", "Keypoints found again, PCK@0.1 of the object's box by shape", columns="; "),
         Group(
             "segmentation",
             "Pixels classified as background or one of five shapes, mIoU by number of labelled images",
@@ -74,8 +74,12 @@ suite = Suite(
             x="scenes",
             wide=True,
         ),
-        Group("shift-tells", "Rank correlation of the content shift's score with what the tasks give"),
-        Group("gain", "How much more the tasks get than with plain features of the same pictures at t = 50"),
+        Group("shift-tells", "Rank correlation of the content shift's score with what the tasks give", columns=": "),
+        Group(
+            "gain",
+            "How much more the tasks get than with plain features of the same pictures at t = 50",
+            columns=": ",
+        ),
     ),
     cases=tuple(_cases()),
 )
