@@ -291,7 +291,7 @@ def test_the_results_are_no_input_of_the_next_run(cli, images, monkeypatch):
         (["--resize", "2", "--pool", "mean"], "resize, pool: both are given"),
         (["--pool", "median"], "pool: got 'median'"),
         (["--feature-dtype", "int8"], "dtype: got 'int8'"),
-        (["--pca", "200"], "--pca: components: got 200, expected at most"),
+        (["--pca", "200"], "--pca: components: got 200, expected 1 to "),
         (["--pca", "0"], "Invalid value for '--pca'"),
         (["--control-scale", "2"], "--control-scale: got 1 for 0 --control, expected"),
         (["--control", "none/such/net"], "ControlNet 'none/such/net'"),

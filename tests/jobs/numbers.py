@@ -1,6 +1,7 @@
 """A small real job: the multiples of each number, as arrays; some numbers are bad and some come twice."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def start(call: Callable[[], object]) -> int:
     if not child:
         code = 1
         try:
+            if "torch" in sys.modules:
+                # It makes its thread pool anew at the first use, which must not be by two threads at once.
+                sys.modules["torch"].set_num_threads(1)
             call()
             code = 0
         except BaseException as error:
