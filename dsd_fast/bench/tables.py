@@ -265,7 +265,8 @@ def _figure(record: Record) -> str:
 def duration(seconds: float) -> str:
     """Three digits with the unit that fits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
+        # What three digits round up to the unit counts as one.
+        if seconds >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
 

@@ -31,7 +31,7 @@ GROUPS = {group.name: group for group in SUITE.groups}
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(12.345, "12.3 s"), (1.0, "1 s"), (0.9994, "999 ms"), (0.00123, "1.23 ms"), (4.56e-5, "45.6 µs")],
+    [(12.345, "12.3 s"), (1.0, "1 s"), (0.9994, "999 ms"), (0.9996, "1 s"), (0.00123, "1.23 ms"), (4.56e-5, "45.6 µs")],
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
