@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from dsd_fast.features.technique import Technique
 from dsd_fast.jobs import row_id, tensors_hash, weights_hash
-from dsd_fast.unet.adapters import AdapterScope, acting_tensors, split_adapters, strengths_by_layer
+from dsd_fast.unet.adapters import (
+    AdapterScope,
+    acting_tensors,
+    split_adapters,
+    strengths_by_layer,
+    strengths_summary,
+)
 
 if TYPE_CHECKING:
     from dsd_fast.features.extractor import FeatureExtractor
@@ -55,7 +61,7 @@ def job_settings(
         "weights": weights,
         "configs": {name: _config_hash(network) for name, network in networks.items()},
         "tokenizers": [_tokenizer_hash(tokenizer) for tokenizer in model.tokenizers],
-        "adapters": {name: found for name, layers in strengths.items() if (found := _summary(layers))},
+        "adapters": {name: found for name, layers in strengths.items() if (found := strengths_summary(layers))},
         "adapter_strengths": _hash(strengths),
         "prediction_type": model.schedule.prediction_type,
         "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
@@ -69,15 +75,6 @@ def job_settings(
         "seed": seed,
         "layout": layout,
     }
-
-
-def _summary(layers: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, list[float]]:
-    """Adapter → its different strengths, for people."""
-    found: dict[str, set[float]] = {}
-    for strengths in layers.values():
-        for name, strength in strengths:
-            found.setdefault(name, set()).add(strength)
-    return {name: sorted(each) for name, each in found.items()}
 
 
 def _config_hash(network: Any) -> str:

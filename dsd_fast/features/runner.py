@@ -140,7 +140,7 @@ class Runner:
         times = torch.full((len(latents),), t)
         for rows, out in self._run(self._noise_plan, latents, times, image_of, inputs, prompts, controls):
             assert out.noise_pred is not None
-            result[rows.to(result.device)] = out.noise_pred
+            result[upload(rows, result.device)] = out.noise_pred
         return result
 
     def _stream(

@@ -137,6 +137,15 @@ def strengths_by_layer(network: Any) -> dict[str, list[tuple[str, float]]]:
     return {path: strengths for path, strengths in found.items() if strengths}
 
 
+def strengths_summary(layers: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, list[float]]:
+    """Adapter → its different strengths, ascending, of what :func:`strengths_by_layer` says."""
+    found: dict[str, set[float]] = {}
+    for strengths in layers.values():
+        for name, strength in strengths:
+            found.setdefault(name, set()).add(strength)
+    return {name: sorted(each) for name, each in found.items()}
+
+
 def acting_tensors(network: Any) -> Iterator[tuple[str, Any]]:
     """The parameters and buffers that count now, by the names that they have without adapters.
 

@@ -28,7 +28,6 @@ from dsd_fast.jobs import weights_hash
 from dsd_fast.models.controlnet import Control, load_controlnet
 from dsd_fast.models.mini.scenes import scene
 from dsd_fast.unet import UNetProgram
-from dsd_fast.unet.adapters import active_strengths
 from tests.tiny import tiny_pipeline
 
 LAYERS = ("up-level1-repeat0-vit-block0-cross-q", "up-level1-repeat1-vit-block0-cross-q")
@@ -180,10 +179,10 @@ def test_settings_say_what_was_asked_and_of_which_networks():
     assert (found["prompts"], found["revision"], found["anchor"]) == (CAPTIONS[:2], None, ["baseline", 801])
     assert found["extractor"]["timesteps"] == [51]
     assert "technique" not in found["extractor"]
-    strengths = [[list(each) for each in active_strengths(part)] for part in (own.unet, *own.text_encoders)]
-    assert strengths[0][0][0] == "scenes"
-    assert found["techniques"]["lora"]["adapters"] == strengths
-    assert found["baseline"]["adapters"] == [[] for _ in strengths]
+    # Of the UNet and of the text encoder, which the file has nothing for; each strength that some layer has.
+    scaling = {value for each in own.unet.modules() if hasattr(each, "lora_A") for value in each.scaling.values()}
+    assert found["techniques"]["lora"]["adapters"] == [{"scenes": sorted(scaling)}, {}]
+    assert found["baseline"]["adapters"] == [{}, {}]
     (control,) = found["techniques"]["control"]["controls"]
     assert (control["scale"], control["weights"]) == (0.5, weights_hash([net]))
     with torch.no_grad():

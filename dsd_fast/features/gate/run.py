@@ -13,7 +13,7 @@ from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.shift import Anchor, ShiftMeter, inputs_of
 from dsd_fast.features.technique import Technique
 from dsd_fast.jobs import weights_hash
-from dsd_fast.unet.adapters import AdapterScope, active_strengths, split_adapters
+from dsd_fast.unet.adapters import AdapterScope, split_adapters, strengths_by_layer, strengths_summary
 
 if TYPE_CHECKING:
     from dsd_fast.images import ImageSource
@@ -110,7 +110,7 @@ def _settings(model: Model, technique: Technique) -> dict[str, Any]:
     with ExitStack() as entered:
         for scope in (AdapterScope(model.unet, unet), *scopes):
             entered.enter_context(scope.active())
-        strengths = [active_strengths(part) for part in (model.unet, *model.text_encoders)]
+        strengths = [strengths_summary(strengths_by_layer(part)) for part in (model.unet, *model.text_encoders)]
     found = technique.settings()
     controls = [
         {**control, "name": str(each.net.config.get("_name_or_path") or ""), "weights": weights_hash([each.net])}
