@@ -155,6 +155,10 @@ def _put_kohya(pipe: Any, model: "Model", unet: KohyaLora, texts: Sequence[Kohya
                 adapter_name=name,
                 metadata={f"text_encoder.{key}": value for key, value in lora_settings(part.ranks).items()},
             )
+            # Early transformers 5 leave the layers of a text encoder with a projection as they were made.
+            for path, layer in lora_layers(encoder, name).items():
+                layer.lora_A[name].weight.data.copy_(part.weights[f"{path}{_DOWN}"])
+                layer.lora_B[name].weight.data.copy_(part.weights[f"{path}{_UP}"])
 
 
 def _kind(file: Path) -> Literal["official", "kohya", "diffusers"]:
