@@ -181,7 +181,6 @@ def control_residuals(
     latent_index: Sequence[int] | Tensor | None = None,
     text_index: Sequence[int] | Tensor | None = None,
     condition_index: Sequence[int] | Tensor | None = None,
-    rows_at_once: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """What the nets add to the UNet's skips and to its middle, as `Plan.run` takes them: Σ scaleᵢ · netᵢ.
 
@@ -196,7 +195,6 @@ def control_residuals(
         states: (M, T, E) text states.
         pooled: (M, E2), SDXL's pooled states.
         time_ids: (6,) or (P, 6), SDXL's image sizes.
-        rows_at_once: rows that one call of a net takes; None: all.
 
     Returns:
         (down, mid): a tensor (B, C', h', w') for each of the UNet's skips, and (B, C', h', w') for its middle.
@@ -236,32 +234,23 @@ def control_residuals(
     of_latent, of_text, of_condition = (
         _index(name, index, count, rows, device) for name, (index, count) in given.items()
     )
-    if rows_at_once is not None and rows_at_once < 1:
-        raise ValueError(f"rows_at_once is {rows_at_once}, expected at least 1")
-
-    def part(chosen: slice) -> list[Tensor]:
-        number, text = of_latent[chosen], of_text[chosen]
-        added = None
-        if pooled is not None and time_ids is not None:
-            added = {"text_embeds": pooled[text], "time_ids": time_ids[number]}
-        total: list[Tensor] = []
-        for control, condition in zip(controls, conditions, strict=True):
-            pictures = condition[of_condition[chosen].to(condition.device)].to(device, dtype)
-            down, mid = control.net(
-                latents[number],
-                times[number],
-                states[text],
-                pictures,
-                conditioning_scale=control.scale,
-                added_cond_kwargs=added,
-                return_dict=False,
-            )
-            total = [a + b for a, b in zip(total, (*down, mid), strict=True)] if total else [*down, mid]
-        return total
-
-    step = rows_at_once or max(rows, 1)
-    parts = [part(slice(start, start + step)) for start in range(0, max(rows, 1), step)]
-    *down, mid = parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    added = None
+    if pooled is not None and time_ids is not None:
+        added = {"text_embeds": pooled[of_text], "time_ids": time_ids[of_latent]}
+    total: list[Tensor] = []
+    for control, condition in zip(controls, conditions, strict=True):
+        pictures = condition[of_condition.to(condition.device)].to(device, dtype)
+        down, mid = control.net(
+            latents[of_latent],
+            times[of_latent],
+            states[of_text],
+            pictures,
+            conditioning_scale=control.scale,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        total = [a + b for a, b in zip(total, (*down, mid), strict=True)] if total else [*down, mid]
+    *down, mid = total
     return down, mid
 
 

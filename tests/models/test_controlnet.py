@@ -89,8 +89,7 @@ def test_denoising_equals_the_stock_pipeline(model, nets, count):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows_at_once", [None, 2])
-def test_rows_are_indexed(model, nets, rows_at_once):
+def test_rows_are_indexed(model, nets):
     nets = [net_for(model.unet, seed).double() for seed in (1, 2)]
     controls = [Control(nets[0], None, 0.7), Control(nets[1], None, 1.3)]
     latents, states = noise(3, 4, 16, 16, dtype=torch.float64), noise(2, 24, 128, dtype=torch.float64)
@@ -106,7 +105,6 @@ def test_rows_are_indexed(model, nets, rows_at_once):
         latent_index=of_latent,
         text_index=torch.tensor(of_text),
         condition_index=of_condition,
-        rows_at_once=rows_at_once,
     )
     multi = MultiControlNetModel(nets)
     for row, (i, m, n) in enumerate(zip(of_latent, of_text, of_condition, strict=True)):
@@ -260,7 +258,6 @@ def test_nets_of_another_type_are_refused(model, nets):
         ({"condition_index": [0.0, 1.0]}, "condition_index: got .* torch.float32, expected a list of integers"),
         ({"latent_index": [0, 1, 1]}, "text_index: needed when there are 2 for 3 rows"),
         ({"latent_index": [0, 1, 1], "text_index": [0, 0]}, "text_index: got 2 entries, expected 3"),
-        ({"rows_at_once": 0}, "rows_at_once is 0, expected at least 1"),
     ],
 )
 def test_residuals_check_their_arguments(nets, changed, message):

@@ -15,8 +15,8 @@ from dsd_fast.bench.case import Context, Side, Target, UnavailableError, Work
 from dsd_fast.bench.suites.features_exit import LEVELS
 from dsd_fast.bench.suites.features_rungs import PROMPT, Features, Job, Rows, batches, official, states
 from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
-from dsd_fast.bench.suites.shared import middles, mini
-from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, random_weights
+from dsd_fast.bench.suites.pipelines import random_pipeline
+from dsd_fast.bench.suites.shared import middles
 from dsd_fast.features import FeatureExtractor
 from dsd_fast.models import from_pipeline
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -41,52 +41,11 @@ def pipeline(context: Context, dtype: torch.dtype = torch.bfloat16) -> Any:
     What a feature costs does not depend on what the weights know, nor on the words.
     """
     try:
-        return context.shared(f"sd15 pipeline, {dtype}", lambda: _pipeline(context, dtype))
+        return context.shared(f"sd15 pipeline, {dtype}", lambda: random_pipeline("sd15", context, dtype))
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
         raise UnavailableError("diffusers is not installed") from error
-
-
-def _pipeline(context: Context, dtype: torch.dtype) -> Any:
-    """Configurations of runwayml/stable-diffusion-v1-5."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    small = mini(context).to_pipeline()
-    with torch.device(context.device):
-        unet = UNet2DConditionModel(**ARCHITECTURES["sd15"].config)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            sample_size=512,
-        )
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                projection_dim=768,
-            )
-        )
-    for network in (unet, vae, text):
-        network.requires_grad_(False).eval()
-        random_weights(network)
-    pipe = StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text,
-        tokenizer=small.tokenizer,
-        scheduler=small.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return pipe.to(dtype)
 
 
 def job(context: Context) -> Job:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dsd_fast.bench.case import Context, Side, Target, Work
+from dsd_fast.bench.suites.pipelines import random_pipeline
 from dsd_fast.bench.suites.shared import mini
-from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, random_weights
 from dsd_fast.diffusion import NoiseSchedule
 from dsd_fast.matching import FitConfig, Group, MatchConfig
 from dsd_fast.matching.fitting.examples import Examples
@@ -214,48 +214,6 @@ def sd21_step(context: Context, dtype: torch.dtype = torch.float32, **settings: 
 
     The texts are the embedded model's, through its tokenizer: what a step costs does not depend on the words.
     """
-    pipe = context.shared(f"sd21-base, {dtype}", lambda: _sd21(context, dtype))
+    pipe = context.shared(f"sd21-base, {dtype}", lambda: random_pipeline("sd21-base", context, dtype))
     drawn = scene(EVAL_SEED, objects=2)
     return Step(pipe, drawn.image, [drawn.caption, *drawn.negatives().values()], **settings)
-
-
-def _sd21(context: Context, dtype: torch.dtype) -> Any:
-    """A stock pipeline: configurations of stabilityai/stable-diffusion-2-1-base."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    small = mini(context).to_pipeline()
-    with torch.device(context.device):
-        unet = UNet2DConditionModel(**ARCHITECTURES["sd21-base"].config)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            sample_size=768,
-        )
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=23,
-                num_attention_heads=16,
-                hidden_act="gelu",
-                projection_dim=512,
-            )
-        )
-    for network in (unet, vae, text):
-        network.requires_grad_(False).eval()
-        random_weights(network)
-    pipe = StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text,
-        tokenizer=small.tokenizer,
-        scheduler=small.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return pipe.to(dtype)
