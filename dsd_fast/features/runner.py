@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Runs plans of one model under one technique: its adapters, its ControlNets, its prompts.
+    """Runs plans of one model under one technique: its adapters and its ControlNets.
 
     Args:
         texts: shared by the runners of a model.
