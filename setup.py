@@ -21,6 +21,7 @@ PACKAGES = [
     "dsd_fast.cli",
     "dsd_fast.compat",
     "dsd_fast.diffusion",
+    "dsd_fast.engine",
     "dsd_fast.features",
     "dsd_fast.features.gate",
     "dsd_fast.images",

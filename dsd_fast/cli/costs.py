@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsd_fast.matching import MatchConfig, official_layers
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models import Model
 from dsd_fast.models.prompts import token_limit
 from dsd_fast.unet import UNetProgram
@@ -128,7 +128,7 @@ def _job(model: Model, job: Job, shape: Sequence[int], tokens: int) -> dict[str,
         ("attention and noise terms (default)", MatchConfig(timesteps=timesteps)),
         ("attention term alone", MatchConfig(timesteps=timesteps, noise_weight=0)),
     ):
-        scorer = PairScorer(model, config)
+        scorer = PairScorer.of(model, config)
         latents = images * len(scorer.timesteps)
         empty = int(scorer.needs_unconditional)
         rows = latents * (captions + empty)

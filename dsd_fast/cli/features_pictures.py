@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dsd_fast.cli.terminal import CommandError, printable, storable
+from dsd_fast.engine.items import prompt_check
 from dsd_fast.features import FeatureExtractor, Moments
 from dsd_fast.features.attention import KEY
-from dsd_fast.features.export_items import prompt_check
 from dsd_fast.features.pca import PCA, picture
 from dsd_fast.images import ImageError, load_image
 from dsd_fast.images.overlay import enlarged

@@ -22,7 +22,7 @@ from dsd_fast.jobs import LockedError, locked, remove_stale, replacing
 from dsd_fast.matching import Group, Matcher
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
-from dsd_fast.matching.group_scores import image_key
+from dsd_fast.matching.pairs import image_key
 from dsd_fast.metrics import wilson
 
 HISTORY = "history.json"

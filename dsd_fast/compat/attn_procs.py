@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dsd_fast.models import ModelError
-from dsd_fast.models.attn_procs import from_official, to_official
-from dsd_fast.models.lora import put_unet_lora, write_lora
+from dsd_fast.models.attn_procs import from_official
+from dsd_fast.models.lora import put_unet_lora, save_official_lora
 
 ADAPTER = "dsd"
 # In the order in which the official loader tries them.
@@ -74,7 +74,7 @@ def save_attn_procs(
             plain LoRA; a rank beyond a layer's width; values that are not finite; another ending of the file's name.
         OSError: the folder cannot be written, or the disk is full.
     """
-    write_lora(Path(save_directory) / (weight_name or FILES[0]), to_official(unet, name))
+    save_official_lora(unet, name, Path(save_directory) / (weight_name or FILES[0]))
 
 
 def _find(source: Path, weight_name: str | None) -> Path:

@@ -15,7 +15,7 @@ from dsd_fast.compat.schedulers import comparing_with_v, under_scheduler
 from dsd_fast.compat.scores import Request, combined, terms
 from dsd_fast.compat.selection import Index, LayerMask, select_layers, timestep_grid
 from dsd_fast.matching import MatchConfig
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models import Model, load
 from dsd_fast.unet import UNetProgram
 
@@ -301,7 +301,7 @@ class DSDPipeline:
         config = MatchConfig(
             timesteps=grid, layers=layers, noise_weight=float(use_bias), seed=seed, image_size=pictures.size
         )
-        scorer = PairScorer(model, config)
+        scorer = PairScorer.of(model, config)
         found = terms(
             scorer,
             Request(
@@ -344,7 +344,7 @@ class DSDPipeline:
         bank, steps = self.noise_samples, len(scorer.timesteps)
         if bank is None:
             return None
-        shape = (self.model.latent_channels, *scorer.latent_size)
+        shape = (self.model.latent_channels, *scorer.engine.latent_size)
         if bank.ndim != 4 or tuple(bank.shape[1:]) != shape or len(bank) < steps or not bank.is_floating_point():
             raise ValueError(
                 f"noise_samples: has shape {tuple(bank.shape)}, expected ({steps} or more, {str(shape)[1:]}"

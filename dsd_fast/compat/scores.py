@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsd_fast.compat.inputs import Pictures, Texts
-from dsd_fast.matching.pairs import Captions, PairScorer, Terms
+from dsd_fast.matching.pairs import side_by_side
+from dsd_fast.matching.score import PairScorer, Terms
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,18 @@ def terms(scorer: PairScorer, request: Request) -> Terms:
     free_of = torch.zeros(pairs, dtype=torch.int64) if request.free is None else request.free.of
     for number in torch.unique(free_of).tolist():
         empty = None if request.free is None else request.free.states[number : number + 1]
-        captions = Captions(request.texts.states, empty)
+        texts = scorer.texts(request.texts.states, empty)
         chosen = torch.nonzero(free_of == number).flatten()
-        for rows, images, places in _chunks(scorer, captions, chosen, image_of[chosen]):
+        images, places = torch.unique(image_of[chosen], return_inverse=True)
+        pairs_of, at_once = side_by_side(places), scorer.images_together(texts, -(-len(chosen) // len(images)))
+        for start in range(0, len(images), at_once):
+            shown, own = images[start : start + at_once], pairs_of(start, start + at_once)
             if sampled is None:
-                latents = scorer.encode_images(list(request.pictures.pixels(images.tolist())))
+                latents = scorer.engine.encode_images(list(request.pictures.pixels(shown.tolist())))
             else:
-                latents = sampled[images]
-            part = scorer.terms(latents, captions, places, request.texts.of[rows], epsilon=request.epsilon)
+                latents = sampled[shown]
+            rows = chosen[own]
+            part = scorer.terms(latents, texts, places[own] - start, request.texts.of[rows], epsilon=request.epsilon)
             for name, value in whole.items():
                 value[rows] = getattr(part, name)
     return Terms(whole["attention"], whole["error"], whole.get("free_attention"), whole.get("free_error"))
@@ -72,19 +77,6 @@ def combined(found: Terms, *, use_bias: bool, free_attention: bool, batch_mean: 
         assert found.free_error is not None
         score = score + (found.free_error.to(dtype) - found.error.to(dtype))
     return score
-
-
-def _chunks(
-    scorer: PairScorer, captions: Captions, pairs: Tensor, image_of: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The pairs of a few images at a time: (pairs, those images, each pair's image as a position among them)."""
-    images, places = torch.unique(image_of, return_inverse=True)
-    # The pairs of an image side by side, whatever their order.
-    ordered, order = torch.sort(places, stable=True)
-    at_once = scorer.images_together(captions, -(-len(pairs) // len(images)))
-    for start in range(0, len(images), at_once):
-        low, high = torch.searchsorted(ordered, torch.tensor([start, start + at_once])).tolist()
-        yield pairs[order[low:high]], images[start : start + at_once], ordered[low:high] - start
 
 
 def _sampled(scorer: PairScorer, request: Request) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import os
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from dsd_fast.features.export_items import COLUMNS, Item, Items, Names, prompt_check
+from dsd_fast.engine.fingerprint import model_settings
+from dsd_fast.engine.items import COLUMNS, Item, Items, Names, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
-from dsd_fast.features.export_settings import job_settings
 from dsd_fast.features.host import on_host
 from dsd_fast.images import ImageSource
-from dsd_fast.jobs import Counts, Job, read_index
+from dsd_fast.jobs import Counts, Job, read_index, tensors_hash
 
 if TYPE_CHECKING:
     from dsd_fast.features.extractor import Extracted, FeatureExtractor
@@ -173,6 +174,30 @@ def extract_to(
     return Exported(
         job.folder, job.counts, line.seconds("compute"), line.seconds("write"), line.overlap("write", "compute")
     )
+
+
+def job_settings(
+    extractor: FeatureExtractor, technique: Technique, prompts: str | Sequence[str], seed: int, layout: str
+) -> dict[str, Any]:
+    """All that changes the files, as JSON, but for what the ids hold: the images, their names, prompts of their own.
+
+    Raises:
+        ValueError: a ControlNet's condition that has no lasting name; an adapter that is fused into the weights.
+    """
+    config = extractor.settings()
+    scheduler = json.loads(json.dumps(extractor.model.scheduler_config, default=str))
+    return {
+        **model_settings(extractor.engine.under(technique.adapter, technique.controls)),
+        "scheduler": scheduler if config["official_timesteps"] else {},
+        **config,
+        "technique": {**config["technique"], "prompts": None},
+        "prompts": prompts if isinstance(prompts, str) else None,
+        "pca": {
+            name: tensors_hash({"mean": pca.mean, "components": pca.components}) for name, pca in extractor.pca.items()
+        },
+        "seed": seed,
+        "layout": layout,
+    }
 
 
 def _checked(seed: int) -> int:

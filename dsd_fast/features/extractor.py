@@ -11,30 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dsd_fast.engine import Engine
 from dsd_fast.features.attention import KEY, AttentionTap
 from dsd_fast.features.capture import Capture, exits
 from dsd_fast.features.config import FeatureConfig
-from dsd_fast.features.inputs import Inputs, Prompts, TextStates, draws_of_noise, own_prompts
-from dsd_fast.features.latents import latents_at, told_timesteps, used_timesteps
+from dsd_fast.features.inputs import Inputs, Prompts, draws_of_noise, own_prompts
+from dsd_fast.features.latents import Way, told_timesteps, used_timesteps
 from dsd_fast.features.layers import Layers, resolve_layers
 from dsd_fast.features.pca import PCA, Moments
-from dsd_fast.features.runner import Runner
 from dsd_fast.features.technique import Technique
 from dsd_fast.images import ImageError, ImageSource, check_sources, decode_chunks
-from dsd_fast.models.batches import encode_within
 from dsd_fast.models.prompts import token_limit
 from dsd_fast.unet import Plan, UNetProgram
 from dsd_fast.unet.adapters import adapter_strengths
-from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
     from dsd_fast.features.export import Exported
     from dsd_fast.models import Model
 
-# Micro-batches of rows extracted together: enough that a partly filled last one costs little.
-_MICRO_BATCHES = 4
-# Of latents at all timesteps held at once, whatever the number of images.
-_LATENT_BYTES = 64 << 20
 # Share of the memory budget that the features of images extracted together may take besides.
 _OUT_SHARE = 8
 
@@ -118,8 +112,7 @@ class FeatureExtractor:
         memory_budget: int | None = None,
     ) -> None:
         self.model = model
-        self.program = UNetProgram(model.unet)
-        ids = resolve_layers(layers, self.program)
+        ids = resolve_layers(layers, UNetProgram(model.unet))
         asked = timesteps if isinstance(timesteps, int) else tuple(timesteps)
         self.config = FeatureConfig(
             layers=ids,
@@ -138,11 +131,8 @@ class FeatureExtractor:
         self.technique = technique or Technique()
         self._used = used_timesteps(model, self.config.timesteps, official_timesteps)
         self.timesteps = told_timesteps(model, self.technique, self.config.timesteps, official_timesteps)
-        self.size = self.config.image_size or model.image_size
-        factor = model.vae_scale_factor
-        if any(side < factor or side % factor for side in self.size):
-            raise ValueError(f"image_size: got {self.size}, expected multiples of {factor} pixels")
-        self.latent_size = (self.size[0] // factor, self.size[1] // factor)
+        self.engine = Engine(model, image_size=self.config.image_size, memory_budget=memory_budget)
+        self.program, self.size, self.latent_size = self.engine.program, self.engine.size, self.engine.latent_size
         self._tokens = token_limit(model.tokenizers, model.text_encoders)
         self._attention: AttentionTap | None = None
         if self.config.attention:
@@ -151,9 +141,8 @@ class FeatureExtractor:
             raise ValueError("layers: got none, expected at least one, or attention")
         self.layers = ids if self._attention is None else (*ids, KEY)
         self._ids = ids
-        self._texts = TextStates(model)
         self.runtime: str | None = None
-        self._runs: dict[Technique, tuple[object, Runner, Plan]] = {}
+        self._runs: dict[Technique, tuple[object, Engine, Plan]] = {}
         # Here, so that what does not fit the model is told before there is an image.
         self._run(self.technique)
         self.pca: dict[str, PCA] = {}
@@ -175,9 +164,9 @@ class FeatureExtractor:
         Raises:
             ValueError: an unknown runtime; "cudagraph" with a model that is not on a CUDA device.
         """
-        for _, runner, plan in self._runs.values():
+        for _, engine, plan in self._runs.values():
             plan.compile(runtime)
-            runner.compile(runtime)
+            engine.compile(runtime)
         self.runtime = runtime
         return self
 
@@ -295,21 +284,18 @@ class FeatureExtractor:
             own_prompts(technique, prompts).check(count)
         if seeds is not None and count is not None and len(seeds) != count:
             raise ValueError(f"seeds: got {len(seeds)} for {count} images, expected one each")
-        self._texts.forget()
+        self.engine.forget()
         at_once = chunk or min(self.images_at_once(technique) for technique in chosen)
-        given = self.config.memory_budget
-        budget = default_budget(self.model.unet.device) if given is None else given
-        return self._encoded(decode_chunks(images, self.size, at_once), budget, seed, seeds)
+        return self._encoded(decode_chunks(images, self.size, at_once), seed, seeds)
 
     def _encoded(
         self,
         chunks: Iterator[tuple[list[int], list[Tensor], dict[int, ImageError]]],
-        budget: int,
         seed: int,
         seeds: Sequence[int] | None,
     ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
         for numbers, pixels, errors in chunks:
-            latents = encode_within(self.model, pixels, budget).to(self.model.unet.device)
+            latents = self.engine.encode_images(pixels).to(self.model.device)
             epsilon = draws_of_noise(seed, seeds, numbers, self.config.draws, latents)
             yield Inputs(numbers, pixels, latents, epsilon), errors
 
@@ -426,52 +412,58 @@ class FeatureExtractor:
         self, technique: Technique, inputs: Inputs, request: Prompts, out: Mapping[str, Tensor], first: int
     ) -> None:
         """Fills the rows of ``out`` that begin with image ``first``."""
-        runner, plan = self._run(technique)
+        engine, plan = self._run(technique)
         prompts = own_prompts(technique, request).of(inputs.numbers)
-        official = self.config.official_timesteps
+        config = self.config
+        way = Way(engine, technique, config.timesteps, self._used, config.official_timesteps)
         with torch.no_grad():
-            z, stood = latents_at(runner, inputs, prompts, self.config.timesteps, self._used, official)
+            z, stood = way.latents(inputs, prompts)
         images, steps, draws = z.shape[:3]
-        mean_of = 1 if self.config.keep_draws else draws
+        mean_of = 1 if config.keep_draws else draws
         kept = steps * draws // mean_of
         flat = {name: value.flatten(0, -4) for name, value in out.items()}
         capture = Capture(self._exits, self._attention, flat, first * kept, images * kept, mean_of)
-        times = torch.tensor(stood).repeat_interleave(draws).repeat(images)
+        times = torch.tensor(stood).repeat_interleave(draws).repeat(images)  # (n·S·D,)
         image_of = torch.arange(images).repeat_interleave(steps * draws)
-        for rows, output in runner.run(plan, z.flatten(0, 2), times, image_of, inputs, prompts):
+        texts, text_of = engine.texts(prompts)
+        batches = engine.rows(
+            plan,
+            z.flatten(0, 2),
+            times,
+            texts,
+            text_of[image_of],
+            # Attention maps are taken of every token.
+            map_tokens=torch.arange(texts.tokens),
+            conditions=inputs.conditions(engine.controls),
+            condition_of=image_of,
+        )
+        for rows, output in batches:
             capture.add(rows, output)
         capture.finish()
 
-    def _run(self, technique: Technique) -> tuple[Runner, Plan]:
+    def _run(self, technique: Technique) -> tuple[Engine, Plan]:
         # Neither changes the network's calls; the strengths of adapters are those of the request.
         core = replace(technique, name="network", prompts=None)
         strengths = () if core.adapter is None else adapter_strengths(self.model.unet, *self.model.text_encoders)
-        found = self._runs.get(core)
-        if found is None or found[0] != strengths:
+        run = self._runs.get(core)
+        if run is None or run[0] != strengths:
             told_timesteps(self.model, core, self.config.timesteps, self.config.official_timesteps)
             if core.inversion and self.config.draws > 1:
                 raise ValueError(f"draws: got {self.config.draws}, expected 1: an inversion draws no noise")
-            runner = Runner(self.program, self.model, core, self._texts, self.config.memory_budget)
-            maps = () if self._attention is None else self._attention.ids
-            plan = self.program.plan(features=self._ids, maps=maps, adapter=runner.adapter)
+            engine = self.engine.under(core.adapter, core.controls)
+            plan = engine.plan(features=self._ids, maps=() if self._attention is None else self._attention.ids)
             if self.runtime is not None:
                 plan.compile(self.runtime)
-                runner.compile(self.runtime)
-            found = self._runs[core] = strengths, runner, plan
-        return found[1:]
+                engine.compile(self.runtime)
+            run = self._runs[core] = strengths, engine, plan
+        return run[1:]
 
     def images_at_once(self, technique: Technique | None = None) -> int:
         """Images that fill a few micro-batches."""
-        plan, config = self._run(technique or self.technique)[1], self.config
-        rows = rows_at_once(plan, *self.latent_size, self._tokens, memory_budget=config.memory_budget)
-        each = len(self.timesteps) * config.draws
-        latents = each * self.model.unet.config.in_channels * self.latent_size[0] * self.latent_size[1] * 4
-        given = config.memory_budget
-        budget = default_budget(self.model.unet.device) if given is None else given
-        together: int = min(
-            -(-_MICRO_BATCHES * rows // each), _LATENT_BYTES // latents, budget // _OUT_SHARE // self._out_bytes()
-        )
-        return max(1, together)
+        engine, plan = self._run(technique or self.technique)
+        latents = len(self.timesteps) * self.config.draws
+        together = min(engine.images_together(plan, latents, self._tokens), engine.images_held(latents))
+        return max(1, min(together, engine.memory // _OUT_SHARE // self._out_bytes()))
 
     def _out_bytes(self) -> int:
         """Of one image's features, and of the sums that its draws are added to."""
@@ -483,7 +475,7 @@ class FeatureExtractor:
         return given * config.draws if config.keep_draws else given + sums
 
     def _set_pca(self, pca: Mapping[str, PCA]) -> None:
-        held = {name: each.to(self.model.unet.device) for name, each in pca.items()}
+        held = {name: each.to(self.model.device) for name, each in pca.items()}
         self._exits = exits(self.program, self.config, self._ids, self._attention, self.latent_size, self._tokens, held)
         self.pca = held
 
@@ -492,7 +484,7 @@ class FeatureExtractor:
         return (images, len(self.timesteps), *draws, *self.shapes[name])
 
     def _empty(self, images: int) -> dict[str, Tensor]:
-        dtype, device = self._dtype, self.model.unet.device
+        dtype, device = self._dtype, self.model.device
         return {name: torch.empty(self._shape(name, images), dtype=dtype, device=device) for name in self.layers}
 
     @property
@@ -504,7 +496,7 @@ class FeatureExtractor:
         if set(out) != set(self.layers):
             raise ValueError(f"out: holds {', '.join(out) or 'nothing'}, expected {', '.join(self.layers)}")
         for name, value in out.items():
-            wanted, device = self._shape(name, images), self.model.unet.device
+            wanted, device = self._shape(name, images), self.model.device
             if tuple(value.shape) != wanted or value.device != device or not value.is_floating_point():
                 raise ValueError(
                     f"out: {name!r} is {tuple(value.shape)} {value.dtype} on {value.device}, expected {wanted} of a "

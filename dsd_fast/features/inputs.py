@@ -1,26 +1,18 @@
-"""What all techniques of a few images share: latents, condition pictures, text states, noise."""
+"""What all techniques of a few images share: latents, condition pictures, noise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dsd_fast.diffusion import noise
+from dsd_fast.diffusion import Predict
+from dsd_fast.engine import Engine, draw_noise
 from dsd_fast.features.technique import Technique
+from dsd_fast.images import to_picture
 from dsd_fast.models.controlnet import Control
-
-if TYPE_CHECKING:
-    from dsd_fast.models import Model
-    from dsd_fast.models.prompts import PromptStates
-    from dsd_fast.unet.adapters import AdapterScope
-
-_TEXTS_KEPT = 7
 
 
 @dataclass(frozen=True)
@@ -57,37 +49,6 @@ def own_prompts(technique: Technique, request: Prompts) -> Prompts:
     return request if technique.prompts is None else Prompts(technique.prompts)
 
 
-class TextStates:
-    """Text states of the prompts met last, so that techniques and chunks of images share the text encoder's work."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._known: dict[tuple[object, ...], PromptStates] = {}
-
-    def forget(self) -> None:
-        """To be called at each request: the text encoders or their adapters may have changed since the last."""
-        self._known = {}
-
-    def of(self, prompts: Sequence[str] | None, scopes: Sequence[AdapterScope]) -> PromptStates:
-        """States of M prompts, or of the absent one for None, on the model's device, under the encoders' adapters."""
-        key = (None if prompts is None else tuple(prompts), tuple(scope.identity for scope in scopes))
-        found = self._known.get(key)
-        if found is None:
-            with ExitStack() as entered, torch.no_grad():
-                for scope in scopes:
-                    entered.enter_context(scope.active())
-                model = self._model
-                found = model.encode_unconditional() if prompts is None else model.encode_prompts(prompts)
-                found = found.to(model.device)
-            # A pipeline's text encoders may have another type than its UNet.
-            dtype = self._model.dtype
-            pooled = None if found.pooled is None else found.pooled.to(dtype)
-            found = replace(found, states=found.states.to(dtype), pooled=pooled)
-            # The techniques of one chunk; the oldest goes first. A new dictionary, for other threads read the old one.
-            self._known = {**dict([*self._known.items()][-_TEXTS_KEPT:]), key: found}
-        return found
-
-
 class Inputs:
     """A few images, encoded.
 
@@ -112,7 +73,7 @@ class Inputs:
 
     def _condition(self, control: Control) -> Tensor:
         if control.condition not in self._conditions:
-            prepared = [control.prepare(picture_of(each), (each.shape[1], each.shape[2])) for each in self.pixels]
+            prepared = [control.prepare(to_picture(each), (each.shape[1], each.shape[2])) for each in self.pixels]
             self._conditions[control.condition] = torch.stack(prepared).to(self.latents.device, self.latents.dtype)
         return self._conditions[control.condition]
 
@@ -132,11 +93,20 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
     if seeds is not None and max(numbers) >= len(seeds):
         raise ValueError(f"seeds: got {len(seeds)}, expected one per image")
     chosen = [seed] if seeds is None else [seeds[number] for number in numbers]
-    size = shape.shape[1:]
-    return torch.stack([torch.stack([noise(each, draw, size) for draw in range(draws)])[None] for each in chosen])
+    return draw_noise(chosen, draws, shape.shape[1:])[:, None]  # (1 or n, 1, D, C, h, w)
 
 
-def picture_of(pixels: Tensor) -> Image.Image:
-    """The 8-bit picture that :func:`dsd_fast.images.to_tensor` made the pixels from."""
-    values = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(values.permute(1, 2, 0).contiguous().cpu().numpy())
+def predictor(
+    engine: Engine, inputs: Inputs, prompts: Sequence[str | None], repeats: int = 1, controlled: bool = True
+) -> Predict:
+    """The model's output for B = n · repeats latents, image by image, with its images' prompts.
+
+    Args:
+        prompts: one for each of the n images; None is the absent prompt of the family's sampler.
+        repeats: rows in a row that belong to one image.
+        controlled: whether the engine's ControlNets take part.
+    """
+    image_of = torch.arange(len(inputs)).repeat_interleave(repeats)  # (B,)
+    texts, text_of = engine.texts(prompts)
+    conditions = inputs.conditions(engine.controls) if controlled else ()
+    return engine.predict(texts, text_of[image_of], conditions=conditions, condition_of=image_of)

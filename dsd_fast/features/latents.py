@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,10 +19,9 @@ from dsd_fast.diffusion import (
     scheduler_steps,
     scheduler_timesteps,
 )
-from dsd_fast.features.inputs import Inputs
-from dsd_fast.features.runner import Runner
+from dsd_fast.engine import Engine, noised
+from dsd_fast.features.inputs import Inputs, predictor
 from dsd_fast.features.technique import Technique
-from dsd_fast.kernels.noise_latents import noise_latents
 from dsd_fast.models import Model
 
 
@@ -61,68 +61,87 @@ def told_timesteps(model: Model, technique: Technique, timesteps: Sequence[int],
     return [0 if t == 0 else _last_of_walk(model, top, t) for t in timesteps]
 
 
-def noised(model: Model, clean: Tensor, noise: Tensor, timesteps: Sequence[int]) -> Tensor:
-    """z_t = √ᾱ_t z₀ + √(1 − ᾱ_t) ε for every image, timestep and draw; t = 0 is the clean latent itself.
+@dataclass(frozen=True)
+class Way:
+    """From some images to their latents at the timesteps, under one technique.
 
-    Args:
-        clean: (n, C, h, w).
-        noise: (1 or n, 1, D, C, h, w) float32.
-
-    Returns:
-        (n, S, D, C, h, w) in the type of ``clean``.
-    """
-    signal, sigma = model.schedule.coefficients(timesteps)
-    there = torch.tensor(timesteps) == 0
-    signal, sigma = signal.masked_fill(there, 1.0), sigma.masked_fill(there, 0.0)
-    real = torch.promote_types(clean.dtype, torch.float32)
-    moved = (each.to(clean.device, real) for each in (noise, signal, sigma))
-    return noise_latents(clean, *moved)
-
-
-def latents_at(
-    runner: Runner, inputs: Inputs, prompts: Sequence[str], asked: Sequence[int], used: Sequence[int], official: bool
-) -> tuple[Tensor, Sequence[float]]:
-    """(n, S, D, C, h, w) latents at the timesteps, and the timesteps that they really stand at.
-
-    Args:
-        prompts: one for each of the n images.
+    Attributes:
+        engine: under the technique's adapters and ControlNets.
+        technique: says how latents are made.
         asked, used: see :func:`used_timesteps`; :func:`told_timesteps` has accepted them.
+        official: whether the official extractors' steps are taken.
     """
-    technique, model = runner.technique, runner.model
-    if technique.inversion:
-        return _inverted(runner, inputs, prompts, used, official), used
-    if technique.denoise_from is None:
-        return noised(model, inputs.latents, inputs.noise, used), used
-    result = noised(model, inputs.latents, inputs.noise, [0] * len(used))
-    if official:
-        return _denoised_officially(runner, inputs, prompts, asked, result)
-    return _denoised(runner, inputs, prompts, used, result), used
 
+    engine: Engine
+    technique: Technique
+    asked: Sequence[int]
+    used: Sequence[int]
+    official: bool
 
-def _inverted(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequence[int], official: bool) -> Tensor:
-    model = runner.model
-    grid = inversion_grid(model.scheduler_config) if official else None
-    up = sorted(set(used))
-    # The official walk leaves the ControlNets out.
-    predict = runner.predict(inputs, prompts, controlled=not official)
-    walk = invert(model.schedule, predict, inputs.latents, up, grid=grid, exact=not official)
-    found = dict(walk)
-    return torch.stack([found[t] for t in used], dim=1)[:, :, None]
+    def latents(self, inputs: Inputs, prompts: Sequence[str]) -> tuple[Tensor, Sequence[float]]:
+        """(n, S, D, C, h, w) latents at the timesteps, and the timesteps that they really stand at.
 
+        Args:
+            prompts: one for each of the n images.
+        """
+        if self.technique.inversion:
+            return self._inverted(inputs, prompts), self.used
+        if self.technique.denoise_from is None:
+            return self._noised(inputs, self.used), self.used
+        result = self._noised(inputs, [0] * len(self.used))
+        if self.official:
+            return self._denoised_officially(inputs, prompts, result)
+        return self._denoised(inputs, prompts, result), self.used
 
-def _denoised(runner: Runner, inputs: Inputs, prompts: Sequence[str], used: Sequence[int], result: Tensor) -> Tensor:
-    """Fills ``result`` by walks down; t = 0 stays the clean latent."""
-    model, top = runner.model, runner.technique.denoise_from
-    assert top is not None
-    low = sorted({t for t in used if t}, reverse=True)
-    start = noised(model, inputs.latents, inputs.noise, [top])[:, 0]
-    draws = start.shape[1]
-    predict = runner.predict(inputs, prompts, repeats=draws)
-    for way, wanted in _ways(top, low, runner.technique.denoise_steps):
-        for t, z in denoise(model.schedule, predict, start.flatten(0, 1), way):
-            for position in (number for number, each in enumerate(used) if each == t and t in wanted):
-                result[:, position] = z.view(-1, draws, *z.shape[1:])
-    return result
+    def _noised(self, inputs: Inputs, timesteps: Sequence[int]) -> Tensor:
+        return noised(self.engine.model.schedule, inputs.latents, inputs.noise, timesteps, clean_at_zero=True)
+
+    def _inverted(self, inputs: Inputs, prompts: Sequence[str]) -> Tensor:
+        model = self.engine.model
+        grid = inversion_grid(model.scheduler_config) if self.official else None
+        # The official walk leaves the ControlNets out.
+        predict = predictor(self.engine, inputs, prompts, controlled=not self.official)
+        walk = invert(
+            model.schedule, predict, inputs.latents, sorted(set(self.used)), grid=grid, exact=not self.official
+        )
+        reached = dict(walk)
+        return torch.stack([reached[t] for t in self.used], dim=1)[:, :, None]  # (n, S, 1, C, h, w)
+
+    def _denoised(self, inputs: Inputs, prompts: Sequence[str], result: Tensor) -> Tensor:
+        """Fills ``result`` by walks down; t = 0 stays the clean latent."""
+        model, top = self.engine.model, self.technique.denoise_from
+        assert top is not None
+        low = sorted({t for t in self.used if t}, reverse=True)
+        start = self._noised(inputs, [top])[:, 0]  # (n, D, C, h, w)
+        draws = start.shape[1]
+        predict = predictor(self.engine, inputs, prompts, repeats=draws)
+        for way, wanted in _ways(top, low, self.technique.denoise_steps):
+            for t, z in denoise(model.schedule, predict, start.flatten(0, 1), way):
+                for position in (number for number, used in enumerate(self.used) if used == t and t in wanted):
+                    result[:, position] = z.view(-1, draws, *z.shape[1:])
+        return result
+
+    def _denoised_officially(
+        self, inputs: Inputs, prompts: Sequence[str], result: Tensor
+    ) -> tuple[Tensor, Sequence[float]]:
+        """By the scheduler's own steps, a walk for each timestep, as the official extractors do one at a time."""
+        model, top = self.engine.model, self.technique.denoise_from
+        stood: list[float] = []
+        assert top is not None
+        images, _, draws = result.shape[:3]
+        clean = inputs.latents.repeat_interleave(draws, 0)  # (n·D, C, h, w)
+        epsilon = inputs.noise[:, 0].expand(images, -1, -1, -1, -1).flatten(0, 1)
+        predict = predictor(self.engine, inputs, prompts, repeats=draws)
+        for position, t in enumerate(self.asked):
+            if t == 0:
+                stood.append(0)
+                continue
+            steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
+            _, start = scheduler_noised(model.scheduler_config, clean, epsilon, steps, strength)
+            *_, (last, z) = scheduler_steps(model.scheduler_config, predict, start, steps, strength, until=t)
+            result[:, position] = z.view(images, draws, *z.shape[1:])
+            stood.append(last)
+        return result, stood
 
 
 def _ways(top: int, low: Sequence[int], steps: int | None) -> list[tuple[list[int], Sequence[int]]]:
@@ -135,29 +154,6 @@ def _ways(top: int, low: Sequence[int], steps: int | None) -> list[tuple[list[in
         return [(list(range(top, low[-1] - 1, -1)), low)] if low else []
     ways = [{int(each) for each in np.linspace(top, t, steps + 1).round()} for t in low]
     return [(sorted(way, reverse=True), [t]) for way, t in zip(ways, low, strict=True)]
-
-
-def _denoised_officially(
-    runner: Runner, inputs: Inputs, prompts: Sequence[str], asked: Sequence[int], result: Tensor
-) -> tuple[Tensor, Sequence[float]]:
-    """By the scheduler's own steps, a walk for each timestep, as the official extractors do one at a time."""
-    model, top = runner.model, runner.technique.denoise_from
-    stood: list[float] = []
-    assert top is not None
-    images, _, draws = result.shape[:3]
-    clean = inputs.latents.repeat_interleave(draws, 0)
-    epsilon = inputs.noise[:, 0].expand(images, -1, -1, -1, -1).flatten(0, 1)
-    predict = runner.predict(inputs, prompts, repeats=draws)
-    for position, t in enumerate(asked):
-        if t == 0:
-            stood.append(0)
-            continue
-        steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
-        _, start = scheduler_noised(model.scheduler_config, clean, epsilon, steps, strength)
-        *_, (last, z) = scheduler_steps(model.scheduler_config, predict, start, steps, strength, until=t)
-        result[:, position] = z.view(images, draws, *z.shape[1:])
-        stood.append(last)
-    return result, stood
 
 
 def _last_of_walk(model: Model, top: int, t: int) -> float:

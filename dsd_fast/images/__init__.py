@@ -1,6 +1,6 @@
 """Decoding and resizing of images from untrusted files."""
 
-from dsd_fast.images.batch import check_sources, decode, decode_chunks, load_batch, to_tensor
+from dsd_fast.images.batch import check_sources, decode, decode_chunks, load_batch, to_picture, to_tensor
 from dsd_fast.images.errors import ImageError
 from dsd_fast.images.load import MAX_BYTES, MAX_PIXELS, ImageSource, load_image
 
@@ -14,5 +14,6 @@ __all__ = [
     "decode_chunks",
     "load_batch",
     "load_image",
+    "to_picture",
     "to_tensor",
 ]

@@ -42,6 +42,12 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return pixels.div_(255).mul_(2).sub_(1)
 
 
+def to_picture(pixels: Tensor) -> Image.Image:
+    """The 8-bit RGB picture of (3, height, width) pixels in [−1, 1]: what `to_tensor` made them from."""
+    values = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
 def load_batch(sources: Iterable[ImageSource], size: tuple[int, int], *, workers: int | None = None) -> Tensor:
     """All images at once.
 

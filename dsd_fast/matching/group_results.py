@@ -9,8 +9,9 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd_fast.matching.group_scores import Failure, GroupScores, image_key
+from dsd_fast.matching.group_scores import Failure, GroupScores
 from dsd_fast.matching.groups import Group
+from dsd_fast.matching.pairs import image_key
 from dsd_fast.metrics import ranks, winoground
 
 PARTS = ("attention", "noise")

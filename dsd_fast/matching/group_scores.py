@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsd_fast.images import ImageError, ImageSource
+from dsd_fast.engine import Texts
+from dsd_fast.images import ImageError
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.matcher import Matcher
-from dsd_fast.matching.pairs import Captions
+from dsd_fast.matching.pairs import Pairs
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.prompts import token_limit, tokenize
 
@@ -66,11 +66,6 @@ def score_groups(matcher: Matcher, groups: Iterable[Group]) -> Iterator[GroupSco
         yield from _score(matcher, chunk)
 
 
-def image_key(image: ImageSource) -> Any:
-    """Equal for one file, or for one object."""
-    return os.fspath(image) if isinstance(image, os.PathLike) else id(image)
-
-
 def _chunks(model: Model, groups: Iterable[Group]) -> Iterator[list[Group]]:
     """Runs of groups whose texts' states are held together."""
     width = sum(int(encoder.config.hidden_size) for encoder in model.text_encoders)
@@ -91,14 +86,14 @@ def _score(matcher: Matcher, groups: Sequence[Group]) -> Iterator[GroupScores | 
     failures: dict[int, Failure] = {}
     work = _Work(groups)
     try:
-        captions = matcher._scorer.encode_texts(list(work.texts))
+        texts = matcher._scorer.encode_texts(work.pairs.texts)
     except ModelError:
         failures = _too_long(matcher.model, groups)
         if not failures:
             raise
         work = _Work([group for number, group in enumerate(groups) if number not in failures])
-        captions = matcher._scorer.encode_texts(list(work.texts))
-    scored = work.score(matcher, captions)
+        texts = matcher._scorer.encode_texts(work.pairs.texts)
+    scored = work.score(matcher, texts)
     for number in range(len(groups)):
         yield failures[number] if number in failures else next(scored)
 
@@ -129,44 +124,22 @@ class _Work:
     """The images, texts and pairs of some groups, each once, and the pairs of each group."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = groups
-        self.sources: dict[Any, tuple[int, ImageSource]] = {}
-        self.texts: dict[str, int] = {}
-        self.pairs: dict[tuple[int, int], int] = {}
+        self.groups, self.pairs = groups, Pairs()
         # Of each group its images, and its pairs, (images, texts).
         self.images_of: list[list[int]] = []
         self.pairs_of: list[NDArray[np.int64]] = []
         for group in groups:
-            images = [self.sources.setdefault(image_key(i), (len(self.sources), i))[0] for i in group.images]
-            texts = [self.texts.setdefault(text, len(self.texts)) for text in group.texts]
-            self.images_of.append(images)
-            self.pairs_of.append(
-                np.array([[self.pairs.setdefault((i, t), len(self.pairs)) for t in texts] for i in images])
-            )
+            self.images_of.append([self.pairs.image(image) for image in group.images])
+            self.pairs_of.append(np.array([[self.pairs.pair(i, t) for t in group.texts] for i in group.images]))
 
-    def score(self, matcher: Matcher, captions: Captions) -> Iterator[GroupScores | Failure]:
-        """Each group as soon as its last image is done; ``captions`` are the texts."""
-        if not self.groups:
-            return
-        scorer = matcher._scorer
-        image_of, text_of = torch.tensor(list(self.pairs)).unbind(1)
-        # The pairs of an image side by side.
-        ordered, order = torch.sort(image_of, stable=True)
+    def score(self, matcher: Matcher, texts: Texts) -> Iterator[GroupScores | Failure]:
+        """Each group as soon as its last image is done; ``texts`` are the pairs'."""
         parts = torch.zeros(2, len(self.pairs), dtype=torch.float64)
         failed: dict[int, ImageError] = {}
-        each, done, number = -(-len(self.pairs) // len(self.sources)), 0, 0
-        for numbers, latents, errors in matcher._latents([i for _, i in self.sources.values()], captions, each):
+        number = 0
+        for done, chosen, scored, errors in self.pairs.scored(matcher._scorer, texts):
             failed |= errors
-            first, done = done, done + len(numbers) + len(errors)
-            if numbers:
-                low, high = torch.searchsorted(ordered, torch.tensor([first, done])).tolist()
-                # An image that failed has no latent.
-                place = torch.full((done - first,), -1)
-                place[torch.tensor(numbers) - first] = torch.arange(len(numbers))
-                places = place[ordered[low:high] - first]
-                chosen, places = order[low:high][places >= 0], places[places >= 0]
-                terms = scorer.terms(latents, captions, places, text_of[chosen])
-                parts[:, chosen] = torch.stack(scorer.parts(terms))
+            parts[:, chosen] = scored
             while number < len(self.groups) and max(self.images_of[number]) < done:
                 yield self._result(number, parts, failed)
                 number += 1

@@ -19,14 +19,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsd_fast.diffusion import noise
-from dsd_fast.matching.pairs import PairScorer
-from dsd_fast.matching.texts import project
+from dsd_fast.engine import Noised, Texts, draw_noise
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.matching.words import Span, find_spans, positions, words
-from dsd_fast.models import PromptStates
 from dsd_fast.models.offsets import token_offsets
 from dsd_fast.models.prompts import token_limit
-from dsd_fast.unet import Plan, TextKV, UNetProgram
+from dsd_fast.unet import Plan, UNetProgram
 from dsd_fast.unet.step import Size
 from dsd_fast.unet.stream import rows_at_once
 
@@ -71,8 +69,7 @@ def heatmaps(
     if not tokens:
         return []
     chosen = sorted({token for own in tokens.values() for token in own})
-    states = scorer.encode_texts([caption], unconditional=False).states
-    maps = _token_maps(scorer, latent, states, chosen, layers)
+    maps = _token_maps(scorer, latent, scorer.encode_texts([caption], unconditional=False), chosen, layers)
     place = {token: i for i, token in enumerate(chosen)}
     return [
         (caption[slice(*span)], span, maps[[place[token] for token in tokens[span]]].mean(0).numpy())
@@ -93,8 +90,9 @@ def check(scorer: PairScorer, captions: Sequence[str], layers: str | Sequence[st
     if budget is None or not most:
         return
     # All captions have keys of one size; the rows of the one with the most maps are the largest.
-    text = _keys(scorer, plan, scorer.encode_texts([largest], unconditional=False).states)
-    size = scorer.latent_size
+    with torch.no_grad():
+        text = scorer.encode_texts([largest], unconditional=False).keys(plan)
+    size = scorer.engine.latent_size
     rows_at_once(plan, *size, text.tokens, keys=plan.text_bytes(text), map_tokens=most, memory_budget=budget)
 
 
@@ -106,43 +104,24 @@ def _positions(scorer: PairScorer, caption: str, spans: Sequence[Span]) -> dict[
 
 
 def _plan(scorer: PairScorer, layers: str | Sequence[str]) -> Plan:
-    return scorer.program.plan(maps=map_layers(scorer.program, layers), adapter=scorer.plan.adapter)
-
-
-def _keys(scorer: PairScorer, plan: Plan, states: PromptStates) -> TextKV:
-    with torch.no_grad():
-        return project(plan, states, prompt=scorer.prompt)
+    return scorer.engine.plan(maps=map_layers(scorer.program, layers))
 
 
 def _token_maps(
-    scorer: PairScorer,
-    latent: Tensor,
-    states: PromptStates,
-    tokens: Sequence[int],
-    layers: str | Sequence[str],
+    scorer: PairScorer, latent: Tensor, text: Texts, tokens: Sequence[int], layers: str | Sequence[str]
 ) -> Tensor:
-    """(n, height, width) float32 on the CPU, the mean map of each token position, at the image's size."""
-    model, unet, times = scorer.model, scorer.model.unet, torch.tensor(scorer.timesteps)
-    epsilon = torch.stack([noise(scorer.config.seed, draw, latent.shape[1:]) for draw in range(len(times))])
-    clean = latent.to("cpu", torch.promote_types(latent.dtype, torch.float32)).expand(len(times), -1, -1, -1)
-    noised = model.schedule.add_noise(clean, epsilon.to(clean.dtype), times).to(unet.dtype)
-    plan = _plan(scorer, layers)
-    text = _keys(scorer, plan, states)
+    """(n, height, width) float32 on the CPU, the mean map of each token position of one text, at the image's size."""
+    engine, steps = scorer.engine, len(scorer.timesteps)
+    epsilon = draw_noise([scorer.config.seed], steps, latent.shape[1:])  # (1, S, C, h, w)
+    noised = Noised.grid(scorer.model.schedule, latent.to(scorer.model.device), epsilon, scorer.timesteps)
+    plan, one = _plan(scorer, layers), torch.zeros(steps, dtype=torch.int64)
     # Bilinear upsampling is linear: it may wait until maps of one size have been added up.
     sums: dict[Size, Tensor] = {}
-    for _, out in plan.stream(
-        noised,
-        times,
-        text,
-        text_index=torch.zeros(len(times), dtype=torch.int64),
-        time_ids=model.time_ids(*scorer.size),
-        map_tokens=tokens,
-        memory_budget=scorer.config.memory_budget,
-    ):
+    for _, out in engine.rows(plan, noised.latents, noised.timesteps, text, one, map_tokens=tokens):
         for value in out.maps.values():
             size: Size = (value.shape[2], value.shape[3])
             sums[size] = sums.get(size, torch.zeros((), device=value.device)) + value.float().sum(0)
-    total = torch.zeros(len(tokens), *scorer.size)
+    total = torch.zeros(len(tokens), *engine.size)
     for value in sums.values():
-        total += F.interpolate(value[None].cpu(), size=scorer.size, mode="bilinear", align_corners=False)[0]
-    return total / (len(plan.maps) * len(times))
+        total += F.interpolate(value[None].cpu(), size=engine.size, mode="bilinear", align_corners=False)[0]
+    return total / (len(plan.maps) * steps)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsd_fast.images import ImageError, ImageSource, decode_chunks, load_image, to_tensor
+from dsd_fast.engine import Texts
+from dsd_fast.images import ImageError, ImageSource, load_image, to_tensor
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
 from dsd_fast.matching.fitting.files import Adapter, load, save_locked, save_official
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
-from dsd_fast.matching.pairs import Captions, PairScorer
+from dsd_fast.matching.pairs import Pairs
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.matching.words import Span
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Matcher:
         self, model: Model, config: MatchConfig | None = None, *, adapter: str | Sequence[str] | None = None
     ) -> None:
         names = adapter if adapter is None or isinstance(adapter, str) else tuple(adapter)
-        self._adopt(model, PairScorer(model, config or MatchConfig(), names), None, names)
+        self._adopt(model, PairScorer.of(model, config or MatchConfig(), names), None, names)
 
     def _adopt(self, model: Model, scorer: PairScorer, lora: str | None, adapter: Adapter) -> None:
         # The model that was given, without what was learned: others may be made on it.
@@ -210,7 +212,7 @@ class Matcher:
         """:meth:`score` one image at a time, in order: (index, (M,) scores) or (index, the image's error)."""
         texts = self._encode(captions)
         every = torch.arange(len(texts))
-        for numbers, latents, errors in self._latents(images, texts, len(texts)):
+        for numbers, latents, errors in self._scorer.latents(images, texts, len(texts)):
             scores: dict[int, Tensor] = {}
             if numbers:
                 image_of = torch.arange(len(numbers)).repeat_interleave(len(texts))
@@ -227,27 +229,16 @@ class Matcher:
             ImageError: an image that cannot be used.
             ValueError: captions that are not strings or too long.
         """
-        sources: dict[Any, tuple[int, ImageSource]] = {}
-        captions: dict[str, int] = {}
-        image_of, text_of = [], []
-        for image, caption in pairs:
-            key = os.fspath(image) if isinstance(image, os.PathLike) else id(image)
-            image_of.append(sources.setdefault(key, (len(sources), image))[0])
-            text_of.append(captions.setdefault(caption, len(captions)))
-        if not image_of:
+        unique = Pairs()
+        numbers = [unique.pair(image, caption) for image, caption in pairs]
+        if not numbers:
             return torch.empty(0)
-        texts = self._encode(list(captions))
-        images, texts_of, scores = torch.tensor(image_of), torch.tensor(text_of), torch.empty(len(pairs))
-        # The pairs of an image side by side, whatever their order.
-        ordered, order = torch.sort(images, stable=True)
-        each = -(-len(pairs) // len(sources))
-        for numbers, latents, errors in self._latents([image for _, image in sources.values()], texts, each):
+        scores = torch.empty(len(unique))
+        for _, chosen, parts, errors in unique.scored(self._scorer, self._encode(unique.texts)):
             if errors:
                 raise errors[min(errors)]
-            first, last = torch.searchsorted(ordered, torch.tensor([numbers[0], numbers[-1] + 1])).tolist()
-            chosen = order[first:last]
-            scores[chosen] = self._scorer.score(latents, texts, images[chosen] - numbers[0], texts_of[chosen])
-        return scores
+            scores[chosen] = parts.sum(0).float()
+        return scores[torch.tensor(numbers)]
 
     def rank(
         self,
@@ -339,21 +330,14 @@ class Matcher:
         check(self._scorer, _strings(captions), layers)
 
     def _latent(self, image: ImageSource) -> Tensor:
-        return self._scorer.encode_images([to_tensor(load_image(image), self._scorer.size)])
+        engine = self._scorer.engine
+        return engine.encode_images([to_tensor(load_image(image), engine.size)])
 
-    def _encode(self, captions: Iterable[str]) -> Captions:
+    def _encode(self, captions: Iterable[str]) -> Texts:
         texts = _strings(captions)
         if not texts:
             raise ValueError("captions: got none, expected at least one")
         return self._scorer.encode_texts(texts)
-
-    def _latents(
-        self, images: Iterable[ImageSource], captions: Captions, texts: int
-    ) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
-        """Chunks of images, ``texts`` texts each, through the VAE: numbers, (n, C, h, w) latents, and the errors."""
-        at_once = self._scorer.images_together(captions, texts)
-        for numbers, pixels, errors in decode_chunks(images, self._scorer.size, at_once):
-            yield numbers, self._scorer.encode_images(pixels), errors
 
 
 def _strings(captions: Iterable[str]) -> list[str]:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast.models.adapters import lora_layers
 from dsd_fast.models.errors import ModelError
 
 _ATTENTION = r"(?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]"
@@ -74,18 +73,22 @@ def from_official(weights: Mapping[str, Tensor], unet: Any, what: str) -> dict[s
     return result
 
 
-def to_official(unet: Any, name: str) -> dict[str, Tensor]:
+def to_official(unet: Any, name: str, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     """An adapter of a UNet as an official checkpoint, on the CPU; exact up to float32's rounding.
 
     The file knows no alpha, so the adapter's scale, alpha / rank, is in the up matrices. It has matrices for every
     attention layer, so layers that the adapter leaves alone get zeros. The official code reads one rank for the four
     projections of an attention, so the smaller ones are filled up with zeros.
 
+    Args:
+        unet: a diffusers UNet2DConditionModel.
+        name: of the adapter.
+        layers: PEFT's layers of it, by the paths of the modules that they adapt.
+
     Raises:
-        ModelError: no such adapter; one with layers other than the attentions' projections, or of another kind than
-            plain LoRA; a rank beyond a layer's width; values that are not finite.
+        ModelError: layers other than the attentions' projections; a rank beyond a layer's width; values that are not
+            finite.
     """
-    layers = lora_layers(unet, name)
     attentions = {path: {p: f"{path}.{module}" for p, module in _MODULES.items()} for path in _attentions(unet)}
     places = {place for paths in attentions.values() for place in paths.values()}
     other = next((path for path in layers if path not in places), None)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from dsd_fast.jobs import replacing
-from dsd_fast.models.adapters import lora_layers, lora_settings
-from dsd_fast.models.attn_procs import from_official, is_official
+from dsd_fast.models.attn_procs import from_official, is_official, to_official
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import download_file
 from dsd_fast.models.kohya import KohyaLora, from_kohya, is_kohya
@@ -121,10 +122,48 @@ def save_lora(unet: Any, name: str, file: str | os.PathLike[str]) -> None:
         tensors[f"unet.{path}{_DOWN}"] = layer.lora_A[name].weight
         tensors[f"unet.{path}{_UP}"] = layer.lora_B[name].weight
     about = json.dumps({f"unet.{key}": value for key, value in settings.items()})
-    write_lora(Path(file), tensors, {"lora_adapter_metadata": about})
+    _write(Path(file), tensors, {"lora_adapter_metadata": about})
 
 
-def write_lora(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+def save_official_lora(unet: Any, name: str, file: Path) -> None:
+    """Writes an adapter of a UNet as the official code's checkpoint; see `compat.attn_procs.save_attn_procs`.
+
+    Raises:
+        ModelError: as :func:`save_lora` and :func:`dsd_fast.models.attn_procs.to_official`.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    _write(file, to_official(unet, name, lora_layers(unet, name)))
+
+
+def lora_layers(unet: Any, name: str) -> dict[str, Any]:
+    """PEFT's layers of an adapter, by the paths of the modules that they adapt.
+
+    Raises:
+        ModelError: no such adapter, or one of another kind than plain LoRA.
+    """
+    configs = getattr(unet, "peft_config", None) or {}
+    if name not in configs:
+        raise ModelError(f"the UNet has no adapter {name!r}; it has {', '.join(sorted(configs)) or 'none'}")
+    found = {path: layer for path, layer in unet.named_modules() if name in getattr(layer, "lora_A", ())}
+    plain = found and not getattr(configs[name], "modules_to_save", None)
+    if not plain or any(name in layer.lora_variant or layer.lora_B[name].bias is not None for layer in found.values()):
+        raise ModelError(f"adapter {name!r} is of another kind than plain LoRA, such as DoRA or LoRA with biases")
+    return found
+
+
+def lora_settings(ranks: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """The arguments of PEFT's LoraConfig for a LoRA of such ranks and alphas, by the paths of the adapted modules."""
+    rank, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(path)}": r for path, (r, _) in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": a for path, (_, a) in ranks.items() if a != alpha},
+        "target_modules": sorted(ranks),
+    }
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all, and its folder where there is none.
 
     Raises:

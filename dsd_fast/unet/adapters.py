@@ -61,26 +61,6 @@ class AdapterScope:
             yield
 
 
-def split_adapters(
-    unet: Any, text_encoders: Sequence[Any], names: str | Sequence[str] | None
-) -> tuple[tuple[str, ...] | None, list[AdapterScope]]:
-    """The adapters of the UNet, and the scopes of the text encoders: a LoRA may be in one of them, or in several.
-
-    Raises:
-        ValueError: an adapter that no part of the model has.
-    """
-    if names is None:
-        return None, []
-    wanted = (names,) if isinstance(names, str) else tuple(names)
-    parts = [unet, *text_encoders]
-    known = set().union(*(adapter_names(part) for part in parts))
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"adapter: the model has no adapter {name!r}; it has {', '.join(sorted(known)) or 'none'}")
-    chosen = [tuple(name for name in wanted if name in adapter_names(part)) for part in parts]
-    return chosen[0], [AdapterScope(part, own) for part, own in zip(parts[1:], chosen[1:], strict=True)]
-
-
 def setting(network: Any) -> Setting:
     """How a network's adapters are set now."""
     return [_setting(layer) for layer in _tuner_layers(network)]

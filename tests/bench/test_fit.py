@@ -12,7 +12,7 @@ from dsd_fast.bench.suites.shared import mini
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import evaluate
 from dsd_fast.matching.fitting.config import FitConfig
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 
 # Two steps at rates at which they change answers.
@@ -86,7 +86,7 @@ def test_figures_are_means_over_fits_of_what_evaluate_says(context, method, obje
 
 
 def mini_layers(context):
-    return PairScorer(mini(context), MatchConfig()).program.score_ids
+    return PairScorer.of(mini(context), MatchConfig()).program.score_ids
 
 
 NEGATIVES = {"one-negative": ("colour",)}

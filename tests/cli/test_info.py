@@ -6,7 +6,7 @@ import pytest
 
 import dsd_fast as dsd
 from dsd_fast.matching import official_layers
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.unet import UNetProgram
 from tests.tiny import tiny_pipeline
 
@@ -69,10 +69,10 @@ def test_a_job_costs_what_the_matcher_runs(cli, model):
     # The official grid has 49 timesteps where 50 are asked for.
     assert len(job["timesteps"]) == 49
     both, attention, official = job["ways"]
-    scorer = PairScorer(model, dsd.MatchConfig(timesteps=50))
+    scorer = PairScorer.of(model, dsd.MatchConfig(timesteps=50))
     assert both["rows"] == 3 * 49 * 6
     assert both["flops"] == scorer.plan.flops(latents=3 * 49, texts=6, rows=3 * 49 * 6, **SIZE)
-    alone = PairScorer(model, dsd.MatchConfig(timesteps=50, noise_weight=0))
+    alone = PairScorer.of(model, dsd.MatchConfig(timesteps=50, noise_weight=0))
     assert attention["rows"] == 3 * 49 * 5
     assert attention["flops"] == alone.plan.flops(latents=3 * 49, texts=5, rows=3 * 49 * 5, **SIZE)
     rows = 2 * 3 * 49 * 5

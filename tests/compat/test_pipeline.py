@@ -17,7 +17,7 @@ from dsd_fast.compat import DSDPipeline
 from dsd_fast.compat.inputs import Texts
 from dsd_fast.compat.scores import combined
 from dsd_fast.diffusion import noise
-from dsd_fast.matching.pairs import Captions, PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models import PromptStates
 from dsd_fast.reference import matching as reference
 from tests.compat.pairs import PROMPTS, TIMES, arrays, errors, images, noised, official, states
@@ -140,7 +140,7 @@ def test_attention_equals_official_numbers(oracle, t, part):
 def test_both_terms_equal_official_numbers(oracle, t):
     stock, numbers = oracle
     model = dsd.from_pipeline(stock)
-    scorer = PairScorer(model, dsd.MatchConfig(timesteps=[t]))
+    scorer = PairScorer.of(model, dsd.MatchConfig(timesteps=[t]))
     alpha = model.schedule.alphas_cumprod[t].float()
 
     def prompts(rows):
@@ -151,7 +151,7 @@ def test_both_terms_equal_official_numbers(oracle, t):
         clean = (numbers["latents"][b : b + 1] - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
         text = Texts(prompts(numbers["cond"][b : b + 1]), torch.zeros(1, dtype=torch.int64))
         found = scorer.terms(
-            clean, Captions(text.states, prompts(numbers["uncond"])), text.of, text.of, epsilon=epsilon
+            clean, scorer.texts(text.states, prompts(numbers["uncond"])), text.of, text.of, epsilon=epsilon
         )
         got = combined(found, use_bias=True, free_attention=True, batch_mean=False, dtype=torch.float64)
         assert float(got) == pytest.approx(float(numbers[f"t{t}.all.bias1"][b]), abs=1e-4)

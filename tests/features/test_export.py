@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import dsd_fast as dsd
+from dsd_fast.engine.items import COLUMNS
 from dsd_fast.features.export import _images_at_once, _rows_of_a_shard, extract_to
-from dsd_fast.features.export_items import COLUMNS
 from dsd_fast.features.export_layouts import aggregated
 from dsd_fast.jobs import Counts, JobError, ManifestError, file_digest, read_index, read_tensors, row_id
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import dsd_fast as dsd
-from dsd_fast.features.export import extract_to
-from dsd_fast.features.export_settings import job_settings
+from dsd_fast.features.export import extract_to, job_settings
 from dsd_fast.images.canny import canny
 from dsd_fast.models.controlnet import Control, load_controlnet
 from dsd_fast.unet.adapters import activate

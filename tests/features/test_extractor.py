@@ -11,8 +11,7 @@ import torch.nn.functional as F
 import dsd_fast
 from dsd_fast.diffusion import noise
 from dsd_fast.features import PCA, FeatureExtractor, Technique
-from dsd_fast.features.inputs import picture_of
-from dsd_fast.images import ImageError, load_batch, to_tensor
+from dsd_fast.images import ImageError, load_batch, to_picture, to_tensor
 from dsd_fast.models.mini.scenes import COLOURS, SHAPES, scene
 from dsd_fast.unet import UNetProgram
 from tests.tiny import tiny_pipeline
@@ -310,7 +309,7 @@ def test_given_tensors_are_filled(model, images):
 
 def test_pictures_of_controls_are_the_bytes_that_were_decoded(images):
     for image, pixels in zip(images, load_batch(images, (64, 64)), strict=True):
-        assert np.array_equal(np.asarray(picture_of(pixels)), image)
+        assert np.array_equal(np.asarray(to_picture(pixels)), image)
 
 
 @pytest.mark.parametrize(

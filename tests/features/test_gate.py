@@ -16,9 +16,11 @@ from scipy.stats import spearmanr
 
 import dsd_fast
 from dsd_fast.diffusion import noise
+from dsd_fast.engine import Engine
+from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.features import FeatureExtractor, Technique
 from dsd_fast.features.gate import GateResult, Guide, GuideResult, gate
-from dsd_fast.features.gate.distance import ClipSpace, latent_distance
+from dsd_fast.features.gate.guide import latent_distance
 from dsd_fast.features.gate.sheet import contact_sheet
 from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.shift import inputs_of, measure_shift
@@ -27,7 +29,6 @@ from dsd_fast.images import load_batch
 from dsd_fast.jobs import weights_hash
 from dsd_fast.models.controlnet import Control, load_controlnet
 from dsd_fast.models.mini.scenes import scene
-from dsd_fast.unet import UNetProgram
 from tests.tiny import tiny_pipeline
 
 LAYERS = ("up-level1-repeat0-vit-block0-cross-q", "up-level1-repeat1-vit-block0-cross-q")
@@ -120,7 +121,7 @@ def test_guidance_of_the_empty_prompt_changes_nothing(model, extractor):
     empty = Technique("empty", prompts="")
     drawn = []
     for guidance in (1.0, 4.0):
-        guide = Guide(model, extractor.program, [empty, RED], steps=4, guidance=guidance, shown=0)
+        guide = Guide(extractor.engine, [empty, RED], steps=4, guidance=guidance, shown=0)
         for inputs in inputs_of(extractor, IMAGES[:2], [empty], Prompts(""), 0, None):
             guide.add(inputs, Prompts(""))
         drawn.append(guide.result().distances)
@@ -136,7 +137,7 @@ def test_guidance_is_the_stock_pipelines():
     pipe = StableDiffusionXLImg2ImgPipeline(**tiny.to_pipeline().components)
     pipe.set_progress_bar_config(disable=True)
     extractor = FeatureExtractor(tiny, "all", (500,))
-    guide = Guide(tiny, extractor.program, [RED], steps=4, guidance=3.0, shown=1)
+    guide = Guide(extractor.engine, [RED], steps=4, guidance=3.0, shown=1)
     (inputs,) = inputs_of(extractor, IMAGES[:1], [RED], Prompts(""), 0, None)
     guide.add(inputs, Prompts(""))
     clean, epsilon = inputs.latents, inputs.noise[:, 0, 0]
@@ -162,11 +163,11 @@ def test_guidance_is_the_stock_pipelines():
 
 def test_the_guide_compiles_what_it_runs(model, extractor):
     plain, compiled = (
-        Guide(model, extractor.program, [RED], steps=2, shown=0, runtime=runtime) for runtime in (None, "inductor")
+        Guide(extractor.engine, [RED], steps=2, shown=0, runtime=runtime) for runtime in (None, "inductor")
     )
     assert [each._runners[0]._noise_plan.runtime for each in (plain, compiled)] == [None, "inductor"]
     with pytest.raises(ValueError, match="runtime: got 'fast'"):
-        Guide(model, extractor.program, [RED], runtime="fast")
+        Guide(extractor.engine, [RED], runtime="fast")
 
 
 def test_settings_say_what_was_asked_and_of_which_networks():
@@ -198,7 +199,7 @@ def test_controlnets_take_part_in_the_guide(model, extractor):
     techniques = [Technique("plain"), Technique("control", controls=[Control(net)])]
 
     def distances():
-        guide = Guide(model, extractor.program, techniques, steps=4, shown=0)
+        guide = Guide(extractor.engine, techniques, steps=4, shown=0)
         for inputs in inputs_of(extractor, IMAGES[:2], techniques, Prompts(""), 0, None):
             guide.add(inputs, Prompts(""))
         assert guide.result().unchanged == (True, False)
@@ -360,6 +361,6 @@ def test_refusals(extractor, model):
     with pytest.raises(ValueError, match=r"techniques: got \['baseline', 'baseline'\]"):
         gate(extractor, IMAGES[:1], [Technique("baseline", prompts="x")])
     with pytest.raises(ValueError, match="strength is 0, expected above 0"):
-        Guide(model, UNetProgram(model.unet), [Technique()], strength=0)
+        Guide(Engine(model), [Technique()], strength=0)
     with pytest.raises(ValueError, match="images: got none"):
         gate(extractor, [], [RED])

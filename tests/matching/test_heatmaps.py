@@ -63,7 +63,7 @@ def test_spans_layers_and_other_sizes_equal_the_references():
     assert [span for _, span, _ in found] == [(17, 20), (32, 35), (9, 20), (3, 8)]
     close(found, reference.heatmap(pipe, image, CAPTION, spans=spans, layers=[path], timesteps=TIMES))
     odd = matcher(pipe, image_size=(52, 36))
-    latent = odd._scorer.encode_images([dsd.images.to_tensor(dsd.images.load_image(image), (52, 36))])
+    latent = odd._scorer.engine.encode_images([dsd.images.to_tensor(dsd.images.load_image(image), (52, 36))])
     found = odd.heatmap(image, CAPTION, layers="all")
     assert found[0][2].shape == (52, 36)
     close(found, reference.heatmap(pipe, image, CAPTION, layers="all", timesteps=TIMES, latents=latent))
@@ -87,10 +87,10 @@ def test_all_tokens_of_a_pixel_sum_to_one(family):
     m = matcher(pipe)
     from dsd_fast.matching import heatmaps
 
-    states = m._scorer.encode_texts([CAPTION]).states
-    latent = m._scorer.encode_images([dsd.images.to_tensor(dsd.images.load_image(image), m._scorer.size)])
+    states = m._scorer.encode_texts([CAPTION], unconditional=False)
+    latent = m._scorer.engine.encode_images([dsd.images.to_tensor(dsd.images.load_image(image), m._scorer.engine.size)])
     every = heatmaps._token_maps(m._scorer, latent, states, range(77), "all")
-    torch.testing.assert_close(every.sum(0), torch.ones(m._scorer.size), rtol=1e-5, atol=0)
+    torch.testing.assert_close(every.sum(0), torch.ones(m._scorer.engine.size), rtol=1e-5, atol=0)
 
 
 def test_the_memory_budget_and_the_draws_count():

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 import dsd_fast as dsd
 from dsd_fast.models import ModelError
 from dsd_fast.models.attn_procs import to_official
-from dsd_fast.models.lora import put_unet_lora, save_lora
+from dsd_fast.models.lora import lora_layers, put_unet_lora, save_lora
 from tests.tiny import FAMILIES, save_tiny_lora, tiny_pipeline, tiny_unet
 
 
@@ -185,7 +185,7 @@ def test_save_lora_refuses(tmp_path):
 @torch.no_grad()
 def test_load_lora_reads_the_official_codes_file(folders, tmp_path):
     unet = peft_unet("sd21", r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    weights = to_official(unet, "mine")
+    weights = to_official(unet, "mine", lora_layers(unet, "mine"))
     save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
     model = dsd.load(folders["sd21"])
     want = unet_output(unet, model)

@@ -10,6 +10,7 @@ FLOORS = (
     ("kernels",),
     ("models", "diffusion", "images", "jobs"),
     ("metrics", "unet"),
+    ("engine",),
     ("matching", "features", "class_tokens", "image_prompt", "generation", "retrieval"),
     ("bench",),
     ("cli", "compat"),

@@ -10,8 +10,8 @@ from dsd_fast.bench.case import Context, Figure
 from dsd_fast.bench.suites.fit_quality import CONFIG, N, Scenes, evaluation_scenes, pigeonhole
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.diffusion import noise
-from dsd_fast.matching.pairs import PairScorer
-from dsd_fast.matching.texts import project
+from dsd_fast.engine import Texts
+from dsd_fast.matching.score import PairScorer
 
 GROUP = "single-heads"
 _SCENES_AT_ONCE = 20
@@ -24,7 +24,7 @@ def single_heads(context: Context, *, n: int = N) -> list[Figure]:
     half: what a head says then depends on the texts alone, or on nothing.
     """
     scenes = evaluation_scenes(context, n, False)
-    found = head_scores(PairScorer(mini(context), CONFIG), scenes)
+    found = head_scores(PairScorer.of(mini(context), CONFIG), scenes)
     figures = [_figure("mean of all heads", np.concatenate(list(found.values()), 2).mean(2))]
     for layer, scores in found.items():
         above = (scores[:, :1] > scores[:, 1:]).mean((0, 1))
@@ -51,10 +51,10 @@ def head_scores(scorer: PairScorer, scenes: Scenes) -> dict[str, NDArray[np.floa
             out = plan.run(
                 scorer.model.schedule.add_noise(latents, epsilon.expand_as(latents), times),
                 times,
-                project(plan, scenes.states[each * start + texts]),
+                Texts(scenes.states[each * start + texts]).keys(plan),
                 latent_index=texts // each,
                 text_index=texts,
-                time_ids=scorer.model.time_ids(*scorer.size),
+                time_ids=scorer.model.time_ids(*scorer.engine.size),
             )
         for name, parts in found.items():
             parts.append(out.scores[name].double().view(len(latents), each, -1).cpu().numpy())

@@ -16,7 +16,7 @@ from dsd_fast.bench.suites.shared import middles, mini
 from dsd_fast.images import decode
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.fitting.config import FitConfig
-from dsd_fast.matching.pairs import Captions, PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models import PromptStates
 from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, Scene, scene
 
@@ -116,10 +116,12 @@ def evaluation_scenes(context: Context, n: int, held_out: bool) -> Scenes:
 
     def make() -> Scenes:
         groups = [example(scene(EVAL_SEED + i, objects=2, held_out=held_out), kinds) for i in range(n)]
-        scorer = PairScorer(mini(context), CONFIG)
-        pixels: list[Any] = [image for _, image in decode([group.images[0] for group in groups], scorer.size)]
+        scorer = PairScorer.of(mini(context), CONFIG)
+        pixels: list[Any] = [image for _, image in decode([group.images[0] for group in groups], scorer.engine.size)]
         texts = [text for group in groups for text in group.texts]
-        return Scenes(scorer.encode_images(pixels), scorer.encode_texts(texts, unconditional=False).states, kinds)
+        return Scenes(
+            scorer.engine.encode_images(pixels), scorer.encode_texts(texts, unconditional=False).states, kinds
+        )
 
     return context.shared(f"scenes of two objects, {n}, {held_out}", make)
 
@@ -134,7 +136,7 @@ def score(scorer: PairScorer, scenes: Scenes) -> Scores:
     for start in range(0, len(scenes.latents), _SCENES_AT_ONCE):
         latents = scenes.latents[start : start + _SCENES_AT_ONCE]
         texts = torch.arange(len(latents) * each)
-        terms = scorer.terms(latents, Captions(scenes.states[each * start + texts], None), texts // each, texts)
+        terms = scorer.terms(latents, scorer.texts(scenes.states[each * start + texts]), texts // each, texts)
         attention.append(config.attention_weight * terms.attention.mean(1))
         noise.append(-config.noise_weight * terms.error.mean(1))
     found = {"attention": torch.cat(attention), "noise": torch.cat(noise)}
@@ -161,7 +163,7 @@ def zero_shot(context: Context, *, n: int = N) -> list[Figure]:
     figures = []
     model = mini(context)
     for layers, name in (("official", ""), ("all", " (all layers)")):
-        for each, parts in answers(PairScorer(model, replace(CONFIG, layers=layers)), context, n):
+        for each, parts in answers(PairScorer.of(model, replace(CONFIG, layers=layers)), context, n):
             for part, right in parts.items():
                 if name and part == "noise":
                     continue

@@ -19,7 +19,7 @@ from dsd_fast.diffusion import NoiseSchedule
 from dsd_fast.matching import FitConfig, Group, MatchConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.objective import draw, losses, scores
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models import from_pipeline
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import fitting
@@ -151,7 +151,7 @@ def our_side(step: Step, name: str, prepared: bool) -> Side:
         prepared: whether the example's latent and text states are there, as in every step of a fit but the first.
     """
     model = from_pipeline(step.pipe)
-    scorer = PairScorer(model, MatchConfig(official=True))
+    scorer = PairScorer.of(model, MatchConfig(official=True))
     fit = FitConfig(loss="margin", margin=step.margin, shared_noise=step.shared_noise)
     groups = [Group((step.image,), tuple(step.texts))]
     ready = Examples(scorer, groups) if prepared else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,16 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from dsd_fast.diffusion import Predict, guided, img2img
-from dsd_fast.features.gate.distance import ClipSpace, clip_distance, latent_distance
-from dsd_fast.features.inputs import Inputs, Prompts, TextStates, own_prompts, picture_of
-from dsd_fast.features.runner import Runner
+from dsd_fast.engine import Engine
+from dsd_fast.engine.clip import ClipSpace
+from dsd_fast.features.inputs import Inputs, Prompts, own_prompts, predictor
 from dsd_fast.features.technique import Technique
+from dsd_fast.images import to_picture
 from dsd_fast.metrics import bootstrap
-from dsd_fast.unet import UNetProgram
 from dsd_fast.unet.adapters import adapter_names
-
-if TYPE_CHECKING:
-    from dsd_fast.models import Model
 
 Floats = NDArray[np.float64]
 
@@ -86,7 +82,7 @@ class Guide:
     Techniques that share prompts, ControlNets and adapters are run once. Noise is that of the features.
 
     Args:
-        model: its scheduler's own steps are taken.
+        engine: its model's scheduler's own steps are taken.
         techniques: K of them, the baseline first.
         strength: share of the steps that is taken, above 0 and at most 1. High: what the noise leaves of the image must
             not be enough.
@@ -94,7 +90,6 @@ class Guide:
         guidance: scale of classifier-free guidance against the absent prompt, as the stock pipeline has it
             (:meth:`dsd_fast.models.Model.encode_unconditional`); 1 is none, as features are extracted.
         shown: pictures that are kept.
-        memory_budget: bytes, see :meth:`dsd_fast.unet.plan.Plan.stream`.
         runtime: compile for it, see :meth:`dsd_fast.unet.plan.Plan.compile`.
 
     Raises:
@@ -103,28 +98,26 @@ class Guide:
 
     def __init__(
         self,
-        model: Model,
-        program: UNetProgram,
+        engine: Engine,
         techniques: Sequence[Technique],
         *,
         strength: float = 0.8,
         steps: int = 20,
         guidance: float = 1.0,
         shown: int = 8,
-        memory_budget: int | None = None,
         runtime: str | None = None,
     ) -> None:
         if not 0 < strength <= 1 or int(strength * steps) < 1:
             raise ValueError(
                 f"strength is {strength}, expected above 0, at most 1, and enough for one of {steps} steps"
             )
-        texts = TextStates(model)
-        self._model, self._techniques = model, list(techniques)
+        self._model = model = engine.model
+        self._techniques = list(techniques)
         self._adapters = any(adapter_names(part) for part in (model.unet, *model.text_encoders))
-        self._runners = [Runner(program, model, each, texts, memory_budget) for each in techniques]
+        self._engines = [engine.under(technique.adapter, technique.controls) for technique in techniques]
         if runtime is not None:
-            for runner in self._runners:
-                runner.compile(runtime)
+            for own in self._engines:
+                own.compile(runtime)
         self._strength, self._steps, self._guidance, self._shown = strength, steps, guidance, shown
         self._clip = None if model.clip is None else ClipSpace(model)
         self._distances: list[Floats] = []
@@ -139,20 +132,20 @@ class Guide:
             prompts: of the request, for techniques without their own.
         """
         kept = max(0, self._shown - len(self._inputs))
-        self._inputs += [picture_of(each) for each in inputs.pixels[:kept]]
+        self._inputs += [to_picture(pixels) for pixels in inputs.pixels[:kept]]
         with torch.no_grad():
             target = None if self._clip is None else self._clip.of_pixels(torch.stack(list(inputs.pixels)))
             made: dict[tuple[object, ...], tuple[list[Tensor], list[Image.Image]]] = {}
             first: tuple[object, ...] | None = None
             found = []
-            for number, runner in enumerate(self._runners):
-                texts = tuple(own_prompts(runner.technique, prompts).of(inputs.numbers))
+            for number, (technique, engine) in enumerate(zip(self._techniques, self._engines, strict=True)):
+                texts = tuple(own_prompts(technique, prompts).of(inputs.numbers))
                 # Without adapters in the model it is all the same which of them are named.
-                key = (texts, runner.technique.controls, runner.technique.adapter if self._adapters else None)
+                key = (texts, technique.controls, technique.adapter if self._adapters else None)
                 first = key if first is None else first
                 self._unchanged[number] &= key == first
                 if key not in made:
-                    made[key] = self._generate(runner, inputs, texts, target, kept)
+                    made[key] = self._generate(engine, inputs, texts, target, kept)
                 distances, pictures = made[key]
                 found.append(torch.stack(distances))
                 self._outputs[number] += pictures
@@ -176,12 +169,12 @@ class Guide:
         )
 
     def _generate(
-        self, runner: Runner, inputs: Inputs, prompts: Sequence[str], target: Tensor | None, kept: int
+        self, engine: Engine, inputs: Inputs, prompts: Sequence[str], target: Tensor | None, kept: int
     ) -> tuple[list[Tensor], list[Image.Image]]:
         """Distances in each space, (n,) each, and the first pictures."""
-        predict: Predict = runner.predict(inputs, prompts)
+        predict: Predict = predictor(engine, inputs, prompts)
         if self._guidance != 1:
-            predict = _guided(predict, runner.predict(inputs, None), self._guidance)
+            predict = _guided(predict, predictor(engine, inputs, [None] * len(inputs)), self._guidance)
         latents = img2img(
             self._model.scheduler_config,
             predict,
@@ -193,7 +186,7 @@ class Guide:
         distances = [latent_distance(latents, inputs.latents)]
         if self._clip is not None and target is not None:
             distances.append(clip_distance(self._clip.of_latents(latents), target).to(latents.device))
-        pictures = [picture_of(self._model.decode_latents(each[None])[0].float()) for each in latents[:kept]]
+        pictures = [to_picture(self._model.decode_latents(latent[None])[0].float()) for latent in latents[:kept]]
         return distances, pictures
 
 
@@ -203,3 +196,16 @@ def _guided(conditional: Predict, unconditional: Predict, scale: float) -> Predi
         return torch.cat([unconditional(first, t), conditional(second, t)])
 
     return guided(both, scale)
+
+
+def latent_distance(latents: Tensor, target: Tensor) -> Tensor:
+    """Root mean square difference of scaled latents, (n, C, h, w) each, to (n,) float32.
+
+    Latents have about unit variance, so unrelated pictures are about √2 apart.
+    """
+    return (latents.float() - target.float()).square().flatten(1).mean(1).sqrt()
+
+
+def clip_distance(embeds: Tensor, target: Tensor) -> Tensor:
+    """1 − cosine of embeddings of unit length, (n, E) each, to (n,); 0 to 2."""
+    return 1 - (embeds * target).sum(-1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from dsd_fast.engine.adapters import Adapters
 from dsd_fast.features.extractor import FeatureExtractor
 from dsd_fast.features.gate.guide import Guide
 from dsd_fast.features.gate.result import GateResult
@@ -13,7 +13,7 @@ from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.shift import Anchor, ShiftMeter, inputs_of
 from dsd_fast.features.technique import Technique
 from dsd_fast.jobs import weights_hash
-from dsd_fast.unet.adapters import AdapterScope, split_adapters, strengths_by_layer, strengths_summary
+from dsd_fast.unet.adapters import strengths_by_layer, strengths_summary
 
 if TYPE_CHECKING:
     from dsd_fast.images import ImageSource
@@ -69,14 +69,12 @@ def gate(
     drawer = None
     if guide:
         drawer = Guide(
-            extractor.model,
-            extractor.program,
+            extractor.engine,
             compared,
             strength=strength,
             steps=steps,
             guidance=guidance,
             shown=shown,
-            memory_budget=extractor.config.memory_budget,
             runtime=extractor.runtime,
         )
     request = Prompts(prompts)
@@ -106,10 +104,7 @@ def gate(
 
 def _settings(model: Model, technique: Technique) -> dict[str, Any]:
     """A technique's settings with the identity of its networks: the ControlNets' weights, the adapters' strengths."""
-    unet, scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
-    with ExitStack() as entered:
-        for scope in (AdapterScope(model.unet, unet), *scopes):
-            entered.enter_context(scope.active())
+    with Adapters(model.unet, model.text_encoders, technique.adapter).active():
         strengths = [strengths_summary(strengths_by_layer(part)) for part in (model.unet, *model.text_encoders)]
     found = technique.settings()
     controls = [

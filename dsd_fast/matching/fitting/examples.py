@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dsd_fast.images import ImageError, ImageSource, decode
-from dsd_fast.matching.group_scores import image_key
 from dsd_fast.matching.groups import Group
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.pairs import Pairs
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models import PromptStates
 
 # Text states kept in host memory; of more texts each step encodes its own.
@@ -53,20 +53,18 @@ class Examples:
 
     def __init__(self, scorer: PairScorer, groups: Sequence[Group]) -> None:
         self._scorer = scorer
-        images: dict[Any, tuple[int, ImageSource]] = {}
-        texts: dict[str, int] = {}
+        unique = Pairs()
         self.queries: list[Query] = []
         for group in groups:
             for query in group.queries():
-                shown = [images.setdefault(image_key(image), (len(images), image))[0] for image in query.images]
-                said = [texts.setdefault(text, len(texts)) for text in query.texts]
+                shown, said = map(unique.image, query.images), map(unique.text, query.texts)
                 self.queries.append(Query(tuple(shown), tuple(said), query.label))
-        self._texts = list(texts)
+        self._texts = unique.texts
         digest = hashlib.sha256(repr((self._texts, self.queries)).encode())
-        self.latents = self._encode_images([image for _, image in images.values()], digest)
+        self.latents = self._encode_images(unique.images, digest)
         self.digest = digest.hexdigest()
         first = scorer.encode_texts(self._texts[:1])
-        self.unconditional = first.empty
+        self.unconditional = first.unconditional
         fits = len(self._texts) * first.states.states.nbytes <= _TEXT_BYTES
         self._states = scorer.encode_texts(self._texts, unconditional=False).states if fits else None
 
@@ -79,12 +77,12 @@ class Examples:
     def _encode_images(self, images: Sequence[ImageSource], digest: Any) -> Tensor:
         parts: list[Tensor] = []
         pixels: list[Tensor] = []
-        for number, image in decode(images, self._scorer.size):
+        for number, image in decode(images, self._scorer.engine.size):
             if isinstance(image, ImageError):
                 raise image
             digest.update(image.numpy().tobytes())
             pixels.append(image)
             if len(pixels) == _IMAGES_AT_ONCE or number == len(images) - 1:
-                parts.append(self._scorer.encode_images(pixels).cpu())
+                parts.append(self._scorer.engine.encode_images(pixels).cpu())
                 pixels = []
         return torch.cat(parts)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dsd_fast.jobs import locked, read_tensors, remove_stale, replacing, write_tensors
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.learned import own_model, put_lora
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -73,15 +73,16 @@ def save_locked(folder: Path, scorer: PairScorer, lora: str | None, adapter: Ada
 
 def save_official(folder: Path, scorer: PairScorer, lora: str) -> None:
     """See :meth:`dsd_fast.matching.Matcher.save_attn_procs`."""
-    from dsd_fast.models.attn_procs import to_official
-    from dsd_fast.models.lora import write_lora
+    from dsd_fast.models.lora import save_official_lora
 
-    write_lora(folder / LORA, to_official(scorer.model.unet, lora))
+    save_official_lora(scorer.model.unet, lora, folder / LORA)
 
 
 def others(scorer: PairScorer, lora: str | None) -> list[list[list[str | float]]]:
     """The adapters besides the matcher's own that its UNet and its text encoders are under: [name, strength] each."""
-    return [[[name, strength] for name, strength in found if name != lora] for found in scorer.strengths()]
+    return [
+        [[name, strength] for name, strength in found if name != lora] for found in scorer.engine.adapters.strengths()
+    ]
 
 
 def plain(value: Any) -> Any:
@@ -105,20 +106,20 @@ def load(
     _check_model(path, about["model"], model)
     adapter = about["adapter"]
     adapter = tuple(adapter) if isinstance(adapter, list) else adapter
-    base = PairScorer(model, replace(_config(about["config"]), memory_budget=memory_budget), adapter)
+    base = PairScorer.of(model, replace(_config(about["config"]), memory_budget=memory_budget), adapter)
     found = others(base, None)
     if found != about["strengths"]:
         warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {found}", stacklevel=3)
     prompt = None
     if about["prompt"]:
-        prompt, width = _tensors(path / PROMPT).get("prompt", torch.empty(0)), model.unet.config.cross_attention_dim
+        prompt, width = _tensors(path / PROMPT).get("prompt", torch.empty(0)), model.text_width
         if prompt.ndim != 2 or prompt.shape[1] != width:
             raise ValueError(f"folder: {path / PROMPT} has shape {tuple(prompt.shape)}, expected (n, {width})")
     if about["lora"]:
         own, name = put_lora(base, _tensors(path / LORA, "unet."), f"LoRA {str(path / LORA)!r}")
-        return PairScorer(own, base.config, prompt=prompt, like=base), name, adapter
+        return PairScorer(base.engine.with_unet(own), base.config, prompt), name, adapter
     if prompt is not None:
-        base = PairScorer(own_model(base), base.config, prompt=prompt, like=base)
+        base = PairScorer(base.engine.with_unet(own_model(base)), base.config, prompt)
     return base, None, adapter
 
 

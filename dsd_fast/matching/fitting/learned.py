@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dsd_fast.matching.fitting.config import FitConfig
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.models.private import private
 from dsd_fast.unet.adapters import activate, active_names, adapter_names
 
@@ -57,7 +57,7 @@ class Learned:
         if "lora" in methods:
             self._learn_lora(model.unet, fit)
         prompt = self._learn_prompt(fit) if "prompt" in methods else base.prompt
-        self.scorer = PairScorer(model, config, prompt=prompt, like=base)
+        self.scorer = PairScorer(base.engine.with_unet(model), config, prompt)
         if "heads" in methods:
             self._learn_heads()
 
@@ -118,9 +118,7 @@ class Learned:
         config, prompt = self._base.config, self.scorer.prompt
         if "heads" in self.parameters:
             config = replace(config, layers={name: tuple(value.tolist()) for name, value in self.weights().items()})
-        return PairScorer(
-            self.scorer.model, config, prompt=None if prompt is None else prompt.detach(), like=self._base
-        )
+        return PairScorer(self.scorer.engine, config, None if prompt is None else prompt.detach())
 
     def dropout(self, training: bool) -> None:
         """Whether the LoRA leaves inputs out."""
@@ -133,7 +131,7 @@ def own_model(base: PairScorer, lora: str | None = None) -> Model:
 
     The base's adapters are active on it, as strong as the base has them.
     """
-    with base.plan.active():
+    with base.engine.adapters.active():
         unet = private(base.model.unet, lambda name: lora is not None and f".{lora}." in name)
     return base.model.with_unet(unet)
 

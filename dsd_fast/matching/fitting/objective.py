@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsd_fast.engine import Noised
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples, Query
-from dsd_fast.matching.pairs import PairScorer
-from dsd_fast.matching.texts import project
+from dsd_fast.matching.score import PairScorer, Terms
 
 
 @dataclass(frozen=True)
@@ -117,52 +117,35 @@ def scores(
         checkpoint: whether the network's activations are computed again for it.
         autocast: type that the network computes in; None: its own. What is made of its answers is float32 either way.
     """
-    model, config, plan = scorer.model, scorer.config, scorer.plan
-    device, schedule = plan.program.device, model.schedule
+    model, plan = scorer.model, scorer.plan
+    device, pairs = model.device, len(batch.latent_of)
     used, text_index = torch.unique(batch.text_of, return_inverse=True)
-    states = examples.states(used.tolist())
     free_latents = torch.nonzero(batch.free).flatten()
-    if len(free_latents):
-        assert examples.unconditional is not None
-        states = states.followed_by(examples.unconditional)
-        text_index = torch.cat([text_index, torch.full_like(free_latents, len(used))])
-    rows = torch.cat([batch.latent_of, free_latents])
-    clean = examples.latents[batch.image_of].to(device)
-    noise = batch.noise.to(device, torch.promote_types(clean.dtype, torch.float32))
-    noised = schedule.add_noise(clean.to(noise.dtype), noise, batch.times).to(plan.program.dtype)
+    texts = scorer.texts(examples.states(used.tolist()), examples.unconditional if len(free_latents) else None)
+    rows = torch.cat([batch.latent_of, free_latents])  # (R + free,)
+    text_index = torch.cat([text_index, torch.full_like(free_latents, len(used))])
+    clean = examples.latents[batch.image_of].to(device, model.dtype)
+    noised = Noised.rows(model.schedule, clean, batch.noise, batch.times)
     mixed = torch.autocast(device.type, autocast, enabled=autocast is not None)
     with torch.set_grad_enabled(through_network), mixed:
-        bare = int(len(free_latents) > 0)
         out = plan.run(
-            noised,
-            batch.times,
-            project(plan, states, tokens=config.tokens, prompt=scorer.prompt, bare=bare),
+            noised.latents,
+            noised.timesteps,
+            texts.keys(plan),
             latent_index=rows,
             text_index=text_index,
-            time_ids=model.time_ids(*scorer.size),
+            time_ids=model.time_ids(*scorer.engine.size),
             checkpoint=checkpoint,
         )
-    where = rows.to(device)
-    attention = torch.zeros(len(rows), device=device)
-    for name, weight in weights.items():
-        attention = attention + out.scores[name] @ weight.to(device, out.scores[name].dtype)
-    value = config.attention_weight * attention
-    if out.noise_pred is not None:
-        predicted = schedule.to_epsilon(
-            out.noise_pred.to(noise.dtype), noised[where].to(noise.dtype), batch.times[rows]
-        )
-        error = (noise[where] - predicted).flatten(1).norm(dim=1)
-        value = value - config.noise_weight * error
-    pairs = len(batch.latent_of)
-    result = value[:pairs]
+    terms = scorer.row_terms(out, noised, rows, weights)
+    free: list[Tensor] = []
     if len(free_latents):
-        # b_t = ‖ε − ε_∅‖ − ‖ε − ε_text‖: the unconditional error counts the other way round.
-        base = -value[pairs:] + (1 + config.official) * config.attention_weight * attention[pairs:]
         place = torch.full((len(batch.free),), -1)
         place[free_latents] = torch.arange(len(free_latents))
         own = place[batch.latent_of].to(device)
-        result = result + torch.where(own >= 0, base[own.clamp(min=0)], 0)
-    return result
+        free = [torch.where(own >= 0, value[pairs:][own.clamp(min=0)], 0) for value in terms]
+    attention, noise = Terms(*(value[:pairs] for value in terms), *free).parts(scorer.config)
+    return attention + noise
 
 
 def losses(values: Tensor, batch: Batch, fit: FitConfig) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -10,17 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dsd_fast.jobs import locked, remove_stale
+from dsd_fast.engine.fingerprint import model_settings
+from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
-from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, others, plain, save
+from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
 from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, FitRecord, Training
 from dsd_fast.matching.groups import Group
-from dsd_fast.matching.pairs import PairScorer
+from dsd_fast.matching.score import PairScorer
 
 Report = Callable[[int, float | None, FitRecord | None], None]
 
@@ -67,7 +64,7 @@ def fit(
             learned.scorer.plan.compile(runtime)
         prepared = Examples(learned.scorer, groups)
         checked = None if held_out is None else Examples(learned.scorer, held_out)
-        fingerprint = {} if out is None else _fingerprint(base, lora, adapter, methods, config, prepared, checked)
+        fingerprint = {} if out is None else _fingerprint(base, adapter, methods, config, prepared, checked)
         history = Training(learned, prepared, config, checked, fingerprint, out, report).run()
         scorer = learned.finished()
         if out is not None:
@@ -84,7 +81,6 @@ def _groups(name: str, given: Iterable[Any]) -> list[Group]:
 
 def _fingerprint(
     base: PairScorer,
-    lora: str | None,
     adapter: Adapter,
     methods: tuple[str, ...],
     config: FitConfig,
@@ -92,20 +88,15 @@ def _fingerprint(
     validation: Examples | None,
 ) -> dict[str, Any]:
     """All that changes the result; not the device, nor what only changes memory or time."""
-    model = base.model
     neutral = {"save_every", "checkpointing"}
     # Dropout draws for one micro-batch after the other.
     neutral |= set() if config.lora_dropout else {"micro_batch"}
     settings = {key: value for key, value in asdict(config).items() if key not in neutral}
     scoring = {key: value for key, value in asdict(base.config).items() if key != "memory_budget"}
-    before = [] if base.prompt is None else [base.prompt]
-    networks = (model.unet, model.vae, *model.text_encoders)
     found = {
-        "model": [model.name, model.revision, str(model.dtype)],
-        "weights": _digest([*before, *(p for network in networks for p in network.parameters())]),
-        "noise_schedule": [model.schedule.prediction_type, _digest([model.schedule.alphas_cumprod])],
+        **model_settings(base.engine),
+        "prompt": None if base.prompt is None else tensors_hash({"prompt": base.prompt}),
         "adapter": adapter,
-        "strengths": others(base, lora),
         "methods": methods,
         "examples": examples.digest,
         "validation": None if validation is None else validation.digest,
@@ -113,13 +104,6 @@ def _fingerprint(
         **{f"config.{key}": value for key, value in scoring.items()},
     }
     return {key: _plain(value) for key, value in found.items()}
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

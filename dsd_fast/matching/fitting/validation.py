@@ -9,7 +9,7 @@ import torch
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples, Query
 from dsd_fast.matching.fitting.objective import group_loss
-from dsd_fast.matching.pairs import Captions, PairScorer
+from dsd_fast.matching.score import PairScorer
 from dsd_fast.metrics import ranks
 
 # Texts whose keys are made together.
@@ -29,8 +29,8 @@ def validate(scorer: PairScorer, examples: Examples, fit: FitConfig) -> tuple[fl
             for text in query.texts
         ]
         image_of, text_of = torch.tensor(pairs).unbind(1)
-        captions = Captions(examples.states(texts), examples.unconditional)
-        values = scorer.score(examples.latents[images], captions, image_of, text_of)
+        encoded = scorer.texts(examples.states(texts), examples.unconditional)
+        values = scorer.score(examples.latents[images], encoded, image_of, text_of)
         sizes = [len(query.images) * len(query.texts) for query in queries]
         for query, own in zip(queries, torch.split(values, sizes), strict=True):
             right += int(ranks(own.numpy(), query.label)) == 1

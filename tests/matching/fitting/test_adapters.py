@@ -43,7 +43,7 @@ def test_an_adapter_counts_as_strong_as_the_matcher_has_it(adapted, adapter, met
         own.fit(groups(), method, config=STILL, progress=False)
         if adapter is None:
             assert torch.equal(own._scorer.prompt, vectors)
-        assert own._scorer.strengths() == [[("x", 0.5)], [("x", 0.5)]]
+        assert own._scorer.engine.adapters.strengths() == [[("x", 0.5)], [("x", 0.5)]]
         return
     own.fit(groups(), method, config=STILL, progress=False)
     # Weights of heads come back from a quotient: to a unit in the last place.
@@ -74,7 +74,7 @@ def test_loading_under_other_adapters_warns(adapted, tmp_path):
 def test_a_resumed_fit_notices_another_strength(adapted, tmp_path):
     matcher(adapted).fit(groups(), config=FIT, progress=False, out=tmp_path / "out")
     adapted.set_adapters("x", 0.25)
-    with pytest.raises(ValueError, match="differs in strengths"):
+    with pytest.raises(ValueError, match="differs in adapter_strengths, adapters"):
         matcher(adapted).fit(groups(), config=FIT, progress=False, out=tmp_path / "out")
 
 

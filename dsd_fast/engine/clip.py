@@ -1,4 +1,4 @@
-"""How far a generated picture is from its input, in the VAE's latent space and in CLIP's."""
+"""Pictures in the space of a model's CLIP."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 _BATCH = 4
 
 
-def latent_distance(latents: Tensor, target: Tensor) -> Tensor:
-    """Root mean square difference of scaled latents, (n, C, h, w) each, to (n,) float32.
-
-    Latents have about unit variance, so unrelated pictures are about √2 apart.
-    """
-    return (latents.float() - target.float()).square().flatten(1).mean(1).sqrt()
-
-
 class ClipSpace:
     """Embeds pictures with the model's CLIP.
 
-    Pixels are resized to CLIP's input (bicubic, with antialiasing, the whole picture) and normalised with the mean and
-    deviation of the preprocessor_config.json beside CLIP's weights, or with those of OpenAI's CLIP.
+    Pixels are resized to CLIP's input (bicubic, with antialiasing) and normalised with the mean and deviation of the
+    preprocessor_config.json beside CLIP's weights, or with those of OpenAI's CLIP.
 
     Args:
         model: with a `clip`.
+        resize: "whole" squeezes the whole picture into CLIP's square; "crop" resizes its shorter side and cuts out the
+            centre, as CLIP's own preprocessing does.
+
+    Raises:
+        ValueError: another `resize`.
     """
 
-    def __init__(self, model: Model) -> None:
-        self._model, self._clip = model, model.clip
+    def __init__(self, model: Model, *, resize: str = "whole") -> None:
+        if resize not in ("whole", "crop"):
+            raise ValueError(f"resize: got {resize!r}, expected 'whole' or 'crop'")
+        self._model, self._clip, self._crop = model, model.clip, resize == "crop"
         self._side = int(self._clip.config.vision_config.image_size)
         mean, std = _statistics(self._clip)
         weight = next(self._clip.parameters())
@@ -47,22 +46,25 @@ class ClipSpace:
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) in [−1, 1] to (n, E) float32 of unit length."""
-        x = (pixels.to(self._mean) + 1) / 2
-        if x.shape[-2:] != (self._side, self._side):
-            x = F.interpolate(x, (self._side, self._side), mode="bicubic", antialias=True).clamp(0, 1)
-        x = ((x - self._mean) / self._std).to(self._dtype)
-        embeds = self._clip.visual_projection(self._clip.vision_model(x).pooler_output)
+        embeds = self._clip.visual_projection(self._clip.vision_model(self.prepared(pixels)).pooler_output)
         return F.normalize(embeds.float(), dim=-1)
+
+    def prepared(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) in [−1, 1] as CLIP takes them, (n, 3, S, S) in its type."""
+        x, side = (pixels.to(self._mean) + 1) / 2, self._side
+        height, width = x.shape[-2:]
+        size = (side, side)
+        if self._crop:
+            size = (max(side, side * height // width), max(side, side * width // height))
+        if (height, width) != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (size[0] - side) // 2, (size[1] - side) // 2
+        return ((x[..., top : top + side, left : left + side] - self._mean) / self._std).to(self._dtype)
 
     def of_latents(self, latents: Tensor) -> Tensor:
         """(n, C, h, w) latents, decoded, to (n, E) float32 of unit length."""
         parts = (latents[start : start + _BATCH] for start in range(0, len(latents), _BATCH))
         return torch.cat([self.of_pixels(self._model.decode_latents(part)) for part in parts])
-
-
-def clip_distance(embeds: Tensor, target: Tensor) -> Tensor:
-    """1 − cosine of embeddings of unit length, (n, E) each, to (n,); 0 to 2."""
-    return 1 - (embeds * target).sum(-1)
 
 
 def _statistics(clip: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,24 +1,13 @@
-"""What an extraction's results depend on, by which a folder knows its own."""
+"""What of a model a job's results depend on, by which a folder knows its own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsd_fast.features.technique import Technique
+from dsd_fast.engine.engine import Engine
 from dsd_fast.jobs import row_id, tensors_hash, weights_hash
-from dsd_fast.unet.adapters import (
-    AdapterScope,
-    acting_tensors,
-    split_adapters,
-    strengths_by_layer,
-    strengths_summary,
-)
-
-if TYPE_CHECKING:
-    from dsd_fast.features.extractor import FeatureExtractor
+from dsd_fast.unet.adapters import acting_tensors, strengths_by_layer, strengths_summary
 
 # Of a network's config: how its file was made. The weights' hash knows the types.
 _OF_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -26,16 +15,14 @@ _OF_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 _FLEETING = ("<lambda>", "<locals>", " at 0x")
 
 
-def job_settings(
-    extractor: FeatureExtractor, technique: Technique, prompts: str | Sequence[str], seed: int, layout: str
-) -> dict[str, Any]:
-    """All that changes the files, as JSON, but for what the ids hold: the images, their names, prompts of their own.
+def model_settings(engine: Engine) -> dict[str, Any]:
+    """All of the engine's model that changes results, as JSON: networks, adapters, ControlNets, tokenizers, schedule.
 
     Raises:
         ValueError: a ControlNet's condition that has no lasting name; an adapter that is fused into the weights.
     """
-    model, config = extractor.model, extractor.settings()
-    for number, control in enumerate(technique.controls):
+    model = engine.model
+    for number, control in enumerate(engine.controls):
         condition = control.settings()["condition"]
         if condition is not None and any(mark in condition for mark in _FLEETING):
             raise ValueError(
@@ -44,16 +31,10 @@ def job_settings(
             )
     networks = {"unet": model.unet, "vae": model.vae}
     networks |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(model.text_encoders)}
-    networks |= {f"control_{number}": control.net for number, control in enumerate(technique.controls)}
-    unet, scopes = split_adapters(model.unet, model.text_encoders, technique.adapter)
-    with ExitStack() as entered:
-        for scope in [AdapterScope(model.unet, unet), *scopes]:
-            entered.enter_context(scope.active())
+    networks |= {f"control_{number}": control.net for number, control in enumerate(engine.controls)}
+    with engine.adapters.active():
         strengths = {name: strengths_by_layer(network) for name, network in networks.items()}
         weights = weights_hash(networks, acting_tensors)
-    pca = {
-        name: tensors_hash({"mean": each.mean, "components": each.components}) for name, each in extractor.pca.items()
-    }
     return {
         "model": model.name,
         "revision": model.revision,
@@ -61,19 +42,10 @@ def job_settings(
         "weights": weights,
         "configs": {name: _config_hash(network) for name, network in networks.items()},
         "tokenizers": [_tokenizer_hash(tokenizer) for tokenizer in model.tokenizers],
-        "adapters": {name: found for name, layers in strengths.items() if (found := strengths_summary(layers))},
+        "adapters": {name: told for name, layers in strengths.items() if (told := strengths_summary(layers))},
         "adapter_strengths": _hash(strengths),
         "prediction_type": model.schedule.prediction_type,
         "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
-        "scheduler": json.loads(json.dumps(model.scheduler_config, default=str))
-        if config["official_timesteps"]
-        else {},
-        **config,
-        "technique": {**config["technique"], "prompts": None},
-        "prompts": prompts if isinstance(prompts, str) else None,
-        "pca": pca,
-        "seed": seed,
-        "layout": layout,
     }
 
 

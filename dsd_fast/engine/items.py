@@ -1,4 +1,4 @@
-"""The inputs of an extraction into a folder, each with its id and its name."""
+"""The inputs of a job, each with its id and its name."""
 
 from __future__ import annotations
 

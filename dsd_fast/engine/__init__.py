@@ -1,0 +1,7 @@
+"""What stands between any method and the network: sizes, budgets, adapters, texts, latents, rows."""
+
+from dsd_fast.engine.engine import Engine
+from dsd_fast.engine.latents import Noised, draw_noise, noised
+from dsd_fast.engine.texts import Texts
+
+__all__ = ["Engine", "Noised", "Texts", "draw_noise", "noised"]

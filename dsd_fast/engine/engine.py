@@ -1,0 +1,278 @@
+"""A model as methods use it: sizes, budget, adapters, ControlNets, then any number of texts, images and rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsd_fast.diffusion import Predict
+from dsd_fast.engine.adapters import Adapters
+from dsd_fast.engine.texts import Texts
+from dsd_fast.models.batches import encode_within
+from dsd_fast.models.controlnet import Control, check_controls, control_residuals
+from dsd_fast.models.prompts import PromptStates
+from dsd_fast.unet import Output, Plan, UNetProgram
+from dsd_fast.unet.checks import upload
+from dsd_fast.unet.stream import default_budget, rows_at_once
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Noised latents held at once: enough images to fill any micro-batch, whatever the number of images given.
+_LATENT_BYTES = 64 << 20
+# Micro-batches computed together: enough that a partly filled last one costs little, few enough that results come soon.
+_MICRO_BATCHES = 4
+# Requests whose text states are remembered: the techniques of one chunk of images.
+_REMEMBERED = 7
+
+
+class Engine:
+    """One model under some adapters and ControlNets, at one image size and within one memory budget.
+
+    Args:
+        model: from :func:`dsd_fast.load` or :func:`dsd_fast.from_pipeline`.
+        adapter: names of the adapters active during its calls, in the UNet and the text encoders, () for none; None
+            leaves the model as it stands at each call.
+        image_size: (height, width) in pixels; the model's own if None.
+        memory_budget: bytes, see :meth:`dsd_fast.unet.plan.Plan.stream`.
+        controls: ControlNets, whose residuals are summed.
+
+    Attributes:
+        program: the UNet's.
+        adapters: see :class:`~dsd_fast.engine.adapters.Adapters`.
+        size, latent_size: (height, width) of images in pixels, and of their latents.
+
+    Raises:
+        ValueError: an adapter that the model does not have; a size that is no multiple of the VAE's factor.
+        ModelError: a ControlNet that does not fit the UNet.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        adapter: str | Sequence[str] | None = None,
+        *,
+        image_size: tuple[int, int] | None = None,
+        memory_budget: int | None = None,
+        controls: Sequence[Control] = (),
+    ) -> None:
+        self.size = image_size or model.image_size
+        self.latent_size = model.latent_size(self.size)
+        self.memory_budget = memory_budget
+        self._remembered: list[tuple[tuple[object, ...], PromptStates]] = []
+        self._join(model, UNetProgram(model.unet), Adapters(model.unet, model.text_encoders, adapter), controls)
+
+    def _join(self, model: Model, program: UNetProgram, adapters: Adapters, controls: Sequence[Control]) -> None:
+        check_controls(controls, model)
+        self.model, self.program, self.adapters, self.controls = model, program, adapters, tuple(controls)
+        self._noise_plan = self.plan(noise_pred=True)
+
+    def under(self, adapter: str | Sequence[str] | None, controls: Sequence[Control] = ()) -> Engine:
+        """The same engine under other adapters and ControlNets; text states are shared where the encoders' are equal.
+
+        Raises:
+            ValueError: an adapter that the model does not have.
+            ModelError: a ControlNet that does not fit the UNet.
+        """
+        adapters = Adapters(self.model.unet, self.model.text_encoders, adapter)
+        return self._view(self.model, self.program, adapters, controls)
+
+    def with_unet(self, model: Model) -> Engine:
+        """The same engine on a model that shares all but the UNet, of which the adapters active at each call count."""
+        return self._view(model, UNetProgram(model.unet), self.adapters.with_unet(model.unet), self.controls)
+
+    def _view(self, model: Model, program: UNetProgram, adapters: Adapters, controls: Sequence[Control]) -> Engine:
+        other = Engine.__new__(Engine)
+        other.size, other.latent_size, other.memory_budget = self.size, self.latent_size, self.memory_budget
+        other._remembered = self._remembered
+        other._join(model, program, adapters, controls)
+        return other
+
+    def compile(self, runtime: str) -> None:
+        """From now on :meth:`predict` runs compiled, see :meth:`dsd_fast.unet.plan.Plan.compile`."""
+        self._noise_plan.compile(runtime)
+
+    @property
+    def memory(self) -> int:
+        """The memory budget in bytes; the device's default where none was given."""
+        return default_budget(self.model.device) if self.memory_budget is None else self.memory_budget
+
+    def plan(
+        self,
+        *,
+        features: Sequence[str] = (),
+        scores: Sequence[str] = (),
+        maps: Sequence[str] = (),
+        noise_pred: bool = False,
+        pool: str | float = "mean",
+    ) -> Plan:
+        """A cut through the network under the engine's adapters, see :meth:`UNetProgram.plan`."""
+        return self.program.plan(
+            features=features, scores=scores, maps=maps, noise_pred=noise_pred, pool=pool, adapter=self.adapters.unet
+        )
+
+    def encode_prompts(self, prompts: Sequence[str] | None) -> PromptStates:
+        """Text states of M prompts, or of the absent one for None, under the engine's adapters; no gradients.
+
+        Raises:
+            ValueError: a prompt that is not a string or is longer than the encoder's limit.
+        """
+        with self.adapters.active(texts_only=True), torch.no_grad():
+            return self.model.encode_unconditional() if prompts is None else self.model.encode_prompts(prompts)
+
+    def texts(self, prompts: Sequence[str | None]) -> tuple[Texts, Tensor]:
+        """The different ones of n prompts, in the UNet's type, and (n,) int64, the number of each; None is the absent.
+
+        The states of those met last are remembered. :meth:`forget` is to be called at each request: the encoders, or
+        their adapters, may have changed since.
+        """
+        used = tuple(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
+        place: dict[str | None, int] = {None: len(used), **{prompt: number for number, prompt in enumerate(used)}}
+        numbers = torch.tensor([place[prompt] for prompt in prompts], dtype=torch.int64)
+        absent = self._remembered_states(None) if None in prompts else None
+        return Texts(self._remembered_states(used), absent), numbers
+
+    def _remembered_states(self, prompts: tuple[str, ...] | None) -> PromptStates:
+        key = (prompts, self.adapters.of_texts)
+        states = next((known for other, known in tuple(self._remembered) if other == key), None)
+        if states is None:
+            states = self.encode_prompts(prompts).to(self.model.device)
+            # A pipeline's text encoders may have another type than its UNet.
+            pooled = None if states.pooled is None else states.pooled.to(self.model.dtype)
+            states = replace(states, states=states.states.to(self.model.dtype), pooled=pooled)
+            # In one statement, for other threads read the list: the oldest goes.
+            self._remembered[:] = [*self._remembered[-_REMEMBERED:], (key, states)]
+        return states
+
+    def forget(self) -> None:
+        """From now on prompts are encoded anew."""
+        self._remembered.clear()
+
+    def encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
+        """(n, C, h, w) clean latents of n images, each (3, height, width) in [−1, 1], a few at a time; no gradients."""
+        return encode_within(self.model, pixels, self.memory)
+
+    def images_held(self, latents: int) -> int:
+        """How many images may be noised together, to ``latents`` latents each."""
+        height, width = self.latent_size
+        return max(1, _LATENT_BYTES // (latents * self.program.latent_channels * height * width * 4))
+
+    def images_together(self, plan: Plan, rows: int, tokens: int) -> int:
+        """How many images of ``rows`` rows each, texts of ``tokens`` tokens, make a few full micro-batches of a plan.
+
+        Raises:
+            ValueError: a memory budget that does not hold one row.
+        """
+        at_once = rows_at_once(plan, *self.latent_size, tokens, memory_budget=self.memory_budget)
+        return max(1, -(-_MICRO_BATCHES * at_once // rows))
+
+    def rows(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        texts: Texts,
+        text_of: Tensor,
+        *,
+        latent_of: Tensor | None = None,
+        map_tokens: Tensor | Sequence[int] | None = None,
+        conditions: Sequence[Tensor] = (),
+        condition_of: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Output]]:
+        """Any number of rows through a plan, in micro-batches: (rows, output) as :meth:`Plan.stream` yields them.
+
+        Args:
+            plan: from :meth:`plan`.
+            latents: (P, C, h, w) as the UNet sees them, on its device and in its type.
+            timesteps: (P,) on the CPU.
+            texts: of all rows.
+            text_of: (B,) int64 on the CPU, the text of each row by its number.
+            latent_of: (B,) int64 on the CPU, the latent of each row; row b is latent b if None.
+            map_tokens: (n,) token positions for the plan's maps.
+            conditions: (N, 3, H, W) in [0, 1] for each of the engine's ControlNets; without any they take no part.
+            condition_of: (B,) int64 on the CPU, the condition of each row.
+        """
+        size: tuple[int, int] = (latents.shape[-2], latents.shape[-1])
+        latent_of = torch.arange(len(latents)) if latent_of is None else latent_of
+        ids = self.model.time_ids(*(side * self.model.vae_scale_factor for side in size))
+        stream = partial(plan.stream, latents, timesteps, time_ids=ids, memory_budget=self.memory_budget)
+        if conditions:
+            states = texts.chosen().to(latents.device)
+            residuals_of = partial(
+                control_residuals,
+                self.controls,
+                conditions,
+                latents,
+                timesteps.to(latents.device),
+                states.states,
+                pooled=states.pooled,
+                time_ids=ids,
+            )
+        for keys, chosen, own in texts.groups(plan, text_of, size, self.memory_budget):
+            at_once, residuals = len(chosen), None
+            if conditions:
+                at_once = self._controlled_rows(latents, texts.tokens, 0 if keys is None else plan.text_bytes(keys))
+            for start in range(0, len(chosen), max(1, at_once)):
+                rows, local = chosen[start : start + at_once], own[start : start + at_once]
+                if conditions:
+                    condition_index = None if condition_of is None else condition_of[rows]
+                    with torch.no_grad():
+                        residuals = residuals_of(
+                            latent_index=latent_of[rows], text_index=text_of[rows], condition_index=condition_index
+                        )
+                batches = stream(
+                    keys,
+                    latent_index=latent_of[rows],
+                    text_index=None if keys is None else local,
+                    residuals=residuals,
+                    map_tokens=None if keys is None else map_tokens,
+                )
+                for part, out in batches:
+                    yield rows[part], out
+
+    def predict(
+        self,
+        texts: Texts,
+        text_of: Tensor,
+        *,
+        conditions: Sequence[Tensor] = (),
+        condition_of: Tensor | None = None,
+    ) -> Predict:
+        """The model's output for B latents at one timestep, as samplers and inversions ask for it; no gradients.
+
+        Keys and values are made once for all timesteps where they fit the budget.
+
+        Args:
+            texts, text_of, conditions, condition_of: as for :meth:`rows`.
+        """
+
+        def output(latents: Tensor, t: float) -> Tensor:
+            result = torch.empty_like(latents)
+            times = torch.full((len(latents),), t)
+            for rows, out in self.rows(
+                self._noise_plan, latents, times, texts, text_of, conditions=conditions, condition_of=condition_of
+            ):
+                assert out.noise_pred is not None
+                result[upload(rows, result.device)] = out.noise_pred
+            return result
+
+        return output
+
+    def _controlled_rows(self, latents: Tensor, tokens: int, keys: int) -> int:
+        """Rows whose residuals are made together.
+
+        A ControlNet holds what the whole network's first half does, whatever the plan's end, and its residuals before
+        and after their scaling; those of all nets so far are held besides, and the plan takes copies of its own rows'.
+        """
+        height, width = latents.shape[-2:]
+        shapes = self.program.residual_shapes(height, width)
+        residuals = (3 + min(len(self.controls), 2)) * sum(map(math.prod, shapes)) * latents.itemsize
+        return rows_at_once(
+            self._noise_plan, height, width, tokens, keys=keys, residuals=residuals, memory_budget=self.memory_budget
+        )

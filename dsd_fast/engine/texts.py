@@ -1,0 +1,122 @@
+"""The texts of a request: their states, and the keys and values that a plan's cross-attentions read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsd_fast.models.prompts import PromptStates
+from dsd_fast.unet import Plan, TextKV
+from dsd_fast.unet.stream import default_budget
+
+
+class Texts:
+    """M encoded texts and, as number M, the unconditional one if there is one.
+
+    Keys and values that fit a budget together are made once for each plan and kept.
+
+    Args:
+        states: of the M texts, on any device; a request of very many holds them in host memory.
+        unconditional: the absent text, M = 1.
+        vectors: (n, E) learned vectors that follow the tokens of each text but the unconditional one, or None.
+        scored: keys that count in scores: "all", or "real", begin, words, end and learned vectors without padding.
+    """
+
+    def __init__(
+        self,
+        states: PromptStates,
+        unconditional: PromptStates | None = None,
+        *,
+        vectors: Tensor | None = None,
+        scored: str = "all",
+    ) -> None:
+        self.states, self.unconditional = states, unconditional
+        self._vectors, self._scored = vectors, scored
+        self._kept: dict[Plan, TextKV] = {}
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.states)
+
+    @property
+    def tokens(self) -> int:
+        """Keys of each text: its tokens, padding included, and the learned vectors."""
+        return int(self.states.states.shape[1]) + (0 if self._vectors is None else len(self._vectors))
+
+    def fits(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
+        """Whether the keys of all texts are held at once; see :meth:`groups`."""
+        return plan in self._kept or self._at_once(plan, size, memory_budget) >= self._count
+
+    def chosen(self, numbers: Tensor | None = None) -> PromptStates:
+        """The states of texts by ascending numbers, all of them by default, the unconditional one last."""
+        states, last = self.states, self.unconditional
+        if numbers is not None:
+            last = last if len(numbers) and int(numbers[-1]) == len(self) else None
+            states = states[numbers[: len(numbers) - (last is not None)]]
+        return states if last is None else states.followed_by(last)
+
+    def keys(self, plan: Plan, numbers: Tensor | None = None) -> TextKV:
+        """Keys and values of texts by ascending numbers for a plan's layers, once per text; differentiable."""
+        states = self.chosen(numbers)
+        bare = len(states) - int(self.unconditional is not None and (numbers is None or int(numbers[-1]) == len(self)))
+        device, dtype = plan.program.device, plan.program.dtype
+        values = states.states.to(device, dtype)
+        count, length, _ = values.shape
+        real = torch.arange(length) < states.lengths[:, None]
+        lengths = None
+        if self._vectors is not None:
+            added = len(self._vectors)
+            values = torch.cat([values, self._vectors.to(device, dtype).expand(count, -1, -1)], dim=1)
+            real = torch.cat([real, real.new_ones(count, added)], dim=1)
+            if bare < count:
+                lengths = torch.tensor([length + added] * bare + [length] * (count - bare))
+        pooled = None if states.pooled is None else states.pooled.to(device, dtype)
+        scored = real if self._scored == "real" else None
+        return plan.encode_text(values, pooled=pooled, score_mask=scored, lengths=lengths)
+
+    def groups(
+        self, plan: Plan, text_of: Tensor, size: tuple[int, int], memory_budget: int | None
+    ) -> Iterator[tuple[TextKV | None, Tensor, Tensor]]:
+        """The rows of each group of texts whose keys and values take half the budget and leave a row room.
+
+        Args:
+            plan: whose layers read them; one that stops before any text is read has one group without keys.
+            text_of: (B,) int64 on the CPU, the number of each row's text.
+            size: (h, w) of the latents.
+            memory_budget: bytes, see :meth:`Plan.stream`.
+
+        Yields:
+            (keys and values of the group's texts, numbers of its rows, and for each of those its text in the group).
+        """
+        every = torch.arange(len(text_of))
+        if plan.boundary == len(plan.steps):
+            yield None, every, text_of
+            return
+        if self.fits(plan, size, memory_budget):
+            if plan not in self._kept:
+                with torch.no_grad():
+                    self._kept[plan] = self.keys(plan)
+            yield self._kept[plan], every, text_of
+            return
+        at_once = self._at_once(plan, size, memory_budget)
+        used, place = torch.unique(text_of, return_inverse=True)
+        for start in range(0, len(used), at_once):
+            rows = torch.nonzero((place >= start) & (place < start + at_once)).flatten()
+            with torch.no_grad():
+                keys = self.keys(plan, used[start : start + at_once])
+            yield keys, rows, place[rows] - start
+
+    @property
+    def _count(self) -> int:
+        return len(self) + int(self.unconditional is not None)
+
+    def _at_once(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> int:
+        program = plan.program
+        names = (*plan.key_layers, *plan.value_layers)
+        width: int = sum(program.attention(name).inner_dim for name in names)
+        budget = default_budget(program.device) // 2
+        if memory_budget is not None:
+            budget = min(memory_budget // 2, memory_budget - plan.run_bytes(1, *size, self.tokens))
+        return max(1, budget // max(1, width * self.tokens * program.dtype.itemsize))
