@@ -4,7 +4,8 @@ from dsd_fast.features.amalgamation import Amalgamation
 from dsd_fast.features.attention import AttentionTap
 from dsd_fast.features.config import FeatureConfig
 from dsd_fast.features.export import Exported, extract_to
-from dsd_fast.features.extractor import Extracted, FeatureExtractor
+from dsd_fast.features.extraction import Extracted
+from dsd_fast.features.extractor import FeatureExtractor
 from dsd_fast.features.layers import SETS, layer_set
 from dsd_fast.features.pca import PCA, Moments
 from dsd_fast.features.technique import Technique

@@ -18,12 +18,12 @@ import torch
 from dsd_fast.engine.fingerprint import model_settings
 from dsd_fast.engine.items import COLUMNS, Item, Items, Names, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
+from dsd_fast.features.extraction import Extracted, Extraction
 from dsd_fast.features.host import on_host
 from dsd_fast.images import ImageSource
 from dsd_fast.jobs import Counts, Job, read_index, tensors_hash
 
 if TYPE_CHECKING:
-    from dsd_fast.features.extractor import Extracted, FeatureExtractor
     from dsd_fast.features.technique import Technique
 
 KIND = "features"
@@ -57,7 +57,7 @@ class Exported:
 
 
 def extract_to(
-    extractor: FeatureExtractor,
+    extractor: Extraction,
     folder: str | os.PathLike[str],
     images: Iterable[ImageSource],
     prompts: str | Sequence[str] = "",
@@ -177,7 +177,7 @@ def extract_to(
 
 
 def job_settings(
-    extractor: FeatureExtractor, technique: Technique, prompts: str | Sequence[str], seed: int, layout: str
+    extractor: Extraction, technique: Technique, prompts: str | Sequence[str], seed: int, layout: str
 ) -> dict[str, Any]:
     """All that changes the files, as JSON, but for what the ids hold: the images, their names, prompts of their own.
 
@@ -240,7 +240,7 @@ def _own_prompts(technique: Technique, prompts: str | Sequence[str]) -> tuple[Te
     return replace(technique, prompts=None), technique.prompts
 
 
-def _rows_of_a_shard(extractor: FeatureExtractor) -> int:
+def _rows_of_a_shard(extractor: Extraction) -> int:
     """A power of two, which the images extracted together divide."""
     config = extractor.config
     dtype = extractor.model.dtype if config.dtype is None else getattr(torch, config.dtype)
@@ -251,7 +251,7 @@ def _rows_of_a_shard(extractor: FeatureExtractor) -> int:
     return 1 << (max(1, min(_MOST_ROWS, size // row)).bit_length() - 1)
 
 
-def _images_at_once(extractor: FeatureExtractor, technique: Technique, rows: int) -> int:
+def _images_at_once(extractor: Extraction, technique: Technique, rows: int) -> int:
     """As many as divide a shard: one that is begun anew then has the batches that it had.
 
     On a CPU it then has the same bits, too; a GPU's kernels need not add in the same order in every run.

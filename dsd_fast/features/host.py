@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dsd_fast.features.extractor import Extracted
+from dsd_fast.features.extraction import Extracted
 
 
 def on_host(chunks: Iterator[Extracted]) -> Iterator[tuple[Extracted, list[bool]]]:

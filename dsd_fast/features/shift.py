@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsd_fast.features.extractor import FeatureExtractor, raise_first
+from dsd_fast.features.extraction import raise_first
+from dsd_fast.features.extractor import FeatureExtractor
 from dsd_fast.features.inputs import Inputs, Prompts
 from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.features.technique import Technique

@@ -212,7 +212,9 @@ class Model:
             ModelError: no such file, a pickle (.bin, .pt, .ckpt), a name already taken, or weights that do not fit.
         """
         load_lora(
-            self,
+            self.to_pipeline(),
+            self.text_encoders,
+            self.name,
             source,
             name,
             weight_name,

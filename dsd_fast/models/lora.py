@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,16 +18,15 @@ from dsd_fast.models.hub import download_file
 from dsd_fast.models.kohya import KohyaLora, from_kohya, is_kohya
 from dsd_fast.models.private import private
 
-if TYPE_CHECKING:
-    from dsd_fast.models.bundle import Model
-
 _DEFAULT_NAME = "pytorch_lora_weights.safetensors"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def load_lora(
-    model: "Model",
+    pipe: Any,
+    text_encoders: Sequence[Any],
+    label: str,
     source: str | os.PathLike[str],
     name: str,
     weight_name: str | None = None,
@@ -35,25 +34,30 @@ def load_lora(
     local_files_only: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> None:
-    """See `Model.load_lora`."""
+    """See `Model.load_lora`.
+
+    Args:
+        pipe: a stock pipeline on the model's networks.
+        text_encoders: the model's, in order.
+        label: the model's name in errors.
+    """
     from safetensors.torch import load_file
 
     if not name or "." in name:
         raise ModelError(f"adapter name is {name!r}, expected a non-empty name without a dot")
-    networks = (model.unet, *model.text_encoders)
+    networks = (pipe.unet, *text_encoders)
     if any(name in getattr(network, "peft_config", {}) for network in networks):
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
     file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
     what = f"LoRA {str(file)!r}"
     kind = _kind(file)
     if kind == "official":
-        put_unet_lora(model.unet, from_official(load_file(file), model.unet, what), name, what)
+        put_unet_lora(pipe.unet, from_official(load_file(file), pipe.unet, what), name, what)
         return
-    pipe = model.to_pipeline()
-    kohya = from_kohya(load_file(file), model.unet, model.text_encoders, what) if kind == "kohya" else None
-    with _adding(name, networks, pipe.delete_adapters, f"{what} cannot be loaded into {model.name!r}"):
+    kohya = from_kohya(load_file(file), pipe.unet, text_encoders, what) if kind == "kohya" else None
+    with _adding(name, networks, pipe.delete_adapters, f"{what} cannot be loaded into {label!r}"):
         if kohya is not None:
-            _put_kohya(pipe, model, *kohya, name)
+            _put_kohya(pipe, text_encoders, *kohya, name)
         else:
             pipe.load_lora_weights(
                 str(file.parent),
@@ -63,7 +67,7 @@ def load_lora(
                 local_files_only=True,
             )
     if not any(name in getattr(network, "peft_config", {}) for network in networks):
-        raise ModelError(f"{what} has no weights for the UNet or the text encoders of {model.name!r}")
+        raise ModelError(f"{what} has no weights for the UNet or the text encoders of {label!r}")
 
 
 def put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str) -> None:
@@ -180,11 +184,11 @@ def _write(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] 
         stream.write(save(values, {"format": "pt", **(header or {})}))
 
 
-def _put_kohya(pipe: Any, model: "Model", unet: KohyaLora, texts: Sequence[KohyaLora], name: str) -> None:
+def _put_kohya(pipe: Any, text_encoders: Sequence[Any], unet: KohyaLora, texts: Sequence[KohyaLora], name: str) -> None:
     if unet.ranks:
         settings = lora_settings(unet.ranks)
-        model.unet.load_lora_adapter(dict(unet.weights), prefix=None, adapter_name=name, metadata=settings)
-    for encoder, part in zip(model.text_encoders, texts, strict=True):
+        pipe.unet.load_lora_adapter(dict(unet.weights), prefix=None, adapter_name=name, metadata=settings)
+    for encoder, part in zip(text_encoders, texts, strict=True):
         if part.ranks:
             pipe.load_lora_into_text_encoder(
                 {f"text_encoder.{key}": value for key, value in part.weights.items()},

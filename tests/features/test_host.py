@@ -3,7 +3,7 @@
 import torch
 
 from dsd_fast.features import host
-from dsd_fast.features.extractor import Extracted
+from dsd_fast.features.extraction import Extracted
 from dsd_fast.images import ImageError
 
 
