@@ -180,9 +180,10 @@ class PairScorer:
         ):
             found[:, upload(rows, device)] = torch.stack(self.row_terms(out, noised, latent_of[rows], self.weights))
         attention, error = found.cpu().double()
-        free = [value[pairs * steps :].view(-1, steps)[image_of] for value in (attention, error)]
-        whole = [value[: pairs * steps].view(pairs, steps) for value in (attention, error)]
-        return Terms(*whole, *([] if texts.unconditional is None else free))
+        terms = [value[: pairs * steps].view(pairs, steps) for value in (attention, error)]
+        if texts.unconditional is not None:
+            terms += [value[pairs * steps :].view(images, steps)[image_of] for value in (attention, error)]
+        return Terms(*terms)
 
     def row_terms(
         self, out: Output, noised: Noised, rows: Tensor, weights: Mapping[str, Tensor]

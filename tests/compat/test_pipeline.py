@@ -386,7 +386,7 @@ def test_each_thing_is_computed_once(stock, pipe, monkeypatch):
         "vae": 2,
         "text encoder": 2 + 1,
     }
-    monkeypatch.setattr("dsd_fast.matching.pairs._LATENT_BYTES", 1)
+    monkeypatch.setattr("dsd_fast.engine.engine._LATENT_BYTES", 1)
     with Counted(stock) as seen:
         torch.testing.assert_close(pipe(**options), whole, rtol=1e-5, atol=1e-5)
     assert seen["vae"] == 2
