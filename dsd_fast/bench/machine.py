@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from dsd_fast import __version__
+from dsd_fast.bench.checkout import ROOT
 from dsd_fast.models.mini import path
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 _DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
 
@@ -74,9 +73,9 @@ def environment() -> str:
 
 def commit() -> tuple[str | None, bool | None]:
     """The commit of the source tree that runs and whether it has changes; (None, None) outside a repository."""
-    if not (_ROOT / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None, None
-    head, status = _run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]), _run(["git", "-C", str(_ROOT), *_STATUS])
+    head, status = _run(["git", "-C", str(ROOT), "rev-parse", "HEAD"]), _run(["git", "-C", str(ROOT), *_STATUS])
     return (None, None) if head is None or status is None else (head, bool(status))
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import dsd_fast as dsd
-from dsd_fast.bench.suites import mini_card
-from dsd_fast.bench.suites.mini_card import captions, judge, pictures, probes
+from benchmarks.suites import mini_card
+from benchmarks.suites.mini_card import captions, judge, pictures, probes
 from dsd_fast.bench.suites.shared import middles, rivals
 from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.metrics import wilson

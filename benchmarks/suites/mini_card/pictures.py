@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 from rich.progress import track
 from torch import nn
 
+from benchmarks.suites.mini_card.judge import Seen, look, to_bytes
 from dsd_fast.bench.case import Figure
-from dsd_fast.bench.suites.mini_card.judge import Seen, look, to_bytes
 from dsd_fast.diffusion import noise
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, caption, digit

@@ -37,7 +37,7 @@ def _slug(group: str) -> str:
 
 
 def _judge(context: Context) -> Any:
-    from dsd_fast.bench.suites.mini_card.judge import judge
+    from benchmarks.suites.mini_card.judge import judge
 
     model = mini(context)
     return context.shared("judge", lambda: judge(model.vae).to(model.device))
@@ -47,7 +47,7 @@ def _scenes(group: str, steps: int) -> Quality:
     name = f"captions/{_slug(group)}/{steps}"
 
     def measure(context: Context) -> Sequence[Figure]:
-        from dsd_fast.bench.suites.mini_card.captions import scenes
+        from benchmarks.suites.mini_card.captions import scenes
 
         return scenes(mini(context), steps, N, group, _GROUPS[group], FLOORS.get(name))
 
@@ -58,7 +58,7 @@ def _digits(steps: int) -> Quality:
     name = f"captions/digits/{steps}"
 
     def measure(context: Context) -> Sequence[Figure]:
-        from dsd_fast.bench.suites.mini_card.captions import digits
+        from benchmarks.suites.mini_card.captions import digits
 
         return digits(mini(context), steps, floor=FLOORS.get(name))
 
@@ -69,7 +69,7 @@ def _one_object(group: str) -> Quality:
     name = f"pictures/one-object/{_slug(group)}"
 
     def measure(context: Context) -> Sequence[Figure]:
-        from dsd_fast.bench.suites.mini_card.pictures import one_object
+        from benchmarks.suites.mini_card.pictures import one_object
 
         return one_object(mini(context), _judge(context), N, f"one object, {group}", _GROUPS[group], FLOORS.get(name))
 
@@ -77,19 +77,19 @@ def _one_object(group: str) -> Quality:
 
 
 def _two_objects(context: Context) -> Sequence[Figure]:
-    from dsd_fast.bench.suites.mini_card.pictures import two_objects
+    from benchmarks.suites.mini_card.pictures import two_objects
 
     return two_objects(mini(context), _judge(context), N)
 
 
 def _digit_pictures(context: Context) -> Sequence[Figure]:
-    from dsd_fast.bench.suites.mini_card.pictures import digit_pictures
+    from benchmarks.suites.mini_card.pictures import digit_pictures
 
     return digit_pictures(mini(context), _judge(context))
 
 
 def _judge_itself(context: Context) -> Sequence[Figure]:
-    from dsd_fast.bench.suites.mini_card.pictures import judge_itself
+    from benchmarks.suites.mini_card.pictures import judge_itself
 
     return judge_itself(mini(context), _judge(context), N)
 
@@ -98,7 +98,7 @@ def _probe(what: str, timestep: int) -> Quality:
     name = f"probe/{what}/{timestep}"
 
     def measure(context: Context) -> Sequence[Figure]:
-        from dsd_fast.bench.suites.mini_card.probes import probe
+        from benchmarks.suites.mini_card.probes import probe
 
         return [probe(mini(context), what, timestep, N, floor=FLOORS.get(name))]
 
@@ -106,14 +106,14 @@ def _probe(what: str, timestep: int) -> Quality:
 
 
 def _pointing(context: Context) -> Sequence[Figure]:
-    from dsd_fast.bench.suites.mini_card.captions import pointing
+    from benchmarks.suites.mini_card.captions import pointing
 
     return pointing(mini(context), N)
 
 
 def _content_shift(timestep: int) -> Quality:
     def measure(context: Context) -> Sequence[Figure]:
-        from dsd_fast.bench.suites.mini_card.probes import content_shift
+        from benchmarks.suites.mini_card.probes import content_shift
 
         return content_shift(mini(context), timestep, N)
 
@@ -121,7 +121,7 @@ def _content_shift(timestep: int) -> Quality:
 
 
 def _reconstruction(context: Context) -> Sequence[Figure]:
-    from dsd_fast.bench.suites.mini_card.probes import reconstruction
+    from benchmarks.suites.mini_card.probes import reconstruction
 
     return [reconstruction(mini(context), N)]
 

@@ -11,26 +11,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from benchmarks.suites.feature_quality.conditions import CONDITIONS, Condition
 from dsd_fast.bench.case import Context, Figure, Group, Quality, Suite
-from dsd_fast.bench.suites.feature_quality.conditions import CONDITIONS, Condition
 
 __all__ = ["suite"]
 
 
 def _measured(condition: Condition, context: Context) -> list[Figure]:
-    from dsd_fast.bench.suites.feature_quality.figures import measured
+    from benchmarks.suites.feature_quality.figures import measured
 
     return measured(condition, context)
 
 
 def _shifted(condition: Condition, context: Context) -> list[Figure]:
-    from dsd_fast.bench.suites.feature_quality.shift import shifted
+    from benchmarks.suites.feature_quality.shift import shifted
 
     return shifted(condition, context)
 
 
 def _correlations(context: Context) -> list[Figure]:
-    from dsd_fast.bench.suites.feature_quality.shift import correlations
+    from benchmarks.suites.feature_quality.shift import correlations
 
     return correlations(context)
 
