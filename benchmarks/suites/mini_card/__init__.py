@@ -6,10 +6,13 @@ Nothing is timed here, so it may run beside other work; what matching costs is i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from torch import nn
+
+from benchmarks.suites.mini_card import captions, judge, pictures, probes
 from dsd_fast.bench.case import Context, Figure, Group, Quality, Suite
 from dsd_fast.bench.suites.shared import mini
+from dsd_fast.models.mini import path
 
 __all__ = ["FLOORS", "N", "suite"]
 
@@ -36,99 +39,39 @@ def _slug(group: str) -> str:
     return group.replace(" ", "-")
 
 
-def _judge(context: Context) -> Any:
-    from benchmarks.suites.mini_card.judge import judge
-
+def _judge(context: Context) -> nn.Module:
     model = mini(context)
-    return context.shared("judge", lambda: judge(model.vae).to(model.device))
+    return context.shared("judge", lambda: judge.judge(model.vae).to(model.device))
 
 
 def _scenes(group: str, steps: int) -> Quality:
     name = f"captions/{_slug(group)}/{steps}"
-
-    def measure(context: Context) -> Sequence[Figure]:
-        from benchmarks.suites.mini_card.captions import scenes
-
-        return scenes(mini(context), steps, N, group, _GROUPS[group], FLOORS.get(name))
-
-    return Quality(name, "captions", measure)
+    settings = (steps, N, group, _GROUPS[group], FLOORS.get(name))
+    return Quality(name, "captions", lambda context: captions.scenes(mini(context), *settings))
 
 
 def _digits(steps: int) -> Quality:
     name = f"captions/digits/{steps}"
-
-    def measure(context: Context) -> Sequence[Figure]:
-        from benchmarks.suites.mini_card.captions import digits
-
-        return digits(mini(context), steps, floor=FLOORS.get(name))
-
-    return Quality(name, "captions", measure)
+    return Quality(name, "captions", lambda context: captions.digits(mini(context), steps, floor=FLOORS.get(name)))
 
 
 def _one_object(group: str) -> Quality:
     name = f"pictures/one-object/{_slug(group)}"
-
-    def measure(context: Context) -> Sequence[Figure]:
-        from benchmarks.suites.mini_card.pictures import one_object
-
-        return one_object(mini(context), _judge(context), N, f"one object, {group}", _GROUPS[group], FLOORS.get(name))
-
-    return Quality(name, "pictures", measure)
-
-
-def _two_objects(context: Context) -> Sequence[Figure]:
-    from benchmarks.suites.mini_card.pictures import two_objects
-
-    return two_objects(mini(context), _judge(context), N)
-
-
-def _digit_pictures(context: Context) -> Sequence[Figure]:
-    from benchmarks.suites.mini_card.pictures import digit_pictures
-
-    return digit_pictures(mini(context), _judge(context))
-
-
-def _judge_itself(context: Context) -> Sequence[Figure]:
-    from benchmarks.suites.mini_card.pictures import judge_itself
-
-    return judge_itself(mini(context), _judge(context), N)
+    settings = (N, f"one object, {group}", _GROUPS[group], FLOORS.get(name))
+    return Quality(name, "pictures", lambda context: pictures.one_object(mini(context), _judge(context), *settings))
 
 
 def _probe(what: str, timestep: int) -> Quality:
     name = f"probe/{what}/{timestep}"
-
-    def measure(context: Context) -> Sequence[Figure]:
-        from benchmarks.suites.mini_card.probes import probe
-
-        return [probe(mini(context), what, timestep, N, floor=FLOORS.get(name))]
-
-    return Quality(name, "activations", measure)
-
-
-def _pointing(context: Context) -> Sequence[Figure]:
-    from benchmarks.suites.mini_card.captions import pointing
-
-    return pointing(mini(context), N)
+    floor = FLOORS.get(name)
+    return Quality(name, "activations", lambda context: [probes.probe(mini(context), what, timestep, N, floor=floor)])
 
 
 def _content_shift(timestep: int) -> Quality:
-    def measure(context: Context) -> Sequence[Figure]:
-        from benchmarks.suites.mini_card.probes import content_shift
-
-        return content_shift(mini(context), timestep, N)
-
-    return Quality(f"shift/{timestep}", "shift", measure)
-
-
-def _reconstruction(context: Context) -> Sequence[Figure]:
-    from benchmarks.suites.mini_card.probes import reconstruction
-
-    return [reconstruction(mini(context), N)]
+    return Quality(f"shift/{timestep}", "shift", lambda context: probes.content_shift(mini(context), timestep, N))
 
 
 def _parts(context: Context) -> Sequence[Figure]:
-    from dsd_fast.models.mini import path
-
     model = mini(context)
     networks = {"UNet": model.unet, "VAE": model.vae, "CLIP, text tower included": model.clip}
     counts = {name: sum(p.numel() for p in network.parameters()) / 1e6 for name, network in networks.items()}
@@ -150,15 +93,18 @@ suite = Suite(
     cases=(
         *(_scenes(group, steps) for group in _GROUPS for steps in (1, 4, 16)),
         *(_digits(steps) for steps in (1, 4, 16)),
-        Quality("pointing", "pointing", _pointing),
-        _one_object("new scenes"),
-        _one_object("held-out pairs"),
-        Quality("pictures/two-objects", "pictures", _two_objects),
-        Quality("pictures/digits", "pictures", _digit_pictures),
-        *(_probe(what, timestep) for what in ("colour", "shape", "digit") for timestep in (50, 200, 500)),
+        Quality("pointing", "pointing", lambda context: captions.pointing(mini(context), N)),
+        *(_one_object(group) for group in _GROUPS),
+        Quality(
+            "pictures/two-objects",
+            "pictures",
+            lambda context: pictures.two_objects(mini(context), _judge(context), N),
+        ),
+        Quality("pictures/digits", "pictures", lambda context: pictures.digit_pictures(mini(context), _judge(context))),
+        *(_probe(what, timestep) for what in probes.PROBED for timestep in (50, 200, 500)),
         *(_content_shift(timestep) for timestep in (200, 500, 800)),
         Quality("parts/size", "parts", _parts),
-        Quality("parts/vae", "parts", _reconstruction),
-        Quality("parts/judge", "parts", _judge_itself),
+        Quality("parts/vae", "parts", lambda context: [probes.reconstruction(mini(context), N)]),
+        Quality("parts/judge", "parts", lambda context: pictures.judge_itself(mini(context), _judge(context), N)),
     ),
 )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from rich.progress import track
 from torch import nn
 
@@ -30,6 +29,8 @@ def draw(model: Model, prompts: Sequence[str], first_seed: int = 0) -> np.ndarra
 
     Picture k starts from the noise of seed `first_seed` + k.
     """
+    from diffusers import DDIMScheduler
+
     pipe = model.to_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

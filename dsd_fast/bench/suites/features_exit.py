@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsd_fast.bench.case import Context, Side, Target, Work
 from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, relative
-from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, TIMESTEP, TOKENS, Architecture, random_weights
+from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, TIMESTEP, TOKENS, Architecture, random_unet
 from dsd_fast.unet import Plan, UNetProgram
 
 SIDE = 32
@@ -53,11 +53,7 @@ class Exits:
     states: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        from diffusers import UNet2DConditionModel
-
-        with torch.device(self.device):
-            self.unet = UNet2DConditionModel(**self.architecture.config).requires_grad_(False).eval()
-        random_weights(self.unet)
+        self.unet = random_unet(self.architecture, self.device)
         # The layout of a loaded model, for both sides.
         self.unet.to(memory_format=torch.channels_last)
         self.program = UNetProgram(self.unet)

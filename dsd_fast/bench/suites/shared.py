@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsd_fast.bench.case import Context
 from dsd_fast.models import Model, load
 from dsd_fast.models.mini.scenes import Scene
 
-__all__ = ["PREDICTION_TOLERANCE", "middles", "mini", "relative", "rivals"]
+__all__ = ["PREDICTION_TOLERANCE", "middles", "mini", "on_h200", "relative", "rivals"]
 
 PREDICTION_TOLERANCE = 1e-5
 """Of a float32 prediction, relative to its largest value: what batches of another size, or another memory layout, may
@@ -23,6 +24,11 @@ def mini(context: Context) -> Model:
 def relative(result: Tensor, right: Tensor) -> float:
     """The largest difference, relative to the largest value that is right."""
     return float((result - right).abs().max() / right.abs().max())
+
+
+def on_h200(device: str | torch.device) -> bool:
+    """Whether the device is the GPU that rates are meant for."""
+    return torch.device(device).type == "cuda" and "H200" in torch.cuda.get_device_name(device)
 
 
 def middles(steps: int, total: int = 1000) -> list[int]:
