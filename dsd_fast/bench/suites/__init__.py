@@ -7,42 +7,32 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from dsd_fast.bench.case import Suite
+from dsd_fast.bench.case import Suite
+from dsd_fast.bench.checkout import experiment
 
 
-def _of(module: str) -> Callable[[], Suite]:
-    """Of a module here."""
+def _speed(module: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{module}")
 
+
+def _suite(module: str, find: Callable[[str], ModuleType] = _speed) -> Callable[[], Suite]:
     def load() -> Suite:
-        found: Suite = importlib.import_module(f"{__name__}.{module}").suite
-        return found
-
-    return load
-
-
-def _experiment(module: str) -> Callable[[], Suite]:
-    """Of a module of the repository's ``benchmarks/suites``."""
-
-    def load() -> Suite:
-        from dsd_fast.bench.checkout import experiment
-
-        found: Suite = experiment(module).suite
+        found: Suite = find(module).suite
         return found
 
     return load
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
-    "feature-quality": _experiment("feature_quality"),
-    "features": _of("features"),
-    "fit": _of("fit"),
-    "match": _of("match"),
-    "mini-card": _experiment("mini_card"),
-    "ops": _of("ops"),
-    "unet": _of("unet"),
+    "feature-quality": _suite("feature_quality", experiment),
+    "features": _suite("features"),
+    "fit": _suite("fit"),
+    "match": _suite("match"),
+    "mini-card": _suite("mini_card", experiment),
+    "ops": _suite("ops"),
+    "unet": _suite("unet"),
 }
 """Name of a suite → what gives it. Its module, and with it what it measures, is imported by that call.
 

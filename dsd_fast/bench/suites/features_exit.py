@@ -73,7 +73,9 @@ class Exits:
             result.append(output[0] if isinstance(output, tuple) else output)
             raise _ReachedError
 
-        self._until(_last_module(self.unet, block), reached, lambda: self.unet(self.latents, TIMESTEP, self.states))
+        self._until(
+            last_module(self.unet, _level(block)), reached, lambda: self.unet(self.latents, TIMESTEP, self.states)
+        )
         return result[0]
 
     @torch.no_grad()
@@ -158,9 +160,9 @@ def _level(block: str) -> int:
     return int(block.removeprefix("up"))
 
 
-def _last_module(unet: Any, block: str) -> nn.Module:
-    """What gives the block's value in diffusers."""
-    stage = unet.up_blocks[_level(block)]
+def last_module(unet: Any, level: int) -> nn.Module:
+    """Finds what gives the value of the up block of that level in diffusers."""
+    stage = unet.up_blocks[level]
     module: nn.Module = stage.upsamplers[0] if stage.upsamplers else stage.attentions[-1]
     return module
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.bench.case import Context, Side, Target, Work
-from dsd_fast.bench.suites.features_exit import LEVELS
+from dsd_fast.bench.suites.features_exit import LEVELS, last_module
 from dsd_fast.bench.suites.features_rungs import PROMPT, Features, Job, Rows, batches, official, states
 from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
 from dsd_fast.bench.suites.pipelines import random_pipeline
@@ -112,9 +112,7 @@ class _Tapped(nn.Module):
         self.unet, self.kept = unet, dict[str, Tensor]()
         for name in ids:
             level = int(name.removeprefix("up-level")[0])
-            stage: Any = unet.up_blocks[level]  # type: ignore[index]
-            module = stage.upsamplers[0] if stage.upsamplers else stage.attentions[-1]
-            module.register_forward_hook(self._keep(name))
+            last_module(unet, level).register_forward_hook(self._keep(name))
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
