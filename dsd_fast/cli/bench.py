@@ -142,9 +142,7 @@ def _run(
         raise CommandError(f"--only {only!r} fits no case of {suite.name}: {names}")
     for name, reason in selection.left_out.items():
         _say(console, f"{name}: left out, {reason}", "dim")
-    words = [f"--device {device}", f"--threads {torch.get_num_threads()}"]
-    words += [] if repeats is None else [f"--repeats {repeats}"]
-    runner = Runner(suite, Context(device), repeats=repeats, options=words)
+    runner = Runner(suite, Context(device), repeats=repeats)
     return session.run(
         runner, selection.cases, path, lambda text, wrong: _say(console, text, "red" if wrong else "dim")
     )
