@@ -16,8 +16,6 @@ PACKAGES = [
     "dsd_fast",
     "dsd_fast.bench",
     "dsd_fast.bench.suites",
-    "dsd_fast.bench.suites.feature_quality",
-    "dsd_fast.bench.suites.mini_card",
     "dsd_fast.cli",
     "dsd_fast.compat",
     "dsd_fast.diffusion",

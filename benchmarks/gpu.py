@@ -194,7 +194,7 @@ def measure(name: str, full: bool, until: float | None) -> int:
     selection = select(suite, DEVICE, short=not full, done=done)
     for reason, number in Counter(selection.left_out.values()).items():
         print(f"{name}: {number} case{'' if number == 1 else 's'} left out, {reason}", flush=True)
-    runner = Runner(suite, Context(DEVICE), options=[f"--device {DEVICE}", f"--threads {torch.get_num_threads()}"])
+    runner = Runner(suite, Context(DEVICE))
     run(runner, selection.cases, path, lambda text, wrong: print(text, flush=True), deadline=until)
     return 0
 

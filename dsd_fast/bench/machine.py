@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,8 @@ from typing import Any
 import torch
 
 from dsd_fast import __version__
-from dsd_fast.bench.suites.shared import mini_digest
-
-_ROOT = Path(__file__).resolve().parents[2]
+from dsd_fast.bench.checkout import ROOT
+from dsd_fast.models.mini import path
 
 _DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
 
@@ -52,6 +53,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@cache
+def mini_digest() -> str:
+    """Eight hexadecimal digits that tell one set of the embedded model's weights from another.
+
+    The ControlNet and the LoRA beside it change none of its own figures.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path().rglob("*.safetensors")):
+        if file.relative_to(path()).parts[0] not in ("controlnet", "lora"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def environment() -> str:
     """The environment variables that change how this package computes, "NAME=value" with spaces between."""
     return " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("DSD_FAST_"))
@@ -59,9 +73,9 @@ def environment() -> str:
 
 def commit() -> tuple[str | None, bool | None]:
     """The commit of the source tree that runs and whether it has changes; (None, None) outside a repository."""
-    if not (_ROOT / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None, None
-    head, status = _run(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]), _run(["git", "-C", str(_ROOT), *_STATUS])
+    head, status = _run(["git", "-C", str(ROOT), "rev-parse", "HEAD"]), _run(["git", "-C", str(ROOT), *_STATUS])
     return (None, None) if head is None or status is None else (head, bool(status))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from dsd_fast.bench import machine, measure
 from dsd_fast.bench.case import Case, Context, Figure, Quality, Side, Suite, Target, UnavailableError, Work
 from dsd_fast.bench.records import SCHEMA, Record
@@ -22,7 +24,6 @@ class Runner:
         suite: whose cases they are.
         context: what they share.
         repeats: timed runs of each side; None leaves it to each case.
-        options: of the command line that the records name, "--device cuda" and the like.
         timer: of all cases; the device's own if None, which counts launches where a case does.
         peaks: type name → the machine's peaks, as :func:`dsd_fast.bench.measure.peaks`, which is taken if None.
     """
@@ -33,12 +34,12 @@ class Runner:
         context: Context,
         *,
         repeats: int | None = None,
-        options: Sequence[str] = (),
         timer: Timer | None = None,
         peaks: Peaks | None = None,
     ) -> None:
         self.suite, self.context, self.repeats = suite, context, repeats
-        self._options = list(options)
+        self._options = ["--device", context.device, "--threads", str(torch.get_num_threads())]
+        self._options += [] if repeats is None else ["--repeats", str(repeats)]
         self._timer, self._timers = timer, dict[bool, Timer]()
         self._measure_peaks: Peaks = peaks or (lambda dtype: measure.peaks(context.device, dtype))
         self._peaks: dict[str, dict[str, Any]] = {}

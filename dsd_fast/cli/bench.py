@@ -52,6 +52,7 @@ def bench(
     Ctrl-C, which keeps the records made so far.
     """
     with one_sentence():
+        from dsd_fast.bench.case import UnavailableError
         from dsd_fast.bench.records import load
         from dsd_fast.bench.suites import SUITES
 
@@ -59,7 +60,10 @@ def bench(
             raise CommandError(f"suite {suite!r} is unknown; there are {', '.join(sorted(SUITES))}")
         old = None if compare is None else load(compare)
         options.quiet_transformers()
-        chosen = SUITES[suite]()
+        try:
+            chosen = SUITES[suite]()
+        except UnavailableError as reason:
+            raise CommandError(f"suite {suite!r}: {reason}") from reason
         records = _run(chosen, only, results / f"{suite}.jsonl", repeats, device, threads, short, resume)
         comparisons = None
         if old is not None:
@@ -91,15 +95,16 @@ def bench_docs(
     Exit code: 0; with --check 1 if a file is stale; 2 when a record or a marker is wrong.
     """
     with one_sentence():
+        from dsd_fast.bench.case import UnavailableError
         from dsd_fast.bench.documents import update
         from dsd_fast.bench.suites import SUITES
 
         if not (root / RESULTS.parent).is_dir():
-            raise CommandError(f"--root {root}: it has no folder {RESULTS.parent}")
+            raise CommandError(f"--root {root}: it has no folder {RESULTS.parent}: documents are made in a checkout")
         options.quiet_transformers()
         try:
             stale = update(root, SUITES, check)
-        except ImportError as error:
+        except (ImportError, UnavailableError) as error:
             raise CommandError(str(error)) from error
     for file in stale:
         typer.echo(f"{'stale' if check else 'written'}: {file}")
@@ -137,9 +142,7 @@ def _run(
         raise CommandError(f"--only {only!r} fits no case of {suite.name}: {names}")
     for name, reason in selection.left_out.items():
         _say(console, f"{name}: left out, {reason}", "dim")
-    words = [f"--device {device}", f"--threads {torch.get_num_threads()}"]
-    words += [] if repeats is None else [f"--repeats {repeats}"]
-    runner = Runner(suite, Context(device), repeats=repeats, options=words)
+    runner = Runner(suite, Context(device), repeats=repeats)
     return session.run(
         runner, selection.cases, path, lambda text, wrong: _say(console, text, "red" if wrong else "dim")
     )

@@ -7,15 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsd_fast.bench import Context
-from dsd_fast.bench.case import UnavailableError
-from dsd_fast.bench.suites import fit_quality
-from dsd_fast.bench.suites.feature_quality import (
+from benchmarks.suites.feature_quality import (
     conditions,
     data,
     figures,
     keypoints,
-    measures,
     mixing,
     outcomes,
     pixels,
@@ -23,8 +19,11 @@ from dsd_fast.bench.suites.feature_quality import (
     shift,
     suite,
 )
-from dsd_fast.bench.suites.feature_quality.conditions import CONDITIONS, Features, named
-from dsd_fast.bench.suites.feature_quality.data import Size
+from benchmarks.suites.feature_quality.conditions import CONDITIONS, Features, named
+from benchmarks.suites.feature_quality.data import Size
+from benchmarks.suites.intervals import interval
+from dsd_fast.bench import Context
+from dsd_fast.bench.case import UnavailableError
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.bench.tables import line_of
 from dsd_fast.features import FeatureExtractor
@@ -191,15 +190,18 @@ def test_a_probe_names_the_two_likeliest(drawn):
 
 def test_intervals_draw_runs_and_scenes():
     values = np.random.default_rng(2).random((3, 50)) < 0.4
-    value, low, high = measures.interval(values, lambda means: means)
+    value, low, high = interval(values)
     assert value == pytest.approx(values.mean())
     # The same bootstrap by another hand.
-    assert (low, high) == pytest.approx(fit_quality.pigeonhole(values))
+    draw = np.random.default_rng(0)
+    of_runs, of_scenes = (draw.multinomial(count, np.full(count, 1 / count), 1000) / count for count in values.shape)
+    means = np.einsum("rf,fn,rn->r", of_runs, values.astype(float), of_scenes)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
     counts = np.random.default_rng(3).integers(0, 9, (2, 5, 3, 3))
-    value, low, high = measures.interval(counts, mean_iou)
+    value, low, high = interval(counts, mean_iou)
     assert value == pytest.approx(float(mean_iou(counts.sum((0, 1)))))
     assert low < value < high
-    assert measures.interval(np.ones((2, 4)), lambda means: means) == (1, 1, 1)
+    assert interval(np.ones((2, 4))) == (1, 1, 1)
 
 
 def test_an_amalgamation_learns_which_map_tells(drawn):

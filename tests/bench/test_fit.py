@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from benchmarks.suites import fit_ablation, fit_batches, fit_heads, fit_quality
+from benchmarks.suites.intervals import interval
 from dsd_fast.bench import Context, Quality
-from dsd_fast.bench.suites import fit, fit_ablation, fit_batches, fit_heads, fit_quality
+from dsd_fast.bench.suites import fit
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import evaluate
@@ -207,15 +209,15 @@ def test_the_interval_draws_scenes():
     # Equal fits leave a mean of 1000 draws with 0.3 of success; a 2.5 % quantile of 1000 resamples has a standard
     # error of √(0.025 · 0.975 / 1000) / density ≈ 0.0012, of which three are allowed.
     wanted = binom.ppf([0.025, 0.975], 1000, 0.3) / 1000
-    assert fit_quality.pigeonhole(right) == pytest.approx(tuple(wanted), abs=0.0036)
-    assert fit_quality.pigeonhole(right) == fit_quality.pigeonhole(right)
+    assert interval(right)[1:] == pytest.approx(tuple(wanted), abs=0.0036)
+    assert interval(right)[1:] == interval(right)[1:]
 
 
 def test_the_interval_draws_fits():
     right = np.repeat([[True], [False]], 500, axis=1)
     # Both are drawn twice as often as 2.5 % of the time: (0, 0) and (1, 1) come up a quarter of the time each.
-    assert fit_quality.pigeonhole(right) == pytest.approx((0.0, 1.0))
-    assert fit_quality.pigeonhole(np.ones((3, 7), bool)) == pytest.approx((1.0, 1.0))
+    assert interval(right)[1:] == pytest.approx((0.0, 1.0))
+    assert interval(np.ones((3, 7), bool))[1:] == pytest.approx((1.0, 1.0))
 
 
 def test_batch_means_are_those_of_evaluate(context):

@@ -51,16 +51,16 @@ def test_one_case_through_pytest_benchmark(tmp_path):
         assert (each["group"], each["stats"]["rounds"]) == ("product/8", 7)
 
 
-@pytest.mark.parametrize("name", ["features", "match", "ops", "unet"])
-def test_the_suites_cases_are_collected(name):
-    done = pytest_run(f"benchmarks/test_{name}.py", "--collect-only", "-q", cwd=ROOT)
+def test_the_suites_cases_are_collected():
+    done = pytest_run("benchmarks", "--collect-only", "-q", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    for side in sides(SUITES[name]()):
-        assert f"benchmarks/test_{name}.py::test_{name}[{side}]" in done.stdout
+    for name in ("features", "match", "ops", "unet"):
+        for side in sides(SUITES[name]()):
+            assert f"benchmarks/test_suites.py::test_suites[{name}/{side}]\n" in done.stdout
 
 
 def test_what_cannot_be_run_here_is_skipped(tmp_path):
-    done = pytest_run("benchmarks/test_ops.py", "-k", "geglu/forward/320x64", "-rs", cwd=ROOT)
+    done = pytest_run("benchmarks", "-k", "ops/elementwise/geglu/forward/320x64", "-rs", cwd=ROOT)
     assert "2 skipped" in done.stdout, done.stdout + done.stderr
     assert "it is for cuda" in done.stdout
 

@@ -7,8 +7,7 @@ import dsd_fast as dsd
 from dsd_fast.bench import Case, Context, Quality
 from dsd_fast.bench.measure import count_flops
 from dsd_fast.bench.suites import match, match_rungs
-from dsd_fast.bench.suites.mini_card import captions
-from dsd_fast.bench.suites.shared import middles, mini
+from dsd_fast.bench.suites.shared import middles, mini, rivals
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import matching as reference
 
@@ -124,9 +123,7 @@ def test_quality_is_how_often_the_reference_puts_the_true_caption_first(context,
     pipe, right = dsd.load("mini").to_pipeline(), 0
     for i in range(6):
         drawn = scene(EVAL_SEED + i, held_out=held_out)
-        scores = reference.score(
-            pipe, [drawn.image], [drawn.caption, *captions.rivals(drawn).values()], timesteps=[250, 750]
-        )[0]
+        scores = reference.score(pipe, [drawn.image], [drawn.caption, *rivals(drawn).values()], timesteps=[250, 750])[0]
         right += int(scores.argmax() == 0)
     assert (figure.name, figure.n, figure.value) == ("some scenes, T = 2", 6, right / 6)
     assert figure.seconds > 0

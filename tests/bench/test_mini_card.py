@@ -3,9 +3,9 @@ import pytest
 import torch
 
 import dsd_fast as dsd
-from dsd_fast.bench.suites import mini_card
-from dsd_fast.bench.suites.mini_card import captions, judge, pictures, probes
-from dsd_fast.bench.suites.shared import middles
+from benchmarks.suites import mini_card
+from benchmarks.suites.mini_card import captions, judge, pictures, probes
+from dsd_fast.bench.suites.shared import middles, rivals
 from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.metrics import wilson
 from dsd_fast.models.mini.digits import EVALUATION, digit
@@ -66,8 +66,8 @@ def test_choices_are_those_of_the_protocol():
     left_out = ["colour", "shape", "swap"]
     for each in drawn:
         kinds = [kind for kind in left_out if kind != left_out[each.seed % 3]]
-        assert captions.rivals(each) == {kind: each.negatives()[kind] for kind in kinds}
-    assert set(captions.rivals(scene(EVAL_SEED, objects=1))) == {"colour", "shape"}
+        assert rivals(each) == {kind: each.negatives()[kind] for kind in kinds}
+    assert set(rivals(scene(EVAL_SEED, objects=1))) == {"colour", "shape"}
     for index in EVALUATION[:50]:
         label = digit(index).label
         choices = captions.digit_choices(index, label)
@@ -86,7 +86,7 @@ def test_scene_figures_are_counts_of_the_reference(model):
         texts = [drawn.caption, *negatives.values()]
         scores = reference.score(pipe, [drawn.image], texts, timesteps=[250, 750], attention_weight=0)[0]
         won = {kind: bool(scores[0] > score) for kind, score in zip(negatives, scores[1:], strict=True)}
-        won["3-way"] = all(won[kind] for kind in captions.rivals(drawn))
+        won["3-way"] = all(won[kind] for kind in rivals(drawn))
         for kind, win in won.items():
             wins.setdefault(kind, []).append(win)
     assert {name: (round(f.value * f.n), f.n) for name, f in found.items()} == {

@@ -15,6 +15,7 @@ from dsd_fast.bench.run import Runner
 from tests.bench.tiny_suite import product, suite
 
 PEAKS = {"dtype": "float32", "matmul_flops": 1e6, "copy_bytes": 1e5}
+OPTIONS = f"--device cpu --threads {torch.get_num_threads()}"
 
 
 def runner(chosen, seconds=None, **options):
@@ -35,9 +36,9 @@ def run(chosen, name, **options):
 
 def test_a_record_of_speed_by_hand():
     # Baseline 8, 4, 6 and subject 2, 2, 2, in turn.
-    (record,) = run(suite(), "product/8", seconds=[8.0, 2.0, 4.0, 2.0, 6.0, 2.0], repeats=3, options=["--threads 1"])
+    (record,) = run(suite(), "product/8", seconds=[8.0, 2.0, 4.0, 2.0, 6.0, 2.0], repeats=3)
     check(record, "record")
-    assert record["command"] == "dsd-fast bench tiny --only product/8 --threads 1"
+    assert record["command"] == f"dsd-fast bench tiny --only product/8 {OPTIONS} --repeats 3"
     names = (record["case"], record["name"], record["group"])
     assert (names, record["ok"], record["reason"]) == (("product/8", "product/8", "product"), True, None)
     flops = 2 * 8 * 16 * 16
@@ -192,7 +193,7 @@ def test_figures_of_quality():
         ("share, size = 1", 0.6, 100, 0.5, {"size": 1}),
         ("share, size = 2", 0.8, 100, 0.5, {"size": 2}),
     ]
-    assert records[0]["command"] == "dsd-fast bench tiny --only share"
+    assert records[0]["command"] == f"dsd-fast bench tiny --only share {OPTIONS}"
     assert records[1]["seconds"] == 0.02
 
 

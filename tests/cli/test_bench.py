@@ -145,7 +145,7 @@ def test_what_cannot_be_compared_is_said_and_is_no_error(cli, tiny, tmp_path):
             "bad.jsonl, line 1: not JSON (Expecting value: line 1 column 1 (char 0))",
         ),
         (["bench", "tiny", "--results", "bad.jsonl/out", "--only", "share"], "bad.jsonl/out: Not a directory"),
-        (["bench-docs"], "--root .: it has no folder benchmarks"),
+        (["bench-docs"], "--root .: it has no folder benchmarks: documents are made in a checkout"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_sentence(cli, tiny, tmp_path, arguments, reason):

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("diffusers")
 
 import dsd_fast as dsd
+from benchmarks.suites.fit_quality import examples
 from dsd_fast.bench.case import Context
 from dsd_fast.bench.suites import fit_steps
-from dsd_fast.bench.suites.fit_quality import examples
 
 pytestmark = pytest.mark.gpu
 

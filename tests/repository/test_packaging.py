@@ -128,6 +128,27 @@ def test_installed_wheel_works_without_the_source_tree(distributions, tmp_path):
     run_python(["-P", elsewhere / "smoke.py", installed], cwd=elsewhere, path=[installed])
 
 
+WHERE = (
+    "experiments are in the folder benchmarks/suites of the repository, and the package does not run from a checkout of"
+    " it (pip install -e .)"
+)
+OUTSIDE_A_CHECKOUT = [
+    ("bench mini-card", 2, f"Error: suite 'mini-card': {WHERE}"),
+    ("bench fit --only experiments", 0, f"experiments: left out, {WHERE}"),
+    ("bench-docs", 2, "Error: --root .: it has no folder benchmarks: documents are made in a checkout"),
+    ("bench-docs --root docs", 2, f"Error: {WHERE}"),
+]
+
+
+def test_installed_wheel_says_where_experiments_are(distributions, tmp_path):
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        wheel.extractall(tmp_path)
+    (tmp_path / "docs/benchmarks").mkdir(parents=True)
+    for command, code, last in OUTSIDE_A_CHECKOUT:
+        done = run_python(["-P", "-m", "dsd_fast.cli", *command.split()], cwd=tmp_path, path=[tmp_path], check=False)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (code, last)
+
+
 def test_metadata_of_the_wheel(distributions):
     with zipfile.ZipFile(distributions[1]) as wheel:
         info = f"dsd_fast-{dsd_fast.__version__}.dist-info"

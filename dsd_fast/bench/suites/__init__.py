@@ -1,30 +1,40 @@
-"""The suites. A new one is a module here with a ``suite``, and its line in :data:`SUITES`."""
+"""The suites. A new one is a module with a ``suite``, and its line in :data:`SUITES`.
+
+Those of speed are modules here; experiments are in the repository's ``benchmarks/suites``, outside the wheel.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from dsd_fast.bench.case import Suite
+from dsd_fast.bench.case import Suite
+from dsd_fast.bench.checkout import experiment
 
 
-def _of(module: str) -> Callable[[], Suite]:
+def _speed(module: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{module}")
+
+
+def _suite(module: str, find: Callable[[str], ModuleType] = _speed) -> Callable[[], Suite]:
     def load() -> Suite:
-        found: Suite = importlib.import_module(f"{__name__}.{module}").suite
+        found: Suite = find(module).suite
         return found
 
     return load
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
-    "feature-quality": _of("feature_quality"),
-    "features": _of("features"),
-    "fit": _of("fit"),
-    "match": _of("match"),
-    "mini-card": _of("mini_card"),
-    "ops": _of("ops"),
-    "unet": _of("unet"),
+    "feature-quality": _suite("feature_quality", experiment),
+    "features": _suite("features"),
+    "fit": _suite("fit"),
+    "match": _suite("match"),
+    "mini-card": _suite("mini_card", experiment),
+    "ops": _suite("ops"),
+    "unet": _suite("unet"),
 }
-"""Name of a suite → what gives it. Its module, and with it what it measures, is imported by that call."""
+"""Name of a suite → what gives it. Its module, and with it what it measures, is imported by that call.
+
+The call raises UnavailableError for an experiment where the package runs from no checkout.
+"""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsd_fast.bench.case import Context, Side, Target, Work
 from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, relative
-from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, TIMESTEP, TOKENS, Architecture, random_weights
+from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, TIMESTEP, TOKENS, Architecture, random_unet
 from dsd_fast.unet import Plan, UNetProgram
 
 SIDE = 32
@@ -53,11 +53,7 @@ class Exits:
     states: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        from diffusers import UNet2DConditionModel
-
-        with torch.device(self.device):
-            self.unet = UNet2DConditionModel(**self.architecture.config).requires_grad_(False).eval()
-        random_weights(self.unet)
+        self.unet = random_unet(self.architecture, self.device)
         # The layout of a loaded model, for both sides.
         self.unet.to(memory_format=torch.channels_last)
         self.program = UNetProgram(self.unet)
@@ -77,7 +73,9 @@ class Exits:
             result.append(output[0] if isinstance(output, tuple) else output)
             raise _ReachedError
 
-        self._until(_last_module(self.unet, block), reached, lambda: self.unet(self.latents, TIMESTEP, self.states))
+        self._until(
+            last_module(self.unet, _level(block)), reached, lambda: self.unet(self.latents, TIMESTEP, self.states)
+        )
         return result[0]
 
     @torch.no_grad()
@@ -162,9 +160,9 @@ def _level(block: str) -> int:
     return int(block.removeprefix("up"))
 
 
-def _last_module(unet: Any, block: str) -> nn.Module:
-    """What gives the block's value in diffusers."""
-    stage = unet.up_blocks[_level(block)]
+def last_module(unet: Any, level: int) -> nn.Module:
+    """Finds what gives the value of the up block of that level in diffusers."""
+    stage = unet.up_blocks[level]
     module: nn.Module = stage.upsamplers[0] if stage.upsamplers else stage.attentions[-1]
     return module
 

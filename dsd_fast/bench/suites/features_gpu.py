@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.bench.case import Context, Side, Target, UnavailableError, Work
-from dsd_fast.bench.suites.features_exit import LEVELS
+from dsd_fast.bench.case import Context, Side, Target, Work
+from dsd_fast.bench.suites.features_exit import LEVELS, last_module
 from dsd_fast.bench.suites.features_rungs import PROMPT, Features, Job, Rows, batches, official, states
 from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
 from dsd_fast.bench.suites.pipelines import random_pipeline
-from dsd_fast.bench.suites.shared import middles
+from dsd_fast.bench.suites.shared import middles, on_h200
 from dsd_fast.features import FeatureExtractor
 from dsd_fast.models import from_pipeline
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -40,12 +40,7 @@ def pipeline(context: Context, dtype: torch.dtype = torch.bfloat16) -> Any:
 
     What a feature costs does not depend on what the weights know, nor on the words.
     """
-    try:
-        return context.shared(f"sd15 pipeline, {dtype}", lambda: random_pipeline("sd15", context, dtype))
-    except ModuleNotFoundError as error:
-        if error.name != "diffusers":
-            raise
-        raise UnavailableError("diffusers is not installed") from error
+    return context.shared(f"sd15 pipeline, {dtype}", lambda: random_pipeline("sd15", context, dtype))
 
 
 def job(context: Context) -> Job:
@@ -117,9 +112,7 @@ class _Tapped(nn.Module):
         self.unet, self.kept = unet, dict[str, Tensor]()
         for name in ids:
             level = int(name.removeprefix("up-level")[0])
-            stage: Any = unet.up_blocks[level]  # type: ignore[index]
-            module = stage.upsamplers[0] if stage.upsamplers else stage.attentions[-1]
-            module.register_forward_hook(self._keep(name))
+            last_module(unet, level).register_forward_hook(self._keep(name))
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -154,7 +147,7 @@ def _extracting(extractor: FeatureExtractor) -> Callable[[Job], Features]:
 
 def _targets(wanted: tuple[str, ...], device: torch.device) -> list[Target]:
     found = [Target("ratio", RATIO)] if "ratio" in wanted else []
-    if "rate" in wanted and device.type == "cuda" and "H200" in torch.cuda.get_device_name(device):
+    if "rate" in wanted and on_h200(device):
         found.append(Target("rate", RATE))
     return found
 

@@ -1,49 +1,13 @@
-"""Few-shot adaptation of matching: what examples bring, by method, and what the official evaluation makes of scores."""
+"""Few-shot adaptation of matching: a step beside the official one and, in a checkout, what adaptation brings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
-from dsd_fast.bench.case import Case, Group, Quality, Suite
-from dsd_fast.bench.suites import fit_ablation as ablation
-from dsd_fast.bench.suites import fit_batches as batches
-from dsd_fast.bench.suites import fit_heads as heads
-from dsd_fast.bench.suites import fit_quality as quality
+from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Suite, UnavailableError
+from dsd_fast.bench.checkout import experiment
 from dsd_fast.bench.suites import fit_steps as steps
-
-TRIALS = (
-    ("heads", "both"),
-    ("lora", "both"),
-    ("lora+heads", "both"),
-    ("prompt", "both"),
-    ("heads", "attention"),
-    ("lora", "attention"),
-    ("lora", "noise"),
-)
-"""Methods, and the part of the score that each is trained and evaluated with."""
-
-
-def _groups() -> Iterator[Group]:
-    for each in quality.SETS:
-        kinds = " and ".join(filter(None, (", ".join(each.kinds[:-1]), each.kinds[-1])))
-        rivals = f"the caption against its {kinds} negative{'s' if len(each.kinds) > 1 else ''}"
-        title = f"Right answers on {each.name}, {rivals}"
-        yield Group(quality.slug(each), title, plot="growth", x="examples", wide=True)
-        yield Group(f"{quality.slug(each)}-parts", f"{title}, by one part of the score", x="examples", wide=True)
-
-
-def _adapted() -> Iterator[Quality]:
-    for method, objective in TRIALS:
-        for count in quality.EXAMPLES:
-            measure = partial(quality.adapted, method, objective, count)
-            yield Quality(f"{method}/{objective}/{count}", quality.slug(quality.SETS[0]), measure, long=True)
-
-
-def _ablation() -> Iterator[Quality]:
-    for change in ablation.CHANGES:
-        measure = partial(ablation.ablation, change)
-        yield Quality(f"{ablation.GROUP}/{change.name}", ablation.GROUP, measure, long=True)
 
 
 def _steps() -> Iterator[Case]:
@@ -52,32 +16,29 @@ def _steps() -> Iterator[Case]:
     yield Case("step/sd21-base/all", "step", partial(steps.work, steps.sd21_step), devices=("cuda",))
 
 
+def _experiments() -> tuple[Sequence[Group], Sequence[Quality]]:
+    """Groups and cases of the repository's ``benchmarks/suites/fit.py``; elsewhere one case, which says so when run."""
+    try:
+        found = experiment("fit")
+    except UnavailableError as reason:
+        return [], [Quality("experiments", "step", partial(_missing, str(reason)), long=True)]
+    return found.GROUPS, found.CASES
+
+
+def _missing(reason: str, _: Context) -> Sequence[Figure]:
+    raise UnavailableError(reason)
+
+
+_GROUPS, _CASES = _experiments()
+
 suite = Suite(
     name="fit",
     groups=[
-        *_groups(),
-        Group(
-            ablation.GROUP,
-            f"Right answers after one fit to {ablation.COUNT} examples, each line with one thing changed",
-            x="examples",
-            wide=True,
-        ),
-        Group(
-            heads.GROUP,
-            "How often a head's attention term by itself puts the caption above a negative of new scenes, zero-shot",
-        ),
         Group(
             "step",
             "A step of adaptation to an image and five texts, a LoRA on all attention layers or on cross-attention",
         ),
-        Group("batch-mean", "Right answers of the official score, zero-shot, by convention"),
+        *_GROUPS,
     ],
-    cases=[
-        *_steps(),
-        Quality("zero-shot", quality.slug(quality.SETS[0]), quality.zero_shot, long=True),
-        *_adapted(),
-        *_ablation(),
-        Quality("single-heads", heads.GROUP, heads.single_heads, long=True),
-        Quality("batch-mean", "batch-mean", batches.batch_means, long=True),
-    ],
+    cases=[*_steps(), *_CASES],
 )

@@ -13,8 +13,7 @@ from torch import Tensor
 from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Suite, Work
 from dsd_fast.bench.suites import match_rungs as rungs
 from dsd_fast.bench.suites.match_rungs import Job
-from dsd_fast.bench.suites.mini_card.captions import rivals
-from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, middles, mini, relative
+from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, middles, mini, relative, rivals
 from dsd_fast.bench.timing import quantile
 from dsd_fast.diffusion import noise
 from dsd_fast.matching import MatchConfig, Matcher, official_layers

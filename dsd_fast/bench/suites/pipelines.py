@@ -8,7 +8,7 @@ import torch
 
 from dsd_fast.bench.case import Context
 from dsd_fast.bench.suites.shared import mini
-from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, random_weights
+from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, random_unet, random_weights
 
 __all__ = ["random_pipeline"]
 
@@ -40,13 +40,18 @@ def random_pipeline(name: str, context: Context, dtype: torch.dtype) -> Any:
     Args:
         name: "sd15" or "sd21-base".
         context: whose device it is made on. Tokenizer and scheduler are the mini model's.
+        dtype: of the networks.
+
+    Raises:
+        UnavailableError: diffusers is not installed.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    unet = random_unet(ARCHITECTURES[name], context.device)
+    # Below the line that says so where it is missing.
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
     small = mini(context).to_pipeline()
     with torch.device(context.device):
-        unet = UNet2DConditionModel(**ARCHITECTURES[name].config)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -55,7 +60,7 @@ def random_pipeline(name: str, context: Context, dtype: torch.dtype) -> Any:
             sample_size=_VAE_SIDES[name],
         )
         text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **_TEXTS[name]))
-    for network in (unet, vae, text):
+    for network in (vae, text):
         network.requires_grad_(False).eval()
         random_weights(network)
     pipe = StableDiffusionPipeline(

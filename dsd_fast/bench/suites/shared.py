@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
-
+import torch
 from torch import Tensor
 
 from dsd_fast.bench.case import Context
 from dsd_fast.models import Model, load
-from dsd_fast.models.mini import path
+from dsd_fast.models.mini.scenes import Scene
 
-__all__ = ["PREDICTION_TOLERANCE", "middles", "mini", "mini_digest", "relative"]
+__all__ = ["PREDICTION_TOLERANCE", "middles", "mini", "on_h200", "relative", "rivals"]
 
 PREDICTION_TOLERANCE = 1e-5
 """Of a float32 prediction, relative to its largest value: what batches of another size, or another memory layout, may
@@ -28,19 +26,22 @@ def relative(result: Tensor, right: Tensor) -> float:
     return float((result - right).abs().max() / right.abs().max())
 
 
+def on_h200(device: str | torch.device) -> bool:
+    """Whether the device is the GPU that rates are meant for."""
+    return torch.device(device).type == "cuda" and "H200" in torch.cuda.get_device_name(device)
+
+
 def middles(steps: int, total: int = 1000) -> list[int]:
     """The middles of `steps` equal parts of a schedule of `total` timesteps, so that one timestep is no extreme one."""
     return [total * (2 * place + 1) // (2 * steps) for place in range(steps)]
 
 
-@cache
-def mini_digest() -> str:
-    """Eight hexadecimal digits that tell one set of the embedded model's weights from another.
-
-    The ControlNet and the LoRA beside it change none of its own figures.
+def rivals(drawn: Scene) -> dict[str, str]:
+    """The two captions without another relation that a scene's caption stands against: of colour, shape and swap those
+    that the scene has, all but one chosen by its seed.
     """
-    digest = hashlib.sha256()
-    for file in sorted(path().rglob("*.safetensors")):
-        if file.relative_to(path()).parts[0] not in ("controlnet", "lora"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
+    negatives = drawn.negatives()
+    kinds = [kind for kind in ("colour", "shape", "swap") if kind in negatives]
+    if len(kinds) == 3:
+        kinds.pop(drawn.seed % 3)
+    return {kind: negatives[kind] for kind in kinds}

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsd_fast.bench.case import Case, Context, Group, Side, Suite, Target, UnavailableError, Work
+from dsd_fast.bench.case import Case, Context, Group, Side, Suite, Target, Work
 from dsd_fast.bench.measure import count_flops
 from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
-from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, mini, relative
+from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, mini, on_h200, relative
 from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, CHECKED, TIMESTEP, TOKENS, Network
 from dsd_fast.unet import UNetProgram
 
@@ -101,12 +101,7 @@ def _compiled(name: str, rows: int, mode: str, context: Context) -> Work:
 def _network(name: str, context: Context) -> Network:
     """An architecture in bfloat16, made once a run. What was compiled for other rows is forgotten."""
     torch._dynamo.reset()
-    try:
-        return context.shared(f"network {name}", lambda: Network(ARCHITECTURES[name], context.device, torch.bfloat16))
-    except ModuleNotFoundError as error:
-        if error.name != "diffusers":
-            raise
-        raise UnavailableError("diffusers is not installed") from error
+    return context.shared(f"network {name}", lambda: Network(ARCHITECTURES[name], context.device, torch.bfloat16))
 
 
 def _stock(network: Network, unet: Any, rows: int) -> Run:
@@ -157,8 +152,7 @@ def _flops(plan: Any, rows: int, side: int) -> int:
 
 
 def _rate(name: str, rows: int, device: str) -> float | None:
-    on_h200 = torch.device(device).type == "cuda" and "H200" in torch.cuda.get_device_name(device)
-    return RATES.get(name) if on_h200 and rows >= MANY else None
+    return RATES.get(name) if on_h200(device) and rows >= MANY else None
 
 
 def _judged(network: Network, sides: Sequence[Side], plain: Run, rows: int) -> Work:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsd_fast.bench.case import UnavailableError
+
 TOKENS = 77
 TIMESTEP = 500
 
@@ -85,12 +87,7 @@ class Network:
     truth: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        from diffusers import UNet2DConditionModel
-
-        with torch.device(self.device):
-            unet = UNet2DConditionModel(**self.architecture.config)
-        unet.requires_grad_(False).eval()
-        random_weights(unet)
+        unet = random_unet(self.architecture, self.device)
         unet.to(self.dtype).float()
         self.truth = self.predict(unet, CHECKED)
         self.unet = unet.to(self.dtype)
@@ -124,6 +121,25 @@ class Network:
         arguments, options = self.call(rows, next(unet.parameters()).dtype)
         prediction: Tensor = unet(*arguments, **options)[0]
         return prediction
+
+
+def random_unet(architecture: Architecture, device: str) -> Any:
+    """Makes a float32 UNet2DConditionModel with random weights, in eval mode, with gradients off.
+
+    Raises:
+        UnavailableError: diffusers is not installed.
+    """
+    try:
+        from diffusers import UNet2DConditionModel
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise UnavailableError("diffusers is not installed") from error
+    with torch.device(device):
+        unet = UNet2DConditionModel(**architecture.config)
+    unet.requires_grad_(False).eval()
+    random_weights(unet)
+    return unet
 
 
 @torch.no_grad()

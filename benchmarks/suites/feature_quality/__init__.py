@@ -11,36 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from dsd_fast.bench.case import Context, Figure, Group, Quality, Suite
-from dsd_fast.bench.suites.feature_quality.conditions import CONDITIONS, Condition
+from benchmarks.suites.feature_quality.conditions import CONDITIONS
+from benchmarks.suites.feature_quality.figures import measured
+from benchmarks.suites.feature_quality.shift import correlations, measurable, shifted
+from dsd_fast.bench.case import Group, Quality, Suite
 
 __all__ = ["suite"]
 
 
-def _measured(condition: Condition, context: Context) -> list[Figure]:
-    from dsd_fast.bench.suites.feature_quality.figures import measured
-
-    return measured(condition, context)
-
-
-def _shifted(condition: Condition, context: Context) -> list[Figure]:
-    from dsd_fast.bench.suites.feature_quality.shift import shifted
-
-    return shifted(condition, context)
-
-
-def _correlations(context: Context) -> list[Figure]:
-    from dsd_fast.bench.suites.feature_quality.shift import correlations
-
-    return correlations(context)
-
-
 def _cases() -> Iterator[Quality]:
     for condition in CONDITIONS:
-        yield Quality(condition.name, "probe", partial(_measured, condition), long=True)
-        if not (condition.parts or condition.attention) and condition.timestep:
-            yield Quality(f"shift/{condition.name}", "shift", partial(_shifted, condition), long=True)
-    yield Quality("shift-tells", "shift-tells", _correlations, long=True)
+        yield Quality(condition.name, "probe", partial(measured, condition), long=True)
+        if measurable(condition):
+            yield Quality(f"shift/{condition.name}", "shift", partial(shifted, condition), long=True)
+    yield Quality("shift-tells", "shift-tells", correlations, long=True)
 
 
 suite = Suite(

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.suites import fit_quality as quality
 from dsd_fast.bench.case import Context, Figure
-from dsd_fast.bench.suites import fit_quality as quality
 from dsd_fast.matching import FitConfig, MatchConfig
 
 GROUP = "ablation"

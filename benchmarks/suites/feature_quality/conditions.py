@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
+from benchmarks.suites.feature_quality import data
+from benchmarks.suites.feature_quality.data import Size
 from dsd_fast.bench.case import Context, UnavailableError
-from dsd_fast.bench.suites.feature_quality import data
-from dsd_fast.bench.suites.feature_quality.data import Size
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.features import FeatureExtractor, Technique
 from dsd_fast.models.mini import path

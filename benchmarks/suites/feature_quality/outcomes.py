@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.suites.feature_quality import data, keypoints, mixing, pixels, probes
+from benchmarks.suites.feature_quality.conditions import Condition, features, named
+from benchmarks.suites.feature_quality.data import Pair, Size
 from dsd_fast.bench.case import Context
-from dsd_fast.bench.suites.feature_quality import data, keypoints, mixing, pixels, probes
-from dsd_fast.bench.suites.feature_quality.conditions import Condition, features, named
-from dsd_fast.bench.suites.feature_quality.data import Pair, Size
 from dsd_fast.models.mini.scenes import Scene
 
 __all__ = ["Outcome", "outcome", "paired", "scenes"]

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from rich.progress import track
 from torch import nn
 
+from benchmarks.suites.mini_card.judge import Seen, look, to_bytes
 from dsd_fast.bench.case import Figure
-from dsd_fast.bench.suites.mini_card.judge import Seen, look, to_bytes
 from dsd_fast.diffusion import noise
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, caption, digit
@@ -30,6 +29,8 @@ def draw(model: Model, prompts: Sequence[str], first_seed: int = 0) -> np.ndarra
 
     Picture k starts from the noise of seed `first_seed` + k.
     """
+    from diffusers import DDIMScheduler
+
     pipe = model.to_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dsd_fast.bench.suites.feature_quality.conditions import Features
-from dsd_fast.bench.suites.feature_quality.data import CLASSES, STRIDE
-from dsd_fast.bench.suites.feature_quality.keypoints import upsampling
+from benchmarks.suites.feature_quality.conditions import Features
+from benchmarks.suites.feature_quality.data import CLASSES, STRIDE
+from benchmarks.suites.feature_quality.keypoints import upsampling
 from dsd_fast.metrics import confusion_matrix
 
 __all__ = ["MEMBERS", "Ensemble", "classify", "confusions", "enlarged"]

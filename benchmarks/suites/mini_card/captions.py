@@ -8,28 +8,18 @@ import numpy as np
 from rich.progress import track
 
 from dsd_fast.bench.case import Figure
-from dsd_fast.bench.suites.shared import middles
+from dsd_fast.bench.suites.shared import middles, rivals
 from dsd_fast.matching import MatchConfig, Matcher
 from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.metrics import wilson
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, caption, digit
-from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, Scene, scene
+from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, scene
 
-__all__ = ["digit_choices", "digits", "pointing", "rivals", "scenes"]
+__all__ = ["digit_choices", "digits", "pointing", "scenes"]
 
 _AT_ONCE = 16
 _WAYS = {"3-way": 3, **dict.fromkeys(NEGATIVE_KINDS, 2)}
-
-
-def rivals(drawn: Scene) -> dict[str, str]:
-    """The two captions without another relation that a scene's caption stands against: of colour, shape and swap those
-    that the scene has, all but one chosen by its seed.
-    """
-    kinds = [kind for kind in ("colour", "shape", "swap") if kind in (negatives := drawn.negatives())]
-    if len(kinds) == 3:
-        kinds.pop(drawn.seed % 3)
-    return {kind: negatives[kind] for kind in kinds}
 
 
 def digit_choices(index: int, label: int) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsd_fast.bench.suites.feature_quality.conditions import Features
+from benchmarks.suites.feature_quality.conditions import Features
 
 __all__ = ["CHANCE", "pooled", "probe"]
 

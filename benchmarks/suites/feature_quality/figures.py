@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.suites.feature_quality import keypoints
+from benchmarks.suites.feature_quality.conditions import Condition, base
+from benchmarks.suites.feature_quality.data import Pair, Size
+from benchmarks.suites.feature_quality.outcomes import Outcome, outcome, paired
+from benchmarks.suites.feature_quality.probes import CHANCE
+from benchmarks.suites.intervals import Statistic, interval, mean
 from dsd_fast.bench.case import Context, Figure
-from dsd_fast.bench.suites.feature_quality import keypoints
-from dsd_fast.bench.suites.feature_quality.conditions import Condition, base
-from dsd_fast.bench.suites.feature_quality.data import Pair, Size
-from dsd_fast.bench.suites.feature_quality.measures import Statistic, interval
-from dsd_fast.bench.suites.feature_quality.outcomes import Outcome, outcome, paired
-from dsd_fast.bench.suites.feature_quality.probes import CHANCE
 from dsd_fast.metrics import mean_iou
 from dsd_fast.models.mini.scenes import SHAPES
 
@@ -32,13 +32,10 @@ def measured(condition: Condition, context: Context, *, size: Size = SIZE) -> li
     own = outcome(context, condition, size)
     figures = [*_keypoints(condition, own, context, size), *_segmented(condition, own, context, size)]
     if own.named is not None:
-        value, low, high = interval(own.named, _mean)
         figures.append(
             Figure(
                 f"probe: {condition.says}, both shapes",
-                value,
-                low,
-                high,
+                *interval(own.named),
                 size.scenes,
                 chance=CHANCE,
                 sizes={"scenes": size.scenes, **_runs(size)},
@@ -53,13 +50,13 @@ def measured(condition: Condition, context: Context, *, size: Size = SIZE) -> li
 def tasks(own: Outcome, pairs: Sequence[Pair]) -> Mapping[str, tuple[NDArray[Any], Statistic]]:
     """One number for each task: its name → (runs, n, …) values, and the statistic of their mean."""
     found: dict[str, tuple[NDArray[Any], Statistic]] = {
-        f"PCK@0.1 of the {whole}": (_shares(own.found, pairs, 0.1, whole == "box"), _mean) for whole in _WHOLES
+        f"PCK@0.1 of the {whole}": (_shares(own.found, pairs, 0.1, whole == "box"), mean) for whole in _WHOLES
     }
     if own.confusions:
         count = sorted(own.confusions)[len(own.confusions) // 2]
         found[f"mIoU, {count} labelled images"] = own.confusions[count], mean_iou
     if own.named is not None:
-        found["both shapes named"] = own.named, _mean
+        found["both shapes named"] = own.named, mean
     return found
 
 
@@ -70,13 +67,10 @@ def gains(condition: Condition, context: Context, size: Size) -> list[Figure]:
     figures = []
     for name, (values, statistic) in own.items():
         both = np.stack((values, plain[name][0]), 2)
-        value, low, high = interval(both, _difference(statistic))
         figures.append(
             Figure(
                 f"{condition.says}: {name}",
-                value,
-                low,
-                high,
+                *interval(both, _difference(statistic)),
                 values.shape[1],
                 unit="more",
                 sizes=_runs(size),
@@ -95,13 +89,10 @@ def _keypoints(condition: Condition, own: Outcome, context: Context, size: Size)
         if not places or (shape is not None and (whole, percent) != ("box", 10)):
             continue
         pairs, box = [every[place] for place in places], whole == "box"
-        value, low, high = interval(_shares(own.found[:, places], pairs, percent / 100, box), _mean)
         figures.append(
             Figure(
                 f"{whole}: {condition.says}, {percent} %" if shape is None else f"{condition.says}; {shape}",
-                value,
-                low,
-                high,
+                *interval(_shares(own.found[:, places], pairs, percent / 100, box)),
                 len(pairs),
                 chance=_chance(context, f"{whole}, {percent}, {shape}, {size}", pairs, percent / 100, box),
                 sizes={"percent": percent, **_runs(size)},
@@ -121,13 +112,10 @@ def _segmented(condition: Condition, own: Outcome, context: Context, size: Size)
         # All pixels given the class that is most of them.
         one = np.zeros_like(counts[0].sum(0))
         one[:, 0] = counts[0].sum((0, 2))
-        value, low, high = interval(counts, mean_iou)
         figures.append(
             Figure(
                 f"{condition.says}, {count} labelled images",
-                value,
-                low,
-                high,
+                *interval(counts, mean_iou),
                 size.scenes,
                 chance=float(mean_iou(one)),
                 sizes={"labelled images": count, **_runs(size)},
@@ -140,10 +128,6 @@ def _segmented(condition: Condition, own: Outcome, context: Context, size: Size)
 def _shares(found: NDArray[np.float64], pairs: Sequence[Pair], alpha: float, box: bool) -> NDArray[np.float64]:
     """(runs, P) shares of each pair's keypoints: all are visible, so that PCK by image and by point are the same."""
     return np.stack([keypoints.correct(each, pairs, alpha, box).mean(1) for each in found])
-
-
-def _mean(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    return means
 
 
 def _difference(statistic: Statistic) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:

@@ -7,13 +7,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.suites.feature_quality import conditions, data
+from benchmarks.suites.feature_quality.conditions import CONDITIONS, Condition
+from benchmarks.suites.feature_quality.data import Size
+from benchmarks.suites.feature_quality.figures import SIZE, tasks
+from benchmarks.suites.feature_quality.outcomes import outcome, paired, scenes
+from benchmarks.suites.intervals import interval
 from dsd_fast.bench.case import Context, Figure, UnavailableError
-from dsd_fast.bench.suites.feature_quality import conditions, data
-from dsd_fast.bench.suites.feature_quality.conditions import CONDITIONS, Condition
-from dsd_fast.bench.suites.feature_quality.data import Size
-from dsd_fast.bench.suites.feature_quality.figures import SIZE, tasks
-from dsd_fast.bench.suites.feature_quality.measures import interval
-from dsd_fast.bench.suites.feature_quality.outcomes import outcome, paired, scenes
 
 __all__ = ["correlations", "measurable", "scores", "shifted"]
 
@@ -46,9 +46,8 @@ def scores(context: Context, condition: Condition, size: Size) -> NDArray[np.flo
 def shifted(condition: Condition, context: Context, *, size: Size = SIZE) -> list[Figure]:
     """The mean score of a condition."""
     found = scores(context, condition, size)
-    value, low, high = interval(found[None], lambda means: means)
     name, sizes = f"shift: {condition.says}, score", {"scenes": len(found)}
-    return [Figure(name, value, low, high, len(found), unit="score", sizes=sizes, group="shift")]
+    return [Figure(name, *interval(found[None]), len(found), unit="score", sizes=sizes, group="shift")]
 
 
 def correlations(context: Context, *, size: Size = SIZE) -> list[Figure]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.suites.fit_quality import CONFIG, example
 from dsd_fast.bench.case import Context, Figure
-from dsd_fast.bench.suites.fit_quality import CONFIG, example
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.matching import Group, Matcher
 from dsd_fast.matching.evaluation import Evaluation

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.suites.fit_quality import CONFIG, N, Scenes, evaluation_scenes
+from benchmarks.suites.intervals import interval
 from dsd_fast.bench.case import Context, Figure
-from dsd_fast.bench.suites.fit_quality import CONFIG, N, Scenes, evaluation_scenes, pigeonhole
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.diffusion import noise
 from dsd_fast.engine import Texts
@@ -64,5 +65,4 @@ def head_scores(scorer: PairScorer, scenes: Scenes) -> dict[str, NDArray[np.floa
 def _figure(name: str, scores: NDArray[np.float64]) -> Figure:
     """From (n, 1 + negatives) scores."""
     above = (scores[:, :1] > scores[:, 1:]).mean(1)
-    low, high = pigeonhole(above[None])
-    return Figure(name, float(above.mean()), low, high, len(above), chance=0.5)
+    return Figure(name, *interval(above[None]), len(above), chance=0.5)

@@ -1,4 +1,4 @@
-"""Intervals of what several runs measured on the same scenes."""
+"""Intervals of what several runs, or fits, gave on the same scenes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["interval"]
+__all__ = ["Statistic", "interval", "mean"]
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def interval(
-    values: NDArray[Any], statistic: Statistic, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """A statistic of the mean over runs and scenes, with its 95 % percentile interval.
+def mean(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gives (m,) means as they are: the statistic of one number a run and scene."""
+    return means
 
-    Runs and scenes are both drawn with replacement: the pigeonhole bootstrap (Owen 2007).
+
+def interval(
+    values: NDArray[Any], statistic: Statistic = mean, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Gives a statistic of the mean over runs and scenes, with its 95 % percentile interval.
+
+    Runs and scenes are both drawn with replacement: the pigeonhole bootstrap (Owen 2007), for observations that share
+    a run or a scene.
 
     Args:
         values: (runs, n, …) of each run and scene.

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from dsd_fast.bench.suites.feature_quality.conditions import Features
-from dsd_fast.bench.suites.feature_quality.data import CLASSES
-from dsd_fast.bench.suites.feature_quality.pixels import enlarged
+from benchmarks.suites.feature_quality.conditions import Features
+from benchmarks.suites.feature_quality.data import CLASSES
+from benchmarks.suites.feature_quality.pixels import enlarged
 from dsd_fast.features import Amalgamation
 from dsd_fast.features.amalgamation import add_loss_terms
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.suites.intervals import interval
 from dsd_fast.bench.case import Context, Figure
 from dsd_fast.bench.suites.shared import middles, mini
 from dsd_fast.images import decode
@@ -238,24 +239,8 @@ def right_after(
 def mean_over_fits(name: str, each: EvaluationSet, right: NDArray[np.bool_], count: int, group: str) -> Figure:
     """The share right of a set by the name of its figure and group, from (fits, n) after `count` examples."""
     fits, n = right.shape
-    low, high = pigeonhole(right)
     sizes = {"examples": count, "fits": fits}
-    return Figure(name, right.mean(), low, high, n, chance=_chance(each), sizes=sizes, group=group)
-
-
-def pigeonhole(right: NDArray[Any], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of (fits, n) numbers: fits and scenes are both drawn with replacement.
-
-    The pigeonhole bootstrap (Owen 2007), for observations that share a fit or a scene.
-    """
-    fits, n = right.shape
-    draw = np.random.default_rng(seed)
-    of_fits = draw.multinomial(fits, np.full(fits, 1 / fits), resamples) / fits
-    of_scenes = draw.multinomial(n, np.full(n, 1 / n), resamples) / n
-    means = np.einsum("rf,fn,rn->r", of_fits, right.astype(float), of_scenes, optimize=True)
-    low, high = np.quantile(means, [0.025, 0.975])
-    # The interval of few resamples may lie beside the value.
-    return min(float(low), float(right.mean())), max(float(high), float(right.mean()))
+    return Figure(name, *interval(right), n, chance=_chance(each), sizes=sizes, group=group)
 
 
 def slug(each: EvaluationSet) -> str:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsd_fast.bench.suites.feature_quality.conditions import GRID, Features
-from dsd_fast.bench.suites.feature_quality.data import KEYPOINTS, Pair
+from benchmarks.suites.feature_quality.conditions import GRID, Features
+from benchmarks.suites.feature_quality.data import KEYPOINTS, Pair
 from dsd_fast.metrics import box_extents, correct_keypoints
 from dsd_fast.models.mini.scenes import IMAGE_SIZE
 

@@ -12,10 +12,10 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +26,9 @@ from dsd_fast.models.mini.loop import Recipe, fit, generator
 from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, scene
 from dsd_fast.models.mini.stages import FACTS
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 __all__ = ["Seen", "answers", "cache_folder", "judge", "look", "seen", "to_bytes", "train"]
 
