@@ -23,8 +23,8 @@ from tests.kernels.elementwise import (
 OPERATOR = torch.ops.dsd_fast.group_norm_silu.default
 CHANNELS_LAST = torch.channels_last
 
-# (B, C, h, w), groups: empty images and batches, one number, a pixel, primes, groups of 10 channels; splits of two tiles,
-# the last with a rest; a group of more channels than a tile.
+# (B, C, h, w), groups: empty images and batches, one number, a pixel, primes, groups of 10 channels, splits of two
+# tiles with a rest in the last, and a group of more channels than a tile.
 SHAPES = [
     ((0, 4, 2, 2), 2),
     ((2, 4, 0, 3), 2),
