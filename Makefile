@@ -18,11 +18,10 @@ BIN := $(VENV)/bin
 SUITE ?= match
 STAMP := $(VENV)/installed
 
-# Oldest versions: what holds the arithmetic, and the tests of it; of the CUDA source nvcc is the judge, not torch. The rest
-# of the house has the pinned versions alone.
+# Oldest versions: what holds the arithmetic, and the tests of it. The rest of the house has the pinned versions alone.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/installed
-OLDEST_TESTS := tests/kernels tests/unet tests/models --ignore-glob='*/test_cuda_*.py'
+OLDEST_TESTS := tests/kernels tests/unet tests/models
 
 .PHONY: install install-oldest demo test test-oldest lint bench gpu gpu-full gpu-sanitize force
 
@@ -84,8 +83,6 @@ endif
 $(STAMP): CONSTRAINTS := constraints.txt
 $(STAMP): WANTED := -e ".[dev]"
 $(OLDEST_STAMP): CONSTRAINTS := constraints-oldest.txt
-# It has tests for the CPU alone, and both environments build into the same folder.
-$(OLDEST_STAMP): export DSD_FAST_BUILD_CUDA := 0
 $(OLDEST_STAMP): WANTED := -e ".[triton]" pytest pytest-timeout hypothesis scikit-learn
 
 # What is compiled is made anew when its source changes.

@@ -6,7 +6,6 @@ score too, which no fused attention of aten offers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from dsd_fast.kernels.common import backend, native
 from dsd_fast.kernels.common.attention import (
     check_per_key,
     check_projections,
     check_texts,
+    choose,
     full_precision,
     real_dtype,
     rows_texts,
@@ -46,39 +45,6 @@ torch.library.define(
 _FORWARD = torch.ops.dsd_fast.cross_attention_score.default
 _BACKWARD = torch.ops.dsd_fast.cross_attention_score_backward.default
 
-CUDA_WIDTHS = (40, 64, 80, 128, 160)
-
-
-def _implementations(q: Tensor, k: Tensor, v: Tensor | None, heads: int) -> tuple[str, ...]:
-    """Those that can run now, the default first; "cuda" is a forward pass, whose gradient is the default's."""
-    width = q.shape[2] // heads
-    if not 1 <= width <= 256:
-        return ("reference",) if not q.is_cpu else tuple(x for x in _available(q) if x != "triton")
-    names = _available(q)
-    if q.is_cuda and _cuda_takes(q, k, v, width):
-        return (names[0], "cuda", *names[1:])
-    return names
-
-
-def _available(q: Tensor) -> tuple[str, ...]:
-    return backend.available(q.device.type, q.dtype)
-
-
-def _cuda_takes(q: Tensor, k: Tensor, v: Tensor | None, width: int) -> bool:
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and width in CUDA_WIDTHS
-        and 1 <= k.shape[1] <= 128
-        and all(x is None or x.stride(2) == 1 for x in (q, k, v))
-        and _capability(q.device) >= 8
-        and native.load("cuda")
-    )
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
-
 
 @torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
 def _forward(
@@ -94,16 +60,15 @@ def _forward(
     mean: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    name = backend.choose(NAME, _implementations(q, k, v, heads))
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, score_mask, heads, scale, mean, save)
     if name == "triton":
         from dsd_fast.kernels.cross_attention_score import kernel
 
         return kernel.forward(q, k, v, text_index, *options)
     texts = rows_texts(text_index, q.shape[0], q.device)
-    if name != "reference":
-        library = torch.ops.dsd_fast_cpu if name == "cpu" else torch.ops.dsd_fast_cuda
-        result: tuple[Tensor, Tensor, Tensor] = library.cross_attention_score(q, k, v, texts, *options)
+    if name == "cpu":
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.dsd_fast_cpu.cross_attention_score(q, k, v, texts, *options)
         return result
     with full_precision(q.device):
         return reference.forward(q, k, v, texts, *options)
@@ -148,10 +113,7 @@ def _backward(
     query: bool = True,
     text: bool = True,
 ) -> tuple[Tensor, ...]:
-    names = _implementations(q, k, v, heads)
-    name = backend.choose(NAME, names)
-    if name == "cuda":
-        name = names[0]
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, score_mask, saved, heads, scale, mean)
     found: Sequence[Tensor | None]
     if name == "triton":

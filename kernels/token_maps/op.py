@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import (
     check_index,
     check_per_key,
     check_projections,
     check_texts,
+    choose,
     full_precision,
     real_dtype,
     rows_texts,
@@ -41,13 +41,6 @@ _FORWARD = torch.ops.dsd_fast.token_maps.default
 _BACKWARD = torch.ops.dsd_fast.token_maps_backward.default
 
 
-def _implementation(q: Tensor, heads: int) -> str:
-    names = backend.available(q.device.type, q.dtype)
-    if not 1 <= q.shape[2] // heads <= 256:
-        names = tuple(name for name in names if name != "triton")
-    return backend.choose(NAME, names)
-
-
 @torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
 def _forward(
     q: Tensor,
@@ -59,7 +52,7 @@ def _forward(
     heads: int,
     scale: float,
 ) -> Tensor:
-    name = _implementation(q, heads)
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, heads, scale)
     if name == "triton":
         from dsd_fast.kernels.token_maps import kernel
@@ -101,7 +94,7 @@ def _backward(
     query: bool = True,
     text: bool = True,
 ) -> tuple[Tensor, ...]:
-    name = _implementation(q, heads)
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, heads, scale)
     found: Sequence[Tensor | None]
     if name == "triton":

@@ -10,7 +10,7 @@ from dsd_fast.kernels.common import native
 from tests.kernels.attention import maps_written_out, written_out
 from tests.repository.processes import run_python
 
-if not native.load("cpu"):
+if not native.load():
     pytest.skip("the CPU library is not built: pip install --no-build-isolation -e .", allow_module_level=True)
 
 ops = torch.ops.dsd_fast_cpu

@@ -12,13 +12,13 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_fast.kernels.common import attention, backend, native
-from dsd_fast.kernels.cross_attention_score import cross_attention_score, op
+from dsd_fast.kernels.cross_attention_score import cross_attention_score
 from tests.kernels.attention import INF, largest_logit, written_out
 from tests.memory import allocations
 
 IMPLEMENTATIONS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(not native.load("cpu"), reason="the CPU library is not built")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not native.load(), reason="the CPU library is not built")),
 ]
 
 
@@ -235,31 +235,6 @@ def test_threads_in_full_precision_leave_the_setting_as_it_was(tf32):
         seen.append(matmul.fp32_precision)
     thread.join()
     assert [*seen, matmul.fp32_precision] == ["ieee", "tf32"]
-
-
-@pytest.mark.parametrize(("tokens", "taken"), [(0, False), (1, True), (128, True), (129, False)])
-def test_the_cuda_kernel_takes_one_to_128_keys(monkeypatch, tokens, taken):
-    monkeypatch.setattr(op, "_capability", lambda device: 8)
-    monkeypatch.setattr(native, "load", lambda name: True)
-    q, k, v, _ = inputs(tokens=tokens, width=40, dtype=torch.float16)
-    assert op._cuda_takes(q, k, v, 40) is taken
-
-
-def test_the_gradient_of_the_cuda_kernel_is_the_defaults(monkeypatch):
-    """Without Triton the reference's; the names are those of a GPU that has the CUDA library alone."""
-    q, k, v, g = inputs(texts=3, dtype=torch.float32)
-    out, score, saved = torch.ops.dsd_fast.cross_attention_score(q, k, v, *[None] * 4, 2, 0.5, True, True)
-    dout, dscore = (torch.randn(x.shape, generator=g) for x in (out, score))
-
-    def backward(name):
-        with backend.force(name):
-            return torch.ops.dsd_fast.cross_attention_score_backward(
-                dout, dscore, q, k, v, *[None] * 4, saved, 2, 0.5, True
-            )
-
-    want = backward("reference")
-    monkeypatch.setattr(op, "_implementations", lambda *_: ("reference", "cuda"))
-    torch.testing.assert_close(backward("cuda"), want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("how", ["length", "bias"])
@@ -494,5 +469,5 @@ def test_backend_is_chosen_by_block_then_operator_then_all(monkeypatch):
         call()
     monkeypatch.setenv("DSD_FAST_BACKEND_CROSS_ATTENTION_SCORE", "reference")
     assert call() == "reference"
-    with backend.force("cuda"), pytest.raises(ValueError, match=r"force\(\): .* has no 'cuda' implementation"):
+    with backend.force("triton"), pytest.raises(ValueError, match=r"force\(\): .* has no 'triton' implementation"):
         call()
