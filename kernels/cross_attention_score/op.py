@@ -24,29 +24,12 @@ from dsd_fast.kernels.common.attention import (
     rows_texts,
 )
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator, without_none
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
 
-# `torch.library.custom_op` takes several times as long a call as an operator that is defined and implemented so.
-torch.library.define(
-    f"dsd_fast::{NAME}",
-    "(Tensor q, Tensor k, Tensor? v, Tensor? text_index, Tensor? text_length, Tensor? key_bias, Tensor? score_mask, "
-    "int heads, float scale, bool mean, bool save) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    f"dsd_fast::{NAME}_backward",
-    "(Tensor? dout, Tensor? dscore, Tensor q, Tensor k, Tensor? v, Tensor? text_index, Tensor? text_length, "
-    "Tensor? key_bias, Tensor? score_mask, Tensor saved, int heads, float scale, bool mean, bool query=True, "
-    "bool text=True) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_FORWARD = torch.ops.dsd_fast.cross_attention_score.default
-_BACKWARD = torch.ops.dsd_fast.cross_attention_score_backward.default
 
-
-@torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -74,20 +57,7 @@ def _forward(
         return reference.forward(q, k, v, texts, *options)
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}")
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    text_index: Tensor | None,
-    text_length: Tensor | None,
-    key_bias: Tensor | None,
-    score_mask: Tensor | None,
-    heads: int,
-    scale: float,
-    mean: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(q, k, v, text_index, text_length, key_bias, score_mask, heads, scale, mean, save):
     rows, length, _ = q.shape
     out = q.new_empty(q.shape if v is not None else (0,))
     score = q.new_empty((rows, heads) if mean else (rows, heads, length), dtype=real_dtype(q))
@@ -95,7 +65,9 @@ def _forward_fake(
     return out, score, q.new_empty((kept, rows, heads, length), dtype=real_dtype(q))
 
 
-@torch.library.impl(f"dsd_fast::{NAME}_backward", ("cpu", "cuda"))
+_FORWARD = operator(NAME, _forward, _forward_fake)
+
+
 def _backward(
     dout: Tensor | None,
     dscore: Tensor | None,
@@ -112,7 +84,7 @@ def _backward(
     mean: bool,
     query: bool = True,
     text: bool = True,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     name = choose(NAME, q, heads)
     options = (text_length, key_bias, score_mask, saved, heads, scale, mean)
     found: Sequence[Tensor | None]
@@ -129,33 +101,36 @@ def _backward(
             with full_precision(q.device):
                 found = reference.backward(dout, dscore, q, k, v, texts, *options)
     wanted = (query, text, text and v is not None, text and key_bias is not None)
-    return tuple(x if w and x is not None else q.new_empty(0) for x, w in zip(found, wanted, strict=True))
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = without_none(found, wanted, q)
+    return gradients
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}_backward")
 def _backward_fake(
-    dout: Tensor | None,
-    dscore: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    text_index: Tensor | None,
-    text_length: Tensor | None,
-    key_bias: Tensor | None,
-    score_mask: Tensor | None,
-    saved: Tensor,
-    heads: int,
-    scale: float,
-    mean: bool,
-    query: bool = True,
-    text: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout,
+    dscore,
+    q,
+    k,
+    v,
+    text_index,
+    text_length,
+    key_bias,
+    score_mask,
+    saved,
+    heads,
+    scale,
+    mean,
+    query=True,
+    text=True,
+):
     return (
         q.new_empty(q.shape if query else (0,)),
         k.new_empty(k.shape if text else (0,)),
         q.new_empty(v.shape if text and v is not None else (0,)),
         k.new_empty(k.shape[:2], dtype=real_dtype(q)) if text and key_bias is not None else q.new_empty(0),
     )
+
+
+_BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
