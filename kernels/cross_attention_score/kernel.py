@@ -135,7 +135,6 @@ def forward(
         q, scale = -q, -scale
     q, k, v = packed(q), packed(k), None if v is None else packed(v)
     key_bias, score_mask = (None if x is None else x.contiguous() for x in (key_bias, score_mask))
-    d0, d1 = split(width)
     common = {
         "p_out": out if v is not None else None,
         "p_score": score,
@@ -160,8 +159,6 @@ def forward(
         "scale": scale,
         "MEAN": mean,
         "D": width,
-        "D0": d0,
-        "D1": d1,
         **options(launch),
     }
     with on(q.device):
@@ -224,7 +221,6 @@ def backward(
     if dout is not None:
         dout = dout.contiguous() if tokens is not None else packed(dout)
     width = channels // heads
-    d0, d1 = split(width)
     arguments = {
         "p_dout": dout,
         "p_dscore": None if dscore is None else dscore.contiguous(),
@@ -253,8 +249,6 @@ def backward(
         "scale": scale,
         "MEAN": mean,
         "D": width,
-        "D0": d0,
-        "D1": d1,
     }
     dq = q.new_empty(q.shape) if query else None
     delta = q.new_empty((rows, heads, length), dtype=torch.float32) if text and dout is not None else None
