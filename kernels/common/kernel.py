@@ -158,12 +158,11 @@ def _argument_type(name: str, dtype: str) -> str:
 
 
 parts = triton.constexpr_function(split)
-"""``split`` inside kernels."""
+"""``split`` inside a kernel."""
 
 
 class Text(NamedTuple):
-    """One head of text ``i_m`` in memory: its keys and values (T, D), and the (M,) lengths, (M, T) biases and masks of all
-    texts. None for what is absent."""
+    """One head of text ``i_m`` in memory: its keys and values, and what all texts have. None for what is absent."""
 
     p_k: Any
     p_v: Any
@@ -177,8 +176,11 @@ class Text(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A tile of one head's keys ``i_t``, where they lie in the text: what is added to their logits, and for the score
-    once more, in units of log 2; keys and values, in parts. What is absent has another in its place."""
+    """A tile of a head's keys, at ``i_t`` in the text.
+
+    ``bias`` is added to their logits, and for the score ``hidden`` too, in units of log 2; ``k`` and ``v`` are in
+    parts. What is absent has another in its place.
+    """
 
     i_t: Any
     bias: Any

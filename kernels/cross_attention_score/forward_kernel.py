@@ -19,17 +19,17 @@ from dsd_fast.kernels.common.kernel import (
     LN2,
     LOG2E,
     SIZES,
+    Keys,
     Text,
     add_exp,
     add_rows,
     dot_rows,
     exp_rows,
     finite,
+    hidden_keys,
+    key_bias,
     load_keys,
     load_rows,
-    key_bias,
-    hidden_keys,
-    Keys,
     logits,
     row_max,
     store_rows,
@@ -40,14 +40,15 @@ from dsd_fast.kernels.common.kernel import (
 
 
 @triton.jit
-def load_tile(text, i_h, i_t, D: tl.constexpr):
+def load_tile(p_k, p_v, text, i_h, i_t, stride_km, stride_vm, D: tl.constexpr):
+    """As load_keys, of the keys and values of all texts."""
     b_bias = key_bias(text.p_length, text.p_bias, text.i_m, i_t, text.T)
-    p_k = text.p_k + text.i_m * text.stride_kt[0] + i_h * D
-    b_k = load_rows(p_k, text.stride_kt[1], i_t, b_bias > -INF, D)
+    p_km = p_k + text.i_m * stride_km + i_h * D
+    b_k = load_rows(p_km, text.stride_kt, i_t, b_bias > -INF, D)
     b_v = b_k
-    if text.p_v is not None:
-        p_v = text.p_v + text.i_m * text.stride_vt[0] + i_h * D
-        b_v = load_rows(p_v, text.stride_vt[1], i_t, b_bias > -INF, D)
+    if p_v is not None:
+        p_vm = p_v + text.i_m * stride_vm + i_h * D
+        b_v = load_rows(p_vm, text.stride_vt, i_t, b_bias > -INF, D)
     b_hidden = b_bias
     if text.p_mask is not None:
         b_hidden = hidden_keys(text.p_mask, text.i_m, i_t, text.T)
@@ -96,10 +97,10 @@ def forward_kernel(
     i_row = i_b * H + i_h
     BIASED: tl.constexpr = (p_bias is not None) or (p_length is not None) or T0 == 16
     factor = tl.cast(scale, tl.float32) * LOG2E
-    head = Text(p_k, p_v, p_length, p_bias, p_mask, i_m, T, (stride_km, stride_kt), (stride_vm, stride_vt))
-    tiles = (load_tile(head, i_h, tl.arange(0, T0), D),)
+    text = Text(None, None, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
+    tiles = (load_tile(p_k, p_v, text, i_h, tl.arange(0, T0), stride_km, stride_vm, D),)
     if T1 > 0:
-        tiles = (tiles[0], load_tile(head, i_h, T0 + tl.arange(0, T1), D))
+        tiles = (tiles[0], load_tile(p_k, p_v, text, i_h, T0 + tl.arange(0, T1), stride_km, stride_vm, D))
 
     p_qb = p_q + i_b * stride_qb + i_h * D
     for i_l in tl.range(i_s * span, tl.minimum(L, (i_s + 1) * span), BLOCK, num_stages=STAGES):
@@ -195,9 +196,7 @@ def forward_loop_kernel(
     b_keep = i_rows < L
     b_q = load_rows(p_q + i_b * stride_qb + i_h * D, stride_ql, i_rows, b_keep, D)
     p_km = p_k + i_m * stride_km + i_h * D
-    p_vm = p_v
-    if p_v is not None:
-        p_vm = p_v + i_m * stride_vm + i_h * D
+    p_vm = None if p_v is None else p_v + i_m * stride_vm + i_h * D
     text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
     b_max = tl.full([BLOCK], -INF, tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)

@@ -49,7 +49,6 @@ class Row(NamedTuple):
     L: Any
     H: Any
     n: Any
-    stride_ql: Any
     stride_ob: Any
     stride_ol: Any
 
@@ -77,8 +76,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def load_positions(row, text, p_q, i_row, i_l, i_at, b_keep, MEAN: tl.constexpr, D: tl.constexpr):
-    b_q = load_rows(p_q, row.stride_ql, i_l, b_keep, D)
+def load_positions(row, text, i_row, i_l, i_at, b_keep, b_q, MEAN: tl.constexpr, D: tl.constexpr):
     b_dout = b_q
     if text.p_v is not None:
         b_dout = load_rows(row.p_dout + row.i_b * row.stride_ob + row.i_h * D, row.stride_ol, i_l, b_keep, D)
@@ -104,10 +102,7 @@ def tile_gradients(row, text, at, keys, factor):
     b_p = tl.exp2(b_s - at.lse[:, None])
     b_dp = b_p
     if row.p_dout is not None:
-        if text.p_v is not None:
-            b_dp = dot_rows(at.dout, keys.v)
-        else:
-            b_dp = map_gradient(row, at, keys.i_t, b_p * 0.0)
+        b_dp = dot_rows(at.dout, keys.v) if text.p_v is not None else map_gradient(row, at, keys.i_t, b_p * 0.0)
     return Tile(b_s, b_p, b_dp)
 
 
@@ -201,21 +196,20 @@ def query_kernel(
     size = gradient_scale(p_dout, scale, L, MEAN)
     i_t0 = tl.arange(0, T0)
     p_km = p_k + i_m * stride_km + i_h * D
-    p_vm = p_v
-    if p_v is not None:
-        p_vm = p_v + i_m * stride_vm + i_h * D
+    p_vm = None if p_v is None else p_v + i_m * stride_vm + i_h * D
     text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
     tiles = (load_keys(text, i_t0, D),)
     if T1 > 0:
         tiles = (tiles[0], load_keys(text, T0 + tl.arange(0, T1), D))
-    row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ql, stride_ob, stride_ol)
+    row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ob, stride_ol)
     p_qb = p_q + i_b * stride_qb + i_h * D
 
     for i_l in tl.range(i_s * span, tl.minimum(L, (i_s + 1) * span), BLOCK, num_stages=STAGES):
         i_rows = i_l + tl.arange(0, BLOCK)
         b_keep = i_rows < L
         i_at = i_row * L + i_rows
-        at = load_positions(row, text, p_qb, i_row, i_rows, i_at, b_keep, MEAN, D)
+        b_q = load_rows(p_qb, stride_ql, i_rows, b_keep, D)
+        at = load_positions(row, text, i_row, i_rows, i_at, b_keep, b_q, MEAN, D)
         grads = (tile_gradients(row, text, at, tiles[0], factor),)
         b_delta = tl.sum(grads[0].p * grads[0].dp, 1)
         if T1 > 0:
@@ -274,17 +268,15 @@ def query_loop_kernel(
     i_row = i_b * H + i_h
     factor = tl.cast(scale, tl.float32) * LOG2E
     size = gradient_scale(p_dout, scale, L, MEAN)
-    p_km = p_k + i_m * stride_km + i_h * D
-    p_vm = p_v
-    if p_v is not None:
-        p_vm = p_v + i_m * stride_vm + i_h * D
-    text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
-    row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ql, stride_ob, stride_ol)
-    p_qb = p_q + i_b * stride_qb + i_h * D
     i_rows = i_n * BLOCK + tl.arange(0, BLOCK)
     b_keep = i_rows < L
     i_at = i_row * L + i_rows
-    at = load_positions(row, text, p_qb, i_row, i_rows, i_at, b_keep, MEAN, D)
+    b_q = load_rows(p_q + i_b * stride_qb + i_h * D, stride_ql, i_rows, b_keep, D)
+    p_km = p_k + i_m * stride_km + i_h * D
+    p_vm = None if p_v is None else p_v + i_m * stride_vm + i_h * D
+    text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
+    row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ob, stride_ol)
+    at = load_positions(row, text, i_row, i_rows, i_at, b_keep, b_q, MEAN, D)
     b_delta = tl.zeros([BLOCK], tl.float32)
     if p_dout is not None:
         for i_k in tl.range(0, T, T0, num_stages=STAGES):

@@ -18,6 +18,7 @@ from dsd_fast.kernels.common.kernel import (
     Text,
     add_rows,
     load_keys,
+    load_rows,
     store_rows,
     text_of,
     zero_rows,
@@ -33,17 +34,14 @@ from dsd_fast.kernels.cross_attention_score.query_kernel import (
 
 @triton.jit
 def text_tile(
-    p_dk,
-    p_dv,
-    p_dbias,
+    outputs,
+    queries,
     p_delta,
-    p_q,
     row,
     text,
     i_s,
     i_t,
     span,
-    stride_qb,
     scale,
     MEAN: tl.constexpr,
     D: tl.constexpr,
@@ -51,6 +49,8 @@ def text_tile(
     STAGES: tl.constexpr,
 ):
     """What text_kernel does for the keys i_t."""
+    p_dk, p_dv, p_dbias = outputs
+    p_q, stride_qb, stride_ql = queries
     i_b, i_h, L, T, H = row.i_b, row.i_h, row.L, text.T, row.H
     i_row = i_b * H + i_h
     factor = tl.cast(scale, tl.float32) * LOG2E
@@ -63,8 +63,8 @@ def text_tile(
         i_rows = i_l + tl.arange(0, BLOCK)
         b_keep = i_rows < L
         i_at = i_row * L + i_rows
-        p_qb = p_q + i_b * stride_qb + i_h * D
-        at = load_positions(row, text, p_qb, i_row, i_rows, i_at, b_keep, MEAN, D)
+        b_q = load_rows(p_q + i_b * stride_qb + i_h * D, stride_ql, i_rows, b_keep, D)
+        at = load_positions(row, text, i_row, i_rows, i_at, b_keep, b_q, MEAN, D)
         tile = tile_gradients(row, text, at, keys, factor)
         if p_dk is not None:
             b_delta = at.lse
@@ -140,18 +140,18 @@ def text_kernel(
     i_h, i_b, i_s = (i_p % H).to(tl.int64), (i_p // H % B).to(tl.int64), i_p // H // B
     i_m = text_of(p_index, i_b)
     p_km = p_k + i_m * stride_km + i_h * D
-    p_vm = p_v
-    if p_v is not None:
-        p_vm = p_v + i_m * stride_vm + i_h * D
+    p_vm = None if p_v is None else p_v + i_m * stride_vm + i_h * D
     text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
-    row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ql, stride_ob, stride_ol)
+    row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ob, stride_ol)
+    outputs = (p_dk, p_dv, p_dbias)
+    queries = (p_q, stride_qb, stride_ql)
     if i_k < T // T0:
         i_t = i_k * T0 + tl.arange(0, T0)
-        text_tile(p_dk, p_dv, p_dbias, p_delta, p_q, row, text, i_s, i_t, span, stride_qb, scale, MEAN, D, BLOCK, STAGES)
+        text_tile(outputs, queries, p_delta, row, text, i_s, i_t, span, scale, MEAN, D, BLOCK, STAGES)
     if T1 > 0:  # noqa: SIM102 - a constant: without a rest there is nothing to compile
         if i_k == T // T0:
             i_t = i_k * T0 + tl.arange(0, T1)
-            text_tile(p_dk, p_dv, p_dbias, p_delta, p_q, row, text, i_s, i_t, span, stride_qb, scale, MEAN, D, BLOCK, STAGES)
+            text_tile(outputs, queries, p_delta, row, text, i_s, i_t, span, scale, MEAN, D, BLOCK, STAGES)
 
 
 @triton.jit(do_not_specialize=["parts", "N"])
