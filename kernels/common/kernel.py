@@ -97,6 +97,37 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
+def inputs(
+    q: Tensor,
+    k: Tensor,
+    text_index: Tensor | None,
+    text_length: Tensor | None,
+    key_bias: Tensor | None,
+    heads: int,
+    scale: float,
+) -> dict[str, Any]:
+    """What each attention kernel is given of queries (B, L, H·D) and keys (M, T, H·D)."""
+    rows, length, channels = q.shape
+    q, k = packed(q), packed(k)
+    return {
+        "p_q": q,
+        "p_k": k,
+        "p_index": text_index,
+        "p_length": text_length,
+        "p_bias": None if key_bias is None else key_bias.contiguous(),
+        "B": rows,
+        "L": length,
+        "T": k.shape[1],
+        "H": heads,
+        "stride_qb": q.stride(0),
+        "stride_ql": q.stride(1),
+        "stride_km": k.stride(0),
+        "stride_kt": k.stride(1),
+        "scale": scale,
+        "D": channels // heads,
+    }
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Launches go to ``device``, which need not be the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -210,9 +241,9 @@ def load_rows(p_x, stride, i_row, b_keep, D: tl.constexpr):
     """Rows ``i_row`` of a matrix of width D, in parts; what is not kept, and what is beyond D, is 0 and unread."""
     W: tl.constexpr = parts(D)
     p_row = p_x + i_row.to(tl.int64)[:, None] * stride
-    b_x = (load_columns(p_row, b_keep, 0, W[0], D),)
+    b_x = [load_columns(p_row, b_keep, 0, W[0], D)]
     if W[1] > 0:
-        b_x += (load_columns(p_row, b_keep, W[0], W[1], D),)
+        b_x += [load_columns(p_row, b_keep, W[0], W[1], D)]
     return b_x
 
 
@@ -230,9 +261,9 @@ def store_rows(p_x, stride, i_row, b_keep, b_x, D: tl.constexpr):
 def zero_rows(ROWS: tl.constexpr, D: tl.constexpr):
     """Sums over nothing, float32, in the parts of a width."""
     W: tl.constexpr = parts(D)
-    b_x = (tl.full([ROWS, W[0]], 0.0, tl.float32),)
+    b_x = [tl.full([ROWS, W[0]], 0.0, tl.float32)]
     if W[1] > 0:
-        b_x += (tl.full([ROWS, W[1]], 0.0, tl.float32),)
+        b_x += [tl.full([ROWS, W[1]], 0.0, tl.float32)]
     return b_x
 
 
@@ -248,9 +279,9 @@ def dot_rows(b_x, b_y):
 @triton.jit
 def add_rows(b_sum, b_w, b_x):
     """sum + w x in the parts of x's width, float32."""
-    b_new = ()
+    b_new = []
     for i in tl.static_range(len(b_x)):
-        b_new += (tl.dot(b_w, b_x[i], b_sum[i], input_precision="ieee"),)
+        b_new += [tl.dot(b_w, b_x[i], b_sum[i], input_precision="ieee")]
     return b_new
 
 
@@ -314,10 +345,10 @@ def row_max(b_x):
 @triton.jit
 def exp_rows(b_s, b_max):
     """Exponentials of tiles side by side, and the sum of each row."""
-    b_p = (tl.exp2(b_s[0] - b_max[:, None]),)
+    b_p = [tl.exp2(b_s[0] - b_max[:, None])]
     b_sum = tl.sum(b_p[0], 1)
     for i in tl.static_range(1, len(b_s)):
-        b_p += (tl.exp2(b_s[i] - b_max[:, None]),)
+        b_p += [tl.exp2(b_s[i] - b_max[:, None])]
         b_sum += tl.sum(b_p[i], 1)
     return b_p, b_sum
 

@@ -98,9 +98,9 @@ def forward_kernel(
     BIASED: tl.constexpr = (p_bias is not None) or (p_length is not None) or T0 == 16
     factor = tl.cast(scale, tl.float32) * LOG2E
     text = Text(None, None, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
-    tiles = (load_tile(p_k, p_v, text, i_h, tl.arange(0, T0), stride_km, stride_vm, D),)
+    tiles = [load_tile(p_k, p_v, text, i_h, tl.arange(0, T0), stride_km, stride_vm, D)]
     if T1 > 0:
-        tiles = (tiles[0], load_tile(p_k, p_v, text, i_h, T0 + tl.arange(0, T1), stride_km, stride_vm, D))
+        tiles = [tiles[0], load_tile(p_k, p_v, text, i_h, T0 + tl.arange(0, T1), stride_km, stride_vm, D)]
 
     p_qb = p_q + i_b * stride_qb + i_h * D
     for i_l in tl.range(i_s * span, tl.minimum(L, (i_s + 1) * span), BLOCK, num_stages=STAGES):
@@ -114,31 +114,31 @@ def forward_kernel(
             # The factor is not negative: the maximum is taken first, and the product becomes part of exp2's argument.
             b_qk = dot_rows(b_q, tiles[0].k)
             b_max = tl.max(b_qk, 1) * factor
-            b_s = (b_qk * factor,)
+            b_s = [b_qk * factor]
             if T1 > 0:
-                b_s += (logits(b_q, tiles[1].k, tiles[1].bias, factor),)
+                b_s += [logits(b_q, tiles[1].k, tiles[1].bias, factor)]
                 b_max = tl.maximum(b_max, tl.max(b_s[1], 1))
         b_p, b_sum = exp_rows(b_s, b_max)
         b_lse = (b_max + tl.log2(b_sum)) * LN2
 
         if p_v is not None:
-            b_o = ()
+            b_o = []
             for i in tl.static_range(len(tiles[0].v)):
                 b_part = tl.dot(b_p[0].to(p_v.dtype.element_ty), tiles[0].v[i], input_precision="ieee")
                 if T1 > 0:
                     b_part = tl.dot(b_p[1].to(p_v.dtype.element_ty), tiles[1].v[i], b_part, input_precision="ieee")
                 # A row without keys has sum 0 and products 0.
                 b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-                b_o += (b_part * b_norm,)
+                b_o += [b_part * b_norm]
             p_ob = p_out + (i_b * L * H + i_h) * D
             store_rows(p_ob, H.to(tl.int64) * D, i_rows, b_keep, b_o, D)
 
         b_score = b_lse
         if p_mask is not None:
             # Its own maximum: the scored keys may all lie far below the others.
-            b_scored = (b_s[0] + tiles[0].hidden[None, :],)
+            b_scored = [b_s[0] + tiles[0].hidden[None, :]]
             if T1 > 0:
-                b_scored += (b_s[1] + tiles[1].hidden[None, :],)
+                b_scored += [b_s[1] + tiles[1].hidden[None, :]]
             b_max = finite(row_max(b_scored))
             _, b_sum = exp_rows(b_scored, b_max)
             b_score = (b_max + tl.log2(b_sum)) * LN2

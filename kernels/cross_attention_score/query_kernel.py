@@ -198,9 +198,9 @@ def query_kernel(
     p_km = p_k + i_m * stride_km + i_h * D
     p_vm = None if p_v is None else p_v + i_m * stride_vm + i_h * D
     text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
-    tiles = (load_keys(text, i_t0, D),)
+    tiles = [load_keys(text, i_t0, D)]
     if T1 > 0:
-        tiles = (tiles[0], load_keys(text, T0 + tl.arange(0, T1), D))
+        tiles = [tiles[0], load_keys(text, T0 + tl.arange(0, T1), D)]
     row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ob, stride_ol)
     p_qb = p_q + i_b * stride_qb + i_h * D
 
@@ -210,10 +210,10 @@ def query_kernel(
         i_at = i_row * L + i_rows
         b_q = load_rows(p_qb, stride_ql, i_rows, b_keep, D)
         at = load_positions(row, text, i_row, i_rows, i_at, b_keep, b_q, MEAN, D)
-        grads = (tile_gradients(row, text, at, tiles[0], factor),)
+        grads = [tile_gradients(row, text, at, tiles[0], factor)]
         b_delta = tl.sum(grads[0].p * grads[0].dp, 1)
         if T1 > 0:
-            grads = (grads[0], tile_gradients(row, text, at, tiles[1], factor))
+            grads = [grads[0], tile_gradients(row, text, at, tiles[1], factor)]
             b_delta += tl.sum(grads[1].p * grads[1].dp, 1)
         if p_new_delta is not None:
             tl.store(p_new_delta + i_at, b_delta, mask=b_keep)

@@ -24,12 +24,12 @@ from dsd_fast.kernels.common.kernel import (
     add_exp,
     build,
     finite,
+    inputs,
     key_bias,
     load_rows,
     logits,
     on,
     options,
-    packed,
     text_of,
 )
 from dsd_fast.kernels.cross_attention_score import kernel as attention
@@ -111,36 +111,20 @@ def forward(
     scale: float,
 ) -> Tensor:
     """As reference.forward; ``text_index`` None: row b has text b. Float32, float16 and bfloat16, D from 1 to 256."""
-    rows, length, channels = q.shape
+    rows, length, _ = q.shape
     count = tokens.shape[1]
     maps = q.new_empty((rows, count, length), dtype=torch.float32)
     if maps.numel() == 0:
         return maps
-    q, k = packed(q), packed(k)
-    width = channels // heads
     grid = (triton.cdiv(length, LAUNCH.block) * triton.cdiv(count, MAPS) * rows,)
     with on(q.device):
         maps_kernel[grid](
             p_maps=maps,
-            p_q=q,
-            p_k=k,
             p_tokens=tokens.contiguous(),
-            p_index=text_index,
-            p_length=text_length,
-            p_bias=None if key_bias is None else key_bias.contiguous(),
-            B=rows,
-            L=length,
-            T=k.shape[1],
-            H=heads,
             n=count,
-            stride_qb=q.stride(0),
-            stride_ql=q.stride(1),
-            stride_km=k.stride(0),
-            stride_kt=k.stride(1),
-            scale=scale,
-            D=width,
             T0=TILE,
             N=MAPS,
+            **inputs(q, k, text_index, text_length, key_bias, heads, scale),
             **options(LAUNCH),
         )
     return maps
