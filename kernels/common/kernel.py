@@ -2,7 +2,8 @@
 
 A matrix unit works on powers of two, and a padded column costs what a real one does. So a width of 40 is a tile of 32
 columns beside one of 16 with 8 masked, and 77 keys are 64 above 16. Names: ``p_`` pointers, ``i_`` indices, ``b_``
-tiles; a pair ``b_x0, b_x1`` holds the two parts of a width, and the second stands for nothing where its size is 0.
+tiles. What is in parts is a list of one or two tiles, which the compiler makes a tuple, and None in a tuple is a
+constant: one argument carries parts, and pointers of which some may be absent, from one function to another.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ class Keys(NamedTuple):
 
 @triton.jit
 def load_columns(p_row, b_keep, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    """One part of rows: columns from FIRST of their D."""
+    """A part of rows: SIZE columns from FIRST, of which those below D exist."""
     i_d = FIRST + tl.arange(0, SIZE)
     b_mask = b_keep[:, None] if D >= FIRST + SIZE else b_keep[:, None] & (i_d < D)[None, :]
     return tl.load(p_row + i_d[None, :], mask=b_mask, other=0.0)
@@ -315,7 +316,7 @@ def hidden_keys(p_mask, i_m, i_t, T):
 
 @triton.jit
 def load_keys(text, i_t, D: tl.constexpr):
-    """The keys i_t of a head."""
+    """The keys i_t of a head: 0 and unread where their bias is −inf."""
     b_bias = key_bias(text.p_length, text.p_bias, text.i_m, i_t, text.T)
     b_hidden = b_bias
     if text.p_mask is not None:

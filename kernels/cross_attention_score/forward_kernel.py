@@ -41,7 +41,7 @@ from dsd_fast.kernels.common.kernel import (
 
 @triton.jit
 def load_tile(p_k, p_v, text, i_h, i_t, stride_km, stride_vm, D: tl.constexpr):
-    """As load_keys, of the keys and values of all texts."""
+    """As load_keys, with the keys and values of all texts and heads."""
     b_bias = key_bias(text.p_length, text.p_bias, text.i_m, i_t, text.T)
     p_km = p_k + text.i_m * stride_km + i_h * D
     b_k = load_rows(p_km, text.stride_kt, i_t, b_bias > -INF, D)
@@ -100,6 +100,7 @@ def forward_kernel(
     text = Text(None, None, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
     tiles = [load_tile(p_k, p_v, text, i_h, tl.arange(0, T0), stride_km, stride_vm, D)]
     if T1 > 0:
+        # Joined with +, tuples of named tuples would lose the names.
         tiles = [tiles[0], load_tile(p_k, p_v, text, i_h, T0 + tl.arange(0, T1), stride_km, stride_vm, D)]
 
     p_qb = p_q + i_b * stride_qb + i_h * D

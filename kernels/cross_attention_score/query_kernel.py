@@ -37,7 +37,7 @@ MAPS = tl.constexpr(16)
 
 
 class Row(NamedTuple):
-    """One head of one row in memory, with the gradients that come from above; None for those that do not."""
+    """One head of one row, with what a forward pass saved and the gradients of its results; None for what is absent."""
 
     p_dout: Any
     p_dscore: Any
@@ -54,9 +54,11 @@ class Row(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """A block of positions: which, where in (B, H, L), which exist; queries and dO in parts; lse of all and of the
-    scored keys, in units of log 2, and dlse. Those that do not exist have P = 0. What is absent has another in its
-    place."""
+    """A block of a row's positions, those to ``keep`` existing: the others have P = 0.
+
+    ``q`` and ``dout`` are in parts; ``lse`` of all keys and ``scored`` of those that the score counts are in units of
+    log 2. What is absent has another in its place.
+    """
 
     i_l: Any
     keep: Any
@@ -77,6 +79,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def load_positions(row, text, i_row, i_l, i_at, b_keep, b_q, MEAN: tl.constexpr, D: tl.constexpr):
+    """Positions i_l, which are i_at in (B, H, L), and their queries b_q, with all else that is known of them."""
     b_dout = b_q
     if text.p_v is not None:
         b_dout = load_rows(row.p_dout + row.i_b * row.stride_ob + row.i_h * D, row.stride_ol, i_l, b_keep, D)
@@ -98,6 +101,7 @@ def load_positions(row, text, i_row, i_l, i_at, b_keep, b_q, MEAN: tl.constexpr,
 
 @triton.jit
 def tile_gradients(row, text, at, keys, factor):
+    """The tile of positions and keys."""
     b_s = logits(at.q, keys.k, keys.bias, factor)
     b_p = tl.exp2(b_s - at.lse[:, None])
     b_dp = b_p
@@ -200,6 +204,7 @@ def query_kernel(
     text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
     tiles = [load_keys(text, i_t0, D)]
     if T1 > 0:
+        # Joined with +, tuples of named tuples would lose the names.
         tiles = [tiles[0], load_keys(text, T0 + tl.arange(0, T1), D)]
     row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ob, stride_ol)
     p_qb = p_q + i_b * stride_qb + i_h * D

@@ -48,7 +48,7 @@ def text_tile(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What text_kernel does for the keys i_t."""
+    """What text_kernel does for the keys i_t, of which outputs are p_dk, p_dv and p_dbias, queries p_q and strides."""
     p_dk, p_dv, p_dbias = outputs
     p_q, stride_qb, stride_ql = queries
     i_b, i_h, L, T, H = row.i_b, row.i_h, row.L, text.T, row.H
