@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save as to_safetensors
 
-from dsd_fast.images.overlay import colours, enlarged, overlay
+from dsd_fast.images.overlay import colours, overlay
 from dsd_fast.images.panel import panel
 from dsd_fast.jobs import replacing
 from dsd_fast.matching.heatmaps import Heatmap
@@ -56,11 +56,6 @@ def scale() -> Image.Image:
     """The scale's colours from left to right."""
     row = colours(np.linspace(0, 1, 256))
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(row, (12, 256, 3))))
-
-
-def picture(image: Image.Image) -> Image.Image:
-    """The image as it is shown beside its heat maps."""
-    return enlarged(image)
 
 
 def save(

@@ -22,6 +22,9 @@ from dsd_fast.cli.terminal import counted
 # Joiners that emoji and some scripts cannot do without; all other invisible characters are shown as escapes.
 _KEPT = frozenset("\u200c\u200d")
 
+# Errors on a page; the files have all.
+_ERRORS = 50
+
 
 @dataclass(frozen=True)
 class Card:
@@ -109,6 +112,21 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], nu
     )
 
 
+def errors(title: str, caption: str, rows: Sequence[Sequence[str]], total: int = 0, where: str = "") -> str:
+    """Makes the section of images that could not be used.
+
+    Args:
+        title, caption: of the section and its table.
+        rows: file, reason and what it means, as plain text; the first are shown.
+        total: how many errors there are.
+        where: that all of them stand.
+    """
+    shown = [[visible(text) for text in row] for row in rows[:_ERRORS]]
+    left = total - len(shown)
+    more = paragraph(f"{counted(left, 'more error')} in {where}.") if left > 0 else ""
+    return section(title, table(caption, ["file", "reason", "what"], shown), more)
+
+
 def share(value: float, interval: tuple[float, float], chance: float) -> str:
     """A bar from 0 to 1: a dot at `value`, its interval, and a line at `chance`."""
     low, high = interval
@@ -151,8 +169,12 @@ def code(text: str) -> str:
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Names and values, folded away."""
-    rows = "".join(f"<dt>{visible(name)}</dt><dd>{visible(str(value))}</dd>\n" for name, value in values.items())
+    """Makes a list of names and values, folded away; names whose value is None are left out."""
+    rows = "".join(
+        f"<dt>{visible(name)}</dt><dd>{visible(str(value))}</dd>\n"
+        for name, value in values.items()
+        if value is not None
+    )
     return f"<details><summary>Settings and versions</summary>\n<dl>\n{rows}</dl></details>\n"
 
 

@@ -32,7 +32,7 @@ class ScoreFile:
 
     Args:
         file: opened for writing; it is not closed.
-        metadata: of the schema, under keys that start with "dsd_fast.".
+        metadata: of the schema, by :func:`metadata`.
         extra: further columns by name.
     """
 
@@ -49,7 +49,7 @@ class ScoreFile:
                 ("rank", pa.int32()),
                 *(extra or {}).items(),
             ],
-            metadata={f"dsd_fast.{key}": value for key, value in metadata.items()},
+            metadata=metadata,
         )
         self._writer = pq.ParquetWriter(file, self.schema)
         self._batches: list[pa.RecordBatch] = []
@@ -128,6 +128,18 @@ def settings_of(matcher: Matcher) -> dict[str, Any]:
         "layers": {name: weights.tolist() for name, weights in matcher.layers.items()},
         "image_size": list(config.image_size or model.image_size),
     }
+
+
+def metadata(settings: Mapping[str, Any], **more: str) -> dict[str, str]:
+    """Tells a Parquet file's schema what its scores depend on; all keys start with "dsd_fast."."""
+    about = {
+        "model": settings["model"],
+        "revision": settings["revision"] or "",
+        "config": json.dumps(settings),
+        "versions": json.dumps(versions()),
+        **more,
+    }
+    return {f"dsd_fast.{key}": value for key, value in about.items()}
 
 
 def versions() -> dict[str, str]:

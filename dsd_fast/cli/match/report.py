@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsd_fast.cli.heatmaps import picture, save, shown
-from dsd_fast.cli.report import Card, card, cards, page, paragraph, section, settings, table, visible
+from dsd_fast.cli.heatmaps import save, shown
+from dsd_fast.cli.report import Card, card, cards, errors, page, paragraph, section, settings
 from dsd_fast.cli.terminal import counted
 from dsd_fast.images import ImageError, load_image
+from dsd_fast.images.overlay import enlarged
 from dsd_fast.matching import Matcher
 
-# Images, words of an image's captions together, and errors on the page; the files have all.
-SHOWN, _WORDS, _ERRORS = 50, 24, 50
+# Images, and words of an image's captions together, on the page; the files have all.
+SHOWN, _WORDS = 50, 24
 
 
 class MatchReport:
@@ -53,13 +54,13 @@ class MatchReport:
         mapped = ranked[: self.heatmaps]
         every = self.matcher.heatmaps(image, [row["caption"] for row in mapped]) if mapped else []
         maps, room = [], _WORDS
-        for rank, (row, found) in enumerate(zip(mapped, every, strict=True), start=1):
-            row["heatmap"] = save(self.folder, index, rank, image, path, row["caption"], found)
+        for rank, (row, own) in enumerate(zip(mapped, every, strict=True), start=1):
+            row["heatmap"] = save(self.folder, index, rank, image, path, row["caption"], own)
             if wanted:
-                maps.append(shown(image, row["caption"], found, room))
+                maps.append(shown(image, row["caption"], own, room))
                 room -= len(maps[-1].words)
         if wanted:
-            self._cards.append(card(Card(path, picture(image), ranked, lowest, highest, maps)))
+            self._cards.append(card(Card(path, enlarged(image), ranked, lowest, highest, maps)))
 
     def page(self, summary: Mapping[str, Any]) -> bytes:
         """report.html of a run, from the content of its results.json."""
@@ -82,13 +83,12 @@ class MatchReport:
         parts = []
         if scored:
             parts.append(section("Best captions", paragraph(what), cards(self._cards, scored)))
-        errors = [(entry["path"], entry["error"]) for entry in summary["images"] if "error" in entry]
-        if errors:
-            rows = [[visible(path), visible(error["reason"]), visible(error["message"])] for path, error in errors]
-            body = table("Images that could not be scored", ["file", "reason", "what"], rows[:_ERRORS])
-            if len(rows) > _ERRORS:
-                body += paragraph(f"{counted(len(rows) - _ERRORS, 'more error')} in results.json.")
-            parts.append(section("Not scored", body))
-        shown_settings = {name: value for name, value in {**chosen, **summary["versions"]}.items() if value is not None}
-        shown_settings["layers"] = ", ".join(chosen["layers"])
-        return page("Which caption describes the image?", lead, [*parts, settings(shown_settings)])
+        rows = [
+            (entry["path"], entry["error"]["reason"], entry["error"]["message"])
+            for entry in summary["images"]
+            if "error" in entry
+        ]
+        if rows:
+            parts.append(errors("Not scored", "Images that could not be scored", rows, len(rows), "results.json"))
+        parts.append(settings({**chosen, "layers": ", ".join(chosen["layers"]), **summary["versions"]}))
+        return page("Which caption describes the image?", lead, parts)

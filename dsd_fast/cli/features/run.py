@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsd_fast.cli.features_images import ImageFiles, read_prompts
-from dsd_fast.cli.features_pca import fitted
-from dsd_fast.cli.features_pictures import FOLDER, NAMES, Pictures, Shown, first_usable, save
-from dsd_fast.cli.features_report import files_of, render
+from dsd_fast.cli.features.options import FeaturesRequest
+from dsd_fast.cli.features.pca import fitted
+from dsd_fast.cli.features.pictures import FOLDER, NAMES, Pictures, Shown, first_usable, save
+from dsd_fast.cli.features.report import files_of, render
 from dsd_fast.cli.files import replacing_files, writing
+from dsd_fast.cli.images import ImageFiles, read_prompts
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
@@ -22,58 +23,15 @@ from dsd_fast.jobs import JobError, read_index, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
 from dsd_fast.jobs.timeline import Timeline
 
-if TYPE_CHECKING:
-    from dsd_fast.models import Model
-    from dsd_fast.models.controlnet import Control
-
 # Errors in a summary; the index has all.
 _ERRORS = 50
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a command asks for besides the extractor's settings.
-
-    Attributes:
-        images: files and folders.
-        prompt, prompts: one for all, or the file with one each.
-        seed: of the noise.
-        components: of the PCA, or None.
-        pca_images: that it is fitted to.
-        pictures: of how many images pictures are written; implies the report.
-        report: whether report.html is written.
-        runtime: that the network is compiled for, or None.
-        job: arguments of :func:`extract_to`: layout, shard_rows, retry_errors, worker, workers.
-    """
-
-    images: Sequence[Path]
-    prompt: str = ""
-    prompts: Path | None = None
-    seed: int = 0
-    components: int | None = None
-    pca_images: int = 64
-    pictures: int = 0
-    report: bool = False
-    runtime: str | None = None
-    job: Mapping[str, Any] = field(default_factory=dict)
-
-
-def run(
-    load: Callable[[], Model],
-    load_controls: Callable[[Model], Sequence[Control]],
-    settings: Mapping[str, Any],
-    technique: Mapping[str, Any],
-    request: Request,
-    out: Path,
-) -> dict[str, Any]:
+def run(request: FeaturesRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Extracts the features of all images; Ctrl-C ends it early, and the same command goes on.
 
     Args:
-        load: gives the model.
-        load_controls: gives its ControlNets.
         settings: arguments of :class:`FeatureExtractor`.
-        technique: of :class:`Technique`, besides the ControlNets.
-        out: folder of the results, made if missing.
 
     Returns:
         "complete"; "counts" of this run, or of the folder where it was interrupted; "folder", the counts of all runs;
@@ -83,47 +41,58 @@ def run(
         CommandError: `out` belongs to another job or cannot be written; images or prompts that are not there.
         ValueError: settings that do not fit the model.
     """
+    chosen, out = request.features, request.out
     files = ImageFiles(request.images, without=out)
-    prompts = request.prompt if request.prompts is None else files.prompts(read_prompts(request.prompts))
-    model = load()
-    way = Technique(controls=tuple(load_controls(model)), **technique)
-    extractor = FeatureExtractor(model, **settings, technique=way)
-    pictures = Pictures(extractor) if request.pictures else None
+    prompts = chosen.prompt if chosen.prompts is None else files.prompts(read_prompts(chosen.prompts))
+    model = request.source.load()
+    technique = Technique(controls=request.controls.load(model, request.source), **asdict(request.latents))
+    extractor = FeatureExtractor(model, **settings, technique=technique)
+    pictures = Pictures(extractor) if request.files.pictures else None
     try:
-        if request.components is not None:
-            pca = fitted(extractor, files, prompts, request.seed, request.components, request.pca_images, out)
-            extractor = FeatureExtractor(model, **settings, technique=way, pca=pca)
-        if request.runtime is not None:
-            extractor.compile(request.runtime)
+        if chosen.pca is not None:
+            pca = fitted(extractor, files, prompts, chosen.seed, chosen.pca, chosen.pca_images, out)
+            extractor = FeatureExtractor(model, **settings, technique=technique, pca=pca)
+        request.memory.compiled(extractor)
         start = time.perf_counter()
-        exported = _extract(extractor, files, prompts, request, out)
+        exported = _extract(extractor, files, prompts, request)
         seconds = time.perf_counter() - start
     except JobError as error:
         raise CommandError(f"--out {error}") from error
     summary = _summary(exported, len(files), out) | {"seconds": seconds}
-    if exported is not None and (request.report or pictures is not None):
+    if exported is not None and (request.files.report or pictures is not None):
         # The last of several workers that end at once sees the rows of all.
         with writing(out), waiting(out, "report"):
-            shown = [] if pictures is None else _draw(pictures, files, prompts, request, out)
+            shown = [] if pictures is None else _draw(pictures, files, prompts, request)
             _report(summary | _summary(exported, len(files), out), extractor, pictures, shown, out)
     return summary
 
 
 def _extract(
-    extractor: FeatureExtractor, files: ImageFiles, prompts: str | Sequence[str], request: Request, out: Path
+    extractor: FeatureExtractor, files: ImageFiles, prompts: str | Sequence[str], request: FeaturesRequest
 ) -> Exported | None:
     """None after Ctrl-C."""
-    workers = request.job.get("workers", 1)
+    job = request.files
     with progress("images") as display:
         # A share of the images that is about this worker's; how many they are shows at the end.
-        task = display.add_task("features", total=-(-len(files) // workers), units=0)
+        task = display.add_task("features", total=-(-len(files) // job.workers), units=0)
 
         def show(done: int) -> None:
             display.update(task, completed=done, units=done)
 
         try:
             exported = extract_to(
-                extractor, out, files, prompts, request.seed, names=files.names, progress=show, **request.job
+                extractor,
+                request.out,
+                files,
+                prompts,
+                request.features.seed,
+                names=files.names,
+                layout=job.layout,
+                shard_rows=job.shard_rows,
+                worker=job.worker,
+                workers=job.workers,
+                retry_errors=job.retry_errors,
+                progress=show,
             )
         except KeyboardInterrupt:
             return None
@@ -151,13 +120,11 @@ def _summary(exported: Exported | None, images: int, out: Path) -> dict[str, Any
     }
 
 
-def _draw(
-    pictures: Pictures, files: ImageFiles, prompts: str | Sequence[str], request: Request, out: Path
-) -> list[Shown]:
-    numbers, images, chosen = first_usable(pictures.model, files, prompts, request.pictures)
-    with replacing_files(out / FOLDER, NAMES) as folder:
+def _draw(pictures: Pictures, files: ImageFiles, prompts: str | Sequence[str], request: FeaturesRequest) -> list[Shown]:
+    numbers, images, own = first_usable(pictures.model, files, prompts, request.files.pictures)
+    with replacing_files(request.out / FOLDER, NAMES) as folder:
         shown = []
-        for number, each in zip(numbers, pictures.draw(images, chosen, request.seed), strict=True):
+        for number, each in zip(numbers, pictures.draw(images, own, request.features.seed), strict=True):
             save(folder, number, each, pictures.layers)
             shown.append(each)
     return shown

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsd_fast.cli.features_images import ImageFiles
-from dsd_fast.cli.features_pictures import first_usable
+from dsd_fast.cli.features.pictures import first_usable
 from dsd_fast.cli.files import writing
+from dsd_fast.cli.images import ImageFiles
 from dsd_fast.cli.terminal import CommandError
 from dsd_fast.features import FeatureExtractor
 from dsd_fast.features.pca import PCA

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsd_fast.cli.features_pictures import Shown
-from dsd_fast.cli.report import code, image, lane, page, paragraph, section, settings, table, visible
+from dsd_fast.cli.features.pictures import Shown
+from dsd_fast.cli.report import code, errors, image, lane, page, paragraph, section, settings, table, visible
 from dsd_fast.cli.terminal import counted
 from dsd_fast.jobs import Timeline
 
-# Pictures of features, and errors, on the page; the files have all.
-_TILES, _ERRORS = 400, 50
+# Pictures of features on the page; the files have all.
+_TILES = 400
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -43,12 +43,15 @@ def render(
     if folder["errors"]:
         lead.append(f"{counted(folder['errors'], 'image')} could not be used; the reasons are below.")
     parts = [_pictures(shown, layers)] if shown else []
-    parts += [_layers(summary), _errors(summary)] if folder["errors"] else [_layers(summary)]
+    parts.append(_layers(summary))
+    if folder["errors"]:
+        rows = [(error["path"] or error["name"], error["reason"], error["message"]) for error in summary["errors"]]
+        parts.append(errors("No features", "Images that could not be used", rows, folder["errors"], "the index"))
     if line.spans:
         parts.append(_timeline(line))
     parts += [_files(summary["files"]), section("Reading a feature", code(loading))]
-    flat = {name: value for name, value in {**chosen, **summary["versions"]}.items() if value is not None}
-    return page("What the network makes of images", lead, [*parts, settings(flat)])
+    parts.append(settings({**chosen, **summary["versions"]}))
+    return page("What the network makes of images", lead, parts)
 
 
 def files_of(out: Path) -> list[tuple[str, int, int]]:
@@ -108,17 +111,6 @@ def _layers(summary: Mapping[str, Any]) -> str:
         "Layers",
         table("Shapes of a feature, for each timestep", ["layer", "channels × height × width"], rows, numbers=1),
     )
-
-
-def _errors(summary: Mapping[str, Any]) -> str:
-    errors = summary["errors"]
-    rows = [
-        [visible(each["path"] or each["name"]), visible(each["reason"]), visible(each["message"])]
-        for each in errors[:_ERRORS]
-    ]
-    body = table("Images that could not be used", ["file", "reason", "what"], rows)
-    left = summary["folder"]["errors"] - len(rows)
-    return section("No features", body, paragraph(f"{counted(left, 'more error')} in the index.") if left else "")
 
 
 def _timeline(line: Timeline) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dsd_fast.cli.demo import LABELS
-from dsd_fast.cli.heatmaps import picture, shown
+from dsd_fast.cli.demo.options import LABELS
+from dsd_fast.cli.heatmaps import shown
 from dsd_fast.cli.report import Card, card, cards, page, paragraph, section, settings, share, table, visible
 from dsd_fast.cli.terminal import counted
+from dsd_fast.images.overlay import enlarged
 from dsd_fast.matching.heatmaps import Heatmap
 
 
@@ -32,14 +33,12 @@ def render(summary: Mapping[str, Any], images: Sequence[NDArray[np.uint8]], maps
         f"{counted(counts['pairs'], 'pair')} of scene and caption, "
         f"{counted(len(chosen['timesteps']), 'timestep')}. All figures are of this run on this machine.",
     ]
-    shown_settings = {name: value for name, value in {**chosen, **summary["versions"]}.items() if value is not None}
-    shown_settings["layers"] = ", ".join(chosen["layers"])
     parts = [
         _accuracy(summary["accuracy"]),
         _reference(summary["reference"]),
         _pointing(summary["pointing"]),
         _scenes(summary, images, maps),
-        settings(shown_settings),
+        settings({**chosen, "layers": ", ".join(chosen["layers"]), **summary["versions"]}),
     ]
     return page("Does the true caption win?", lead, parts)
 
@@ -104,7 +103,7 @@ def _scenes(summary: Mapping[str, Any], images: Sequence[NDArray[np.uint8]], map
             card(
                 Card(
                     f"Scene {entry['seed'] - summary['first_seed']}",
-                    picture(image),
+                    enlarged(image),
                     rows,
                     min(scores),
                     max(scores),

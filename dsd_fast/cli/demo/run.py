@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
-from dsd_fast.cli.demo_report import render
+from dsd_fast.cli.demo.options import DemoRequest
+from dsd_fast.cli.demo.report import render
 from dsd_fast.cli.files import writing
-from dsd_fast.cli.options import load_model
-from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
+from dsd_fast.cli.options import ModelOptions
+from dsd_fast.cli.results import ScoreFile, metadata, ranked, settings_of, versions, write_json
 from dsd_fast.cli.terminal import progress
 from dsd_fast.jobs import replacing
 from dsd_fast.matching import MatchConfig, Matcher
@@ -44,15 +44,14 @@ _SCENES_AT_ONCE = 10
 Scores = list[NDArray[np.float32]]
 
 
-def run(
-    out: Path, count: int, reference_count: int, timesteps: int | Sequence[int], seed: int, device: str
-) -> dict[str, Any]:
-    """Scores the scenes, maps their captions' words, and writes report and results into `out`; returns the results.
+def run(request: DemoRequest, timesteps: int | Sequence[int]) -> dict[str, Any]:
+    """Scores the scenes, maps their captions' words, and writes report and results; returns the results.
 
     Raises:
         CommandError: `out` cannot be written.
         ValueError: settings that do not fit the model.
     """
+    out, seed, count = request.out, request.seed, request.scenes
     scenes = [scene(EVAL_SEED + i) for i in range(count)]
     captions = [{"true": each.caption, **each.negatives()} for each in scenes]
     with (
@@ -61,7 +60,7 @@ def run(
         replacing(out / "scores.parquet") as table,
         replacing(out / "report.html") as page,
     ):
-        model = load_model("mini", device=device, dtype="float32", revision=None, variant=None, local_files_only=True)
+        model = ModelOptions(device=request.device, local_files_only=True).load()
         matcher = Matcher(model, MatchConfig(timesteps=timesteps, seed=seed, official=True))
         noise_matcher = Matcher(model, MatchConfig(timesteps=timesteps, seed=seed, attention_weight=0))
         maps: list[list[Heatmap]] = []
@@ -69,7 +68,8 @@ def run(
             scores = _score(display, "official score", matcher, scenes, captions)
             noise_scores = _score(display, "noise term", noise_matcher, scenes, captions)
             points = pointing(scenes, _maps(display, matcher, scenes, maps))
-        wanted, comparison = _compare(matcher, scenes[:reference_count], captions[:reference_count])
+        compared = min(request.reference_scenes, count)
+        wanted, comparison = _compare(matcher, scenes[:compared], captions[:compared])
         summary = {
             "command": "demo",
             "settings": settings_of(matcher),
@@ -195,11 +195,11 @@ def _save_scores(
     summary: dict[str, Any],
 ) -> None:
     """All official scores, beside them the noise term alone and, where there is one, the reference's."""
-    settings = summary["settings"]
-    metadata = {"model": settings["model"], "config": json.dumps(settings), "versions": json.dumps(versions())}
-    with ScoreFile(
-        file, metadata, {"kind": pa.string(), "noise_score": pa.float32(), "reference_score": pa.float32()}
-    ) as table:
+    about = metadata(summary["settings"])
+    # The shipped model has none.
+    del about["dsd_fast.revision"]
+    kinds = {"kind": pa.string(), "noise_score": pa.float32(), "reference_score": pa.float32()}
+    with ScoreFile(file, about, kinds) as table:
         for number, (texts, values) in enumerate(zip(captions, scores, strict=True)):
             columns = {
                 "kind": list(texts),

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsd_fast.cli.evaluate.options import EvaluateRequest
 from dsd_fast.cli.files import writing
-from dsd_fast.cli.results import settings_of, versions, write_json
+from dsd_fast.cli.results import metadata, settings_of, versions, write_json
 from dsd_fast.cli.terminal import Interrupt, progress, storable
 from dsd_fast.jobs import replacing
-from dsd_fast.matching import Group, Matcher
+from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import Evaluation, Figures, evaluate_iter
 from dsd_fast.matching.group_results import GroupResult, check_conventions
 
 
-def run(
-    load: Callable[[], Matcher],
-    groups: Sequence[Group],
-    out: Path,
-    settings: Mapping[str, Any],
-    *,
-    batch_mean: int | None,
-    ties: str,
-    parts: bool,
-    resamples: int,
-) -> dict[str, Any]:
+def run(request: EvaluateRequest, groups: Sequence[Group], config: MatchConfig) -> dict[str, Any]:
     """Scores every group; Ctrl-C ends it early, with what has been scored.
 
-    Args:
-        load: gives the matcher; called once the folder is known to be writable.
-        groups: of the data set.
-        out: folder of the results, made if missing.
-        settings: what results.json says besides the matcher's settings and the arguments below.
-        batch_mean, ties, parts, resamples: as for :func:`dsd_fast.matching.evaluation.evaluate`.
+    The model is loaded once the folder is known to be writable.
 
     Returns:
         The content of results.json.
@@ -48,7 +32,8 @@ def run(
         CommandError: `out` cannot be written.
         ValueError: conventions that the groups do not allow, settings or a memory budget that do not fit the model.
     """
-    check_conventions(groups, batch_mean, ties)
+    out, how = request.out, request.conventions
+    check_conventions(groups, how.batch_mean, how.ties)
     # results.json opens first, so that it takes its name last: it vouches for the groups.
     with (
         Interrupt() as interrupt,
@@ -56,36 +41,35 @@ def run(
         replacing(out / "results.json") as results,
         replacing(out / "groups.parquet") as table,
     ):
-        matcher = load()
-        conventions = {"batch_mean": batch_mean, "ties": ties, "parts": parts, "resamples": resamples}
-        settings = {**settings_of(matcher), **settings, **conventions}
-        found: list[GroupResult] = []
+        matcher = _load(request, config)
+        settings = {
+            **settings_of(matcher),
+            **request.data.settings(),
+            "matcher": None if request.matcher is None else str(request.matcher),
+            "adapter": request.source.adapter,
+            "runtime": request.memory.runtime,
+            **asdict(how),
+        }
+        graded: list[GroupResult] = []
         pairs, start = 0, time.perf_counter()
         with progress("pairs") as display:
             task = display.add_task("evaluating", total=len(groups), units=0)
             for result in interrupt.until(
-                evaluate_iter(matcher, groups, batch_mean=batch_mean, ties=ties, parts=parts)
+                evaluate_iter(matcher, groups, batch_mean=how.batch_mean, ties=how.ties, parts=how.parts)
             ):
-                found.append(result)
+                graded.append(result)
                 pairs += 0 if result.scores is None else result.scores.size
                 display.update(task, advance=1, units=pairs)
         seconds = time.perf_counter() - start
-        evaluation = Evaluation.of(found, resamples=resamples)
-        complete = len(found) == len(groups)
-        metadata = {
-            "model": matcher.model.name,
-            "revision": matcher.model.revision or "",
-            "config": json.dumps(settings),
-            "versions": json.dumps(versions()),
-            "complete": str(complete).lower(),
-        }
-        _write_groups(table, groups, evaluation, metadata)
+        evaluation = Evaluation.of(graded, resamples=how.resamples)
+        complete = len(graded) == len(groups)
+        _write_groups(table, groups, evaluation, metadata(settings, complete=str(complete).lower()))
         summary = {
             "command": "evaluate",
             "complete": complete,
             "settings": settings,
             "versions": versions(),
-            "counts": {**evaluation.counts, "groups": len(groups), "not_reached": len(groups) - len(found)},
+            "counts": {**evaluation.counts, "groups": len(groups), "not_reached": len(groups) - len(graded)},
             "pairs": pairs,
             "seconds": seconds,
             **_figures(evaluation),
@@ -97,12 +81,19 @@ def run(
                     "reason": result.failure.reason,
                     "message": storable(result.failure.message),
                 }
-                for result in found
+                for result in graded
                 if result.failure is not None
             ],
         }
         write_json(results, summary)
     return summary
+
+
+def _load(request: EvaluateRequest, config: MatchConfig) -> Matcher:
+    model = request.source.load()
+    if request.matcher is None:
+        return request.memory.compiled(Matcher(model, config))
+    return request.memory.compiled(Matcher.load(request.matcher, model, memory_budget=config.memory_budget))
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
@@ -113,7 +104,7 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
     return {"figures": plain(evaluation.figures), "by_category": by_category}
 
 
-def _write_groups(file: BinaryIO, groups: Sequence[Group], evaluation: Evaluation, metadata: Mapping[str, str]) -> None:
+def _write_groups(file: BinaryIO, groups: Sequence[Group], evaluation: Evaluation, about: Mapping[str, str]) -> None:
     """A row per group, scores of a paired one image by image."""
     schema = pa.schema(
         [
@@ -132,7 +123,7 @@ def _write_groups(file: BinaryIO, groups: Sequence[Group], evaluation: Evaluatio
             ("message", pa.string()),
             *((f"{part}_scores", pa.list_(pa.float32())) for part in evaluation.parts),
         ],
-        metadata={f"dsd_fast.{key}": value for key, value in metadata.items()},
+        metadata=about,
     )
     rows = [_row(groups[result.index], result) for result in evaluation.results]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsd_fast.cli.features_images import ImageFiles, read_prompts
+from dsd_fast.cli.images import ImageFiles, read_prompts
 from dsd_fast.cli.terminal import CommandError
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsd_fast.cli.report import image, page, paragraph, section, settings, table, visible
+from dsd_fast.cli.report import errors, image, page, paragraph, section, settings, table, visible
 from dsd_fast.cli.terminal import counted
 from dsd_fast.features.gate import GateResult, GuideResult
 from dsd_fast.images.overlay import enlarged
-
-_ERRORS = 50
 
 _TOLD = {True: "accepts", False: "rejects", None: "cannot tell"}
 _SPACES = {"vae": "closer in latents", "clip": "closer in CLIP"}
@@ -35,12 +33,12 @@ def render(summary: Mapping[str, Any], names: Sequence[str], versions: Mapping[s
         parts.append(_pictures(result.guide, names))
     parts.append(_scores(result))
     if summary["errors"]:
-        rows = [[visible(text) for text in error] for error in summary["errors"][:_ERRORS]]
-        parts.append(section("Not used", table("Images that could not be used", ["file", "reason", "what"], rows)))
-    chosen = {**result.settings, **result.settings["extractor"], **versions}
+        parts.append(errors("Not used", "Images that could not be used", summary["errors"]))
+    chosen = {**result.settings, **result.settings["extractor"], "layers": ", ".join(result.shift.layers), **versions}
     del chosen["extractor"]
-    chosen["layers"] = ", ".join(result.shift.layers)
-    return page("Which techniques keep features true to the image?", lead, [*parts, settings(chosen)])
+    # What is None is told here: it may be a choice, as is no guide.
+    parts.append(settings({name: str(value) for name, value in chosen.items()}))
+    return page("Which techniques keep features true to the image?", lead, parts)
 
 
 def _ranking(result: GateResult) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsd_fast.cli.features_images import ImageFiles, read_prompts
+from dsd_fast.cli.feature_options import LatentOptions
 from dsd_fast.cli.files import writing
-from dsd_fast.cli.gate_report import render
+from dsd_fast.cli.gate.options import GateRequest, PromptOptions
+from dsd_fast.cli.gate.report import render
+from dsd_fast.cli.images import ImageFiles, read_prompts
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress, storable
 from dsd_fast.features import FeatureExtractor, Technique
@@ -27,47 +29,11 @@ if TYPE_CHECKING:
 _OPTIONAL = ("distances.parquet", "contact-sheet.png", "scores.png", "prompts.jsonl")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What techniques are made of, besides ControlNets.
-
-    Attributes:
-        prompt, prompts, captioner: at most one: a text for all images, a file, or a model that writes them.
-        quality: words after each caption; None: the official ones.
-        adapters: "NAME=FILE" or "FILE" of LoRAs.
-        denoise_from, denoise_steps, inversion: of :class:`Technique`.
-        local_files_only: for the captioner.
-    """
-
-    prompt: str | None = None
-    prompts: Path | None = None
-    captioner: str | None = None
-    quality: str | None = None
-    adapters: Sequence[str] = ()
-    denoise_from: int | None = None
-    denoise_steps: int | None = None
-    inversion: bool = False
-    local_files_only: bool = False
-
-
-def run(
-    load: Callable[[], Model],
-    load_controls: Callable[[Model], Sequence[Control]],
-    settings: Mapping[str, Any],
-    parts: Parts,
-    asked: Mapping[str, Any],
-    images: Sequence[Path],
-    out: Path,
-) -> dict[str, Any]:
+def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Measures the techniques and writes the results.
 
     Args:
-        load: gives the model.
-        load_controls: gives its ControlNets.
         settings: arguments of :class:`FeatureExtractor`.
-        asked: arguments of :func:`dsd_fast.features.gate.gate`.
-        images: files and folders.
-        out: folder of the results, made if missing.
 
     Returns:
         "result", "images" (how many were used), "errors" [(file, reason, message), …], "seconds", "verdict".
@@ -76,18 +42,20 @@ def run(
         CommandError: no technique, no image that can be used, or `out` cannot be written.
         ValueError: settings that do not fit the model.
     """
-    files = ImageFiles(images, without=out)
+    techniques, measure, out = request.techniques, request.measure, request.out
+    files = ImageFiles(request.images, without=out)
     numbers, errors = _readable(files)
     if not numbers:
         raise CommandError(f"no image can be used; the first: {errors[0][2]}")
     used = [files[number] for number in numbers]
-    texts: str | list[str] | None = parts.prompt
-    if parts.prompts is not None:
-        texts = files.prompts(read_prompts(parts.prompts), numbers)
-    model = load()
-    if parts.captioner is not None:
-        texts = _captions(used, parts, model)
-    chosen = _techniques(model, texts, tuple(load_controls(model)), parts)
+    texts: str | list[str] | None = techniques.prompts.prompt
+    if techniques.prompts.prompts is not None:
+        texts = files.prompts(read_prompts(techniques.prompts.prompts), numbers)
+    model = request.source.load()
+    if techniques.prompts.captioner is not None:
+        texts = _captions(used, techniques.prompts, model, request.source.local_files_only)
+    controls = techniques.controls.load(model, request.source)
+    chosen = _techniques(model, texts, controls, techniques.adapter or (), techniques.latents)
     extractor = FeatureExtractor(model, **settings)
     start = time.perf_counter()
     with progress("images") as display:
@@ -98,7 +66,15 @@ def run(
                 yield path
                 display.update(task, completed=number + 1, units=number + 1)
 
-        result = gate(extractor, taken(), chosen, **asked)
+        result = gate(
+            extractor,
+            taken(),
+            chosen,
+            seed=measure.seed,
+            normalize=measure.normalize,
+            anchor_timestep=measure.anchor_timestep,
+            **asdict(request.guide),
+        )
     summary = {
         "result": result,
         "images": len(used),
@@ -133,25 +109,29 @@ def _readable(files: ImageFiles) -> tuple[list[int], list[tuple[str, str, str]]]
     return numbers, errors
 
 
-def _captions(images: Sequence[Path], parts: Parts, model: Model) -> list[str]:
+def _captions(images: Sequence[Path], options: PromptOptions, model: Model, local_files_only: bool) -> list[str]:
     from dsd_fast.features.captions import QUALITY, caption
 
-    assert parts.captioner is not None
+    assert options.captioner is not None
     try:
         return caption(
             images,
-            parts.captioner,
-            quality=QUALITY if parts.quality is None else parts.quality,
+            options.captioner,
+            quality=QUALITY if options.quality is None else options.quality,
             model=model,
             device=model.device,
-            local_files_only=parts.local_files_only,
+            local_files_only=local_files_only,
         )
     except OSError as error:
-        raise CommandError(f"--captioner {parts.captioner!r} cannot be read: {error}") from error
+        raise CommandError(f"--captioner {options.captioner!r} cannot be read: {error}") from error
 
 
 def _techniques(
-    model: Model, prompts: str | Sequence[str] | None, controls: tuple[Control, ...], parts: Parts
+    model: Model,
+    prompts: str | Sequence[str] | None,
+    controls: Sequence[Control],
+    adapters: Sequence[str],
+    latents: LatentOptions,
 ) -> list[Technique]:
     """Each technique by itself, and all together where there are several."""
     # Loading makes a LoRA the active one, so each technique says which it wants.
@@ -161,19 +141,19 @@ def _techniques(
     if controls:
         alone["control" if len(controls) == 1 else f"{len(controls)} controls"] = {"controls": controls}
     names = []
-    for each in parts.adapters:
-        name, found, source = each.partition("=")
-        if not found:
-            name, source = Path(each).stem, each
+    for given in adapters:
+        name, equals, source = given.partition("=")
+        if not equals:
+            name, source = Path(given).stem, given
         model.load_lora(source, name)
         alone[f"lora {name}"] = {"adapter": (name,)}
         names.append(name)
-    if parts.denoise_from is not None:
-        way = {"denoise_from": parts.denoise_from, "denoise_steps": parts.denoise_steps}
-        alone[f"from t = {parts.denoise_from}"] = way
-    elif parts.denoise_steps is not None:
+    if latents.denoise_from is not None:
+        way = {"denoise_from": latents.denoise_from, "denoise_steps": latents.denoise_steps}
+        alone[f"from t = {latents.denoise_from}"] = way
+    elif latents.denoise_steps is not None:
         raise CommandError("--denoise-steps: given without --denoise-from")
-    if parts.inversion:
+    if latents.inversion:
         alone["inversion"] = {"inversion": True}
     if not alone:
         raise CommandError(
@@ -181,7 +161,7 @@ def _techniques(
         )
     plain = {"prompts": "", "adapter": ()}
     chosen = [Technique(name, **{**plain, **own}) for name, own in alone.items()]
-    if parts.denoise_from is not None:
+    if latents.denoise_from is not None:
         # Both say how the latents are made.
         alone.pop("inversion", None)
     if len(alone) > 1:

@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-from dsd_fast.cli.captions import check_lengths
 from dsd_fast.cli.files import removing, replacing_files, writing
 from dsd_fast.cli.heatmaps import FOLDER, NAMES
-from dsd_fast.cli.match_report import MatchReport
-from dsd_fast.cli.results import ScoreFile, ranked, settings_of, versions, write_json
+from dsd_fast.cli.match.captions import check_lengths
+from dsd_fast.cli.match.options import MatchRequest
+from dsd_fast.cli.match.report import MatchReport
+from dsd_fast.cli.results import ScoreFile, metadata, ranked, settings_of, versions, write_json
 from dsd_fast.cli.terminal import CommandError, Interrupt, progress, storable
 from dsd_fast.images import ImageError
 from dsd_fast.jobs import replacing
 from dsd_fast.matching import MatchConfig, Matcher
 
-if TYPE_CHECKING:
-    from dsd_fast.models import Model
 
-
-def run(
-    load: Callable[[], Model],
-    config: MatchConfig,
-    images: Sequence[Path],
-    captions: Sequence[str],
-    out: Path,
-    top_k: int,
-    settings: Mapping[str, Any],
-    heatmaps: int = 0,
-    report: bool = False,
-    runtime: str | None = None,
-) -> dict[str, Any]:
+def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> dict[str, Any]:
     """Scores every image with every caption; Ctrl-C ends it early, with what has been scored.
 
     When the results take their names, report.html and heat maps of an earlier run that are not among them are removed.
-
-    Args:
-        load: gives the model; called once the folder is known to be writable.
-        out: folder of the results, made if missing.
-        top_k: captions per image in results.json.
-        settings: what results.json says besides the model's and the configuration's settings.
-        heatmaps: of how many of each image's best captions heat maps are written, at most `top_k`.
-        report: whether report.html is written; `heatmaps` implies it.
-        runtime: that the network is compiled for, or None.
+    The model is loaded once the folder is known to be writable.
 
     Returns:
         The content of results.json.
@@ -58,6 +36,7 @@ def run(
         CommandError: `out` cannot be written, or captions or a memory budget allow no heat maps.
         ValueError: settings, captions, a runtime or a memory budget that do not fit the model.
     """
+    images, out, heatmaps = request.images, request.out, request.heatmaps
     # results.json opens first, so that it takes its name last: it vouches for the scores.
     with (
         Interrupt() as interrupt,
@@ -71,27 +50,24 @@ def run(
         page, folder = None, out / FOLDER
         if heatmaps or folder.is_dir():
             folder = afterwards.enter_context(replacing_files(folder, NAMES))
-        if report or heatmaps:
+        if request.report or heatmaps:
             page = stack.enter_context(replacing(out / "report.html"))
         else:
             afterwards.enter_context(removing(out / "report.html"))
-        model = load()
+        model = request.source.load()
         check_lengths(model, captions)
-        matcher = Matcher(model, config)
-        if runtime is not None:
-            matcher.compile(runtime)
+        matcher = request.memory.compiled(Matcher(model, config))
         if heatmaps:
             _check_heatmaps(matcher, captions)
-        settings = {**settings_of(matcher), **settings, "top_k": top_k, "heatmaps": heatmaps}
-        metadata = {
-            "model": model.name,
-            "revision": model.revision or "",
-            "config": json.dumps(settings),
-            "versions": json.dumps(versions()),
+        settings = {
+            **settings_of(matcher),
+            "adapter": request.source.adapter,
+            "top_k": request.top_k,
+            "heatmaps": heatmaps,
         }
         gallery = None if page is None else MatchReport(folder, matcher, heatmaps)
-        with ScoreFile(table, metadata) as scores:
-            entries, times = _score(matcher, images, captions, scores, top_k, interrupt, gallery)
+        with ScoreFile(table, metadata(settings)) as scores:
+            entries, times = _score(matcher, images, captions, scores, request.top_k, interrupt, gallery)
             complete = len(entries) == len(images)
             scores.close(complete)
         summary = {

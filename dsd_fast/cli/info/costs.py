@@ -51,7 +51,7 @@ def describe(model: Model, job: Job | None = None) -> dict[str, Any]:
 
 def _latent_shape(model: Model) -> tuple[int, int, int]:
     height, width = (side // model.vae_scale_factor for side in model.image_size)
-    return int(model.unet.config.in_channels), height, width
+    return int(model.vae.config.latent_channels), height, width
 
 
 def _components(model: Model) -> dict[str, Any]:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from dsd_fast.cli.files import writing
+from dsd_fast.cli.fit.options import FitRequest
 from dsd_fast.cli.results import settings_of, versions, write_json
-from dsd_fast.cli.terminal import CommandError, counted, printable, progress
+from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.jobs import LockedError, locked, remove_stale, replacing
-from dsd_fast.matching import Group, Matcher
+from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
 from dsd_fast.matching.group_scores import image_key
@@ -31,25 +29,21 @@ OFFICIAL = "official"
 
 
 def run(
-    load: Callable[[], Matcher],
+    request: FitRequest,
     groups: Sequence[Group],
     held_out: Sequence[Group] | None,
-    methods: Sequence[str],
+    score: MatchConfig,
     config: FitConfig,
-    out: Path,
-    settings: Mapping[str, Any],
-    official_lora: bool,
+    methods: Sequence[str],
 ) -> dict[str, Any]:
     """Fits a matcher; what an earlier run of the same settings has left in the folder is gone on from.
 
+    The model is loaded once the folder is known to be writable.
+
     Args:
-        load: gives the matcher; called once the folder is known to be writable.
         groups: to learn from.
         held_out: to choose the best parameters by, or None.
         methods, config: as for :meth:`dsd_fast.Matcher.fit`.
-        out: folder of the matcher, made if missing.
-        settings: what history.json says besides the settings of the matcher and the fit.
-        official_lora: whether the LoRA is written as the official code reads it, too.
 
     Returns:
         The content of history.json.
@@ -59,19 +53,28 @@ def run(
         KeyboardInterrupt: after Ctrl-C; the checkpoint is in `out`.
         ValueError: groups or settings that are not allowed, or a folder of another fit.
     """
+    out = request.out
     try:
         with writing(out):
             # Before a model is loaded for nothing.
             with locked(out):
                 remove_stale(out / HISTORY)
-            matcher = load()
-            scoring, start = settings_of(matcher), time.perf_counter()
+            matcher = request.memory.compiled(Matcher(request.source.load(), score))
+            settings = {
+                **settings_of(matcher),
+                **request.data.settings(),
+                "adapter": request.source.adapter,
+                "runtime": request.memory.runtime,
+                "methods": list(methods),
+                "fit": asdict(config),
+            }
+            start = time.perf_counter()
             history = _fit(matcher, groups, held_out, methods, config, out)
-            if official_lora:
+            if request.official_lora:
                 matcher.save_attn_procs(out / OFFICIAL)
             summary = {
                 "command": "fit",
-                "settings": {**scoring, **settings, "methods": list(methods), "fit": asdict(config)},
+                "settings": settings,
                 "versions": versions(),
                 "counts": {"groups": len(groups), "held_out": _questions(held_out or ())},
                 "seconds": time.perf_counter() - start,
@@ -87,19 +90,6 @@ def run(
     except LockedError as error:
         raise CommandError(f"--out: {error}") from error
     return summary
-
-
-def fit_config(official: bool, given: Mapping[str, Any]) -> FitConfig:
-    """The settings of a fit, the official recipe's or the package's own where none (None) is given.
-
-    Raises:
-        ValueError: a value that is not allowed, by name.
-    """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if not official:
-        return FitConfig(**chosen)
-    # The recipe has no number of steps of its own.
-    return replace(FitConfig.official(chosen.get("steps", FitConfig.steps)), **chosen)
 
 
 def hold_out(groups: Sequence[Group], share: float, seed: int) -> tuple[list[Group], list[Group]]:
@@ -131,38 +121,6 @@ def hold_out(groups: Sequence[Group], share: float, seed: int) -> tuple[list[Gro
             f"validation_split: {share} of {len(groups)} groups on {len(images)} images leaves no group to learn from"
         )
     return learned, held
-
-
-def show(summary: dict[str, Any], out: Path) -> None:
-    """Held-out accuracy and loss before and after, and what was done."""
-    console = Console()
-    if summary["before"] is not None:
-        console.print(_table(summary))
-    counts, losses = summary["counts"], [r["loss"] for r in summary["records"] if r["loss"] is not None]
-    line = f"{counted(summary['steps'], 'step')} on {counted(counts['groups'], 'group')}"
-    line += ", stopped early by --patience" if summary["stopped_early"] else ""
-    if losses:
-        line += f", loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last"
-    line += f". {summary['seconds']:.1f} s. Matcher: {out}"
-    console.print(Text(printable(line)), soft_wrap=True)
-
-
-def _table(summary: dict[str, Any]) -> Table:
-    before, after = summary["before"], summary["after"]
-    table = Table(
-        "",
-        "before",
-        f"after {counted(after['step'], 'step')}",
-        title=counted(summary["counts"]["held_out"], "held-out question"),
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("accuracy", f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}")
-    intervals = (f"{found['interval'][0]:.3f} to {found['interval'][1]:.3f}" for found in (before, after))
-    table.add_row("95 % interval", *intervals)
-    losses = ("-" if found["loss"] is None else f"{found['loss']:.4f}" for found in (before, after))
-    table.add_row("loss", *losses)
-    return table
 
 
 def _fit(
