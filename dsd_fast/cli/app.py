@@ -34,12 +34,5 @@ def dsd_fast(
     """Diffusion models as discriminative learners: which text describes an image?"""
 
 
-app.command()(match)
-app.command()(evaluate)
-app.command()(fit)
-app.command()(features)
-app.command()(gate)
-app.command()(info)
-app.command()(demo)
-app.command()(bench)
-app.command()(bench_docs)
+for command in (match, evaluate, fit, features, gate, info, demo, bench, bench_docs):
+    app.command()(command)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import overload
 
 from dsd_fast.cli.terminal import CommandError
+from dsd_fast.images import ImageError, load_image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -80,6 +81,15 @@ class ImageFiles(Sequence[Path]):
                 raise CommandError(f"--prompts: none for {path}, expected one under {' or '.join(names)}")
             found.append(prompt)
         return found
+
+
+def decoding_error(path: Path) -> ImageError | None:
+    """Tries to decode an image; returns what refuses it."""
+    try:
+        load_image(path)
+    except ImageError as error:
+        return error
+    return None
 
 
 def read_prompts(file: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from rich.console import Console
 
 from dsd_fast.cli.groups import Options
 from dsd_fast.cli.terminal import CommandError, printable
@@ -93,7 +94,6 @@ MemoryBudget = Annotated[
         rich_help_panel=MEMORY_PANEL,
         help="For activations and text keys, e.g. 512MB or 2GiB; the device's if none.",
     ),
-    parse_bytes,
 ]
 
 
@@ -116,8 +116,6 @@ class ModelOptions(Options, panel=MODEL_PANEL):
             CommandError: a file that cannot be read.
             ModelError, ValueError: no such model, or a setting that is not allowed.
         """
-        from rich.console import Console
-
         from dsd_fast.models import load
 
         quiet_transformers()

@@ -40,9 +40,10 @@ class Conventions(Options):
             rich_help_panel=_CONVENTION_PANEL, metavar="wrong|right", help="What a tie counts; officially right."
         ),
     ] = "wrong"
-    parts: Annotated[bool, typer.Option("--parts", help="The attention and the noise-prediction part apart, too.")] = (
-        False
-    )
+    parts: Annotated[
+        bool,
+        typer.Option("--parts", help="The attention and the noise-prediction part apart, too."),
+    ] = False
     resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap intervals.")] = 1000
 
 

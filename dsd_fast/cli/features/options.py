@@ -93,9 +93,10 @@ class FileOptions(Options, panel="Files"):
             help="shards (safetensors), or the official files: npy-layer, npy-sample, npy-aggregated.",
         ),
     ] = "shards"
-    shard_rows: Annotated[int | None, typer.Option(min=1, help="Images per shard; as many as make 64 MiB if none.")] = (
-        None
-    )
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images per shard; as many as make 64 MiB if none."),
+    ] = None
     pictures: Annotated[
         int,
         typer.Option(
@@ -105,9 +106,10 @@ class FileOptions(Options, panel="Files"):
         ),
     ] = 0
     report: Annotated[bool, typer.Option("--report", help="Write report.html, a page to look at.")] = False
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try images again that could not be used.")] = (
-        False
-    )
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="Try images again that could not be used."),
+    ] = False
     worker: Annotated[int, typer.Option(min=0, help="Which of --workers this is, from 0.")] = 0
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the job; you start each.")] = 1
 

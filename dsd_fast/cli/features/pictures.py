@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dsd_fast.cli.images import decoding_error
 from dsd_fast.cli.terminal import CommandError, printable, storable
 from dsd_fast.features import FeatureExtractor, Moments
 from dsd_fast.features.attention import KEY
@@ -132,7 +133,7 @@ def first_usable(
     check = prompt_check(model)
 
     def is_usable(number: int) -> bool:
-        return (isinstance(prompts, str) or check(prompts[number]) is None) and _is_readable(images[number])
+        return (isinstance(prompts, str) or check(prompts[number]) is None) and not decoding_error(images[number])
 
     numbers = list(islice(filter(is_usable, range(len(images))), count))
     own = prompts if isinstance(prompts, str) else [prompts[number] for number in numbers]
@@ -170,11 +171,3 @@ def _sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], titles: Sequence[s
 
 def _stretched(pixels: object, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)  # type: ignore[arg-type]
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        load_image(path)
-    except ImageError:
-        return False
-    return True

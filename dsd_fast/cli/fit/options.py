@@ -96,9 +96,10 @@ class FitOptions(Options, panel="Fit"):
     ] = None
     lora_dropout: Annotated[float | None, typer.Option(help="0 if none.")] = None
     prompt_tokens: Annotated[int | None, typer.Option(help="Number of learned vectors; 8 if none.")] = None
-    validate_every: Annotated[int | None, typer.Option(help="Steps between looks at held-out groups; 50 if none.")] = (
-        None
-    )
+    validate_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between looks at held-out groups; 50 if none."),
+    ] = None
     patience: Annotated[int | None, typer.Option(help="Looks without a better one before it stops.")] = None
     fit_seed: Annotated[int, typer.Option("--seed", help="Of all that the fit draws, and of --validation-split.")] = 0
     micro_batch: Annotated[

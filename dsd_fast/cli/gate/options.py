@@ -15,9 +15,10 @@ from dsd_fast.cli.options import MemoryBudget, ModelOptions
 class PromptOptions(Options, panel=shared.TECHNIQUE_PANEL):
     """Prompts, from one of three places."""
 
-    prompt: Annotated[str | None, typer.Option(help="A fine-grained prompt that fits all images.", metavar="TEXT")] = (
-        None
-    )
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="A fine-grained prompt that fits all images.", metavar="TEXT"),
+    ] = None
     prompts: Annotated[
         Path | None,
         typer.Option(

@@ -13,12 +13,11 @@ from dsd_fast.cli.feature_options import LatentOptions
 from dsd_fast.cli.files import writing
 from dsd_fast.cli.gate.options import GateRequest, PromptOptions
 from dsd_fast.cli.gate.report import render
-from dsd_fast.cli.images import ImageFiles, read_prompts
+from dsd_fast.cli.images import ImageFiles, decoding_error, read_prompts
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress, storable
 from dsd_fast.features import FeatureExtractor, Technique
 from dsd_fast.features.gate import gate
-from dsd_fast.images import ImageError, load_image
 from dsd_fast.jobs import replacing
 
 if TYPE_CHECKING:
@@ -44,7 +43,13 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     techniques, measure, out = request.techniques, request.measure, request.out
     files = ImageFiles(request.images, without=out)
-    numbers, errors = _readable(files)
+    numbers, errors = [], []
+    for number, path in enumerate(files):
+        error = decoding_error(path)
+        if error is None:
+            numbers.append(number)
+        else:
+            errors.append((storable(str(path)), error.reason, storable(str(error))))
     if not numbers:
         raise CommandError(f"no image can be used; the first: {errors[0][2]}")
     used = [files[number] for number in numbers]
@@ -94,19 +99,6 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
         with replacing(out / "report.html") as file:
             file.write(page)
     return summary
-
-
-def _readable(files: ImageFiles) -> tuple[list[int], list[tuple[str, str, str]]]:
-    """Positions of the images that can be decoded, and the errors of the others."""
-    numbers, errors = [], []
-    for number, path in enumerate(files):
-        try:
-            load_image(path)
-        except ImageError as error:
-            errors.append((storable(str(path)), error.reason, storable(str(error))))
-        else:
-            numbers.append(number)
-    return numbers, errors
 
 
 def _captions(images: Sequence[Path], options: PromptOptions, model: Model, local_files_only: bool) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> 
         }
         gallery = None if page is None else MatchReport(folder, matcher, heatmaps)
         with ScoreFile(table, metadata(settings)) as scores:
-            entries, times = _score(matcher, images, captions, scores, request.top_k, interrupt, gallery)
+            entries, scoring, drawing = _score(matcher, images, captions, scores, request.top_k, interrupt, gallery)
             complete = len(entries) == len(images)
             scores.close(complete)
         summary = {
@@ -76,8 +75,8 @@ def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> 
             "settings": settings,
             "versions": versions(),
             "counts": _counts(entries, len(images), len(captions)),
-            "seconds": times.scoring,
-            "heatmap_seconds": times.pictures if heatmaps else 0.0,
+            "seconds": scoring,
+            "heatmap_seconds": drawing if heatmaps else 0.0,
             "captions": list(captions),
             "images": entries,
         }
@@ -85,14 +84,6 @@ def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> 
             page.write(gallery.page(summary))
         write_json(results, summary)
     return summary
-
-
-@dataclass
-class _Times:
-    """Seconds spent on scores, and on heat maps and the pictures of the page."""
-
-    scoring: float = 0.0
-    pictures: float = 0.0
 
 
 def _check_heatmaps(matcher: Matcher, captions: Sequence[str]) -> None:
@@ -111,11 +102,15 @@ def _score(
     top_k: int,
     interrupt: Interrupt,
     gallery: MatchReport | None,
-) -> tuple[list[dict[str, Any]], _Times]:
-    """One entry per image, in order, the scores into the file, and the images to the report; and how long it took."""
+) -> tuple[list[dict[str, Any]], float, float]:
+    """Puts the scores into the file and the images into the report.
+
+    Returns:
+        One entry per image, in order; seconds spent on scores, and on heat maps and the pictures of the page.
+    """
     entries: list[dict[str, Any]] = []
     column = pa.array(captions, pa.string())
-    pairs, times, start = 0, _Times(), time.perf_counter()
+    pairs, scoring, drawing, start = 0, 0.0, 0.0, time.perf_counter()
     with progress("pairs") as display:
         task = display.add_task("matching", total=len(images), units=0)
         for index, result in interrupt.until(matcher.score_iter(images, captions)):
@@ -132,12 +127,12 @@ def _score(
                 if gallery is not None:
                     before = time.perf_counter()
                     gallery.add(index, images[index], path, rows, float(values.min()), float(values.max()))
-                    times.pictures += time.perf_counter() - before
+                    drawing += time.perf_counter() - before
                 entries.append({"path": path, "ranked": rows})
                 pairs += len(captions)
-            times.scoring = time.perf_counter() - start - times.pictures
-            display.update(task, advance=1, units=pairs, seconds=times.scoring)
-    return entries, times
+            scoring = time.perf_counter() - start - drawing
+            display.update(task, advance=1, units=pairs, seconds=scoring)
+    return entries, scoring, drawing
 
 
 def _error(path: str, reason: str, message: str) -> dict[str, Any]:
