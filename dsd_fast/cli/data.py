@@ -1,7 +1,5 @@
 """Options of data sets that several commands share, and the groups that they stand for."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +34,7 @@ class DataOptions(Options, panel="Data"):
     official_split: str | bool | None = None
     limit: Annotated[int | None, typer.Option(min=1, help="The first groups alone.")] = None
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> "list[Group]":
         """Reads the groups that the options ask for.
 
         Raises:

@@ -1,7 +1,5 @@
 """Options of features that several commands share, and how their values are read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,7 +80,7 @@ class ControlOptions(Options, panel=TECHNIQUE_PANEL):
         list[float] | None, typer.Option(help="Of the ControlNets: one for all, or one each; 1 if none.")
     ] = None
 
-    def load(self, model: Model, source: ModelOptions) -> tuple[Control, ...]:
+    def load(self, model: "Model", source: ModelOptions) -> "tuple[Control, ...]":
         """Loads the ControlNets, each with the edges of Canny, on the model's device, as `source` says.
 
         Raises:

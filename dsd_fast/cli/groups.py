@@ -14,8 +14,8 @@ from typer.models import OptionInfo
 from dsd_fast.cli.terminal import one_sentence
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-@dataclass(frozen=True)
+@dataclass_transform(eq_default=False, frozen_default=True, kw_only_default=True)
+@dataclass(frozen=True, eq=False)
 class Options:
     """Options of a command; fields that are groups themselves stand for the options of those.
 
@@ -24,20 +24,24 @@ class Options:
 
     Attributes:
         panel: of the help in which options stand that name none themselves: ``class ScoreOptions(Options, panel=…)``.
+        kinds: the fields' annotations.
     """
 
     panel: ClassVar[str | None] = None
+    kinds: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, panel: str | None = None) -> None:
         cls.panel = panel or cls.panel
-        dataclass(frozen=True, kw_only=True)(cls)
+        # Without comparison and representation, which take half the time of making a class when the command starts.
+        dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
+        hints = get_type_hints(cls, include_extras=True)
+        cls.kinds = {field.name: hints[field.name] for field in fields(cls)}
 
     @classmethod
     def parameters(cls) -> Iterator[Parameter]:
         """Tells typer's parameters, option by option."""
-        hints = get_type_hints(cls, include_extras=True)
         for field in fields(cls):
-            kind = hints[field.name]
+            kind = cls.kinds[field.name]
             if _is_group(kind):
                 yield from kind.parameters()
             else:
@@ -48,9 +52,7 @@ class Options:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Makes the group from the values of all options of a command, by name."""
-        hints = get_type_hints(cls, include_extras=True)
-        kinds = {field.name: hints[field.name] for field in fields(cls)}
-        return cls(**{name: kind.of(values) if _is_group(kind) else values[name] for name, kind in kinds.items()})
+        return cls(**{name: kind.of(values) if _is_group(kind) else values[name] for name, kind in cls.kinds.items()})
 
     def values(self) -> dict[str, Any]:
         """Tells the options by name, texts as their parsers read them.
@@ -58,13 +60,12 @@ class Options:
         Raises:
             ValueError: text that is no value of its option, by name.
         """
-        hints = get_type_hints(type(self), include_extras=True)
-        found = {}
-        for field in fields(self):
-            parsers = [part for part in get_args(hints[field.name])[1:] if callable(part)]
-            value = getattr(self, field.name)
-            found[field.name] = parsers[0](value) if parsers else value
-        return found
+        values = {}
+        for name, kind in self.kinds.items():
+            values[name] = getattr(self, name)
+            for parse in get_args(kind)[2:]:
+                values[name] = parse(values[name])
+        return values
 
 
 Group = TypeVar("Group", bound=Options)

@@ -1,7 +1,5 @@
 """Options of models, scores and memory that several commands share, and how their values are read."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -109,7 +107,7 @@ class ModelOptions(Options, panel=MODEL_PANEL):
         bool, typer.Option("--local-files-only", "--offline", help="Take hub ids from the cache alone.")
     ] = False
 
-    def load(self) -> Model:
+    def load(self) -> "Model":
         """Calls :func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`.
 
         Raises:
@@ -141,7 +139,7 @@ class AdaptedModelOptions(ModelOptions):
     adapter: Annotated[str | None, typer.Option(help='A LoRA: "mini", a .safetensors file, folder or hub id.')] = None
     adapter_file: Annotated[str | None, typer.Option(help="Which file, where --adapter has several.")] = None
 
-    def load(self) -> Model:
+    def load(self) -> "Model":
         """Loads the model as :class:`ModelOptions` does, and its adapter."""
         model = super().load()
         if self.adapter is not None:
@@ -177,7 +175,7 @@ class ScoreOptions(Options, panel=SCORE_PANEL):
         parse_image_size,
     ] = None
 
-    def config(self, memory: MemoryOptions) -> MatchConfig:
+    def config(self, memory: "MemoryOptions") -> "MatchConfig":
         """Makes the configuration that the options stand for.
 
         Raises:
@@ -202,7 +200,7 @@ class MemoryOptions(Options, panel=MEMORY_PANEL):
     ] = None
     memory_budget: MemoryBudget = None
 
-    def compiled(self, method: Method) -> Method:
+    def compiled(self, method: "Method") -> "Method":
         """Compiles a matcher or extractor if a runtime is asked for."""
         return method if self.runtime is None else method.compile(self.runtime)
 

@@ -74,9 +74,11 @@ def test_the_signature_is_flat_and_in_order():
 
 def test_values_come_back_as_groups():
     assert invoke("x", "--how-large", "4", "--depth", "5").exit_code == 0
-    assert seen == [Request(name="x", deep=Deep(size="4", shared=2, depth=5)), {"size": 4, "shared": 2, "depth": 5}]
+    request, values = seen
+    assert (request.name, request.flag, vars(request.deep)) == ("x", False, {"size": "4", "shared": 2, "depth": 5})
+    assert values == {"size": 4, "shared": 2, "depth": 5}
     with pytest.raises(FrozenInstanceError):
-        seen[0].deep.depth = 1
+        request.deep.depth = 1
     assert invoke("x", "--size", "4").exit_code == 2
     assert invoke().exit_code == 2
 

@@ -1,7 +1,5 @@
 """Options of ``dsd-fast demo``, and what its results call the kinds of captions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Options of ``dsd-fast features``."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options of ``dsd-fast fit``."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -116,7 +114,7 @@ class FitOptions(Options, panel="Fit"):
     ] = None
     save_every: Annotated[float, typer.Option(rich_help_panel=MEMORY_PANEL, help="Seconds between checkpoints.")] = 60.0
 
-    def config(self) -> FitConfig:
+    def config(self) -> "FitConfig":
         """Makes the settings of the fit, the official recipe's or the package's own where an option is None.
 
         Raises:

@@ -1,7 +1,5 @@
 """``dsd-fast info``: what a model is made of, and what asking it costs."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Options of ``dsd-fast match``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
