@@ -60,11 +60,11 @@ class ImageFiles(Sequence[Path]):
         return Path(self._paths[number])
 
     def below(self, number: int) -> str:
-        """The path of an image below the folder that was given, or its file name where it was given itself."""
+        """Gives the path of an image below the folder that was given, or its file name where it was given itself."""
         return self._paths[number][self._starts[number] :]
 
     def prompts(self, given: Mapping[str, str], numbers: Iterable[int] | None = None) -> list[str]:
-        """The prompt of each image: under its whole name, its path below the folder given, its file name or its stem.
+        """Finds each image's prompt: under its whole name, its path below the folder given, its file name or its stem.
 
         Args:
             numbers: of the images; all if None.
@@ -93,7 +93,7 @@ def decoding_error(path: Path) -> ImageError | None:
 
 
 def read_prompts(file: Path) -> dict[str, str]:
-    """Name of an image → prompt, from a table with the columns `image` and `prompt`.
+    """Reads name of an image → prompt from a table with the columns `image` and `prompt`.
 
     Raises:
         CommandError: another ending, no rows, or an image that has two prompts.

@@ -63,7 +63,7 @@ class ScoreFile:
         scores: NDArray[np.float32],
         **extra: Any,
     ) -> NDArray[np.intp]:
-        """One image with its captions; returns the captions' positions, best first, equal scores in their order."""
+        """Adds an image with its captions; returns the captions' positions, best first, equal scores in their order."""
         count = len(captions)
         order = np.argsort(-scores, kind="stable")
         rank = np.empty(count, np.int32)
@@ -109,14 +109,14 @@ class ScoreFile:
 def ranked(
     order: NDArray[np.intp], captions: Sequence[str], scores: NDArray[np.float32], top_k: int
 ) -> list[dict[str, Any]]:
-    """The first `top_k` captions of an image, best first, for results.json."""
+    """Lists the first `top_k` captions of an image, best first, for results.json."""
     return [
         {"caption_index": int(i), "caption": captions[i], "score": float(scores[i])} for i in order[:top_k].tolist()
     ]
 
 
 def settings_of(matcher: Matcher) -> dict[str, Any]:
-    """Everything that the scores depend on, with what the configuration leaves to the model filled in."""
+    """Tells everything that the scores depend on, with what the configuration leaves to the model filled in."""
     model, config = matcher.model, matcher.config
     return {
         "model": model.name,
@@ -143,7 +143,7 @@ def metadata(settings: Mapping[str, Any], **more: str) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the scores."""
+    """Tells the versions of what computes the scores."""
     import diffusers
     import torch
     import transformers
@@ -158,6 +158,6 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: BinaryIO, content: Mapping[str, Any]) -> None:
-    """Indented UTF-8 JSON."""
+    """Writes indented UTF-8 JSON."""
     file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     file.flush()

@@ -31,7 +31,7 @@ class CommandError(Exception):
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Whatever the user can cause inside ends the command with one sentence on stderr instead of a traceback."""
+    """Ends the command with one sentence on stderr, instead of a traceback, for whatever the user can cause inside."""
     try:
         yield
     except (BrokenPipeError, typer.Exit):
@@ -65,19 +65,19 @@ def end(complete: bool, errors: int) -> NoReturn:
 
 
 def printable(text: str) -> str:
-    """Control characters and undecodable bytes, which file names and captions may hold, as escapes."""
+    """Writes control characters and undecodable bytes, which file names and captions may hold, as escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def storable(text: str) -> str:
-    """A path or argument as UTF-8 text: bytes that are none, which Linux allows, become escapes."""
+    """Makes a path or argument UTF-8 text: bytes that are none, which Linux allows, become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def counted(count: int, noun: str) -> str:
-    """1 image, 1,000 images."""
+    """Counts things: 1 image, 1,000 images."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
@@ -119,7 +119,7 @@ def show_errors(
 
 
 def progress(unit: str) -> Progress:
-    """A progress display on stderr.
+    """Makes a progress display on stderr.
 
     Its rate counts the task's field `units`, which the caller keeps, over the time since the start, or over the field
     `seconds` where a task also does something else.
@@ -146,7 +146,7 @@ class _RateColumn(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        """The rate, once there is one."""
+        """Shows the rate, once there is one."""
         units, seconds = task.fields["units"], task.fields.get("seconds", task.elapsed)
         rate = f"{units / seconds:.1f}" if units and seconds else "-"
         return Text(f"{rate} {self.unit}/s", style="progress.data.speed")
@@ -156,7 +156,7 @@ class _TimeLeftColumn(ProgressColumn):
     """Time left at the mean rate since the start; see :class:`_RateColumn`."""
 
     def render(self, task: Task) -> Text:
-        """The time left, or the time taken at the end."""
+        """Shows the time left, or the time taken at the end."""
         seconds: float | None = task.elapsed
         if not task.finished and task.total and task.completed and task.elapsed:
             seconds = task.elapsed * (task.total - task.completed) / task.completed
@@ -191,7 +191,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to a Ctrl-C; it cuts short the wait for the next item."""
+        """Yields the items, up to a Ctrl-C; it cuts short the wait for the next item."""
         iterator = iter(items)
         while not self.requested:
             try:

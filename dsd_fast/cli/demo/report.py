@@ -18,7 +18,7 @@ from dsd_fast.matching.heatmaps import Heatmap
 
 
 def render(summary: Mapping[str, Any], images: Sequence[NDArray[np.uint8]], maps: Sequence[Sequence[Heatmap]]) -> bytes:
-    """The page.
+    """Makes the page.
 
     Args:
         summary: the content of results.json.

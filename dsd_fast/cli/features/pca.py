@@ -29,7 +29,7 @@ def fitted(
     images: int,
     out: Path,
 ) -> dict[str, PCA]:
-    """The components of the folder; where there are none yet, they are fitted and kept there.
+    """Gives the components of the folder; where there are none yet, they are fitted and kept there.
 
     Args:
         prompts: one, or one for each of the files.

@@ -91,7 +91,7 @@ class Pictures:
         self.timesteps = self._extractor.timesteps
 
     def draw(self, images: Sequence[Path], prompts: Sequence[str] | str, seed: int) -> Iterator[Shown]:
-        """The pictures of K images, in order; those that cannot be read are left out.
+        """Draws the pictures of K images, in order; those that cannot be read are left out.
 
         Args:
             prompts: one, or one each.
@@ -129,7 +129,7 @@ class Pictures:
 def first_usable(
     model: Model, images: Sequence[Path], prompts: Sequence[str] | str, count: int
 ) -> tuple[list[int], list[Path], str | list[str]]:
-    """Positions, paths and prompts of the first images that can be decoded and whose prompts are not too long."""
+    """Gives positions, paths and prompts of the first images that can be decoded and whose prompts are not too long."""
     check = prompt_check(model)
 
     def is_usable(number: int) -> bool:

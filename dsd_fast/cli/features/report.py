@@ -25,7 +25,7 @@ def render(
     line: Timeline,
     loading: str,
 ) -> bytes:
-    """The page.
+    """Makes the page.
 
     Args:
         summary: of the run: "folder" (counts over all runs), "counts" (of this one), "settings", "versions", "errors",
@@ -55,7 +55,7 @@ def render(
 
 
 def files_of(out: Path) -> list[tuple[str, int, int]]:
-    """(kind, files, bytes) of what lies in the folder, by the folder at the top and the ending."""
+    """Lists (kind, files, bytes) of what lies in the folder, by the folder at the top and the ending."""
     found: dict[str, list[int]] = {}
     for parent, folders, names in os.walk(out):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -72,7 +72,7 @@ def files_of(out: Path) -> list[tuple[str, int, int]]:
 
 
 def sized(count: float) -> str:
-    """Bytes with a unit: 1.5 MB."""
+    """Writes bytes with a unit: 1.5 MB."""
     unit = 0
     while count >= 1000 and unit < len(_UNITS) - 1:
         count, unit = count / 1000, unit + 1

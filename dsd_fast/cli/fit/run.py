@@ -93,7 +93,7 @@ def run(
 
 
 def hold_out(groups: Sequence[Group], share: float, seed: int) -> tuple[list[Group], list[Group]]:
-    """Groups to learn from, and a share of them to look at, each in their order.
+    """Parts groups into those to learn from and a share of them to look at, each in their order.
 
     Groups whose right image is the same (of a paired group the first image) stay together, so that no held-out one is
     about an image that was learned from. Images are drawn until the share is reached.

@@ -15,7 +15,7 @@ _SPACES = {"vae": "closer in latents", "clip": "closer in CLIP"}
 
 
 def render(summary: Mapping[str, Any], names: Sequence[str], versions: Mapping[str, str]) -> bytes:
-    """The page.
+    """Makes the page.
 
     Args:
         summary: "result", "images", "errors", "verdict" of the run.

@@ -15,7 +15,7 @@ Job = tuple[int, int, int | list[int]]
 
 
 def describe(model: Model, job: Job | None = None) -> dict[str, Any]:
-    """Everything ``dsd-fast info`` shows, ready for JSON; FLOPs are those of the UNet.
+    """Tells everything ``dsd-fast info`` shows, ready for JSON; FLOPs are those of the UNet.
 
     Args:
         model: it is only read.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def read_captions(file: Path) -> list[str]:
-    """The lines of a UTF-8 text file without the blank ones, white space around them removed.
+    """Reads the lines of a UTF-8 text file without the blank ones, white space around them removed.
 
     Raises:
         ValueError: the file cannot be read, is not UTF-8, or has no captions.

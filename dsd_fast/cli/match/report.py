@@ -33,7 +33,7 @@ class MatchReport:
     def add(
         self, index: int, source: Path, path: str, ranked: Sequence[dict[str, Any]], lowest: float, highest: float
     ) -> None:
-        """One scored image; the entries of `ranked` with heat maps get their files' names as "heatmap".
+        """Adds one scored image; the entries of `ranked` with heat maps get their files' names as "heatmap".
 
         Args:
             index: of the image in the run.
@@ -63,7 +63,7 @@ class MatchReport:
             self._cards.append(card(Card(path, enlarged(image), ranked, lowest, highest, maps)))
 
     def page(self, summary: Mapping[str, Any]) -> bytes:
-        """report.html of a run, from the content of its results.json."""
+        """Makes report.html of a run from the content of its results.json."""
         counts, chosen = summary["counts"], summary["settings"]
         scored = counts["scored"]
         lead = [
