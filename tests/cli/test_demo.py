@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import dsd_fast as dsd
-from dsd_fast.cli import demo_run
-from dsd_fast.cli.demo import LABELS
+from dsd_fast.cli.demo import run as demo_run
+from dsd_fast.cli.demo.options import LABELS
 from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import matching as reference
@@ -77,7 +77,7 @@ def test_accuracy_counts_the_true_captions_wins(cli, tmp_path, score, column):
 
 
 def test_words_that_point_and_the_page(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("dsd_fast.cli.demo_run.SHOWN", 3)
+    monkeypatch.setattr("dsd_fast.cli.demo.run.SHOWN", 3)
     kept, render = [], demo_run.render
     monkeypatch.setattr(demo_run, "render", lambda *given: kept.append(len(given[2])) or render(*given))
     done = cli(*SMALL, "--out", "out")
