@@ -26,7 +26,7 @@ def describe(model: Model, job: Job | None = None) -> dict[str, Any]:
         UnsupportedNetworkError: a UNet that cannot be planned.
     """
     program = UNetProgram(model.unet)
-    shape = _latent_shape(model)
+    shape = (model.latent_channels, *model.latent_size())
     tokens = token_limit(model.tokenizers, model.text_encoders)
     content = {
         "model": model.name,
@@ -47,11 +47,6 @@ def describe(model: Model, job: Job | None = None) -> dict[str, Any]:
     if job is not None:
         content["job"] = _job(model, job, shape, tokens)
     return content
-
-
-def _latent_shape(model: Model) -> tuple[int, int, int]:
-    height, width = (side // model.vae_scale_factor for side in model.image_size)
-    return int(model.vae.config.latent_channels), height, width
 
 
 def _components(model: Model) -> dict[str, Any]:
