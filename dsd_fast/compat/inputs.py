@@ -189,7 +189,7 @@ def _embedded(model: Model, name: str, embeds: Tensor) -> Texts:
 
     if model.family == "sdxl":
         raise ValueError(f"{name}: SDXL needs pooled states too, for which the call has no argument; expected text")
-    width = model.unet.config.cross_attention_dim
+    width = model.text_width
     if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape or not embeds.is_floating_point():
         raise ValueError(f"{name}: got shape {tuple(embeds.shape)} of {embeds.dtype}, expected (B, tokens, {width})")
     states = embeds.detach().to("cpu", model.text_encoders[0].dtype)

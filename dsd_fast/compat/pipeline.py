@@ -344,7 +344,7 @@ class DSDPipeline:
         bank, steps = self.noise_samples, len(scorer.timesteps)
         if bank is None:
             return None
-        shape = (self.model.unet.config.in_channels, *scorer.latent_size)
+        shape = (self.model.latent_channels, *scorer.latent_size)
         if bank.ndim != 4 or tuple(bank.shape[1:]) != shape or len(bank) < steps or not bank.is_floating_point():
             raise ValueError(
                 f"noise_samples: has shape {tuple(bank.shape)}, expected ({steps} or more, {str(shape)[1:]}"

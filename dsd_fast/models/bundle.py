@@ -34,6 +34,8 @@ class Model:
         revision: commit of a model from the hub, else None.
         image_size: (height, width) in pixels the UNet was made for.
         vae_scale_factor: pixels per latent position along one side.
+        latent_channels: C of the latents.
+        text_width: E, the width of the text states.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Model:
         self.name = name
         self.revision = revision
         label = name or "model"
-        check_unet(unet.config, vae.config.latent_channels, label)
+        self.latent_channels: int = vae.config.latent_channels
+        check_unet(unet.config, self.latent_channels, label)
         self.family: Family = family_of(unet.config)
         widths = [encoder.config.hidden_size for encoder in self.text_encoders]
         check_text(unet.config, widths, self.text_encoders[-1].config.projection_dim, label)
+        self.text_width: int = sum(widths)
         self._set_scheduler(scheduler)
         self.vae_scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         sample = unet.config.sample_size
@@ -93,6 +97,17 @@ class Model:
         """The UNet's floating-point type."""
         parameter: nn.Parameter = next(self.unet.parameters())
         return parameter.dtype
+
+    def latent_size(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Give the (height, width) of the latents of an image of (height, width) pixels; None: of `image_size`.
+
+        Raises:
+            ValueError: sides that are no positive multiples of `vae_scale_factor`.
+        """
+        size, factor = image_size or self.image_size, self.vae_scale_factor
+        if any(side < factor or side % factor for side in size):
+            raise ValueError(f"image_size: got {size}, expected multiples of {factor} pixels")
+        return size[0] // factor, size[1] // factor
 
     def encode_images(self, pixels: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Images to the scaled latents z₀ that the UNet is given.
@@ -139,9 +154,8 @@ class Model:
         Raises:
             ValueError: `latents` of another shape.
         """
-        channels = self.vae.config.latent_channels
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected (N, {channels}, h, w)")
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected (N, {self.latent_channels}, h, w)")
         vae = self._precise_vae()
         weight = next(vae.parameters())
         latents = latents.to(weight.device, weight.dtype)

@@ -121,6 +121,12 @@ class UNetProgram:
             sizes.append(blocks.downsampled(module, sizes[-1]))
         return sizes
 
+    def residual_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """The (C, h, w) of one row of each residual that a ControlNet gives, the middle one last."""
+        sizes = self.sizes(height, width)
+        pushed = [(step.pushes, *sizes[step.level]) for step in self.steps if step.pushes]
+        return [*pushed, (int(self.unet.config.block_out_channels[-1]), *sizes[-1])]
+
     @property
     def dtype(self) -> torch.dtype:
         """The network's type. Of its first layer, because diffusers' own property walks through the whole network."""
@@ -137,6 +143,11 @@ class UNetProgram:
     def reads_pooled_text(self) -> bool:
         """Whether the time embedding reads the pooled text (SDXL)."""
         return bool(self.unet.config.addition_embed_type == "text_time")
+
+    @property
+    def latent_channels(self) -> int:
+        """C, the channels of the latents that the network is given."""
+        return int(self.unet.config.in_channels)
 
     @property
     def text_width(self) -> int:
