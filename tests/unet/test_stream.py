@@ -98,26 +98,26 @@ def test_no_gradients(rows):
 
 
 def test_out_of_memory_halves_once_and_says_so(rows, monkeypatch, caplog):
-    run, sizes = Plan.run, []
+    answer, sizes = Plan._answer, []
 
     def fails_above(limit):
-        def limited(self, *args, **kwargs):
-            sizes.append(len(kwargs["latent_index"]))
+        def limited(self, request, out):
+            sizes.append(request.rows)
             if sizes[-1] > limit:
                 raise torch.OutOfMemoryError("out of memory")
-            return run(self, *args, **kwargs)
+            return answer(self, request, out)
 
         return limited
 
     want = rows.run()
     out = rows.plan.empty_output(17, 16, 16, tokens=TOKENS, map_tokens=2)
-    monkeypatch.setattr(Plan, "run", fails_above(8))
+    monkeypatch.setattr(Plan, "_answer", fails_above(8))
     with caplog.at_level(logging.WARNING, "dsd_fast"):
         rows.stream(10, out=out)
     assert sizes == [10, 5, 5, 5, 2]
     same(out, want)
     assert "out of memory with 10 rows in one micro-batch; going on with 5" in caplog.text
-    monkeypatch.setattr(Plan, "run", fails_above(4))
+    monkeypatch.setattr(Plan, "_answer", fails_above(4))
     with pytest.raises(torch.OutOfMemoryError):
         rows.stream(10, out=out)
 
