@@ -169,19 +169,8 @@ class Plan(Cut):
             self.network.check()
             checkpoint = checkpoint or self.network.checkpointing
         with self._adapter.active():
-            request = Request(
-                self,
-                latents,
-                timesteps,
-                text,
-                latent_index=latent_index,
-                text_index=text_index,
-                time_ids=time_ids,
-                residuals=residuals,
-                map_tokens=map_tokens,
-                checkpoint=checkpoint,
-            )
-            return self._answer(request, out)
+            rows = (latent_index, text_index, time_ids, residuals, map_tokens)
+            return self._answer(Request(self, latents, timesteps, text, *rows, checkpoint=checkpoint), out)
 
     @overload
     def stream(
@@ -252,18 +241,8 @@ class Plan(Cut):
             out.check_rows(len(latents) if latent_index is None else len(latent_index))
         # The arguments are checked here, so under the plan's adapters; each micro-batch switches to them itself.
         with self._adapter.active():
-            request = Request(
-                self,
-                latents,
-                timesteps,
-                text,
-                latent_index=latent_index,
-                text_index=text_index,
-                time_ids=time_ids,
-                residuals=residuals,
-                map_tokens=map_tokens,
-                device=HOST,
-            )
+            rows = (latent_index, text_index, time_ids, residuals, map_tokens)
+            request = Request(self, latents, timesteps, text, *rows, device=HOST)
             tokens = request.index.tokens
             size = rows_at_once(
                 self,
@@ -277,8 +256,8 @@ class Plan(Cut):
         batches = micro_batches(request, size, self.network.device, self._run_rows)
         if out is None:
             return batches
-        for rows, result in batches:
-            out.fill(result, rows)
+        for chosen, result in batches:
+            out.fill(result, chosen)
         return out
 
     def _run_rows(self, request: Request) -> Output:

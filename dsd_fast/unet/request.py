@@ -38,12 +38,12 @@ class Request:
         latents: Tensor,
         timesteps: Tensor | Sequence[int] | int,
         text: TextKV | None,
-        *,
         latent_index: Index | None,
         text_index: Index | None,
         time_ids: Tensor | None,
         residuals: Residuals | None,
         map_tokens: Tensor | Sequence[int] | None,
+        *,
         checkpoint: bool = False,
         device: torch.device | None = None,
     ) -> None:
