@@ -129,8 +129,7 @@ def text_index(value: Index | None, texts: int, rows: int, device: torch.device)
     return None
 
 
-def residuals(network: Network, value: Residuals, rows: int, height: int, width: int) -> Residuals:
-    """A ControlNet's residuals, one of each for every row."""
+def residuals(network: Network, value: Residuals, rows: int, height: int, width: int) -> None:
     down, mid = value
     wanted = [(rows, *shape) for shape in network.residual_shapes(height, width)]
     if len(down) != len(wanted) - 1:
@@ -141,7 +140,6 @@ def residuals(network: Network, value: Residuals, rows: int, height: int, width:
         if residual.shape != shape:
             which = "the middle one" if number == len(down) else f"down residual {number}"
             raise ValueError(f"residuals: {which} is {tuple(residual.shape)}, expected {shape}, one per requested row")
-    return down, mid
 
 
 def positions(name: str, value: Tensor | Sequence[int] | None, rows: int, limit: int, device: torch.device) -> Tensor:

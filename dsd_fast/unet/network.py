@@ -125,7 +125,7 @@ class Network:
         return self._cross[score_id]
 
     def time_flops(self, ran: Set[str], latents: int, rows: int) -> int:
-        """FLOPs of the time embedding and of its projections for the steps ``ran``."""
+        """Count the FLOPs of the time embedding, and of its projections for the steps ``ran``."""
         projections = [block.time_emb_proj for name, block in self.time_blocks if name in ran]
         if not projections:
             return 0

@@ -74,7 +74,7 @@ class Request:
         self.time_ids = checks.time_ids(cut, time_ids, count, device)
         self.residuals = residuals
         if residuals is not None:
-            self.residuals = checks.residuals(cut.network, residuals, self.rows, height, width)
+            checks.residuals(cut.network, residuals, self.rows, height, width)
         if text is not None and cut.maps_text:
             tokens = checks.positions("map_tokens", map_tokens, self.rows, text.tokens, device)
         self.text = None if text is None else text.narrowed(cut.key_layers, cut.value_layers)

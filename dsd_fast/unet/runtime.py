@@ -20,11 +20,11 @@ class Runtime(Protocol):
     """Answers requests; see :meth:`Plan.compile`."""
 
     def run(self, cut: Cut, request: Request, out: Output | None) -> Output:
-        """The answer to ``request``, in ``out`` or in fresh tensors."""
+        """Answer ``request``, in ``out`` or in fresh tensors."""
         ...
 
     def held(self, text: TextKV) -> int:
-        """Bytes that runs with ``text``, of the cut's layers alone, keep beside it."""
+        """Count the bytes that runs with ``text``, of the cut's layers alone, keep beside it."""
         ...
 
 
