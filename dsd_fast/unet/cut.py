@@ -31,7 +31,7 @@ class Region:
 
 
 # Without comparison: what is kept for a cut (recordings, regions) is kept for that one, not for all that are equal.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cut:
     """What was asked of a network, and what follows from it.
 

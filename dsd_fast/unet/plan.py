@@ -239,6 +239,7 @@ class Plan(Cut):
         """
         if out is not None:
             out.check_rows(len(latents) if latent_index is None else len(latent_index))
+        self.network.check()
         # The arguments are checked here, so under the plan's adapters; each micro-batch switches to them itself.
         with self._adapter.active():
             rows = (latent_index, text_index, time_ids, residuals, map_tokens)

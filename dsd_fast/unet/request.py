@@ -56,12 +56,12 @@ class Request:
         Raises:
             ValueError: an argument that does not fit, by name; a text encoded under another adapter.
         """
-        checks.latents(cut.network, latents, latents.device if device else cut.network.device)
+        checks.latents(cut.network, latents, cut.network.device if device is None else latents.device)
         count, (height, width) = len(latents), latents.shape[-2:]
+        self.latents = latents
         if device is None:
             device = latents.device
-            latents = latents.contiguous(memory_format=torch.channels_last)
-        self.latents = latents
+            self.latents = latents.contiguous(memory_format=torch.channels_last)
         self.sizes = cut.network.sizes(height, width)
         self.checkpoint = checkpoint
         chosen = None if latent_index is None else checks.index("latent_index", latent_index, None, count, device)
