@@ -181,7 +181,7 @@ class Engine:
         text_of: Tensor,
         *,
         latent_of: Tensor | None = None,
-        map_tokens: Tensor | Sequence[int] | None = None,
+        tokens: Tensor | Sequence[int] | None = None,
         conditions: Sequence[Tensor] = (),
         condition_of: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Output]]:
@@ -194,7 +194,7 @@ class Engine:
             texts: of all rows.
             text_of: (B,) int64 on the CPU, the text of each row by its number.
             latent_of: (B,) int64 on the CPU, the latent of each row; row b is latent b if None.
-            map_tokens: (n,) token positions for the plan's maps.
+            tokens: (n,) token positions for the plan's maps.
             conditions: (N, 3, H, W) in [0, 1] for each of the engine's ControlNets; without any they take no part.
             condition_of: (B,) int64 on the CPU, the condition of each row.
         """
@@ -231,7 +231,7 @@ class Engine:
                     latent_index=latent_of[rows],
                     text_index=None if keys is None else local,
                     residuals=residuals,
-                    map_tokens=None if keys is None else map_tokens,
+                    map_tokens=None if keys is None else tokens,
                 )
                 for part, out in batches:
                     yield rows[part], out

@@ -91,7 +91,7 @@ class Texts:
             (keys and values of the group's texts, numbers of its rows, and for each of those its text in the group).
         """
         every = torch.arange(len(text_of))
-        if plan.boundary == len(plan.steps):
+        if not plan.reads_text:
             yield None, every, text_of
             return
         if self.fits(plan, size, memory_budget):
