@@ -8,45 +8,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-# Listed by hand. `kernels` at the root is also the import name of another distribution, so discovery, which would
-# ship it under that name, must not run; here it is reached through the link dsd_fast/kernels -> ../kernels alone.
-PACKAGES = [
-    "dsd_fast",
-    "dsd_fast.bench",
-    "dsd_fast.bench.suites",
-    "dsd_fast.cli",
-    "dsd_fast.cli.demo",
-    "dsd_fast.cli.evaluate",
-    "dsd_fast.cli.features",
-    "dsd_fast.cli.fit",
-    "dsd_fast.cli.gate",
-    "dsd_fast.cli.info",
-    "dsd_fast.cli.match",
-    "dsd_fast.compat",
-    "dsd_fast.diffusion",
-    "dsd_fast.engine",
-    "dsd_fast.features",
-    "dsd_fast.features.gate",
-    "dsd_fast.images",
-    "dsd_fast.jobs",
-    "dsd_fast.kernels",
-    "dsd_fast.kernels.add_layer_norm",
-    "dsd_fast.kernels.common",
-    "dsd_fast.kernels.cross_attention_score",
-    "dsd_fast.kernels.geglu",
-    "dsd_fast.kernels.group_norm_silu",
-    "dsd_fast.kernels.noise_latents",
-    "dsd_fast.kernels.pack_features",
-    "dsd_fast.kernels.token_maps",
-    "dsd_fast.matching",
-    "dsd_fast.matching.datasets",
-    "dsd_fast.matching.fitting",
-    "dsd_fast.metrics",
-    "dsd_fast.models",
-    "dsd_fast.models.mini",
-    "dsd_fast.reference",
-    "dsd_fast.unet",
-]
+# Not setuptools' discovery: `kernels` at the root is also the import name of another distribution, and it would ship it
+# under that name; here it is reached through the link dsd_fast/kernels -> ../kernels alone.
+TOPS = ("dsd_fast", "dsd_fast/kernels")
+FOLDERS = {Path(top) for top in TOPS} | {file.parent for top in TOPS for file in Path(top).rglob("*.py")}
+PACKAGES = sorted(".".join(folder.parts) for folder in FOLDERS)
 
 PACKAGE_DATA = {
     "dsd_fast": ["py.typed"],
