@@ -105,7 +105,7 @@ def _costs(program: UNetProgram, shape: Sequence[int], tokens: int) -> dict[str,
         if block.startswith(("mid", "up")):
             flops = program.plan(features=[name]).flops(latents=1, texts=0, rows=1, **size)
             stops.append({"after": block, "layer": name, "row": flops, "share": flops / row})
-    stops.append({"after": "noise prediction", "layer": "unet-out", "row": row, "share": 1.0})
+    stops.append({"after": "noise prediction", "layer": program.output_id, "row": row, "share": 1.0})
     return {
         "row": row,
         "stops": stops,
