@@ -138,6 +138,7 @@ def test_what_the_official_way_costs(family):
     assert calls == {("unet", 1): N, **{(name, 1): 2 for name in encoders}}
 
 
+@pytest.mark.alone
 def test_extraction_spends_its_time_in_the_modules(monkeypatch):
     pipe = tiny_pipeline("sd15")
     pipe.unet.register_to_config(sample_size=32)

@@ -31,6 +31,7 @@ def import_fresh(module: str) -> tuple[float, list[str]]:
     return seconds, loaded
 
 
+@pytest.mark.alone
 def test_import_dsd_fast_loads_nothing_heavy():
     seconds, loaded = import_fresh("dsd_fast")
     assert loaded == []
