@@ -12,13 +12,14 @@ import torch
 from dsd_fast.unet import UNetProgram
 from dsd_fast.unet.request import bucket, full_bucket, pad
 from dsd_fast.unet.stream import HEADROOM
-from tests.tiny import FAMILIES, tiny_pipeline
+from tests.tiny import tiny_pipeline
 from tests.unet.compiled import FIRST_VIT, SCORE, TOKENS, Case, graphs, load_lora, run, same, small_unet
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# SDXL has the linear projections and heads per level of SD 2.1.
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_every_kind_of_answer_equals_the_plain_run(family):
     case = Case(family)
     scores = case.program.score_ids
