@@ -71,6 +71,7 @@ def test_bad_images_among_good_ones(good_images, bad_images, tmp_path):
         assert [row["caption"] for row in rows] == CAPTIONS
 
 
+@pytest.mark.newest
 def test_good_images_and_what_the_files_say(cli, good_images, tmp_path):
     done = cli(
         "match", *good_images[:2], good_images[0], "--captions", "c.txt", "--out", "deep/out", "--official", "--seed", 3

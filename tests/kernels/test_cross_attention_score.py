@@ -160,6 +160,7 @@ SHAPES = [
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.newest
 def test_opcheck(shape, mean):
     rows, positions, texts, tokens, heads, width = shape
     q, k, v, g = inputs(rows, positions, texts, tokens, heads, width, torch.float32, grad=True)
@@ -443,6 +444,7 @@ def test_flops_are_registered():
 
 
 @pytest.mark.usefixtures("implementation")
+@pytest.mark.newest
 def test_compiles_without_a_graph_break():
     q, k, v, _ = inputs(dtype=torch.float32)
     index = torch.tensor([0, 1, 1])

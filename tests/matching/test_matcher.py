@@ -49,6 +49,7 @@ def sd15():
         ("sd15", "epsilon", 0),
     ],
 )
+@pytest.mark.newest
 def test_official_score_equals_the_reference(family, prediction_type, noise_weight):
     pipe = tiny_pipeline(family, prediction_type=prediction_type)
     images = pictures(2)

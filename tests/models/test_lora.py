@@ -146,6 +146,7 @@ def peft_unet(family, **options):
     ],
     ids=["alpha", "root", "ranks", "alphas"],
 )
+@pytest.mark.newest
 def test_a_saved_lora_is_what_stock_diffusers_loads(family, options, folders, tmp_path):
     unet = peft_unet(family, **options)
     own = dsd.load(folders[family])

@@ -39,6 +39,7 @@ def official():
 
 
 @torch.no_grad()
+@pytest.mark.newest
 def test_activations_equal_the_official_codes(official):
     """Stored in half precision, whose relative error is 2⁻¹¹; values near 0 lose 2⁻²⁵ at the most, and float32 sums of
     another order 1e-5 of the largest."""

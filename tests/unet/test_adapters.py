@@ -55,6 +55,7 @@ def close(got, want):
     [("sd15", True), ("sd21", True), ("sdxl", True), ("sd15", False)],
     ids=lambda x: x if isinstance(x, str) else "loaded before" if x else "loaded after",
 )
+@pytest.mark.newest
 def test_the_networks_own_adapters_count_as_in_diffusers(family, before, tmp_path):
     case = Adapted(family, tmp_path, before)
     plan = case.program.plan(noise_pred=True)

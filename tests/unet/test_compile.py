@@ -40,6 +40,7 @@ def test_every_kind_of_answer_equals_the_plain_run(family):
     same(out, want)
 
 
+@pytest.mark.newest
 def test_generated_code_is_as_exact_as_plain_torch():
     case, exact = Case("sd15", backend="inductor"), Case("sd15", dtype=torch.float64)
     asked = {"features": [FIRST_VIT], "scores": [SCORE]}
@@ -110,6 +111,7 @@ def test_micro_batches_of_a_stream_fill_buckets():
     assert all(bucket(full_bucket(n)) == full_bucket(n) <= n for n in range(1, 1025))
 
 
+@pytest.mark.newest
 def test_rows_without_indices_and_no_rows_at_all():
     case = Case("sd15")
     plain, compiled = case.plans(features=[FIRST_VIT])
