@@ -153,6 +153,9 @@ def poison_empty_tensors() -> None:
 
         return allocate_and_fill
 
+    # A device's context tells what to place on it by the functions that there are when it is first used.
+    with torch.device("meta"):
+        torch.empty(0)
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),

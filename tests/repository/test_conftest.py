@@ -41,6 +41,13 @@ def test_memory_allocated_by_the_package_is_poisoned(tmp_path):
     assert module.integers().tolist() == [torch.iinfo(torch.int64).max] * 3
 
 
+def test_memory_of_a_device_is_allocated_there(tmp_path):
+    module = module_from(tmp_path, "dsd_fast.kernels.probe")
+    with torch.device("meta"):
+        assert torch.nn.Linear(2, 3).weight.is_meta
+        assert module.integers().is_meta
+
+
 def test_memory_allocated_elsewhere_is_not_poisoned(tmp_path, monkeypatch):
     # What fresh memory holds is unknown, so the filling itself is watched.
     monkeypatch.setattr(torch.Tensor, "fill_", lambda *_: pytest.fail("filled"))
