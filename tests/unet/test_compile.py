@@ -1,7 +1,8 @@
 """Compiled runtimes: the numbers of the plain run, in buckets, without compiling twice.
 
 Most tests let torch.compile trace and differentiate but generate no code ("aot_eager"), which is where all but the
-generated code could go wrong; one small plan generates it.
+generated code could go wrong, or trace alone ("eager") where they look at what is compiled when; one small plan
+generates code.
 """
 
 import copy
@@ -68,7 +69,7 @@ def test_counts_are_rounded_up_by_less_than_a_fifth_and_up_to_16_to_powers_of_tw
 
 
 def test_nothing_is_compiled_again_inside_a_bucket():
-    case = Case("sd15")
+    case = Case("sd15", backend="eager")
     plain, compiled = case.plans(scores=[SCORE], features=["down-level0-downsampler-out"])
     with torch.no_grad():
         run(compiled, case.request(2, 3, 5))
@@ -87,7 +88,7 @@ def test_blocks_of_equal_structure_are_compiled_once():
     for layers in (1, 3):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        case = Case("sdxl", small_unet("sdxl", layers))
+        case = Case("sdxl", small_unet("sdxl", layers), backend="eager")
         with torch.no_grad():
             run(case.plans(features=["down-level1-repeat0-vit-out"])[1], case.request())
         counts.append(graphs())
@@ -123,7 +124,7 @@ def test_rows_without_indices_and_no_rows_at_all():
 
 
 def test_residuals_of_a_controlnet():
-    case = Case("sd15")
+    case = Case("sd15", backend="eager")
     plain, compiled = case.plans(noise_pred=True)
     g = torch.Generator().manual_seed(4)
     shapes = [(16, 16, 16), (16, 16, 16), (16, 8, 8), (32, 8, 8)]
@@ -153,7 +154,7 @@ class Adapted(Case):
 
     def __init__(self, tmp_path):
         self.pipe = tiny_pipeline("sd15")
-        super().__init__("sd15", self.pipe.unet.requires_grad_(False))
+        super().__init__("sd15", self.pipe.unet.requires_grad_(False), backend="eager")
         self.plain, self.compiled = self.plans(features=[FIRST_VIT])
         self.folder = tmp_path
 
