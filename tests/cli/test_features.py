@@ -76,6 +76,7 @@ def check(model, out, names, paths, **settings):
             assert torch.allclose(value.float(), whole.float(), rtol=0, atol=1e-5 * float(whole.abs().max()))
 
 
+@pytest.mark.newest
 def test_folders_and_files_and_what_the_terminal_says(cli, model, images):
     done = cli("features", images / "deep", images / "1.png", images / "1.png", "--out", "out", *COMMON)
     assert done.exit_code == 0, done.stderr

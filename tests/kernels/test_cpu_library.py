@@ -288,6 +288,7 @@ def test_the_best_instruction_set_is_the_default(monkeypatch):
     assert ops.capability() == [*SETS, "baseline"][0]
 
 
+@pytest.mark.parametrize("capability", ["baseline"], indirect=True)
 def test_the_library_needs_no_more_than_the_stable_interface(tmp_path):
     """Loaded beside torch alone it works: of its libraries it needs one, for the stable interface."""
     code = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.dsd_fast_cpu.capability())"

@@ -79,6 +79,7 @@ def test_the_memory_budget_is_of_who_loads_it(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.newest
 def test_stock_diffusers_reads_the_lora(tmp_path, family):
     own = fitted("lora", tmp_path, pipeline(family), official=True, seed=3)
     images, texts = pictures(1), TEXTS[:2]
