@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpre
 TABLE = resources.read_table(ROOT / resources.TABLE)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("operator", resources.operators())
 def test_builds_use_what_the_table_says(operator):
     """Of two neighbours, a launch in bfloat16 and in float16, one and then the other, on one architecture in turn.
