@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from dsd_fast import kernels
 from dsd_fast.kernels.common.build import Build
@@ -103,10 +104,8 @@ def csv_text(rows: Iterable[Row]) -> str:
 def read_table(path: Path) -> list[Row]:
     """The rows of a CSV file."""
     with path.open(newline="") as file:
-        return [
-            Row(line["operator"], line["build"], *(int(line[name]) for name in _NUMBERS), source=line["source"])
-            for line in csv.DictReader(file)
-        ]
+        lines: list[dict[str, Any]] = list(csv.DictReader(file))
+    return [Row(**(line | {name: int(line[name]) for name in _NUMBERS})) for line in lines]
 
 
 def filled(text: str, rows: Iterable[Row]) -> str:

@@ -289,6 +289,9 @@ class Plan(Cut):
             if want.maps:
                 drawn = torch.empty((rows, step.keys(size, map_tokens), *size), dtype=real, device=device)
             collect(self, result, ((step, want),), [Taken(feature, score, drawn)])
+        if self.noise_pred and self.network.output_id in result.features and result.noise_pred is not None:
+            # Two results, though one step gives both.
+            result.noise_pred = torch.empty_like(result.noise_pred)
         return result
 
     def flops(self, *, latents: int, texts: int, rows: int, height: int, width: int, tokens: int) -> int:

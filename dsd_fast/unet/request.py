@@ -89,7 +89,10 @@ class Request:
         def of(chosen: Tensor) -> Change:
             return lambda value: upload(value[upload(chosen, value.device)], device)
 
-        taken = self._map(len(rows), of(used), of(rows))
+        taken = copy.copy(self)
+        # Those of latents and texts are taken above.
+        taken.index = RowIndex(None, None, self.index.tokens)
+        taken = taken._map(len(rows), of(used), of(rows))
         taken.latents = taken.latents.contiguous(memory_format=torch.channels_last)
         taken.index = taken.index._replace(
             latent=upload(local, device), text=None if self.text is None else upload(texts, device)

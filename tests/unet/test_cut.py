@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from dsd_fast.unet import UNetProgram
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.execution import run_eager
 from dsd_fast.unet.network import Network
@@ -81,3 +82,10 @@ def test_what_a_network_tells_is_what_its_config_says():
         (32, 8, 8),
         (32, 8, 8),
     ]
+
+
+def test_an_empty_output_has_memory_of_its_own_for_each_result():
+    program = UNetProgram(small_unet("sd15"))
+    out = program.plan(features=["unet-out"], noise_pred=True).empty_output(2, 16, 16)
+    assert out.noise_pred.shape == out.features["unet-out"].shape
+    assert out.noise_pred.data_ptr() != out.features["unet-out"].data_ptr()
