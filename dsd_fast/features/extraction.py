@@ -45,6 +45,15 @@ class Extracted:
     features: list[dict[str, Tensor]]
     errors: dict[int, ImageError]
 
+    def by_image(self) -> Iterator[tuple[int, dict[str, Tensor] | ImageError]]:
+        """(position, id → (S, C, h, w) under the first technique, or the image's error), in order."""
+        rows = {number: row for row, number in enumerate(self.numbers)}
+        for number in sorted([*self.numbers, *self.errors]):
+            if number in self.errors:
+                yield number, self.errors[number]
+            else:
+                yield number, {name: value[rows[number]] for name, value in self.features[0].items()}
+
 
 class Extraction:
     """One model with the settings of its features; :class:`~dsd_fast.features.FeatureExtractor` says what they are."""

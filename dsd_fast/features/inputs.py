@@ -69,13 +69,11 @@ class Inputs:
     def conditions(self, controls: Sequence[Control]) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] for each net, where the latents are and in their type; the same function of the
         pictures is computed once."""
-        return [self._condition(control) for control in controls]
-
-    def _condition(self, control: Control) -> Tensor:
-        if control.condition not in self._conditions:
-            prepared = [control.prepare(to_picture(each), (each.shape[1], each.shape[2])) for each in self.pixels]
-            self._conditions[control.condition] = torch.stack(prepared).to(self.latents.device, self.latents.dtype)
-        return self._conditions[control.condition]
+        for control in controls:
+            if control.condition not in self._conditions:
+                prepared = [control.prepare(to_picture(each), (each.shape[1], each.shape[2])) for each in self.pixels]
+                self._conditions[control.condition] = torch.stack(prepared).to(self.latents.device, self.latents.dtype)
+        return [self._conditions[control.condition] for control in controls]
 
 
 def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int], draws: int, shape: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -20,12 +19,11 @@ from dsd_fast.diffusion import Predict, guided, img2img
 from dsd_fast.engine import Engine
 from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.features.inputs import Inputs, Prompts, own_prompts, predictor
+from dsd_fast.features.shift_result import Floats
 from dsd_fast.features.technique import Technique
 from dsd_fast.images import to_picture
 from dsd_fast.metrics import bootstrap
 from dsd_fast.unet.adapters import adapter_names
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

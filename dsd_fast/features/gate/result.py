@@ -18,14 +18,12 @@ from PIL import Image
 
 from dsd_fast.features.gate.guide import GuideResult
 from dsd_fast.features.gate.sheet import contact_sheet
-from dsd_fast.features.shift_result import ShiftResult
+from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.jobs import replacing
 from dsd_fast.metrics import bootstrap
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,6 +65,10 @@ class FitHistory:
     stopped_early: bool
 
 
+Report = Callable[[int, float | None, FitRecord | None], None]
+"""Called after each step as report(step, its loss, None), and with each record as report(step, None, it)."""
+
+
 @dataclass
 class State:
     """What a checkpoint holds besides parameters and optimiser."""
@@ -92,7 +96,7 @@ class Training:
         validation: held-out examples to choose the best parameters by, or None.
         fingerprint: what changes the result, by name; a checkpoint of another is refused.
         folder: of the checkpoint, behind its lock; None keeps none.
-        report: called after each step as report(step, its loss, None), and with each record as report(step, None, it).
+        report: see :data:`Report`.
 
     Raises:
         ValueError: the folder's checkpoint is one of another fit, with the names of what differs.
@@ -106,7 +110,7 @@ class Training:
         validation: Examples | None,
         fingerprint: Mapping[str, Any],
         folder: Path | None,
-        report: Callable[[int, float | None, FitRecord | None], None],
+        report: Report,
     ) -> None:
         self._learned, self._examples, self._fit = learned, examples, fit
         self._validation, self._report = validation, report
