@@ -109,14 +109,9 @@ suite = Suite(
         ),
         Quality("export/overlap", "export", _overlap),
         Case("sd15/against-official", "sd15", gpu.against_official, repeats=6, devices=("cuda",)),
-        Case(f"sd15/against-{gpu.SHORT_MODE}", "sd15", partial(gpu.against_compiled, gpu.SHORT_MODE), 6, ("cuda",)),
-        Case(
-            f"sd15/against-{gpu.LONG_MODE}",
-            "sd15",
-            partial(gpu.against_compiled, gpu.LONG_MODE),
-            6,
-            ("cuda",),
-            long=True,
+        *(
+            Case(f"sd15/against-{mode}", "sd15", partial(gpu.against_compiled, mode), 6, ("cuda",), long)
+            for mode, long in ((gpu.SHORT_MODE, False), (gpu.LONG_MODE, True))
         ),
     ],
 )

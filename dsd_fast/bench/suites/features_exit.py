@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,35 +33,25 @@ class _ReachedError(Exception):
     """Ends a forward pass where a hook raises it."""
 
 
-@dataclass
 class Exits:
     """A network with random weights and one row of inputs.
 
-    Attributes:
+    Args:
         architecture: its.
         device: that it is on.
         side: of the latents.
     """
 
-    architecture: Architecture
-    device: str
-    side: int = SIDE
-    unet: Any = field(init=False)
-    program: UNetProgram = field(init=False)
-    latents: Tensor = field(init=False)
-    states: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.unet = random_unet(self.architecture, self.device)
+    def __init__(self, architecture: Architecture, device: str, side: int = SIDE) -> None:
+        self.side, self.unet = side, random_unet(architecture, device)
         # The layout of a loaded model, for both sides.
         self.unet.to(memory_format=torch.channels_last)
         self.program = UNetProgram(self.unet)
         generator = torch.Generator().manual_seed(0)
-        width = self.architecture.config["cross_attention_dim"]
-        channels = self.unet.config.in_channels
-        self.latents = torch.randn(1, channels, self.side, self.side, generator=generator).to(self.device)
-        self.latents = self.latents.contiguous(memory_format=torch.channels_last)
-        self.states = torch.randn(1, TOKENS, width, generator=generator).to(self.device)
+        latents = torch.randn(1, self.unet.config.in_channels, side, side, generator=generator).to(device)
+        self.latents = latents.contiguous(memory_format=torch.channels_last)
+        width = architecture.config["cross_attention_dim"]
+        self.states = torch.randn(1, TOKENS, width, generator=generator).to(device)
 
     @torch.no_grad()
     def stock(self, block: str) -> Tensor:

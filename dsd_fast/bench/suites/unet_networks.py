@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ ARCHITECTURES = {
 """By name: runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1-base, stabilityai's SDXL base 1.0."""
 
 
-@dataclass
 class Network:
     """A network of an architecture in the type that is measured, and what it is checked against.
 
@@ -80,17 +79,12 @@ class Network:
         truth: diffusers' own prediction for the first rows, computed in float32 from the same weights and inputs.
     """
 
-    architecture: Architecture
-    device: str
-    dtype: torch.dtype
-    unet: Any = field(init=False)
-    truth: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        unet = random_unet(self.architecture, self.device)
-        unet.to(self.dtype).float()
+    def __init__(self, architecture: Architecture, device: str, dtype: torch.dtype) -> None:
+        self.architecture, self.device, self.dtype = architecture, device, dtype
+        unet = random_unet(architecture, device)
+        unet.to(dtype).float()
         self.truth = self.predict(unet, CHECKED)
-        self.unet = unet.to(self.dtype)
+        self.unet = unet.to(dtype)
 
     def inputs(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Latents, text states, pooled states (None where they are not read) and time ids of the first rows."""
