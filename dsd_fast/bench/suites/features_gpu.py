@@ -14,8 +14,8 @@ from dsd_fast.bench.case import Context, Side, Target, Work
 from dsd_fast.bench.suites.features_exit import LEVELS, last_module
 from dsd_fast.bench.suites.features_rungs import PROMPT, Features, Job, Rows, batches, official, states
 from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
-from dsd_fast.bench.suites.pipelines import random_pipeline
 from dsd_fast.bench.suites.shared import middles, on_h200
+from dsd_fast.bench.suites.unet_networks import random_pipeline
 from dsd_fast.features import FeatureExtractor
 from dsd_fast.models import from_pipeline
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dsd_fast.bench.case import Context, Side, Target, Work
-from dsd_fast.bench.suites.pipelines import random_pipeline
 from dsd_fast.bench.suites.shared import mini
+from dsd_fast.bench.suites.unet_networks import random_pipeline
 from dsd_fast.diffusion import NoiseSchedule
 from dsd_fast.matching import FitConfig, Group, MatchConfig
 from dsd_fast.matching.fitting.examples import Examples
