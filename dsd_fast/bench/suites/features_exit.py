@@ -56,16 +56,8 @@ class Exits:
     @torch.no_grad()
     def stock(self, block: str) -> Tensor:
         """A forward pass of diffusers, ended where the block's last module has its result."""
-        result: list[Tensor] = []
-
-        def reached(_: nn.Module, __: Any, output: Any) -> None:
-            result.append(output[0] if isinstance(output, tuple) else output)
-            raise _ReachedError
-
-        self._until(
-            last_module(self.unet, _level(block)), reached, lambda: self.unet(self.latents, TIMESTEP, self.states)
-        )
-        return result[0]
+        last = last_module(self.unet, _level(block))
+        return _until(last, lambda: self.unet(self.latents, TIMESTEP, self.states))
 
     @torch.no_grad()
     def whole(self, plan: Plan, block: str) -> Tensor:
@@ -73,31 +65,13 @@ class Exits:
 
         The result is that layer's, without the transformer's residual that "up3" ends with.
         """
-        result: list[Tensor] = []
-
-        def reached(_: nn.Module, __: Any, output: Tensor) -> None:
-            result.append(output)
-            raise _ReachedError
-
         text = plan.encode_text(self.states)
-        self._until(_last_layer(self.unet, block), reached, lambda: plan.run(self.latents, TIMESTEP, text))
-        return result[0]
+        return _until(_last_layer(self.unet, block), lambda: plan.run(self.latents, TIMESTEP, text))
 
     @torch.no_grad()
     def extracted(self, plan: Plan, block: str) -> Tensor:
         """A run of a plan that ends with the block."""
         return plan.run(self.latents, TIMESTEP, plan.encode_text(self.states)).features[LEVELS[block]]
-
-    @staticmethod
-    def _until(module: nn.Module, reached: Callable[..., None], run: Callable[[], Any]) -> None:
-        handle = module.register_forward_hook(reached)
-        try:
-            run()
-        except _ReachedError:
-            return
-        finally:
-            handle.remove()
-        raise AssertionError(f"a forward pass went by {type(module).__name__}")
 
 
 def work(block: str, context: Context) -> Work:
@@ -143,6 +117,24 @@ def work_of(exits: Exits, block: str) -> Work:
         item="row",
         items=1,
     )
+
+
+def _until(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a module gives; the forward pass ends there."""
+    result: list[Tensor] = []
+
+    def reached(_: nn.Module, __: Any, output: Any) -> None:
+        result.append(output[0] if isinstance(output, tuple) else output)
+        raise _ReachedError
+
+    handle = module.register_forward_hook(reached)
+    try:
+        run()
+    except _ReachedError:
+        return result[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"a forward pass went by {type(module).__name__}")
 
 
 def _level(block: str) -> int:
