@@ -97,14 +97,15 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
 def predictor(
     engine: Engine, inputs: Inputs, prompts: Sequence[str | None], repeats: int = 1, controlled: bool = True
 ) -> Predict:
-    """The model's output for B = n · repeats latents, image by image, with its images' prompts.
+    """The model's output for B = m · repeats latents, image by image, with its images' prompts.
 
     Args:
-        prompts: one for each of the n images; None is the absent prompt of the family's sampler.
+        prompts: m of them, one for each of the n images, or that several times over; None is the absent prompt of the
+            family's sampler.
         repeats: rows in a row that belong to one image.
         controlled: whether the engine's ControlNets take part.
     """
-    image_of = torch.arange(len(inputs)).repeat_interleave(repeats)  # (B,)
+    image_of = torch.arange(len(inputs)).repeat(len(prompts) // len(inputs)).repeat_interleave(repeats)  # (B,)
     texts, text_of = engine.texts(prompts)
     conditions = inputs.conditions(engine.controls) if controlled else ()
-    return engine.predict(texts, text_of[image_of], conditions=conditions, condition_of=image_of)
+    return engine.predict(texts, text_of.repeat_interleave(repeats), conditions=conditions, condition_of=image_of)

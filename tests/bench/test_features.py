@@ -167,7 +167,7 @@ def test_the_share_of_writing_that_overlaps(job, monkeypatch):
 def small_gpu_job(monkeypatch):
     """The sides for a GPU on a tiny network; what torch.compile gives runs as it was written."""
     pipe = tiny_pipeline("sd15").to(torch.bfloat16)
-    monkeypatch.setattr(features_gpu, "pipeline", lambda context: pipe)
+    monkeypatch.setattr(features_gpu, "random_pipeline", lambda *_: pipe)
     monkeypatch.setattr(features_gpu, "IMAGES", 2)
     monkeypatch.setattr(features_gpu, "TIMESTEPS", 3)
     monkeypatch.setattr(features_gpu, "ROWS", 4)

@@ -86,10 +86,6 @@ def _waterfall(context: Context) -> Work:
     return _work(job, rungs.ladder(job))
 
 
-def _overlap(context: Context) -> list[Figure]:
-    return overlap(_job(context, IMAGES, TIMESTEPS))
-
-
 def overlap(job: Job) -> list[Figure]:
     """How much of the writing of features goes on while others are computed, the median share over a few runs.
 
@@ -145,7 +141,7 @@ suite = Suite(
             Case(f"early-exit/sd15/{block}", "early-exit", partial(exits.work, block), repeats=9, devices=("cpu",))
             for block in exits.LEVELS
         ),
-        Quality("export/overlap", "export", _overlap),
+        Quality("export/overlap", "export", lambda context: overlap(_job(context, IMAGES, TIMESTEPS))),
         Case("sd15/against-official", "sd15", gpu.against_official, repeats=6, devices=("cuda",)),
         *(
             Case(f"sd15/against-{mode}", "sd15", partial(gpu.against_compiled, mode), 6, ("cuda",), long)

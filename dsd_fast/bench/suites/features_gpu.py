@@ -34,19 +34,14 @@ RATIO = 3.5
 SHORT_MODE, LONG_MODE = "default", "max-autotune-no-cudagraphs"
 
 
-def pipeline(context: Context, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A stock pipeline of SD 1.5's networks with random weights; the tokenizer and scheduler are the embedded model's.
+def job(context: Context) -> Job:
+    """The first evaluation scenes, enlarged, through SD 1.5's networks with random weights.
 
     What a feature costs does not depend on what the weights know, nor on the words.
     """
-    return context.shared(f"sd15 pipeline, {dtype}", lambda: random_pipeline("sd15", context, dtype))
-
-
-def job(context: Context) -> Job:
-    """The first evaluation scenes, enlarged."""
 
     def make() -> Job:
-        model = from_pipeline(pipeline(context))
+        model = from_pipeline(random_pipeline("sd15", context, torch.bfloat16))
         height, width = model.image_size
         drawn = [torch.from_numpy(scene(EVAL_SEED + i).image) for i in range(IMAGES)]
         images = [
