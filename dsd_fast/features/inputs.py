@@ -97,7 +97,7 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
 def predictor(
     engine: Engine, inputs: Inputs, prompts: Sequence[str | None], repeats: int = 1, controlled: bool = True
 ) -> Predict:
-    """The model's output for B = m · repeats latents, image by image, with its images' prompts.
+    """Make what samplers call for the model's output: B = m · repeats latents, image by image, with their prompts.
 
     Args:
         prompts: m of them, one for each of the n images, or that several times over; None is the absent prompt of the
