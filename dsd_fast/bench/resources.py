@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import hashlib
 import importlib
 import io
 import multiprocessing
@@ -16,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from dsd_fast import kernels
@@ -30,12 +33,13 @@ PROCESSES = 2
 TABLE = Path("benchmarks/results/resources.csv")
 DOCUMENT = Path("docs/kernels.md")
 
+_NUMBERS = ("capability", "warps", "registers", "stack", "shared")
 _BLOCK = re.compile(r"(<!-- resources:(\w+) -->\n)(.*?)(<!-- /resources -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture; sizes in bytes, registers and stack of a thread."""
+    """One kernel on one architecture; sizes in bytes, registers and stack of a thread; what it was compiled from."""
 
     operator: str
     build: str
@@ -44,6 +48,7 @@ class Row:
     registers: int
     stack: int
     shared: int
+    source: str
 
 
 def operators() -> list[str]:
@@ -56,6 +61,14 @@ def builds(operator: str) -> list[Build]:
     """The tuned configurations of an operator."""
     found: list[Build] = importlib.import_module(f"dsd_fast.kernels.{operator}.kernel").builds()
     return found
+
+
+def source_digest(operator: str) -> str:
+    """Tells the kernels of an operator, and Triton's version, from others: 12 digits; comments do not count."""
+    folder = Path(next(iter(kernels.__path__)))
+    files = [*sorted((folder / operator).glob("*kernel.py")), folder / "common" / "kernel.py"]
+    parsed = [ast.dump(ast.parse(file.read_text())) for file in files]
+    return hashlib.sha256("\n".join([version("triton"), *parsed]).encode()).hexdigest()[:12]
 
 
 def table_rows() -> list[Row]:
@@ -75,7 +88,7 @@ def _row(job: tuple[str, int, int]) -> Row:
     operator, number, capability = job
     build = builds(operator)[number]
     used = measure(build, capability)
-    return Row(operator, build.name, capability, build.warps, used.registers, used.stack, used.shared)
+    return Row(operator, build.name, capability, build.warps, **asdict(used), source=source_digest(operator))
 
 
 def csv_text(rows: Iterable[Row]) -> str:
@@ -91,7 +104,7 @@ def read_table(path: Path) -> list[Row]:
     """The rows of a CSV file."""
     with path.open(newline="") as file:
         return [
-            Row(line["operator"], line["build"], *(int(line[name]) for name in list(Row.__dataclass_fields__)[2:]))
+            Row(line["operator"], line["build"], *(int(line[name]) for name in _NUMBERS), source=line["source"])
             for line in csv.DictReader(file)
         ]
 

@@ -20,9 +20,9 @@ PUBLIC_KINDS = ["triton"] if INTERPRETED else ["reference"]
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 
 
-def run_interpreted(file):
-    """The tests of ``file`` in a process that interprets kernels: Triton reads the variable when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+def run_interpreted(*files):
+    """The tests of files in a process that interprets kernels: Triton reads the variable when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

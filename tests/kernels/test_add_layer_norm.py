@@ -9,7 +9,6 @@ from dsd_fast.kernels.add_layer_norm import add_layer_norm
 from dsd_fast.kernels.common import backend
 from tests.kernels.elementwise import (
     DTYPES,
-    INTERPRETED,
     KINDS,
     PUBLIC_KINDS,
     assert_as_good_as_torch,
@@ -17,7 +16,6 @@ from tests.kernels.elementwise import (
     draw,
     forced,
     leaf,
-    run_interpreted,
 )
 
 OPERATOR = torch.ops.dsd_fast.add_layer_norm.default
@@ -200,10 +198,3 @@ def test_plain_torch_unless_a_kernel_is_asked_for():
     # Never in float64.
     with backend.force("triton"), pytest.raises(ValueError, match="add_layer_norm has no 'triton' implementation"):
         add_layer_norm(x.double(), None, None, None)
-
-
-if not INTERPRETED:
-
-    def test_kernels_under_the_interpreter():
-        pytest.importorskip("triton")
-        run_interpreted(__file__)

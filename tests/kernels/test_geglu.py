@@ -9,7 +9,6 @@ from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.geglu import geglu
 from tests.kernels.elementwise import (
     DTYPES,
-    INTERPRETED,
     KINDS,
     PUBLIC_KINDS,
     assert_as_good_as_torch,
@@ -17,7 +16,6 @@ from tests.kernels.elementwise import (
     draw,
     forced,
     leaf,
-    run_interpreted,
 )
 
 OPERATOR = torch.ops.dsd_fast.geglu.default
@@ -121,11 +119,3 @@ def test_plain_torch_unless_a_kernel_is_asked_for():
     # Never in float64.
     with backend.force("triton"), pytest.raises(ValueError, match="geglu has no 'triton' implementation"):
         geglu(torch.zeros(2, 4, dtype=torch.float64))
-
-
-if not INTERPRETED:
-
-    @pytest.mark.newest
-    def test_kernels_under_the_interpreter():
-        pytest.importorskip("triton")
-        run_interpreted(__file__)

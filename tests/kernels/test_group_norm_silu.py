@@ -17,7 +17,6 @@ from tests.kernels.elementwise import (
     draw,
     forced,
     leaf,
-    run_interpreted,
 )
 
 OPERATOR = torch.ops.dsd_fast.group_norm_silu.default
@@ -253,10 +252,3 @@ def test_plain_torch_unless_a_kernel_is_asked_for():
     # Never in float64.
     with backend.force("triton"), pytest.raises(ValueError, match="group_norm_silu has no 'triton' implementation"):
         group_norm_silu(x.double(), None, None, 2)
-
-
-if not INTERPRETED:
-
-    def test_kernels_under_the_interpreter():
-        pytest.importorskip("triton")
-        run_interpreted(__file__)

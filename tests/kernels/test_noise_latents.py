@@ -18,7 +18,6 @@ from tests.kernels.elementwise import (
     draw,
     forced,
     leaf,
-    run_interpreted,
 )
 
 OPERATOR = torch.ops.dsd_fast.noise_latents.default
@@ -214,11 +213,3 @@ def test_plain_torch_on_a_cpu_unless_a_kernel_is_asked_for():
     # Never in float64.
     with backend.force("triton"), pytest.raises(ValueError, match="noise_latents has no 'triton' implementation"):
         noise_latents(*tensors)
-
-
-if not INTERPRETED:
-
-    @pytest.mark.slow
-    def test_kernels_under_the_interpreter():
-        pytest.importorskip("triton")
-        run_interpreted(__file__)

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.pack_features import op, pack_features
-from tests.kernels.elementwise import DTYPES, INTERPRETED, PUBLIC_KINDS, draw, forced, run_interpreted
+from tests.kernels.elementwise import DTYPES, INTERPRETED, PUBLIC_KINDS, draw, forced
 
 OPERATOR = torch.ops.dsd_fast.pack_features.default
 
@@ -285,10 +285,3 @@ if INTERPRETED:
             assert {name: arguments[name] for name in build.constants} == dict(build.constants)
             assert set(build.signature) | set(build.constants) == set(arguments) - {"num_warps"}
             assert build.warps == arguments["num_warps"]
-
-else:
-
-    @pytest.mark.slow
-    def test_kernels_under_the_interpreter():
-        pytest.importorskip("triton")
-        run_interpreted(__file__)

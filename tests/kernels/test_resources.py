@@ -31,12 +31,11 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpre
 TABLE = resources.read_table(ROOT / resources.TABLE)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("operator", resources.operators())
 def test_builds_use_what_the_table_says(operator):
-    """Of two neighbours, a launch in bfloat16 and in float16, one and then the other, on one architecture in turn.
-
-    `python -m dsd_fast.bench.resources` compares the whole table.
-    """
+    """Of two neighbours, a launch in bfloat16 and in float16, one and then the other, on one architecture in turn."""
     builds = resources.builds(operator)
     for pair in range((len(builds) + 1) // 2):
         build = builds[min(2 * pair + pair % 2, len(builds) - 1)]
@@ -45,12 +44,21 @@ def test_builds_use_what_the_table_says(operator):
         assert used.stack <= FRAMES.get(capability, 0), build.name
         assert used.shared <= SHARED_LIMIT[capability], build.name
         if version("triton") == PINNED:
-            row = resources.Row(operator, build.name, capability, build.warps, **asdict(used))
+            source = resources.source_digest(operator)
+            row = resources.Row(operator, build.name, capability, build.warps, **asdict(used), source=source)
             assert [row] == [
                 found
                 for found in TABLE
                 if (found.operator, found.build, found.capability) == (operator, build.name, capability)
             ]
+
+
+@pytest.mark.skipif(version("triton") != PINNED, reason="the table is of the pinned Triton")
+def test_the_table_is_of_these_kernels():
+    """All of it was compiled from them: `python -m dsd_fast.bench.resources --write` makes it anew."""
+    assert {(row.operator, row.source) for row in TABLE} == {
+        (operator, resources.source_digest(operator)) for operator in resources.operators()
+    }
 
 
 def test_no_kernel_of_the_table_needs_a_stack_frame():

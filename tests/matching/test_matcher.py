@@ -218,12 +218,12 @@ def test_without_the_attention_term_no_layer_scores(sd15):
 @pytest.mark.parametrize("noise_weight", [0.3, 2.0])
 def test_weights_of_the_two_terms(sd15, noise_weight):
     want = reference.score(
-        sd15, pictures(2), CAPTIONS, timesteps=TIMES, attention_weight=0.25, noise_weight=noise_weight
+        sd15, pictures(1), CAPTIONS, timesteps=TIMES, attention_weight=0.25, noise_weight=noise_weight
     )
-    got = matcher(sd15, attention_weight=0.5, noise_weight=noise_weight).score(pictures(2), CAPTIONS)
+    got = matcher(sd15, attention_weight=0.5, noise_weight=noise_weight).score(pictures(1), CAPTIONS)
     # The reference's attention term is twice its weight times the mean over the text's row and the unconditional one.
     got, want = got - got[:, :1], want - want[:, :1]
-    other = reference.score(sd15, pictures(2), CAPTIONS, timesteps=TIMES, attention_weight=0.25, noise_weight=0)
+    other = reference.score(sd15, pictures(1), CAPTIONS, timesteps=TIMES, attention_weight=0.25, noise_weight=0)
     torch.testing.assert_close(got, want + other - other[:, :1], rtol=0, atol=1e-4)
 
 
