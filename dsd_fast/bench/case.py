@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from dsd_fast.metrics import wilson
-
 T = TypeVar("T")
 
 Plot = Literal["latency", "waterfall", "quality", "growth"]
@@ -201,6 +199,9 @@ class Figure:
         """
         if n < 1:
             raise ValueError(f"figure {name!r}: got n = {n}, expected at least 1")
+        # Here, for the command line imports this module when it starts, and figures of merit need numpy.
+        from dsd_fast.metrics import wilson
+
         low, high = wilson(right, n)
         # Rounding may put the bound of a perfect share beside it.
         return cls(name, right / n, min(low, right / n), max(high, right / n), n, **rest)

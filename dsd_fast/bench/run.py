@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ class Runner:
         self.suite, self.context, self.repeats = suite, context, repeats
         self._options = ["--device", context.device, "--threads", str(torch.get_num_threads())]
         self._options += [] if repeats is None else ["--repeats", str(repeats)]
-        self._timer, self._timers = timer, dict[bool, Timer]()
-        self._measure_peaks: Peaks = peaks or (lambda dtype: measure.peaks(context.device, dtype))
-        self._peaks: dict[str, dict[str, Any]] = {}
+        self._timer_of = cache(lambda launches: timer or measure.timer_for(context.device, launches))
+        self._peaks_of = cache(peaks or partial(measure.peaks, context.device))
         self._commit = machine.commit()
 
     def run(self, case: Case | Quality) -> Iterator[tuple[Record, str]]:
@@ -91,14 +91,12 @@ class Runner:
     def _speeds(self, case: Case) -> list[Record]:
         work = case.prepare(self.context)
         flops, differences = checked(work)
-        dtype = work.dtype
-        if dtype not in self._peaks:
-            self._peaks[dtype] = self._measure_peaks(dtype)
+        peaks = self._peaks_of(work.dtype)
         # The second call of each side; the first has paid for what later ones do not.
         memory = [measure.peak_memory(self.context.device, side.run) for side in work.sides]
         runs = [side.run for side in work.sides]
-        samples = interleave(runs, self.repeats or case.repeats, self._timer_of(work))
-        sides = [self._side(*each, self._peaks[dtype]) for each in zip(work.sides, samples, flops, memory, strict=True)]
+        samples = interleave(runs, self.repeats or case.repeats, self._timer_of(work.launches))
+        sides = [self._side(*each, peaks) for each in zip(work.sides, samples, flops, memory, strict=True)]
         comparisons, records = work.comparisons(), []
         for place, against, targets in comparisons:
             found = ratio(samples[against], samples[place])
@@ -119,19 +117,12 @@ class Runner:
                 subject=sides[place],
                 baseline=sides[against],
                 ratio=asdict(found),
-                peaks=self._peaks[dtype],
+                peaks=peaks,
             )
             if targets:
                 record["targets"] = _reached(targets, record)
             records.append(record)
         return records
-
-    def _timer_of(self, work: Work) -> Timer:
-        if self._timer is not None:
-            return self._timer
-        if work.launches not in self._timers:
-            self._timers[work.launches] = measure.timer_for(self.context.device, work.launches)
-        return self._timers[work.launches]
 
     def _side(
         self, side: Side, seconds: list[float], flops: int, memory: int | None, peaks: dict[str, Any]

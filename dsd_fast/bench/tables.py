@@ -209,13 +209,11 @@ def provenance(rows: Sequence[Record]) -> str:
 
 def csv_text(records: Sequence[Record]) -> str:
     """All records as CSV, a row each: nested fields in columns named by their path, sizes as JSON."""
-    rows = [flat(record) for record in records]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: _cell(value) for name, value in flat(record).items()} for record in records]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(name)) for name in columns])
+    writer = csv.DictWriter(out, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
 
 
@@ -288,9 +286,7 @@ def _cells(cells: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """JSON where plain text would not tell what it was; None is empty."""
-    if value is None:
-        return ""
+    """JSON where plain text would not tell what it was."""
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else value

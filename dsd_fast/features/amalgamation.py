@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -175,11 +175,7 @@ class Amalgamation(nn.Module):
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
-        about = {"kind": "amalgamation", "format": 1, "config": self._config()}
-        write_tensors(Path(file), self.state_dict(), about)
-
-    def _config(self) -> dict[str, Any]:
-        return {
+        config = {
             "channels": list(self.channels),
             "assigners": len(self.assigners),
             "kind": self.kind,
@@ -188,6 +184,8 @@ class Amalgamation(nn.Module):
             "projection": self.projection,
             "dropout": self.dropout,
         }
+        about = {"kind": "amalgamation", "format": 1, "config": config}
+        write_tensors(Path(file), self.state_dict(), about)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Self:

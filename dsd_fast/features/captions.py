@@ -7,6 +7,7 @@ the network need not imagine.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -181,13 +182,8 @@ def _inputs(network: Any, processor: Any, images: list[Any], prefix: str) -> dic
 
 def _fitting(model: Model, words: list[str], tail: str) -> list[str]:
     """As many words from the start as the text encoders take together with the tail."""
-    fits, over = 0, len(words) + 1
-    while over - fits > 1:
-        middle = (fits + over) // 2
-        if _num_tokens(model, " ".join(words[:middle]) + tail) <= _limit(model):
-            fits = middle
-        else:
-            over = middle
+    counts = range(1, len(words) + 1)
+    fits = bisect_right(counts, _limit(model), key=lambda count: _num_tokens(model, " ".join(words[:count]) + tail))
     return words[:fits]
 
 

@@ -20,7 +20,7 @@ from dsd_fast.engine.items import COLUMNS, Item, Items, Names, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
 from dsd_fast.features.extraction import Extracted, Extraction
 from dsd_fast.features.host import on_host
-from dsd_fast.images import ImageSource
+from dsd_fast.images import ImageError, ImageSource
 from dsd_fast.jobs import Counts, Job, read_index, tensors_hash
 
 if TYPE_CHECKING:
@@ -118,7 +118,11 @@ def extract_to(
     if shard_rows is not None and shard_rows < 1:
         raise ValueError(f"shard_rows: got {shard_rows}, expected at least 1")
     seed = _checked(seed)
-    technique, prompts = _own_prompts(extractor.technique, prompts)
+    technique = extractor.technique
+    if technique.prompts is not None:
+        # They count all images, and the extractor sees the pending ones alone.
+        prompts = technique.prompts
+        technique = replace(technique, prompts=None)
     check = prompt_check(extractor.model)
     if isinstance(prompts, str) and (wrong := check(prompts)) is not None:
         raise ValueError(f"prompts: {wrong}")
@@ -141,7 +145,7 @@ def extract_to(
             found = read_index(folder, ["name"])
             whole = zip(*(found[name].to_pylist() for name in ("name", "id", "status")), strict=True)
             taken = {name: row for name, row, status in whole if status == "ok"}
-        key = Names(taken).check if layout != "shards" else _id
+        key = Names(taken).check if layout != "shards" else operator.attrgetter("id")
         waiting: deque[Item] = deque()
         # Grows as the images are taken, ahead of what asks for the text of one.
         texts: list[str] = []
@@ -211,33 +215,19 @@ def _checked(seed: int) -> int:
     return value
 
 
-def _id(item: Item) -> str:
-    return item.id
-
-
 def _put(job: Job, part: Extracted, finite: Sequence[bool], waiting: deque[Item]) -> None:
     """The rows of a chunk, in the order of the inputs."""
-    features = part.features[0]
-    places = {number: row for row, number in enumerate(part.numbers)}
-    for number in sorted([*part.numbers, *part.errors]):
+    all_finite = iter(finite)
+    for _, payload in part.by_image():
         item = waiting.popleft()
-        if number in part.errors:
-            error = part.errors[number]
-            reason, message = item.refusal or (error.reason, str(error))
+        if isinstance(payload, ImageError):
+            reason, message = item.refusal or (payload.reason, str(payload))
             job.fail(item.id, item.name, reason, message, **item.columns)
-        elif not finite[places[number]]:
+        elif not next(all_finite):
             message = f"{item.name} has features that are no finite numbers, which dtype float32 may avoid"
             job.fail(item.id, item.name, "not-finite", message, **item.columns)
         else:
-            payload = {layer: value[places[number]] for layer, value in features.items()}
             job.put(item.id, item.name, payload, **item.columns)
-
-
-def _own_prompts(technique: Technique, prompts: str | Sequence[str]) -> tuple[Technique, str | Sequence[str]]:
-    """The technique without its prompts, which count all images where the extractor sees the pending ones; and they."""
-    if technique.prompts is None:
-        return technique, prompts
-    return replace(technique, prompts=None), technique.prompts
 
 
 def _rows_of_a_shard(extractor: Extraction) -> int:

@@ -45,6 +45,15 @@ class Extracted:
     features: list[dict[str, Tensor]]
     errors: dict[int, ImageError]
 
+    def by_image(self) -> Iterator[tuple[int, dict[str, Tensor] | ImageError]]:
+        """(position, id → (S, C, h, w) under the first technique, or the image's error), in order."""
+        rows = {number: row for row, number in enumerate(self.numbers)}
+        for number in sorted([*self.numbers, *self.errors]):
+            if number in self.errors:
+                yield number, self.errors[number]
+            else:
+                yield number, {name: value[rows[number]] for name, value in self.features[0].items()}
+
 
 class Extraction:
     """One model with the settings of its features; :class:`~dsd_fast.features.FeatureExtractor` says what they are."""
@@ -174,18 +183,13 @@ class Extraction:
             raise ValueError(f"seeds: got {len(seeds)} for {count} images, expected one each")
         self.engine.forget()
         at_once = chunk or min(self.images_at_once(technique) for technique in chosen)
-        return self._encoded(decode_chunks(images, self.size, at_once), seed, seeds)
 
-    def _encoded(
-        self,
-        chunks: Iterator[tuple[list[int], list[Tensor], dict[int, ImageError]]],
-        seed: int,
-        seeds: Sequence[int] | None,
-    ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
-        for numbers, pixels, errors in chunks:
+        def inputs(numbers: list[int], pixels: list[Tensor]) -> Inputs:
             latents = self.engine.encode_images(pixels).to(self.model.device)
-            epsilon = draws_of_noise(seed, seeds, numbers, self.config.draws, latents)
-            yield Inputs(numbers, pixels, latents, epsilon), errors
+            return Inputs(numbers, pixels, latents, draws_of_noise(seed, seeds, numbers, self.config.draws, latents))
+
+        chunks = decode_chunks(images, self.size, at_once)
+        return ((inputs(numbers, pixels), errors) for numbers, pixels, errors in chunks)
 
     def features_of(self, inputs: Inputs, prompts: Prompts, technique: Technique | None = None) -> dict[str, Tensor]:
         """Features of encoded images, id → (n, S, C, h, w), under a technique, or the extractor's own."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
-from dsd_fast.features.export import Exported, extract_to
-from dsd_fast.features.extraction import Extracted, Extraction, raise_first
+from dsd_fast.features.export import extract_to
+from dsd_fast.features.extraction import Extraction, raise_first
 from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.pca import PCA, Moments
 from dsd_fast.features.technique import Technique
@@ -128,38 +127,11 @@ class FeatureExtractor(Extraction):
         Yields:
             (number, id → (S, C, h, w), or (S, D, C, h, w)), or (number, the image's error).
         """
-        return _one_by_one(self.extract_chunks(images, prompts, seed, seeds=seeds))
+        chunks = self.extract_chunks(images, prompts, seed, seeds=seeds)
+        return (image for chunk in chunks for image in chunk.by_image())
 
-    def extract_to(
-        self,
-        folder: str | os.PathLike[str],
-        images: Iterable[ImageSource],
-        prompts: str | Sequence[str] = "",
-        seed: int = 0,
-        *,
-        names: Sequence[str] | None = None,
-        layout: str = "shards",
-        shard_rows: int | None = None,
-        worker: int = 0,
-        workers: int = 1,
-        retry_errors: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> Exported:
-        """:meth:`extract` of any number of images into files, resumable: see :func:`dsd_fast.features.extract_to`."""
-        return extract_to(
-            self,
-            folder,
-            images,
-            prompts,
-            seed,
-            names=names,
-            layout=layout,
-            shard_rows=shard_rows,
-            worker=worker,
-            workers=workers,
-            retry_errors=retry_errors,
-            progress=progress,
-        )
+    # What it documents holds for the method too.
+    extract_to = extract_to
 
     def fit_pca(
         self,
@@ -231,13 +203,3 @@ class FeatureExtractor(Extraction):
             if not value.is_contiguous():
                 raise ValueError(f"out: {name!r} is not contiguous")
         return dict(out)
-
-
-def _one_by_one(parts: Iterator[Extracted]) -> Iterator[tuple[int, dict[str, Tensor] | ImageError]]:
-    for part in parts:
-        place = {number: row for row, number in enumerate(part.numbers)}
-        for number in sorted([*part.numbers, *part.errors]):
-            if number in part.errors:
-                yield number, part.errors[number]
-            else:
-                yield number, {name: value[place[number]] for name, value in part.features[0].items()}

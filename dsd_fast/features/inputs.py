@@ -69,13 +69,11 @@ class Inputs:
     def conditions(self, controls: Sequence[Control]) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] for each net, where the latents are and in their type; the same function of the
         pictures is computed once."""
-        return [self._condition(control) for control in controls]
-
-    def _condition(self, control: Control) -> Tensor:
-        if control.condition not in self._conditions:
-            prepared = [control.prepare(to_picture(each), (each.shape[1], each.shape[2])) for each in self.pixels]
-            self._conditions[control.condition] = torch.stack(prepared).to(self.latents.device, self.latents.dtype)
-        return self._conditions[control.condition]
+        for control in controls:
+            if control.condition not in self._conditions:
+                prepared = [control.prepare(to_picture(each), (each.shape[1], each.shape[2])) for each in self.pixels]
+                self._conditions[control.condition] = torch.stack(prepared).to(self.latents.device, self.latents.dtype)
+        return [self._conditions[control.condition] for control in controls]
 
 
 def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int], draws: int, shape: Tensor) -> Tensor:
@@ -99,14 +97,15 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
 def predictor(
     engine: Engine, inputs: Inputs, prompts: Sequence[str | None], repeats: int = 1, controlled: bool = True
 ) -> Predict:
-    """Make what samplers call for the model's output: B = n · repeats latents, image by image, with their prompts.
+    """Make what samplers call for the model's output: B = m · repeats latents, image by image, with their prompts.
 
     Args:
-        prompts: one for each of the n images; None is the absent prompt of the family's sampler.
+        prompts: m of them, one for each of the n images, or that several times over; None is the absent prompt of the
+            family's sampler.
         repeats: rows in a row that belong to one image.
         controlled: whether the engine's ControlNets take part.
     """
-    image_of = torch.arange(len(inputs)).repeat_interleave(repeats)  # (B,)
+    image_of = torch.arange(len(inputs)).repeat(len(prompts) // len(inputs)).repeat_interleave(repeats)  # (B,)
     texts, text_of = engine.texts(prompts)
     conditions = inputs.conditions(engine.controls) if controlled else ()
-    return engine.predict(texts, text_of[image_of], conditions=conditions, condition_of=image_of)
+    return engine.predict(texts, text_of.repeat_interleave(repeats), conditions=conditions, condition_of=image_of)

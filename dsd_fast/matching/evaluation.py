@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from dsd_fast.matching.group_results import PARTS, GroupResult, check_conventions, judge
 from dsd_fast.matching.group_scores import score_groups
@@ -159,22 +160,13 @@ def _rank_figures(results: Sequence[GroupResult], resamples: int, seed: int) -> 
     ks = {"accuracy": 1, "R@1": 1} | ({"R@5": 5} if candidates.max() > 5 else {})
     # The statistic runs once per resample: what it can find of each group beforehand is found beforehand.
     each = np.stack([*(rank <= k for k in ks.values()), 1 / rank, rank], 1)
-    low, high = bootstrap(
-        each,
-        lambda sample: [*sample[:, :-1].mean(0), np.median(sample[:, -1])],
-        clusters=_clusters(results),
-        resamples=resamples,
-        seed=seed,
-    )
+    bounds = _bounds(results, each, lambda x: [*x[:, :-1].mean(0), np.median(x[:, -1])], resamples, seed)
     values = [*(recall_at(rank, k) for k in ks.values()), mean_reciprocal_rank(rank), median_rank(rank)]
-    figures = {}
-    for place, name in enumerate([*ks, "mean_reciprocal_rank", "median_rank"]):
-        share: dict[str, Any] = {}
-        if name in ks:
-            right = int((rank <= ks[name]).sum())
-            chance = float((np.minimum(ks[name], candidates) / candidates).mean())
-            share = {"wilson": wilson(right, len(rank)), "chance": chance}
-        figures[name] = Figure(values[place], len(rank), (float(low[place]), float(high[place])), **share)
+    names, n = [*ks, "mean_reciprocal_rank", "median_rank"], len(rank)
+    figures = {name: Figure(value, n, own) for name, value, own in zip(names, values, bounds, strict=True)}
+    for name, k in ks.items():
+        chance = float((np.minimum(k, candidates) / candidates).mean())
+        figures[name] = replace(figures[name], wilson=wilson(int((rank <= k).sum()), n), chance=chance)
     return figures
 
 
@@ -183,19 +175,21 @@ def _paired_figures(results: Sequence[GroupResult], resamples: int, seed: int) -
         return {}
     names = ("text", "image", "group")
     right = np.array([[result.paired[name] for name in names] for result in results if result.paired is not None])
-    low, high = bootstrap(
-        right, lambda sample: sample.mean(0), clusters=_clusters(results), resamples=resamples, seed=seed
-    )
+    bounds, n = _bounds(results, right, lambda sample: sample.mean(0), resamples, seed), len(right)
     return {
-        name: Figure(
-            float(right[:, place].mean()),
-            len(right),
-            (float(low[place]), float(high[place])),
-            wilson(int(right[:, place].sum()), len(right)),
-        )
-        for place, name in enumerate(names)
+        name: Figure(float(own.mean()), n, interval, wilson(int(own.sum()), n))
+        for name, own, interval in zip(names, right.T, bounds, strict=True)
     }
 
 
-def _clusters(results: Sequence[GroupResult]) -> list[Any]:
-    return [result.cluster for result in results]
+def _bounds(
+    results: Sequence[GroupResult],
+    values: NDArray[Any],
+    statistic: Callable[[NDArray[Any]], ArrayLike],
+    resamples: int,
+    seed: int,
+) -> list[tuple[float, float]]:
+    """Bootstrap intervals of the numbers of a statistic, over clusters of the results."""
+    clusters = [result.cluster for result in results]
+    low, high = bootstrap(values, statistic, clusters=clusters, resamples=resamples, seed=seed)
+    return list(zip(low.tolist(), high.tolist(), strict=True))

@@ -54,7 +54,7 @@ class GroupResult:
 
 
 def check_conventions(groups: Sequence[Group], batch_mean: int | None, ties: str) -> None:
-    """Refuses what :func:`judge` would refuse.
+    """Refuses what groups cannot be judged by.
 
     Raises:
         ValueError: `ties` is neither "wrong" nor "right", `batch_mean` is no integer of at least 1, or the groups of a
@@ -89,27 +89,13 @@ def judge(
     Args:
         groups: with what was found for each, as from :func:`~dsd_fast.matching.group_scores.score_groups`.
         found: as many, or fewer.
-        batch_mean: as for :func:`~dsd_fast.matching.evaluation.evaluate`.
+        batch_mean: as for :func:`~dsd_fast.matching.evaluation.evaluate`; :func:`check_conventions` has accepted it.
         ties: as there.
         parts: of :data:`PARTS`, judged apart too.
-
-    Raises:
-        ValueError: see :func:`check_conventions`.
     """
-    check_conventions(groups, batch_mean, ties)
-    return _judge(groups, iter(found), batch_mean, ties, parts)
-
-
-def _judge(
-    groups: Sequence[Group],
-    found: Iterator[GroupScores | Failure],
-    batch_mean: int | None,
-    ties: str,
-    parts: Sequence[str],
-) -> Iterator[GroupResult]:
-    size = batch_mean or 1
+    scores, size = iter(found), batch_mean or 1
     for start in range(0, len(groups), size):
-        batch = list(islice(found, size))
+        batch = list(islice(scores, size))
         own = groups[start : start + len(batch)]
         if batch_mean is not None:
             batch = _share_attention(own, batch)

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd_fast.engine import Texts
+from dsd_fast.engine.items import prompt_check
 from dsd_fast.images import ImageError
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.matcher import Matcher
 from dsd_fast.matching.pairs import Pairs
 from dsd_fast.models.errors import ModelError
-from dsd_fast.models.prompts import token_limit, tokenize
+from dsd_fast.models.prompts import token_limit
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -100,24 +101,14 @@ def _score(matcher: Matcher, groups: Sequence[Group]) -> Iterator[GroupScores | 
 
 def _too_long(model: Model, groups: Sequence[Group]) -> dict[int, Failure]:
     """The groups with a text that the encoders cannot hold, by position."""
-    limit = token_limit(model.tokenizers, model.text_encoders)
-    texts = list({text: None for group in groups for text in group.texts})
-    wrong: dict[str, str] = {}
-    for tokenizer in model.tokenizers:
-        try:
-            tokenize(tokenizer, texts, limit)
-        except ModelError:
-            # It names the first one alone.
-            for text in texts:
-                try:
-                    tokenize(tokenizer, [text], limit)
-                except ModelError as error:
-                    wrong[text] = f"text {text[:40]!r}… {str(error).partition(' ')[2]}"
-    found = {}
+    check, failures = prompt_check(model), dict[int, Failure]()
     for number, group in enumerate(groups):
-        if bad := next((text for text in group.texts if text in wrong), None):
-            found[number] = Failure("text-too-long", wrong[bad])
-    return found
+        for text in group.texts:
+            wrong = check(text)
+            if wrong is not None:
+                message = f"text {text[:40]!r}… {wrong.removeprefix('the prompt ')}"
+                failures.setdefault(number, Failure("text-too-long", message))
+    return failures
 
 
 class _Work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -109,14 +109,12 @@ class Group:
         """
         if not self.paired:
             return [self]
-        by_image = [Group((image,), self.texts, i, self.category) for i, image in enumerate(self.images)]
-        by_text = [Group(self.images, (text,), i, self.category) for i, text in enumerate(self.texts)]
-        if not self.id:
-            return by_image + by_text
-        return [
-            *(replace(query, id=f"{self.id}/image{query.label}") for query in by_image),
-            *(replace(query, id=f"{self.id}/text{query.label}") for query in by_text),
-        ]
+
+        def own(images: tuple[ImageSource, ...], texts: tuple[str, ...], label: int, kind: str) -> Group:
+            return Group(images, texts, label, self.category, f"{self.id}/{kind}{label}" if self.id else "")
+
+        by_image = [own((image,), self.texts, i, "image") for i, image in enumerate(self.images)]
+        return by_image + [own(self.images, (text,), i, "text") for i, text in enumerate(self.texts)]
 
     @classmethod
     def of(cls, example: Any) -> Group:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dsd_fast.engine import Texts
 from dsd_fast.images import ImageError, ImageSource, load_image, to_tensor
+from dsd_fast.jobs import locked
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
-from dsd_fast.matching.fitting.files import Adapter, load, save_locked, save_official
+from dsd_fast.matching.fitting.files import LORA, Adapter, load, save
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
 from dsd_fast.matching.pairs import Pairs
 from dsd_fast.matching.score import PairScorer
@@ -152,7 +153,8 @@ class Matcher:
             LockedError: another process writes to the folder.
             OSError: the folder cannot be written.
         """
-        save_locked(Path(folder), self._scorer, self._lora, self._adapter)
+        with locked(Path(folder)):
+            save(Path(folder), self._scorer, self._lora, self._adapter)
 
     def save_attn_procs(self, folder: str | os.PathLike[str]) -> None:
         """Writes the LoRA as a checkpoint that the official code reads, ``pytorch_lora_weights.safetensors``.
@@ -163,9 +165,11 @@ class Matcher:
             OSError: the folder cannot be written.
             ValueError: no LoRA has been learned.
         """
+        from dsd_fast.models.lora import save_official_lora
+
         if self._lora is None:
             raise ValueError("save_attn_procs: this matcher has learned no LoRA; fit it with method='lora'")
-        save_official(Path(folder), self._scorer, self._lora)
+        save_official_lora(self._scorer.model.unet, self._lora, Path(folder) / LORA)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Model, *, memory_budget: int | None = None) -> Matcher:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import ArrayLike, NDArray
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["bootstrap", "wilson"]
 
@@ -62,8 +61,6 @@ def bootstrap(
         ValueError: no values, another number of clusters than values, or a confidence or a number of resamples outside
             of its range.
     """
-    import numpy as np
-
     array = np.asarray(values)
     if array.ndim == 0 or not len(array):
         raise ValueError(f"values: got shape {array.shape}, expected at least one observation")

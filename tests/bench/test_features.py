@@ -9,7 +9,7 @@ import torch
 from dsd_fast.bench import Case, Context, Quality, Target
 from dsd_fast.bench.measure import count_flops
 from dsd_fast.bench.run import checked
-from dsd_fast.bench.suites import features, features_exit, features_export, features_gpu, features_rungs
+from dsd_fast.bench.suites import features, features_exit, features_gpu, features_rungs
 from dsd_fast.bench.suites.shared import middles, mini
 from dsd_fast.bench.suites.unet_networks import Architecture
 from dsd_fast.models import from_pipeline
@@ -141,7 +141,7 @@ def test_early_exit(block):
 
 def test_the_share_of_writing_that_overlaps(job, monkeypatch):
     """By an own count of the spans that the timeline files hold."""
-    shares, written = [], features_export.extract_to
+    shares, written = [], features.extract_to
 
     def kept(extractor, folder, images, *args, **options):
         done = written(extractor, folder, images, *args, **options)
@@ -152,10 +152,10 @@ def test_the_share_of_writing_that_overlaps(job, monkeypatch):
         assert len(images) == 3
         return done
 
-    monkeypatch.setattr(features_export, "extract_to", kept)
-    monkeypatch.setattr(features_export, "SHARD_ROWS", 1)
-    monkeypatch.setattr(features_export, "RUNS", 3)
-    (figure,) = features_export.overlap(job)
+    monkeypatch.setattr(features, "extract_to", kept)
+    monkeypatch.setattr(features, "SHARD_ROWS", 1)
+    monkeypatch.setattr(features, "RUNS", 3)
+    (figure,) = features.overlap(job)
     assert figure.value == pytest.approx(sorted(shares)[1], abs=0.01)
     assert figure.low == pytest.approx(min(shares), abs=0.01)
     assert figure.high == pytest.approx(max(shares), abs=0.01)
@@ -167,7 +167,7 @@ def test_the_share_of_writing_that_overlaps(job, monkeypatch):
 def small_gpu_job(monkeypatch):
     """The sides for a GPU on a tiny network; what torch.compile gives runs as it was written."""
     pipe = tiny_pipeline("sd15").to(torch.bfloat16)
-    monkeypatch.setattr(features_gpu, "pipeline", lambda context: pipe)
+    monkeypatch.setattr(features_gpu, "random_pipeline", lambda *_: pipe)
     monkeypatch.setattr(features_gpu, "IMAGES", 2)
     monkeypatch.setattr(features_gpu, "TIMESTEPS", 3)
     monkeypatch.setattr(features_gpu, "ROWS", 4)

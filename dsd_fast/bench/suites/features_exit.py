@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,49 +33,31 @@ class _ReachedError(Exception):
     """Ends a forward pass where a hook raises it."""
 
 
-@dataclass
 class Exits:
     """A network with random weights and one row of inputs.
 
-    Attributes:
+    Args:
         architecture: its.
         device: that it is on.
         side: of the latents.
     """
 
-    architecture: Architecture
-    device: str
-    side: int = SIDE
-    unet: Any = field(init=False)
-    program: UNetProgram = field(init=False)
-    latents: Tensor = field(init=False)
-    states: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.unet = random_unet(self.architecture, self.device)
+    def __init__(self, architecture: Architecture, device: str, side: int = SIDE) -> None:
+        self.side, self.unet = side, random_unet(architecture, device)
         # The layout of a loaded model, for both sides.
         self.unet.to(memory_format=torch.channels_last)
         self.program = UNetProgram(self.unet)
         generator = torch.Generator().manual_seed(0)
-        width = self.architecture.config["cross_attention_dim"]
-        channels = self.unet.config.in_channels
-        self.latents = torch.randn(1, channels, self.side, self.side, generator=generator).to(self.device)
-        self.latents = self.latents.contiguous(memory_format=torch.channels_last)
-        self.states = torch.randn(1, TOKENS, width, generator=generator).to(self.device)
+        latents = torch.randn(1, self.unet.config.in_channels, side, side, generator=generator).to(device)
+        self.latents = latents.contiguous(memory_format=torch.channels_last)
+        width = architecture.config["cross_attention_dim"]
+        self.states = torch.randn(1, TOKENS, width, generator=generator).to(device)
 
     @torch.no_grad()
     def stock(self, block: str) -> Tensor:
         """A forward pass of diffusers, ended where the block's last module has its result."""
-        result: list[Tensor] = []
-
-        def reached(_: nn.Module, __: Any, output: Any) -> None:
-            result.append(output[0] if isinstance(output, tuple) else output)
-            raise _ReachedError
-
-        self._until(
-            last_module(self.unet, _level(block)), reached, lambda: self.unet(self.latents, TIMESTEP, self.states)
-        )
-        return result[0]
+        last = last_module(self.unet, _level(block))
+        return _until(last, lambda: self.unet(self.latents, TIMESTEP, self.states))
 
     @torch.no_grad()
     def whole(self, plan: Plan, block: str) -> Tensor:
@@ -84,31 +65,13 @@ class Exits:
 
         The result is that layer's, without the transformer's residual that "up3" ends with.
         """
-        result: list[Tensor] = []
-
-        def reached(_: nn.Module, __: Any, output: Tensor) -> None:
-            result.append(output)
-            raise _ReachedError
-
         text = plan.encode_text(self.states)
-        self._until(_last_layer(self.unet, block), reached, lambda: plan.run(self.latents, TIMESTEP, text))
-        return result[0]
+        return _until(_last_layer(self.unet, block), lambda: plan.run(self.latents, TIMESTEP, text))
 
     @torch.no_grad()
     def extracted(self, plan: Plan, block: str) -> Tensor:
         """A run of a plan that ends with the block."""
         return plan.run(self.latents, TIMESTEP, plan.encode_text(self.states)).features[LEVELS[block]]
-
-    @staticmethod
-    def _until(module: nn.Module, reached: Callable[..., None], run: Callable[[], Any]) -> None:
-        handle = module.register_forward_hook(reached)
-        try:
-            run()
-        except _ReachedError:
-            return
-        finally:
-            handle.remove()
-        raise AssertionError(f"a forward pass went by {type(module).__name__}")
 
 
 def work(block: str, context: Context) -> Work:
@@ -154,6 +117,24 @@ def work_of(exits: Exits, block: str) -> Work:
         item="row",
         items=1,
     )
+
+
+def _until(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a module gives; the forward pass ends there."""
+    result: list[Tensor] = []
+
+    def reached(_: nn.Module, __: Any, output: Any) -> None:
+        result.append(output[0] if isinstance(output, tuple) else output)
+        raise _ReachedError
+
+    handle = module.register_forward_hook(reached)
+    try:
+        run()
+    except _ReachedError:
+        return result[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"a forward pass went by {type(module).__name__}")
 
 
 def _level(block: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from dsd_fast.bench.case import Context, Side, Target, Work
 from dsd_fast.bench.suites.features_exit import LEVELS, last_module
 from dsd_fast.bench.suites.features_rungs import PROMPT, Features, Job, Rows, batches, official, states
 from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
-from dsd_fast.bench.suites.pipelines import random_pipeline
 from dsd_fast.bench.suites.shared import middles, on_h200
+from dsd_fast.bench.suites.unet_networks import random_pipeline
 from dsd_fast.features import FeatureExtractor
 from dsd_fast.models import from_pipeline
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -35,19 +34,14 @@ RATIO = 3.5
 SHORT_MODE, LONG_MODE = "default", "max-autotune-no-cudagraphs"
 
 
-def pipeline(context: Context, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A stock pipeline of SD 1.5's networks with random weights; the tokenizer and scheduler are the embedded model's.
+def job(context: Context) -> Job:
+    """The first evaluation scenes, enlarged, through SD 1.5's networks with random weights.
 
     What a feature costs does not depend on what the weights know, nor on the words.
     """
-    return context.shared(f"sd15 pipeline, {dtype}", lambda: random_pipeline("sd15", context, dtype))
-
-
-def job(context: Context) -> Job:
-    """The first evaluation scenes, enlarged."""
 
     def make() -> Job:
-        model = from_pipeline(pipeline(context))
+        model = from_pipeline(random_pipeline("sd15", context, torch.bfloat16))
         height, width = model.image_size
         drawn = [torch.from_numpy(scene(EVAL_SEED + i).image) for i in range(IMAGES)]
         images = [
@@ -73,35 +67,29 @@ def against_compiled(mode: str, context: Context) -> Work:
     torch._dynamo.reset()
     gc.collect()
     name = f"diffusers by hand, {work.batch} rows a call, torch.compile ({mode})"
-    compiled = Compiled(work, mode)
+    run = compiled(work, mode)
     flops = _flops(work)
-    baseline = work.side(name, lambda _: compiled.run(), min(work.batch, work.rows), flops=flops, against={})
+    baseline = work.side(name, lambda _: run(), min(work.batch, work.rows), flops=flops, against={})
     return _judged(context, work, [baseline, *_ours(work, {name: ()}, ("inductor", "cudagraph"))])
 
 
-@dataclass
-class Compiled:
+def compiled(work: Job, mode: str) -> Callable[[], Features]:
     """Stock diffusers as a user would compile it: the whole network, in channels-last, hooks that keep the layers.
 
     The VAE and the text encoder run once, all timesteps share calls.
     """
-
-    job: Job
-    mode: str
-    network: nn.Module = field(init=False)
-    call: Callable[..., Mapping[str, Tensor]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.network = _Tapped(copy.deepcopy(self.job.pipe.unet).to(memory_format=torch.channels_last), self.job.ids)
-        self.call = torch.compile(self.network, mode=self.mode, dynamic=False)
+    network = _Tapped(copy.deepcopy(work.pipe.unet).to(memory_format=torch.channels_last), work.ids)
+    call: Callable[..., Mapping[str, Tensor]] = torch.compile(network, mode=mode, dynamic=False)
 
     @torch.no_grad()
-    def run(self) -> Features:
-        found, text = Rows(self.job), states(self.job)
-        for rows, latents, times in batches(self.job, self.job.batch):
+    def run() -> Features:
+        found, text = Rows(work), states(work)
+        for rows, latents, times in batches(work, work.batch):
             latents = latents.contiguous(memory_format=torch.channels_last)
-            found.put(rows, self.call(latents, times, text.expand(len(latents), -1, -1)))
+            found.put(rows, call(latents, times, text.expand(len(latents), -1, -1)))
         return found.features()
+
+    return run
 
 
 class _Tapped(nn.Module):

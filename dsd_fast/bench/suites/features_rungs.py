@@ -9,7 +9,6 @@ Letters: N images, S timesteps, B rows of one call of the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,11 +32,10 @@ PROMPT = ""
 BATCH = 32
 
 
-@dataclass
 class Job:
     """N images and S timesteps; what a rung needs that does not depend on them is made once.
 
-    Attributes:
+    Args:
         model: SD 1.x or 2.x.
         images: uint8 (height, width, 3) of the model's size.
         timesteps: exactly these.
@@ -45,22 +43,19 @@ class Job:
         batch: rows of a call where stock diffusers is batched by hand.
     """
 
-    model: Model
-    images: Sequence[NDArray[np.uint8]]
-    timesteps: Sequence[int]
-    layers: str | Sequence[str] = "practical"
-    batch: int = BATCH
-    pipe: Any = field(init=False)
-    extractor: FeatureExtractor = field(init=False)
-    ids: list[str] = field(init=False)
-    whole: Plan = field(init=False)
-    short: Plan = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.pipe = self.model.to_pipeline()
-        self.extractor = FeatureExtractor(self.model, self.layers, self.timesteps)
+    def __init__(
+        self,
+        model: Model,
+        images: Sequence[NDArray[np.uint8]],
+        timesteps: Sequence[int],
+        layers: str | Sequence[str] = "practical",
+        batch: int = BATCH,
+    ) -> None:
+        self.model, self.images, self.timesteps, self.batch = model, images, timesteps, batch
+        self.pipe = model.to_pipeline()
+        self.extractor = FeatureExtractor(model, layers, timesteps)
         self.ids = list(self.extractor.layers)
-        program = UNetProgram(self.model.unet)
+        program = UNetProgram(model.unet)
         self.whole = program.plan(features=self.ids, noise_pred=True)
         self.short = program.plan(features=self.ids)
 
@@ -142,13 +137,8 @@ def ladder(job: Job) -> list[Side]:
 
 def extractor_side(job: Job, **rest: Any) -> Side:
     """The FeatureExtractor as a side."""
-    return job.side("FeatureExtractor", extractor, extractor_batch(job), **rest)
-
-
-def extractor_batch(job: Job) -> int:
-    """Rows in the extractor's largest call of the network."""
-    tokens = int(job.pipe.tokenizer.model_max_length)
-    return min(job.rows, rows_at_once(job.short, *job.extractor.latent_size, tokens))
+    at_once = rows_at_once(job.short, *job.extractor.latent_size, int(job.pipe.tokenizer.model_max_length))
+    return job.side("FeatureExtractor", extractor, min(job.rows, at_once), **rest)
 
 
 def difference(result: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:

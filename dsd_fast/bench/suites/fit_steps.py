@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dsd_fast.bench.case import Context, Side, Target, Work
-from dsd_fast.bench.suites.pipelines import random_pipeline
 from dsd_fast.bench.suites.shared import mini
+from dsd_fast.bench.suites.unet_networks import random_pipeline
 from dsd_fast.diffusion import NoiseSchedule
 from dsd_fast.matching import FitConfig, Group, MatchConfig
 from dsd_fast.matching.fitting.examples import Examples
@@ -31,7 +31,6 @@ GRADIENT_TOLERANCE = 5e-4
 gradients cancel but for a tenth: 1e-4 of what is left, on either side, which is how far both are from float64. That
 makes 2e-4, and as much again for other batches and memory layouts."""
 RANK = 4
-CANDIDATES = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LAYERS: Mapping[str, Sequence[str]] = {"all": ("attn1", "attn2"), "cross": ("attn2",)}
 """By name, which attention layers are adapted: "all" is official."""
@@ -137,11 +136,6 @@ def plain_name(name: str) -> str:
     return ".".join(parts[:-2]) if parts[-1] == "weight" and parts[-3] in ("lora_A", "lora_B") else name
 
 
-def official_side(step: Step) -> Side:
-    """The official recipe: candidate by candidate, the whole network computed again for the gradient."""
-    return Side("official step", step.official, 2, step.sizes(2 * len(step.texts)))
-
-
 def our_side(step: Step, name: str, prepared: bool) -> Side:
     """One step of :mod:`dsd_fast.matching.fitting` from the same first weights.
 
@@ -175,12 +169,12 @@ def our_side(step: Step, name: str, prepared: bool) -> Side:
 
 
 def work(make: Callable[[Context], Step], context: Context) -> Work:
-    """The official step, ours, and ours with the example's latent and texts there already."""
+    """The official step, candidate by candidate, ours, and ours with the example's latent and texts there already."""
     step = make(context)
     target = {"official step": [Target("ratio", RATIO)]}
     return Work(
         sides=[
-            official_side(step),
+            Side("official step", step.official, 2, step.sizes(2 * len(step.texts))),
             replace(our_side(step, "our step, its example encoded anew", False), against={"official step": []}),
             replace(our_side(step, "our step", True), against=target),
         ],

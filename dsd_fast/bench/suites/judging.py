@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,25 @@ class Judge:
         ]
         # Not max(), which a NaN passes unseen.
         return float(torch.tensor(errors).amax())
+
+
+def gradients(
+    call: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    leaves: int | None = None,
+) -> Callable[[], Sequence[Tensor]]:
+    """Make the backward pass of a call, whose forward pass is run now.
+
+    Args:
+        call: (inputs) → results.
+        inputs: their first ``leaves`` have gradients, all of them if None.
+        upstream: gradients of the results, of any type.
+    """
+    own = [x.detach().requires_grad_() for x in inputs[:leaves]]
+    results = call(*own, *inputs[len(own) :])
+    grads = [grad.to(result.dtype) for grad, result in zip(upstream, results, strict=True)]
+    return lambda: torch.autograd.grad(results, own, grads, retain_graph=True)
 
 
 def _largest(x: Tensor) -> float:

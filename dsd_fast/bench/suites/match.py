@@ -26,8 +26,8 @@ norm, so each norm by 3e-5 at the most and the difference of two by 6e-5; the me
 log-sum-exps near 5 with the same relative error add a tenth of that."""
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-TIMESTEPS = (1, 2, 4, 8, 16)
-HELD_OUT_TIMESTEPS = 4
+KINDS = (("new scenes", False, (1, 2, 4, 8, 16)), ("held-out pairs", True, (4,)))
+"""Of quality: what the scenes are, whether their pairs of colour and shape were held out, and counts of timesteps."""
 SCENES = 1000
 
 # Scenes scored together when quality is measured.
@@ -173,15 +173,6 @@ def _quality(kind: str, timesteps: int, held_out: bool, context: Context) -> lis
     ]
 
 
-def _qualities() -> list[Quality]:
-    cases = []
-    for kind, held_out, counts in (("new scenes", False, TIMESTEPS), ("held-out pairs", True, (HELD_OUT_TIMESTEPS,))):
-        for count in counts:
-            name = f"quality/{kind.replace(' ', '-')}/{count}"
-            cases.append(Quality(name, "quality", partial(_quality, kind, count, held_out)))
-    return cases
-
-
 suite = Suite(
     name="match",
     groups=[
@@ -200,6 +191,10 @@ suite = Suite(
         Case("stop-early/middle-layer", "stop-early", partial(_stop_early, ("mid",))),
         *(Case(f"rows/{rows}", "rows", partial(_latency, rows, False), repeats=15) for rows in ROWS),
         *(Case(f"texts/{rows}", "texts", partial(_latency, rows, True), repeats=15) for rows in ROWS),
-        *_qualities(),
+        *(
+            Quality(f"quality/{kind.replace(' ', '-')}/{count}", "quality", partial(_quality, kind, count, held_out))
+            for kind, held_out, counts in KINDS
+            for count in counts
+        ),
     ],
 )

@@ -7,7 +7,6 @@ Each gives the official score (:mod:`dsd_fast.reference.matching`) and does the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,33 +25,26 @@ from dsd_fast.unet.stream import rows_at_once
 _CUDA_BUDGET = 8 << 30
 
 
-@dataclass
 class Job:
     """N images, M captions and T timesteps; what a rung needs that does not depend on them is made once.
 
-    Attributes:
+    Args:
         model: SD 1.x or 2.x that predicts the noise.
         images: uint8 (height, width, 3) of the model's size.
         captions: texts.
         timesteps: a count on the official grid.
     """
 
-    model: Model
-    images: Sequence[NDArray[np.uint8]]
-    captions: Sequence[str]
-    timesteps: int
-    pipe: Any = field(init=False)
-    steps: list[int] = field(init=False)
-    plan: Plan = field(init=False)
-    matcher: Matcher = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.pipe = self.model.to_pipeline()
-        self.steps = matching.official_timesteps(self.timesteps)
-        program = UNetProgram(self.model.unet)
+    def __init__(
+        self, model: Model, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], timesteps: int
+    ) -> None:
+        self.model, self.images, self.captions, self.timesteps = model, images, captions, timesteps
+        self.pipe = model.to_pipeline()
+        self.steps = matching.official_timesteps(timesteps)
+        program = UNetProgram(model.unet)
         self.plan = program.plan(scores=official_layers(program), noise_pred=True)
-        budget = _CUDA_BUDGET if self.model.device.type == "cuda" else None
-        self.matcher = Matcher(self.model, MatchConfig(timesteps=self.timesteps, official=True, memory_budget=budget))
+        budget = _CUDA_BUDGET if model.device.type == "cuda" else None
+        self.matcher = Matcher(model, MatchConfig(timesteps=timesteps, official=True, memory_budget=budget))
 
     @property
     def pairs(self) -> int:

@@ -8,7 +8,7 @@ starts; ours reads those of M = B/2 texts by index.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsd_fast.bench.case import Context, Side, Target, UnavailableError, Work
 from dsd_fast.bench.measure import timer_for
-from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
+from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge, gradients
 from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import join_heads, split_heads
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
@@ -69,30 +69,19 @@ class Shape:
         return elements * self.heads * self.width * dtype.itemsize
 
 
-@dataclass
 class Inputs:
     """Tensors of a shape, of unit variance; ``keys`` and ``values`` are k and v gathered to a row each."""
 
-    shape: Shape
-    device: str
-    q: Tensor = field(init=False)
-    k: Tensor = field(init=False)
-    v: Tensor = field(init=False)
-    index: Tensor = field(init=False)
-    tokens: Tensor = field(init=False)
-    keys: Tensor = field(init=False)
-    values: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        shape, generator = self.shape, torch.Generator().manual_seed(0)
-        dtype: torch.dtype = getattr(torch, shape.dtype)
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.shape, self.device = shape, device
+        generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shape.dtype)
         sizes = [(shape.rows, shape.length), *[(shape.texts, shape.tokens)] * 2]
         self.q, self.k, self.v = (
-            torch.randn(*size, shape.heads * shape.width, generator=generator).to(self.device, dtype) for size in sizes
+            torch.randn(*size, shape.heads * shape.width, generator=generator).to(device, dtype) for size in sizes
         )
         index = torch.randperm(shape.rows, generator=generator) % shape.texts
         tokens = torch.randint(shape.tokens, (shape.rows, MAP_TOKENS), generator=generator)
-        self.index, self.tokens = index.to(self.device), tokens.to(self.device)
+        self.index, self.tokens = index.to(device), tokens.to(device)
         self.keys, self.values = self.k[self.index], self.v[self.index]
 
     def ours(self, dtype: torch.dtype | None = None, with_output: bool = True) -> tuple[Tensor | None, Tensor]:
@@ -154,13 +143,13 @@ def forward(shape: Shape, context: Context, targets: Sequence[Target] = (), leas
         least: times faster than the materialised form.
     """
     made = inputs(shape, context)
-    run = no_grad(made.ours)
+    run = torch.no_grad()(made.ours)
     name, sdpa = _best_sdpa(made) if torch.device(context.device).type == "cuda" else ("SDPA, no score", made.sdpa)
     against = {name: targets, MATERIALISED: () if least is None else (Target("ratio", least),)}
     scores = 4 * shape.rows * shape.heads
     sides = [
-        Side(name, no_grad(sdpa), shape.rows, shape.sizes, shape.bytes(2, 2, shape.rows), against={}),
-        Side(MATERIALISED, no_grad(made.materialised), shape.rows, shape.sizes, against={}),
+        Side(name, torch.no_grad()(sdpa), shape.rows, shape.sizes, shape.bytes(2, 2, shape.rows), against={}),
+        Side(MATERIALISED, torch.no_grad()(made.materialised), shape.rows, shape.sizes, against={}),
         Side(
             named("cross_attention_score", run),
             run,
@@ -183,9 +172,9 @@ def score_alone(shape: Shape, context: Context) -> Work:
     def plain() -> tuple[Tensor]:
         return (_logits(made.q, made.keys, shape.heads).float().logsumexp(-1).mean(-1),)
 
-    run, moved = no_grad(ours), shape.bytes(1, 1, shape.texts) + 4 * shape.rows * shape.heads
+    run, moved = torch.no_grad()(ours), shape.bytes(1, 1, shape.texts) + 4 * shape.rows * shape.heads
     sides = [
-        Side("matmul and logsumexp", no_grad(plain), shape.rows, shape.sizes),
+        Side("matmul and logsumexp", torch.no_grad()(plain), shape.rows, shape.sizes),
         Side(named("cross_attention_score", run), run, shape.rows, shape.sizes, moved),
     ]
     return work(shape, sides, (made.ours(torch.float64, with_output=False)[1],), plain())
@@ -194,11 +183,11 @@ def score_alone(shape: Shape, context: Context) -> Work:
 def maps(shape: Shape, context: Context) -> Work:
     """Probabilities of a few tokens, averaged over heads."""
     made = inputs(shape, context)
-    run = no_grad(made.maps)
+    run = torch.no_grad()(made.maps)
     moved = shape.bytes(1, 1, shape.texts) + 4 * shape.rows * MAP_TOKENS * shape.length
     sizes = {**shape.sizes, "map_tokens": MAP_TOKENS}
     sides = [
-        Side("softmax, mean and gather", no_grad(made.materialised_maps), shape.rows, sizes),
+        Side("softmax, mean and gather", torch.no_grad()(made.materialised_maps), shape.rows, sizes),
         Side(named("token_maps", run), run, shape.rows, sizes, moved),
     ]
     return work(shape, sides, made.maps(torch.float64), made.materialised_maps())
@@ -240,10 +229,7 @@ class Gradient:
         return self._of(call, (self.made.q, self.made.keys, self.made.values), None)
 
     def _of(self, call: Callable[..., Sequence[Tensor]], given: Sequence[Tensor], dtype: torch.dtype | None) -> Run:
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in given]
-        outputs = call(*leaves)
-        grads = [grad.to(out.dtype) for grad, out in zip((self.dout, self.dscore), outputs, strict=True)]
-        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        return gradients(call, [x.to(dtype or x.dtype) for x in given], (self.dout, self.dscore))
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The operator."""
@@ -320,13 +306,3 @@ def _best_sdpa(made: Inputs) -> tuple[str, Run]:
         raise UnavailableError("torch has no fused attention for these inputs")
     best = min(found, key=lambda name: found[name][0])
     return f"SDPA, no score ({best}, the fastest of {', '.join(found)})", found[best][1]
-
-
-def no_grad(run: Run) -> Run:
-    """The same without gradients."""
-
-    def without() -> Any:
-        with torch.no_grad():
-            return run()
-
-    return without

@@ -5,8 +5,9 @@ Shapes are those of SD 1.5's UNet at 16 rows. Each operator reads and writes cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.bench.case import Context, Side, Target, UnavailableError, Work
-from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
+from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge, gradients
+from dsd_fast.kernels.add_layer_norm import add_layer_norm
 from dsd_fast.kernels.common import backend
+from dsd_fast.kernels.geglu import geglu
+from dsd_fast.kernels.group_norm_silu import group_norm_silu
 
 ROWS = 16
 GROUPS = 32
@@ -49,8 +53,6 @@ class Piece:
 
 
 def _norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
-    from dsd_fast.kernels.group_norm_silu import group_norm_silu
-
     return (group_norm_silu(x, weight, bias, GROUPS, EPS, shift=shift),)
 
 
@@ -58,21 +60,9 @@ def _plain_norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Seque
     return (F.silu(F.group_norm(x + shift[:, :, None, None], GROUPS, weight, bias, EPS)),)
 
 
-def _geglu(x: Tensor) -> Sequence[Tensor]:
-    from dsd_fast.kernels.geglu import geglu
-
-    return (geglu(x),)
-
-
 def _plain_geglu(x: Tensor) -> Sequence[Tensor]:
     value, gate = x.chunk(2, dim=-1)
     return (value * F.gelu(gate),)
-
-
-def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
-    from dsd_fast.kernels.add_layer_norm import add_layer_norm
-
-    return add_layer_norm(x, residual, weight, bias, EPS)
 
 
 def _plain_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
@@ -83,50 +73,36 @@ def _plain_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -
 PIECES = {
     "group-norm-silu": Piece(_norm, _plain_norm, lambda c, s, b: ((b, c, s, s), (b, c), (c,), (c,)), 2),
     # The activation of a feed-forward block four times as wide as the stream.
-    "geglu": Piece(_geglu, _plain_geglu, lambda c, s, b: ((b, s * s, 8 * c),), 1),
-    "add-layer-norm": Piece(_add_norm, _plain_add_norm, lambda c, s, b: (*[(b, s * s, c)] * 2, (c,), (c,)), 2),
+    "geglu": Piece(lambda x: (geglu(x),), _plain_geglu, lambda c, s, b: ((b, s * s, 8 * c),), 1),
+    "add-layer-norm": Piece(
+        partial(add_layer_norm, eps=EPS), _plain_add_norm, lambda c, s, b: (*[(b, s * s, c)] * 2, (c,), (c,)), 2
+    ),
 }
 
 
 def forward(name: str, level: str, dtype: str, context: Context, rows: int = ROWS) -> Work:
     """An operator's result."""
     piece, given = PIECES[name], _inputs(name, level, dtype, context.device, rows)
-    plain, ours, compiled = forms(piece, given)
-
-    def no_grad(call: Function) -> Callable[[], Sequence[Tensor]]:
-        def run() -> Sequence[Tensor]:
-            with torch.no_grad():
-                return call(*given)
-
-        return run
-
+    runs = {name: torch.no_grad()(partial(call, *given)) for name, call in forms(piece, given).items()}
     with torch.no_grad():
         truth = piece.plain(*(x.double() for x in given))
         naive = piece.plain(*given)
-    moved = byte_count(given) + byte_count(naive)
-    runs = {EAGER: no_grad(plain), COMPILED: no_grad(compiled), OURS: no_grad(ours)}
-    return work(runs, moved, truth, naive, dtype, rows)
+    return work(runs, byte_count(given) + byte_count(naive), truth, naive, dtype, rows)
 
 
 def backward(name: str, level: str, dtype: str, context: Context, rows: int = ROWS) -> Work:
     """The gradients of all its inputs; the forward pass is not timed."""
     piece, given = PIECES[name], _inputs(name, level, dtype, context.device, rows)
-    plain, ours, compiled = forms(piece, given)
+    calls = forms(piece, given)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         results = piece.plain(*given)
     grads = [torch.randn(each.shape, generator=generator).to(each) for each in results]
-
-    def of(call: Function, kind: torch.dtype | None = None) -> Callable[[], Sequence[Tensor]]:
-        leaves = [x.detach().to(kind or x.dtype).requires_grad_() for x in given]
-        outputs = call(*leaves)
-        upstream = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=True)]
-        return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-
-    runs = {EAGER: of(plain), COMPILED: of(compiled), OURS: of(ours)}
+    runs = {name: gradients(call, given, grads) for name, call in calls.items()}
+    truth = gradients(piece.plain, [x.double() for x in given], grads)()
     # What must be read: the activations and the results' gradients; what must be written: the inputs' gradients.
     moved = byte_count(given[: piece.flows]) + byte_count(grads) + byte_count(given)
-    return work(runs, moved, of(piece.plain, torch.float64)(), runs[EAGER](), dtype, rows)
+    return work(runs, moved, truth, runs[EAGER](), dtype, rows)
 
 
 def _inputs(name: str, level: str, dtype: str, device: str, rows: int) -> list[Tensor]:
@@ -140,8 +116,8 @@ def _inputs(name: str, level: str, dtype: str, device: str, rows: int) -> list[T
     return made
 
 
-def forms(piece: Piece, given: Sequence[Tensor]) -> tuple[Function, Function, Function]:
-    """Plain torch, our kernel, and plain torch compiled."""
+def forms(piece: Piece, given: Sequence[Tensor]) -> dict[str, Function]:
+    """Plain torch, plain torch compiled, and our kernel, by name."""
 
     def ours(*inputs: Tensor) -> Sequence[Tensor]:
         # Unless it is forced, an operator leaves what a compiler can fuse to the compiler. float64 is the oracle's.
@@ -158,11 +134,11 @@ def forms(piece: Piece, given: Sequence[Tensor]) -> tuple[Function, Function, Fu
     # Compilations are kept by code object, and only a few of them: each case starts without those of the others.
     torch._dynamo.reset()
     compiled: Any = torch.compile(piece.plain, dynamic=False)
-    return piece.plain, ours, compiled
+    return {EAGER: piece.plain, COMPILED: compiled, OURS: ours}
 
 
 def work(
-    runs: dict[str, Callable[[], Sequence[Tensor]]],
+    runs: Mapping[str, Callable[[], Sequence[Tensor]]],
     moved: int,
     truth: Sequence[Tensor],
     naive: Sequence[Tensor],

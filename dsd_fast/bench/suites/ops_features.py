@@ -5,25 +5,18 @@ Latents are those of 512 × 512 pixels in SD 1.5, maps those of its three upper 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.bench.case import Context, Work
-from dsd_fast.bench.suites.ops_elementwise import (
-    COMPILED,
-    EAGER,
-    LEVELS,
-    OURS,
-    ROWS,
-    Function,
-    Piece,
-    byte_count,
-    forms,
-    work,
-)
+from dsd_fast.bench.suites.judging import gradients
+from dsd_fast.bench.suites.ops_elementwise import EAGER, LEVELS, ROWS, Piece, byte_count, forms, work
+from dsd_fast.kernels.noise_latents import noise_latents
+from dsd_fast.kernels.pack_features import pack_features
 
 IMAGES, TIMESTEPS, DRAWS = 16, 8, 2
 CHANNELS, SIDE = 4, 64
@@ -35,27 +28,19 @@ RESIZES = {"as-is": ("nearest", 1.0), "bilinear": ("bilinear", 2.0), "area": ("a
 def noise_forward(dtype: str, context: Context, images: int = IMAGES, side: int = SIDE) -> Work:
     """Latents noised at all timesteps with all draws, which all images share."""
     given = _noising(dtype, context.device, images, side)
-    plain, ours, compiled = forms(_NOISE, given)
-    truth, naive = (_without_gradients(_plain_noise, x)() for x in ([each.double() for each in given], given))
-    runs = {name: _without_gradients(call, given) for name, call in _named(plain, ours, compiled).items()}
+    runs = {name: torch.no_grad()(partial(call, *given)) for name, call in forms(_NOISE, given).items()}
+    truth, naive = (_plain_noise(*inputs) for inputs in ([each.double() for each in given], given))
     return work(runs, byte_count(given) + byte_count(naive), truth, naive, dtype, images)
 
 
 def noise_backward(dtype: str, context: Context, images: int = IMAGES, side: int = SIDE) -> Work:
     """The gradients of latents and noise; the forward pass is not timed."""
     given = _noising(dtype, context.device, images, side)
-    plain, ours, compiled = forms(_NOISE, given)
-    generator = torch.Generator().manual_seed(1)
-    (noised,) = _without_gradients(plain, given)()
-    upstream = torch.randn(noised.shape, generator=generator).to(noised)
-
-    def of(call: Function, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
-        leaves = [x.detach().requires_grad_() for x in tensors[:2]]
-        (out,) = call(*leaves, *tensors[2:])
-        return lambda: torch.autograd.grad(out, leaves, upstream.to(out.dtype), retain_graph=True)
-
-    runs = {name: of(call, given) for name, call in _named(plain, ours, compiled).items()}
-    truth = of(_plain_noise, [each.double() for each in given])()
+    calls = forms(_NOISE, given)
+    (noised,) = _plain_noise(*given)
+    upstream = torch.randn(noised.shape, generator=torch.Generator().manual_seed(1)).to(noised)
+    runs = {name: gradients(call, given, [upstream], leaves=2) for name, call in calls.items()}
+    truth = gradients(_plain_noise, [each.double() for each in given], [upstream], leaves=2)()
     return work(runs, byte_count([upstream, *given]), truth, runs[EAGER](), dtype, images)
 
 
@@ -73,23 +58,19 @@ def pack(resize: str, level: str, normalize: bool, dtype: str, context: Context,
         return (out,)
 
     def ours(x: Tensor, order: Tensor, out: Tensor) -> Sequence[Tensor]:
-        from dsd_fast.kernels.pack_features import pack_features
-
         pack_features(x, out, order, mode=mode, normalize=normalize)
         return (out,)
 
     def given(kind: torch.dtype) -> list[Tensor]:
         return [x.to(kind), order, x.new_empty(rows, channels, *size, dtype=kind)]
 
-    calls = _named(*forms(Piece(ours, plain, lambda *_: (), 1), given(x.dtype)))
-    runs = {name: _without_gradients(call, given(x.dtype)) for name, call in calls.items()}
-    truth, naive = (_without_gradients(plain, given(kind))() for kind in (torch.float64, x.dtype))
+    calls = forms(Piece(ours, plain, lambda *_: (), 1), given(x.dtype))
+    runs = {name: torch.no_grad()(partial(call, *given(x.dtype))) for name, call in calls.items()}
+    truth, naive = (plain(*given(kind)) for kind in (torch.float64, x.dtype))
     return work(runs, byte_count([x, *naive]), truth, naive, dtype, rows)
 
 
 def _noise(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Sequence[Tensor]:
-    from dsd_fast.kernels.noise_latents import noise_latents
-
     return (noise_latents(latents, noise, signal, sigma),)
 
 
@@ -108,15 +89,3 @@ def _noising(dtype: str, device: str, images: int, side: int) -> list[Tensor]:
     noise = torch.randn(1, 1, DRAWS, CHANNELS, side, side, generator=generator).to(device)
     angle = torch.linspace(0.1, 1.5, TIMESTEPS)
     return [latents, noise, angle.cos().to(device), angle.sin().to(device)]
-
-
-def _named(plain: Function, ours: Function, compiled: Function) -> dict[str, Function]:
-    return {EAGER: plain, COMPILED: compiled, OURS: ours}
-
-
-def _without_gradients(call: Function, given: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
-    def run() -> Sequence[Tensor]:
-        with torch.no_grad():
-            return call(*given)
-
-    return run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.bench.case import Context, Side, Target, UnavailableError, Work
-from dsd_fast.bench.suites.ops_attention import Gradient, Run, Shape, inputs, named, no_grad, work
+from dsd_fast.bench.suites.ops_attention import Gradient, Run, Shape, inputs, named, work
 from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import join_heads, split_heads
 
@@ -22,7 +22,7 @@ FLEX = "FlexAttention, compiled, with its lse"
 def flex_forward(shape: Shape, context: Context) -> Work:
     """Output and mean score."""
     made, call = inputs(shape, context), _flex(shape.heads)
-    rival, ours = no_grad(lambda: call(made.q, made.keys, made.values)), no_grad(made.ours)
+    rival, ours = torch.no_grad()(lambda: call(made.q, made.keys, made.values)), torch.no_grad()(made.ours)
     sides = [
         Side(FLEX, rival, shape.rows, shape.sizes, flops=_flops(shape, 2)),
         Side(
@@ -70,7 +70,7 @@ def launches(shape: Shape, context: Context, table: str = "LAUNCHES") -> Work:
     try:
         with backend.force("triton"):
             gradient = None if table == "LAUNCHES" else Gradient(made)
-            call = no_grad(made.ours) if gradient is None else gradient.by_text(gradient.ours)
+            call = torch.no_grad()(made.ours) if gradient is None else gradient.by_text(gradient.ours)
             call()
     except ValueError as error:
         raise UnavailableError(str(error)) from error

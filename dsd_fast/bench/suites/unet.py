@@ -52,7 +52,7 @@ def _mini(rows: int, context: Context) -> Work:
     def stock(network: Any, layout: torch.memory_format) -> Run:
         # The layout of the latents is that of every activation after them.
         sample = latents.contiguous(memory_format=layout)
-        return _no_grad(lambda: network(sample, TIMESTEP, states, return_dict=False)[0])
+        return torch.no_grad()(lambda: network(sample, TIMESTEP, states, return_dict=False)[0])
 
     plans = {"plan": _plan(unet), "plan, inductor": _plan(unet, "inductor")}
     runs, flops = _runs(plans, latents, states, None, None), _flops(plans["plan"], rows, side)
@@ -77,7 +77,7 @@ def _mini(rows: int, context: Context) -> Work:
 def _eager(name: str, rows: int, context: Context) -> Work:
     """A real architecture: diffusers, and the plan by each runtime."""
     network = _network(name, context)
-    baseline = _no_grad(_stock(network, network.unet, rows))
+    baseline = torch.no_grad()(_stock(network, network.unet, rows))
     sides = [Side(STOCK, baseline, rows, {"rows": rows}, against={})]
     sides += _ours(network, rows, STOCK, {"rate": _rate(name, rows, network.device)})
     return _judged(network, sides, baseline, rows)
@@ -87,11 +87,11 @@ def _compiled(name: str, rows: int, mode: str, context: Context) -> Work:
     """A real architecture: diffusers compiled, in channels-last, and the plan by each compiled runtime."""
     network = _network(name, context)
     last = copy.deepcopy(network.unet).to(memory_format=torch.channels_last)
-    plain = _no_grad(_stock(network, network.unet, rows))
+    plain = torch.no_grad()(_stock(network, network.unet, rows))
     _, flops = count_flops(plain)
     compiled = torch.compile(last, mode=mode, dynamic=False)
     title = f"diffusers, channels-last, torch.compile ({mode})"
-    baseline = _no_grad(_stock(network, compiled, rows))
+    baseline = torch.no_grad()(_stock(network, compiled, rows))
     sides = [Side(title, baseline, rows, {"rows": rows}, flops=flops, against={})]
     least = FASTER[FEW] if rows <= FEW else FASTER[MANY] if rows >= MANY else None
     sides += _ours(network, rows, title, {"ratio": least}, eager=False)
@@ -134,7 +134,7 @@ def _runs(
         text = next(iter(plans.values())).encode_text(states, pooled=pooled)
 
     def run(plan: Any) -> Run:
-        return _no_grad(lambda: plan.run(latents, TIMESTEP, text, time_ids=ids).noise_pred)
+        return torch.no_grad()(lambda: plan.run(latents, TIMESTEP, text, time_ids=ids).noise_pred)
 
     return {name: run(plan) for name, plan in plans.items()}
 
@@ -170,14 +170,6 @@ def _judged(network: Network, sides: Sequence[Side], plain: Run, rows: int) -> W
         items=rows,
         dtype=str(network.dtype).removeprefix("torch."),
     )
-
-
-def _no_grad(run: Run) -> Run:
-    def without() -> Tensor:
-        with torch.no_grad():
-            return run()
-
-    return without
 
 
 def _cuda_cases() -> list[Case]:

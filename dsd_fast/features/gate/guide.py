@@ -12,20 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dsd_fast.diffusion import Predict, guided, img2img
+from dsd_fast.diffusion import guided, img2img
 from dsd_fast.engine import Engine
 from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.features.inputs import Inputs, Prompts, own_prompts, predictor
+from dsd_fast.features.shift_result import Floats
 from dsd_fast.features.technique import Technique
 from dsd_fast.images import to_picture
 from dsd_fast.metrics import bootstrap
 from dsd_fast.unet.adapters import adapter_names
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +170,9 @@ class Guide:
         self, engine: Engine, inputs: Inputs, prompts: Sequence[str], target: Tensor | None, kept: int
     ) -> tuple[list[Tensor], list[Image.Image]]:
         """Distances in each space, (n,) each, and the first pictures."""
-        predict: Predict = predictor(engine, inputs, prompts)
+        predict = predictor(engine, inputs, prompts)
         if self._guidance != 1:
-            predict = _guided(predict, predictor(engine, inputs, [None] * len(inputs)), self._guidance)
+            predict = guided(predictor(engine, inputs, [*[None] * len(inputs), *prompts]), self._guidance)
         latents = img2img(
             self._model.scheduler_config,
             predict,
@@ -188,14 +186,6 @@ class Guide:
             distances.append(clip_distance(self._clip.of_latents(latents), target).to(latents.device))
         pictures = [to_picture(self._model.decode_latents(latent[None])[0].float()) for latent in latents[:kept]]
         return distances, pictures
-
-
-def _guided(conditional: Predict, unconditional: Predict, scale: float) -> Predict:
-    def both(latents: Tensor, t: float) -> Tensor:
-        first, second = latents.chunk(2)
-        return torch.cat([unconditional(first, t), conditional(second, t)])
-
-    return guided(both, scale)
 
 
 def latent_distance(latents: Tensor, target: Tensor) -> Tensor:

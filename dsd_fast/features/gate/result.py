@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,12 @@ from PIL import Image
 
 from dsd_fast.features.gate.guide import GuideResult
 from dsd_fast.features.gate.sheet import contact_sheet
-from dsd_fast.features.shift_result import ShiftResult
+from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.jobs import replacing
 from dsd_fast.metrics import bootstrap
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +149,9 @@ class GateResult:
             "techniques": self.rows(),
             "agreement": self.agreement(),
         }
-        return (json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        # JSON has no NaN.
+        content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     def _csv(self) -> bytes:
         rows = self.rows()
@@ -208,12 +207,3 @@ def _interval(row: dict[str, Any], key: str, form: str) -> str:
 
 def _distances(guide: GuideResult, k: int, n: int) -> str:
     return ", ".join(f"{space} {guide.distances[k, s, n]:.2f}" for s, space in enumerate(guide.spaces))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -103,11 +104,8 @@ def read_rows(file: Path, container: str) -> Iterator[Row]:
     Raises:
         ValueError: the file cannot be read, or something in it is wrong, by line.
     """
-    readers = {"csv": _csv_rows, "jsonl": _json_rows}
-    if container == "parquet":
-        yield from _parquet_rows(file)
-    else:
-        yield from _from_text(file, readers[container])
+    readers = {"csv": _csv_rows, "jsonl": _json_rows, "parquet": _parquet_rows}
+    return readers[container](file)
 
 
 def read_json(file: Path) -> Any:
@@ -116,16 +114,13 @@ def read_json(file: Path) -> Any:
     Raises:
         ValueError: the file cannot be read or is not JSON, by line.
     """
-
-    def parse(stream: TextIO) -> Iterator[Any]:
+    with _opened(file) as stream:
         try:
-            yield json.load(stream)
+            return json.load(stream)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}, line {error.lineno}: not JSON: {error.msg}, character {error.colno}") from None
         except RecursionError:
             raise ValueError(f"{file}: not JSON that can be read: nested too deeply") from None
-
-    return next(_from_text(file, lambda stream, _: parse(stream)))
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -134,14 +129,17 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     Raises:
         ValueError: the file cannot be read.
     """
-    yield from _from_text(file, lambda stream, _: _lines(stream))
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, line.strip()
 
 
-def _from_text(file: Path, reader: Callable[[TextIO, Path], Iterator[Any]]) -> Iterator[Any]:
+@contextmanager
+def _opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
-        # newline="": the csv module wants line ends as they are, for those within quotes.
-        with file.open(encoding="utf-8-sig", newline="" if reader is _csv_rows else None) as stream:
-            yield from reader(stream, file)
+        with file.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield stream
     except UnicodeDecodeError as error:
         wrong = error.object[error.start]
         raise ValueError(f"{file} is not UTF-8 text: it has the byte 0x{wrong:02x} where none may be") from None
@@ -149,38 +147,36 @@ def _from_text(file: Path, reader: Callable[[TextIO, Path], Iterator[Any]]) -> I
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
-def _lines(stream: TextIO) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield number, line.strip()
+def _csv_rows(file: Path) -> Iterator[Row]:
+    # newline="": the csv module wants line ends as they are, for those within quotes.
+    with _opened(file, newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise ValueError(f"{file}, line {line}: not CSV: {error}") from None
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                twice = sorted({name for name in header if header.count(name) > 1})
+                if twice:
+                    raise ValueError(f"{file}, line {line}: the header has {twice[0]!r} more than once")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{file}, line {line}: got {len(cells)} cells, expected {len(header)} as in the header"
+                )
+            yield Row(f"{file}, line {line}", dict(zip(header, cells, strict=True)), is_csv=True)
 
 
-def _csv_rows(stream: TextIO, file: Path) -> Iterator[Row]:
-    reader = csv.reader(stream, strict=True)
-    header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{file}, line {line}: not CSV: {error}") from None
-        if cells is None:
-            return
-        if not cells:
-            continue
-        if header is None:
-            header = cells
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise ValueError(f"{file}, line {line}: the header has {twice[0]!r} more than once")
-            continue
-        if len(cells) != len(header):
-            raise ValueError(f"{file}, line {line}: got {len(cells)} cells, expected {len(header)} as in the header")
-        yield Row(f"{file}, line {line}", dict(zip(header, cells, strict=True)), is_csv=True)
-
-
-def _json_rows(stream: TextIO, file: Path) -> Iterator[Row]:
-    for number, line in _lines(stream):
+def _json_rows(file: Path) -> Iterator[Row]:
+    for number, line in read_lines(file):
         place = f"{file}, line {number}"
         try:
             values = json.loads(line)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsd_fast.images import ImageError, ImageSource, decode
+from dsd_fast.images import ImageSource, decode_chunks
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.pairs import Pairs
 from dsd_fast.matching.score import PairScorer
@@ -75,14 +75,11 @@ class Examples:
         return self._scorer.encode_texts([self._texts[i] for i in texts], unconditional=False).states
 
     def _encode_images(self, images: Sequence[ImageSource], digest: Any) -> Tensor:
-        parts: list[Tensor] = []
-        pixels: list[Tensor] = []
-        for number, image in decode(images, self._scorer.engine.size):
-            if isinstance(image, ImageError):
-                raise image
-            digest.update(image.numpy().tobytes())
-            pixels.append(image)
-            if len(pixels) == _IMAGES_AT_ONCE or number == len(images) - 1:
-                parts.append(self._scorer.engine.encode_images(pixels).cpu())
-                pixels = []
+        engine, parts = self._scorer.engine, list[Tensor]()
+        for _, pixels, errors in decode_chunks(images, engine.size, _IMAGES_AT_ONCE):
+            if errors:
+                raise errors[min(errors)]
+            for image in pixels:
+                digest.update(image.numpy().tobytes())
+            parts.append(engine.encode_images(pixels).cpu())
         return torch.cat(parts)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsd_fast.jobs import locked, read_tensors, remove_stale, replacing, write_tensors
+from dsd_fast.jobs import read_tensors, remove_stale, replacing, write_tensors
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.learned import own_model, put_lora
 from dsd_fast.matching.score import PairScorer
@@ -63,19 +63,6 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
     }
     with replacing(folder / MATCHER) as file:
         file.write(json.dumps(about, indent=2, allow_nan=False, default=plain).encode() + b"\n")
-
-
-def save_locked(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -> None:
-    """:func:`save`, behind the folder's lock."""
-    with locked(folder):
-        save(folder, scorer, lora, adapter)
-
-
-def save_official(folder: Path, scorer: PairScorer, lora: str) -> None:
-    """See :meth:`dsd_fast.matching.Matcher.save_attn_procs`."""
-    from dsd_fast.models.lora import save_official_lora
-
-    save_official_lora(scorer.model.unet, lora, folder / LORA)
 
 
 def others(scorer: PairScorer, lora: str | None) -> list[list[list[str | float]]]:

@@ -27,6 +27,8 @@ from dsd_fast.matching.fitting.validation import validate
 
 CHECKPOINT = "training.safetensors"
 
+# Of a fit's state, what a checkpoint holds as it is.
+_PLAIN = ("step", "losses", "best_step", "without_gain")
 _ADVICE = "a lower learning rate may help, or, in float16, autocast and a float32 model"
 
 
@@ -65,6 +67,10 @@ class FitHistory:
     stopped_early: bool
 
 
+Report = Callable[[int, float | None, FitRecord | None], None]
+"""Called after each step as report(step, its loss, None), and with each record as report(step, None, it)."""
+
+
 @dataclass
 class State:
     """What a checkpoint holds besides parameters and optimiser."""
@@ -75,11 +81,6 @@ class State:
     best_step: int = 0
     best: dict[str, Tensor] | None = None
     without_gain: int = 0
-
-    @property
-    def best_record(self) -> FitRecord | None:
-        """The record of the best step."""
-        return next((record for record in self.records if record.step == self.best_step), None)
 
 
 class Training:
@@ -92,7 +93,7 @@ class Training:
         validation: held-out examples to choose the best parameters by, or None.
         fingerprint: what changes the result, by name; a checkpoint of another is refused.
         folder: of the checkpoint, behind its lock; None keeps none.
-        report: called after each step as report(step, its loss, None), and with each record as report(step, None, it).
+        report: see :data:`Report`.
 
     Raises:
         ValueError: the folder's checkpoint is one of another fit, with the names of what differs.
@@ -106,7 +107,7 @@ class Training:
         validation: Examples | None,
         fingerprint: Mapping[str, Any],
         folder: Path | None,
-        report: Callable[[int, float | None, FitRecord | None], None],
+        report: Report,
     ) -> None:
         self._learned, self._examples, self._fit = learned, examples, fit
         self._validation, self._report = validation, report
@@ -229,7 +230,8 @@ class Training:
         self._whole = False
         mean = sum(state.losses) / len(state.losses) if state.losses else None
         state.losses = []
-        record, best = FitRecord(state.step, mean, accuracy, held_out), state.best_record
+        best = next((record for record in state.records if record.step == state.best_step), None)
+        record = FitRecord(state.step, mean, accuracy, held_out)
         state.records.append(record)
         if self._validation is not None:
             if best is None or _quality(record) > _quality(best):
@@ -256,12 +258,9 @@ class Training:
             tensors |= {f"adam.{name}/{key}": value for key, value in self._optimizer.state[parameter].items()}
         tensors |= {f"best.{name}": value for name, value in (state.best or {}).items()}
         about = {
+            **{key: getattr(state, key) for key in _PLAIN},
             "fingerprint": self._fingerprint,
-            "step": state.step,
             "records": [vars(record) for record in state.records],
-            "losses": state.losses,
-            "best_step": state.best_step,
-            "without_gain": state.without_gain,
             "scaler": self._scaler.state_dict(),
         }
         write_tensors(self._file, tensors, about)
@@ -274,19 +273,17 @@ class Training:
             raise ValueError(
                 f"out: {file} is of another fit, which differs in {', '.join(other)}; choose another folder"
             )
-        state = self.state
-        state.step, state.best_step, state.without_gain = about["step"], about["best_step"], about["without_gain"]
-        state.records = [FitRecord(**record) for record in about["records"]]
-        state.losses = about["losses"]
-        best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
-        state.best = {name: value.to(self._device) for name, value in best.items()} or None
-        parameters = self._learned.parameters
-        self._put({name: tensors[f"model.{name}"] for name in parameters})
-        for name, parameter in parameters.items():
-            prefix = f"adam.{name}/"
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if own:
-                self._optimizer.state[parameter] = {key: value.to(self._device) for key, value in own.items()}
+        records = [FitRecord(**record) for record in about["records"]]
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            return {name: value.to(self._device) for name, value in own.items()}
+
+        self.state = State(records=records, best=under("best.") or None, **{key: about[key] for key in _PLAIN})
+        self._put(under("model."))
+        for name, parameter in self._learned.parameters.items():
+            if own := under(f"adam.{name}/"):
+                self._optimizer.state[parameter] = own
         self._scaler.load_state_dict(about["scaler"])
 
 

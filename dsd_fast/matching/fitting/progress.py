@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsd_fast.matching.fitting.loop import FitRecord
-
-Callback = Callable[[int, float | None, FitRecord | None], None]
+from dsd_fast.matching.fitting.loop import FitRecord, Report
 
 
 @contextmanager
-def reporting(steps: int, callback: Callback | None, shown: bool) -> Iterator[Callback]:
+def reporting(steps: int, callback: Report | None, shown: bool) -> Iterator[Report]:
     """What a training calls: it draws a bar with loss and held-out accuracy, and passes on to the callback."""
     display = Progress(
         TextColumn("{task.description}"),

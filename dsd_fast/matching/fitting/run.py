@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +15,9 @@ from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
 from dsd_fast.matching.fitting.learned import Learned
-from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, FitRecord, Training
+from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, Report, Training
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.score import PairScorer
-
-Report = Callable[[int, float | None, FitRecord | None], None]
 
 
 def fit(
@@ -47,9 +45,8 @@ def fit(
     Returns:
         The scorer that the matcher then has, the name of its LoRA, and what the fit did.
     """
-    groups, held_out = _groups("examples", examples), None
-    if validation is not None:
-        held_out = _groups("validation", validation)
+    groups = _groups("examples", examples)
+    held_out = None if validation is None else _groups("validation", validation)
     if config.patience is not None and held_out is None:
         raise ValueError("patience: needs validation, the held-out groups that it goes by")
     steps = base.model.schedule.num_train_timesteps
