@@ -44,6 +44,8 @@ class Engine:
         controls: ControlNets, whose residuals are summed.
 
     Attributes:
+        model, memory_budget: as given.
+        controls: the ControlNets.
         program: the UNet's.
         adapters: see :class:`~dsd_fast.engine.adapters.Adapters`.
         size, latent_size: (height, width) of images in pixels, and of their latents.

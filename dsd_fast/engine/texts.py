@@ -37,7 +37,7 @@ class Texts:
         self._kept: dict[Plan, TextKV] = {}
 
     def __len__(self) -> int:
-        """M."""
+        """Count the texts, M; the unconditional one is not among them."""
         return len(self.states)
 
     @property

@@ -160,7 +160,7 @@ class Extraction:
         techniques: Sequence[Technique] | None = None,
         chunk: int | None = None,
     ) -> Iterator[tuple[Inputs, dict[int, ImageError]]]:
-        """Images through the VAE, some at a time, for :meth:`features_of` under any of the techniques.
+        """Encode images, some at a time, for :meth:`features_of` under any of the techniques.
 
         Args:
             prompts: of the request, or one empty prompt; of a sequence of images there must be one, or one each.
@@ -192,7 +192,7 @@ class Extraction:
         return ((inputs(numbers, pixels), errors) for numbers, pixels, errors in chunks)
 
     def features_of(self, inputs: Inputs, prompts: Prompts, technique: Technique | None = None) -> dict[str, Tensor]:
-        """Features of encoded images, id → (n, S, C, h, w), under a technique, or the extractor's own."""
+        """Extract the features of encoded images, id → (n, S, C, h, w), under a technique, or the extractor's own."""
         out = self._empty(len(inputs))
         if len(inputs):
             self._capture(technique or self.technique, inputs, prompts, out, 0)
@@ -211,7 +211,7 @@ class Extraction:
         }
 
     def images_at_once(self, technique: Technique | None = None) -> int:
-        """Images that fill a few micro-batches."""
+        """Tell how many images fill a few micro-batches."""
         engine, plan = self._run(technique or self.technique)
         latents = len(self.timesteps) * self.config.draws
         together = min(engine.images_together(plan, latents, self._tokens), engine.images_held(latents))
@@ -270,11 +270,11 @@ class Extraction:
     def _out_bytes(self) -> int:
         """Of one image's features, and of the sums that its draws are added to."""
         steps, config = len(self.timesteps), self.config
-        given = steps * sum(math.prod(shape) for shape in self.shapes.values()) * self._dtype.itemsize
+        features = steps * sum(math.prod(shape) for shape in self.shapes.values()) * self._dtype.itemsize
         if config.draws == 1:
-            return given
-        sums = steps * sum(math.prod(each.taken) for each in self._exits.values()) * 4
-        return given * config.draws if config.keep_draws else given + sums
+            return features
+        sums = steps * sum(math.prod(way_out.taken) for way_out in self._exits.values()) * 4
+        return features * config.draws if config.keep_draws else features + sums
 
     def _set_pca(self, pca: Mapping[str, PCA]) -> None:
         held = {name: each.to(self.model.device) for name, each in pca.items()}

@@ -29,7 +29,7 @@ class Pairs:
         self._pairs: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
-        """How many different pairs there are."""
+        """Count the different pairs."""
         return len(self._pairs)
 
     def image(self, image: ImageSource) -> int:

@@ -101,8 +101,8 @@ class PairScorer:
         empty = self.engine.encode_prompts(None).to("cpu") if wanted else None
         return self.texts(self.engine.encode_prompts(captions).to("cpu"), empty)
 
-    def images_together(self, texts: Texts, each: int) -> int:
-        """Tell how many images make a few full micro-batches of rows, with ``each`` of the texts each.
+    def images_together(self, texts: Texts, per_image: int) -> int:
+        """Tell how many images make a few full micro-batches of rows, with ``per_image`` of the texts each.
 
         Raises:
             ValueError: a memory budget that does not hold one row.
@@ -111,14 +111,14 @@ class PairScorer:
         if not texts.fits(self.plan, engine.latent_size, engine.memory_budget):
             # The keys of all texts do not fit together and are made again for each chunk: the fewer, the better.
             return self.images_at_once
-        together = engine.images_together(self.plan, each * len(self.timesteps), texts.tokens)
+        together = engine.images_together(self.plan, per_image * len(self.timesteps), texts.tokens)
         return min(self.images_at_once, together)
 
     def latents(
-        self, images: Iterable[ImageSource], texts: Texts, each: int
+        self, images: Iterable[ImageSource], texts: Texts, per_image: int
     ) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
-        """Yield chunks of images, ``each`` texts each: their numbers, (n, C, h, w) latents, and the errors."""
-        for numbers, pixels, errors in decode_chunks(images, self.engine.size, self.images_together(texts, each)):
+        """Yield chunks of images, ``per_image`` texts each: their numbers, (n, C, h, w) latents, and the errors."""
+        for numbers, pixels, errors in decode_chunks(images, self.engine.size, self.images_together(texts, per_image)):
             yield numbers, self.engine.encode_images(pixels), errors
 
     def score(
@@ -174,12 +174,12 @@ class PairScorer:
             every = torch.arange(images * steps)
             latent_of = torch.cat([latent_of, every])
             text_rows = torch.cat([text_rows, torch.full_like(every, len(texts))])
-        found = torch.zeros(2, len(latent_of), device=device, dtype=noised.noise.dtype)
+        values = torch.zeros(2, len(latent_of), device=device, dtype=noised.noise.dtype)
         for rows, out in self.engine.rows(
             self.plan, noised.latents, noised.timesteps, texts, text_rows, latent_of=latent_of
         ):
-            found[:, upload(rows, device)] = torch.stack(self.row_terms(out, noised, latent_of[rows], self.weights))
-        attention, error = found.cpu().double()
+            values[:, upload(rows, device)] = torch.stack(self.row_terms(out, noised, latent_of[rows], self.weights))
+        attention, error = values.cpu().double()
         terms = [value[: pairs * steps].view(pairs, steps) for value in (attention, error)]
         if texts.unconditional is not None:
             terms += [value[pairs * steps :].view(images, steps)[image_of] for value in (attention, error)]

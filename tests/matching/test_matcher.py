@@ -107,12 +107,12 @@ def test_micro_batches_and_groups_of_texts_do_not_change_scores(sd15):
     images = pictures(5)
     whole = matcher(sd15).score(images, CAPTIONS)
     plan = matcher(sd15)._scorer.plan
-    # Room for one row and the keys of one caption and the unconditional text.
+    # Room for one row and the keys of two texts, of which half the budget holds one.
     keys = plan.encode_text(torch.zeros(2, 77, 24)).nbytes
     tight = matcher(sd15, memory_budget=plan.run_bytes(1, 16, 16, 77) + keys)
     texts, budget = tight._scorer.encode_texts(CAPTIONS), tight.config.memory_budget
     groups = list(texts.groups(tight._scorer.plan, torch.arange(len(CAPTIONS) + 1), (16, 16), budget))
-    assert max(len(own) for own, _, _ in groups) == 2
+    assert [len(own) for own, _, _ in groups] == [1] * (len(CAPTIONS) + 1)
     torch.testing.assert_close(tight.score(images, CAPTIONS), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
     short = matcher(sd15, memory_budget=plan.run_bytes(1, 16, 16, 77))
     with pytest.raises(ValueError, match=r"memory_budget: .* cannot hold the texts' keys"):

@@ -101,8 +101,8 @@ def test_another_fit_is_refused_with_what_differs(tmp_path):
     refused("validation", validation=groups()[:1])
     refused("config.timesteps", "config.noise_weight", own=matcher(pipeline(), timesteps=[100], noise_weight=0.5))
     refused("weights", own=matcher(pipeline(seed=1)))
-    refused("noise_schedule", own=matcher(pipeline(prediction_type="v_prediction")))
-    refused("model", "weights", own=matcher(pipeline(dtype=torch.float64)))
+    refused("prediction_type", own=matcher(pipeline(prediction_type="v_prediction")))
+    refused("model_dtype", "weights", own=matcher(pipeline(dtype=torch.float64)))
     other = matcher(pipeline())
     with pytest.raises(ValueError, match=r"differs in examples;"):
         other.fit(groups(1), "heads", config=FIT, out=tmp_path, progress=False)
