@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsd_fast.images import ImageError, ImageSource, load_image
 from dsd_fast.images.header import CorruptHeaderError, TruncatedHeaderError, UnsupportedFormatError, read_header
 from dsd_fast.images.load import MAX_BYTES
-from dsd_fast.jobs import file_digest, row_id
+from dsd_fast.jobs import file_digest, row_id, storable
 from dsd_fast.models.prompts import token_limit, tokenize
 
 if TYPE_CHECKING:
@@ -167,11 +167,6 @@ def prompt_check(model: Model) -> Callable[[str], str | None]:
         return None
 
     return check
-
-
-def storable(text: str) -> str:
-    """As UTF-8 can hold it: what of a file's name is no text becomes escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _path(name: str) -> str:

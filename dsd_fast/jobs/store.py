@@ -120,10 +120,10 @@ class ShardFiles:
             position += not row.reason
         found = {
             "id": ("string", [row.id for row in rows]),
-            "name": ("string", [_text(row.name) for row in rows]),
+            "name": ("string", [storable(row.name) for row in rows]),
             "status": ("string", [row.status for row in rows]),
             "reason": ("string", [row.reason for row in rows]),
-            "message": ("string", [_text(row.message) for row in rows]),
+            "message": ("string", [storable(row.message) for row in rows]),
             "shard": ("string", [self.name] * len(rows)),
             "row": ("int32", positions),
             **{name: (kind, [row.columns.get(name) for row in rows]) for name, kind in columns.items()},
@@ -251,6 +251,6 @@ def _read(folder: Path, shard: str, names: Sequence[str] | None) -> pa.Table | N
         return None
 
 
-def _text(value: str) -> str:
-    """As Parquet can hold it: what of a file's name is no text becomes escapes."""
-    return value.encode("utf-8", "backslashreplace").decode()
+def storable(text: str) -> str:
+    """As UTF-8, and so Parquet, can hold it: what of a file's name is no text becomes escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
