@@ -249,8 +249,8 @@ class FeatureExtractor:
     def _engine(self, t: int, controlled: bool, denoise_from: int | None, inversion: bool) -> Engine:
         key = (t, controlled, denoise_from, inversion)
         if key not in self._engines:
-            for old in list(self._engines)[: max(0, len(self._engines) + 1 - _ENGINES)]:
-                del self._engines[old]
+            if len(self._engines) == _ENGINES:
+                del self._engines[next(iter(self._engines))]
             self._engines[key] = Engine(
                 self.model,
                 self.layers,
