@@ -148,7 +148,9 @@ class FeatureExtractor:
         """
         if persistent:
             self.model.forget_encoders()
+            # Both hold on to the encoders that they were made with.
             self._pipe = None
+            self._engines.clear()
             return
         for encoder in self.model.text_encoders:
             if isinstance(encoder, torch.nn.Module):
