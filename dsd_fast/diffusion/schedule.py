@@ -6,6 +6,7 @@ Ho 2022, "Progressive Distillation", section 4 and appendix D), or z₀ itself (
 the others.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,9 +164,7 @@ class NoiseSchedule:
                     f"timesteps holds {int(index[bad][0])}, where this schedule has no {lacks}: "
                     f"a prediction of type {self.prediction_type!r} cannot be converted there"
                 )
-        dtype = torch.float32
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
         shape = (-1,) + (1,) * (first.ndim - 1)
         signal, sigma = (each.to(first.device, dtype).reshape(shape) for each in self.coefficients(index))
         return signal, sigma
