@@ -82,8 +82,8 @@ def _sampled(scorer: PairScorer, pictures: Pictures, generator: Generators) -> T
         return torch.stack(draws, dim=1)
     if len(generator) != len(pixels):
         raise ValueError(f"generator: got {len(generator)}, expected one, or one for each of {len(pixels)} images")
-    each = [
-        [model.encode_images(one[None], sample=True, generator=own)[0] for _ in scorer.timesteps]
+    draws = [
+        torch.cat([model.encode_images(one[None], sample=True, generator=own) for _ in scorer.timesteps])
         for one, own in zip(pixels, generator, strict=True)
     ]
-    return torch.stack([torch.stack(draws) for draws in each])
+    return torch.stack(draws)

@@ -145,20 +145,12 @@ def check_sources(sources: object) -> None:
 def _chunks(
     images: Iterator[tuple[int, Tensor | ImageError]], chunk: int
 ) -> Iterator[tuple[list[int], list[Tensor], dict[int, ImageError]]]:
-    numbers: list[int] = []
-    pixels: list[Tensor] = []
-    errors: dict[int, ImageError] = {}
-    for number, image in images:
-        if isinstance(image, ImageError):
-            errors[number] = image
-        else:
-            numbers.append(number)
-            pixels.append(image)
-        if len(numbers) + len(errors) == chunk:
-            yield numbers, pixels, errors
-            numbers, pixels, errors = [], [], {}
-    if numbers or errors:
-        yield numbers, pixels, errors
+    while some := dict(itertools.islice(images, chunk)):
+        errors = {number: image for number, image in some.items() if isinstance(image, ImageError)}
+        pixels = {number: image for number, image in some.items() if isinstance(image, Tensor)}
+        yield list(pixels), list(pixels.values()), errors
+        # Not to be held beside the next ones.
+        del some, pixels
 
 
 def ahead(

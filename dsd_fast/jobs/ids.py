@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsd_fast.jobs.tensors import tensor_bytes
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
@@ -96,9 +98,6 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    import torch
-
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=_BYTES)
-    digest.update(content.data)
+    digest.update(tensor_bytes(tensor))
     return digest.digest()

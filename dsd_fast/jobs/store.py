@@ -190,12 +190,15 @@ def read_index(folder: str | os.PathLike[str], columns: Sequence[str] | None = N
 
 def marked_shards(folder: Path) -> list[str]:
     """The names of the shards that have an index, by their numbers; only reading tells whether they are whole."""
+    return [match[0] for match in sorted(_marked(folder), key=lambda match: (int(match[1]), match[0]))]
+
+
+def _marked(folder: Path) -> list[re.Match[str]]:
     try:
         names = [file.stem for file in (folder / INDEX).iterdir() if file.suffix == ".parquet"]
     except FileNotFoundError:
         return []
-    found = [match for name in names if (match := _SHARD.fullmatch(name))]
-    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[0]))]
+    return [match for name in names if (match := _SHARD.fullmatch(name))]
 
 
 def next_number(folder: Path, worker: int, workers: int) -> int:
@@ -203,8 +206,7 @@ def next_number(folder: Path, worker: int, workers: int) -> int:
 
     Workers beside this one number theirs as they go, which must not bend this one's.
     """
-    found = [match for name in marked_shards(folder) if (match := _SHARD.fullmatch(name))]
-    return 1 + max((int(match[1]) for match in found if _is_free(match, 2, worker, workers)), default=-1)
+    return 1 + max((int(match[1]) for match in _marked(folder) if _is_free(match, 2, worker, workers)), default=-1)
 
 
 def remove_leftovers(folder: Path, worker: int, workers: int) -> None:
