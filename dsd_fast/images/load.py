@@ -1,6 +1,5 @@
 """Any accepted image source to an RGB Pillow image: every failure is an `ImageError`, and nothing global changes."""
 
-import errno
 import os
 import stat
 import struct
@@ -102,13 +101,11 @@ def _from_file(path: Path) -> Image.Image:
             raise ImageError(path, "too-large", f"{path} has {status.st_size} bytes, the limit is {MAX_BYTES}")
         with path.open("rb") as file:
             return _decode(file, path, status.st_size)
-    except FileNotFoundError as error:
+    except ImageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError(path, "missing", f"{path} does not exist") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        if isinstance(error, OSError) and error.errno == errno.ENOTDIR:
-            raise ImageError(path, "missing", f"{path} does not exist") from error
         # ValueError: a path with a NUL byte.
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageError(path, "unreadable", f"{path} cannot be read: {text}") from error
