@@ -29,8 +29,6 @@ def find_folder(
         ModelError: a path that does not exist, or a file; a revision of a folder; no such repository or revision, no
             permission, or not in the cache while offline.
     """
-    import huggingface_hub
-
     from dsd_fast.models import mini
 
     name = os.fspath(source)
@@ -39,6 +37,8 @@ def find_folder(
         if revision is not None:
             raise ModelError(f"revision is {revision!r}, but {what} {name!r} is a folder; expected a hub id")
         return folder, None
+    import huggingface_hub
+
     with _downloading(f"{what} {name!r}" + (f" at revision {revision!r}" if revision else "")):
         folder = Path(
             huggingface_hub.snapshot_download(
