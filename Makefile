@@ -4,8 +4,11 @@
 #   TORCH_INDEX=URL     the package index torch comes from, remembered by the .venv; TORCH_INDEX= goes back to the default
 #   ARGS="-k matching"  further arguments for pytest, or for `make bench` of `dsd-fast bench`
 #   SUITE=match         the suite that `make bench` runs
+#   PROCESSES=2         processes that share the tests, each with one thread
 #
-# `make test-oldest` runs what computes under the oldest versions that pyproject.toml admits, in a .venv-oldest. Of the GPU
+# One run has all tests: those marked `alone` (of memory, of time, of kills by the clock) make the other processes wait.
+# `make test-oldest` runs what computes under the oldest versions that pyproject.toml admits, in a .venv-oldest, and
+# `make test-newest` the main calls (marked `newest`) under the newest, in a .venv-newest as new as its making. Of the GPU
 # targets, `gpu` has checks and short benchmarks, `gpu-full` the long ones (interrupted, it goes on where it was), and
 # `gpu-sanitize` runs the tests marked `sanitizer` under compute-sanitizer.
 
@@ -16,15 +19,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUITE ?= match
+PROCESSES ?= 2
+PYTEST := -m pytest -n $(PROCESSES) --dist worksteal
 STAMP := $(VENV)/installed
 
-# Oldest versions: what holds the arithmetic, and the tests of it; of the CUDA source nvcc is the judge, not torch. The rest
-# of the house has the pinned versions alone.
+# Oldest versions: what holds the arithmetic, and the tests of it. Left out is what no version changes: the compiled library,
+# which is one binary for all (test_cross_attention_score.py calls it), and the mini model's training. The rest of the house
+# has the pinned versions alone.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/installed
-OLDEST_TESTS := tests/kernels tests/unet tests/models --ignore-glob='*/test_cuda_*.py'
+OLDEST_TESTS := tests/kernels tests/unet tests/models --ignore=tests/models/mini \
+  --ignore=tests/kernels/test_cpu_library.py
 
-.PHONY: install install-oldest demo test test-oldest lint bench gpu gpu-full gpu-sanitize force
+# Newest versions: of torch the newest build for CPUs, since the ordinary one brings gigabytes of CUDA.
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/installed
+NEWEST_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: install install-oldest install-newest demo test test-oldest test-newest lint bench gpu gpu-full gpu-sanitize force
 
 install: $(STAMP)
 
@@ -32,12 +44,17 @@ demo: $(STAMP)
 	$(BIN)/dsd-fast demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 install-oldest: $(OLDEST_STAMP)
 
 test-oldest: $(OLDEST_STAMP)
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
+	$(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS) $(ARGS)
+
+install-newest: $(NEWEST_STAMP)
+
+test-newest: $(NEWEST_STAMP)
+	$(NEWEST)/bin/python $(PYTEST) -m newest $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -84,19 +101,31 @@ endif
 $(STAMP): CONSTRAINTS := constraints.txt
 $(STAMP): WANTED := -e ".[dev]"
 $(OLDEST_STAMP): CONSTRAINTS := constraints-oldest.txt
-# It has tests for the CPU alone, and both environments build into the same folder.
-$(OLDEST_STAMP): export DSD_FAST_BUILD_CUDA := 0
-$(OLDEST_STAMP): WANTED := -e ".[triton]" pytest pytest-timeout hypothesis scikit-learn
+$(OLDEST_STAMP) $(NEWEST_STAMP): WANTED := -e ".[triton]" pytest pytest-timeout pytest-xdist hypothesis scikit-learn
 
 # What is compiled is made anew when its source changes.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/cpu/*)
 $(STAMP): constraints.txt $(SOURCES)
 $(OLDEST_STAMP): constraints-oldest.txt $(SOURCES)
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "dsd_fast needs Python 3.11 or later; choose one with PYTHON=..." >&2; exit 1; }
+endef
 $(STAMP) $(OLDEST_STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "dsd_fast needs Python 3.11 or later; choose one with PYTHON=..." >&2; exit 1; }
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV_OPTIONS) $(@D)
 	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) setuptools wheel
 	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) $(TORCH_OPTIONS) $(shell grep '^torch==' $(CONSTRAINTS))
 	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) --no-build-isolation $(WANTED)
 	@echo "$(TORCH_INDEX)" > $@
+
+$(NEWEST_STAMP): $(SOURCES)
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install setuptools wheel
+	version=$$($(@D)/bin/python -m pip index versions torch --extra-index-url $(NEWEST_INDEX) | \
+	  awk -v RS='[ ,\n]+' '/[+]cpu$$/ && !seen++'); \
+	test -n "$$version" || { echo "no build of torch for CPUs is to be had from $(NEWEST_INDEX)" >&2; exit 1; }; \
+	$(@D)/bin/python -m pip install --extra-index-url $(NEWEST_INDEX) "torch==$$version"
+	$(@D)/bin/python -m pip install --no-build-isolation $(WANTED)
+	@touch $@

@@ -1,4 +1,4 @@
-"""`make gpu`: all that needs a CUDA device, in one go: the native libraries, the checks, the suites, one table last.
+"""`make gpu`: all that needs a CUDA device, in one go: the checks, the suites, one table last.
 
 It needs torch, pytest and this package's source tree: nothing is installed, and what lacks a package is left out and
 named. The checks and each suite run in a process of their own, so that a fault on the device ends one of them and the
@@ -40,11 +40,9 @@ NAMES = ("ops", "unet", "features", "fit")
 DEVICE = "cuda"
 _SUITES = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 
-# Seconds of a short run, after which no case starts; what a case may take beyond them; and what building may take of
-# them.
+# Seconds of a short run, after which no case starts, and what a case may take beyond them.
 SHORT = 390
 GRACE = 80
-BUILD = 180
 
 # What the suites import beyond torch and Triton.
 NEEDS = {"unet": "diffusers", "features": "diffusers", "fit": "diffusers"}
@@ -116,7 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sanitize:
         return sanitize(options.pytest)
     begin, report, results = time.monotonic(), Report(), folder()
-    report.notes += build(None if options.full else BUILD)
     if not options.full:
         report.checks = check(options.pytest, begin + SHORT)
     for place, name in enumerate(NAMES):
@@ -136,20 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def folder() -> Path:
     """Where records go."""
     return Path(os.environ.get("OUT") or ROOT / "benchmarks/results")
-
-
-def build(seconds: float | None = None) -> list[str]:
-    """Builds the native libraries in place; a line if that cannot be done, or takes longer than ``seconds``."""
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        reason = f"it took longer than {seconds:g} s"
-    else:
-        if not done.returncode:
-            return []
-        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-    return [f"the native libraries were not built, what needs them is left out: {reason}"]
 
 
 def check(arguments: Sequence[str], until: float) -> Checks:

@@ -1,26 +1,28 @@
-"""What holds for every test: no network, no unwritten memory, and a count of what a machine without a GPU left out."""
+"""What holds for every test: no network, no unwritten memory, one thread, no test beside one that runs alone, and a
+count of what a machine without a GPU left out."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import gc
 import ipaddress
 import os
 import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once; processes started by tests inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Small tensors gain nothing from a second thread, and threads that wait for a busy core cost much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-
-# Small tensors gain nothing from a second thread, and threads that wait for a busy core cost much.
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(1)
 
 try:
     import hypothesis
@@ -31,7 +33,8 @@ else:
     hypothesis.settings.load_profile("repeatable")
 
 NO_GPU = "no CUDA device"
-GPU_TESTS = pytest.StashKey[set[str]]()
+# Stands in a report: under pytest-xdist the process that sums up sees no test, only what workers report.
+GPU_TEST = ("needs", "gpu")
 
 
 class NetworkBlockedError(RuntimeError):
@@ -47,26 +50,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # The GPU tests must run under an interpreter that lacks what the other tests and their conftests import.
-    if config.option.markexpr != "gpu" or not collection_path.is_relative_to(config.rootpath):
+    # These must run under an interpreter that lacks what the other tests and their conftests import.
+    marker = config.option.markexpr
+    if marker not in ("gpu", "newest") or not collection_path.is_relative_to(config.rootpath):
         return None
     files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
-    return not any(file.match("test_*.py") and "mark.gpu" in file.read_text() for file in files) or None
+    return not any(file.match("test_*.py") and f"mark.{marker}" in file.read_text() for file in files) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[GPU_TESTS] = {item.nodeid for item in gpu_items}
-    if not torch.cuda.is_available():
-        for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.user_properties.append(GPU_TEST)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+    if hasattr(config, "workerinput"):
+        # One after another: each time that the other workers wait they also wait for the longest of what they began.
+        items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+
+
+def pytest_collection_finish() -> None:
+    # What was imported and collected stays, and need not be looked through whenever garbage is collected.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    # Outside of pytest-timeout's clock.
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    with turn(Path(item.config.option.basetemp).parent, alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """A green run on a CPU must not be taken for a proof about GPUs."""
-    gpu_tests = config.stash.get(GPU_TESTS, set())
     reports = terminalreporter.stats.get("skipped", [])
-    skipped = Counter(_reason(report) for report in reports if report.nodeid in gpu_tests)
+    skipped = Counter(_reason(report) for report in reports if GPU_TEST in getattr(report, "user_properties", ()))
     for reason, count in skipped.items():
         terminalreporter.write_line(f"{count} GPU tests skipped: {reason}", yellow=True)
     if not skipped:
@@ -75,6 +96,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         # A module that skips itself as a whole, of which only the name is known.
         if isinstance(report, pytest.CollectReport) and "mark.gpu" in (config.rootpath / report.nodeid).read_text():
             terminalreporter.write_line(f"all GPU tests of {report.nodeid} skipped: {_reason(report)}", yellow=True)
+
+
+@contextmanager
+def turn(folder: Path, *, alone: bool) -> Generator[None]:
+    """Lets a worker's test run beside those of the others, or alone; ``folder`` is one that the workers share.
+
+    All come in through a gate. Who wants to be alone stays in it until the others have gone, so that none overtakes.
+    """
+    with open(folder / "gate", "w") as gate, open(folder / "room", "w") as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            # Closing would not do: processes that the test forked may hold the file open.
+            fcntl.flock(room, fcntl.LOCK_UN)
 
 
 def block_network() -> None:
@@ -115,6 +153,9 @@ def poison_empty_tensors() -> None:
 
         return allocate_and_fill
 
+    # A device's context tells what to place on it by the functions that there are when it is first used.
+    with torch.device("meta"):
+        torch.empty(0)
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),

@@ -8,6 +8,7 @@ Families: "sd15" (PNDM, factor-4 VAE, conv projections), "sd21" (Euler, factor-8
 level), "sdxl" (Euler with leading spacing, factor-2 VAE, two text encoders, pooled text in the time embedding).
 """
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -181,6 +182,14 @@ def tiny_pipeline(family: str, seed: int = 0, prediction_type: str = "epsilon") 
 
 def save_tiny_lora(family: str, folder: Path, seed: int = 0, rank: int = 2) -> Path:
     """Writes a diffusers LoRA (UNet attention and text encoder 1, non-zero on both sides) and returns the file."""
+    layers = _lora_layers(family, seed, rank)
+    kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+    kind.save_lora_weights(folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"])
+    return Path(folder) / "pytorch_lora_weights.safetensors"
+
+
+@functools.cache
+def _lora_layers(family: str, seed: int, rank: int) -> dict[str, dict[str, Tensor]]:
     # Injecting adapters replaces modules in place, so the shapes are read from a pipeline made for this alone.
     pipe = tiny_pipeline(family, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -190,10 +199,7 @@ def save_tiny_lora(family: str, folder: Path, seed: int = 0, rank: int = 2) -> P
         module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), "default")
         state = get_peft_model_state_dict(module, adapter_name="default")
         layers[name] = {key: 0.3 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
-    type(pipe).save_lora_weights(
-        folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"]
-    )
-    return Path(folder) / "pytorch_lora_weights.safetensors"
+    return layers
 
 
 def load_tiny_lora(pipe: Any, family: str, folder: Path, seed: int = 0, rank: int = 2, **options: str) -> None:

@@ -6,13 +6,13 @@ import typer
 
 from dsd_fast import __version__
 from dsd_fast.cli.bench import bench, bench_docs
-from dsd_fast.cli.demo import demo
-from dsd_fast.cli.evaluate import evaluate
-from dsd_fast.cli.features import features
-from dsd_fast.cli.fit import fit
-from dsd_fast.cli.gate import gate
-from dsd_fast.cli.info import info
-from dsd_fast.cli.match import match
+from dsd_fast.cli.demo.command import demo
+from dsd_fast.cli.evaluate.command import evaluate
+from dsd_fast.cli.features.command import features
+from dsd_fast.cli.fit.command import fit
+from dsd_fast.cli.gate.command import gate
+from dsd_fast.cli.info.command import info
+from dsd_fast.cli.match.command import match
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -34,12 +34,5 @@ def dsd_fast(
     """Diffusion models as discriminative learners: which text describes an image?"""
 
 
-app.command()(match)
-app.command()(evaluate)
-app.command()(fit)
-app.command()(features)
-app.command()(gate)
-app.command()(info)
-app.command()(demo)
-app.command()(bench)
-app.command()(bench_docs)
+for command in (match, evaluate, fit, features, gate, info, demo, bench, bench_docs):
+    app.command()(command)

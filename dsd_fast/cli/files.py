@@ -30,9 +30,9 @@ def writing(out: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing_files(folder: Path, ours: re.Pattern[str]) -> Iterator[Path]:
-    """A folder to write files into, which move to `folder` when the block ends; after an exception nothing has changed.
+    """Gives a folder to write files into, which move to `folder` when the block ends.
 
-    They take the place of all files there whose names `ours` matches; others stay.
+    They take the place of all files there that `ours` names; others stay. After an exception nothing has changed.
 
     Raises:
         OSError: the folder cannot be written; before the block where `folder` is a file.
@@ -58,7 +58,7 @@ def replacing_files(folder: Path, ours: re.Pattern[str]) -> Iterator[Path]:
 
 @contextmanager
 def removing(path: Path) -> Iterator[None]:
-    """A file that is removed when the block ends; after an exception it stays."""
+    """Removes a file when the block ends; after an exception it stays."""
     yield
     if path.is_file():
         path.unlink()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save as to_safetensors
 
-from dsd_fast.images.overlay import colours, enlarged, overlay
+from dsd_fast.images.overlay import colours, overlay
 from dsd_fast.images.panel import panel
 from dsd_fast.jobs import replacing
 from dsd_fast.matching.heatmaps import Heatmap
@@ -41,26 +41,21 @@ class WordMaps:
 
 
 def largest(maps: Sequence[Heatmap]) -> float:
-    """The largest value of all maps, which their common scale ends with; never 0."""
+    """Finds the largest value of all maps, which their common scale ends with; never 0."""
     return max(max((float(np.nan_to_num(values).max()) for _, _, values in maps), default=0.0), 1e-6)
 
 
 def shown(image: Image.Image, caption: str, maps: Sequence[Heatmap], most: int) -> WordMaps:
-    """The overlays of the first `most` maps, on the scale of all of them."""
+    """Makes the overlays of the first `most` maps, on the scale of all of them."""
     top = largest(maps)
     words = [(*span, overlay(image, values, top)) for _, span, values in maps[:most]]
     return WordMaps(caption, words, top, max(0, len(maps) - most))
 
 
 def scale() -> Image.Image:
-    """The scale's colours from left to right."""
+    """Draws the scale's colours from left to right."""
     row = colours(np.linspace(0, 1, 256))
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(row, (12, 256, 3))))
-
-
-def picture(image: Image.Image) -> Image.Image:
-    """The image as it is shown beside its heat maps."""
-    return enlarged(image)
 
 
 def save(

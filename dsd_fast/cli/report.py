@@ -22,6 +22,9 @@ from dsd_fast.cli.terminal import counted
 # Joiners that emoji and some scripts cannot do without; all other invisible characters are shown as escapes.
 _KEPT = frozenset("\u200c\u200d")
 
+# Errors on a page; the files have all.
+_ERRORS = 50
+
 
 @dataclass(frozen=True)
 class Card:
@@ -44,7 +47,7 @@ class Card:
 
 
 def page(title: str, lead: Sequence[str], sections: Sequence[str]) -> bytes:
-    """The whole document in UTF-8.
+    """Makes the whole document in UTF-8.
 
     Args:
         title: plain text.
@@ -80,17 +83,17 @@ def page(title: str, lead: Sequence[str], sections: Sequence[str]) -> bytes:
 
 
 def section(title: str, *parts: str) -> str:
-    """Parts, which are HTML, under a title, which is plain text."""
+    """Puts parts, which are HTML, under a title, which is plain text."""
     return f"<section>\n<h2>{visible(title)}</h2>\n{''.join(parts)}</section>\n"
 
 
 def paragraph(text: str) -> str:
-    """Plain text."""
+    """Makes a paragraph of plain text."""
     return f"<p>{visible(text)}</p>\n"
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
-    """A table of HTML cells under a plain header and caption; the last `numbers` columns are set to the right.
+    """Makes a table of HTML cells under a plain header and caption; the last `numbers` columns are set to the right.
 
     It scrolls by itself where it is wider than the screen.
     """
@@ -109,8 +112,23 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], nu
     )
 
 
+def errors(title: str, caption: str, rows: Sequence[Sequence[str]], total: int = 0, where: str = "") -> str:
+    """Makes the section of images that could not be used.
+
+    Args:
+        title, caption: of the section and its table.
+        rows: file, reason and what it means, as plain text; the first are shown.
+        total: how many errors there are.
+        where: that all of them stand.
+    """
+    shown = [[visible(text) for text in row] for row in rows[:_ERRORS]]
+    left = total - len(shown)
+    more = paragraph(f"{counted(left, 'more error')} in {where}.") if left > 0 else ""
+    return section(title, table(caption, ["file", "reason", "what"], shown), more)
+
+
 def share(value: float, interval: tuple[float, float], chance: float) -> str:
-    """A bar from 0 to 1: a dot at `value`, its interval, and a line at `chance`."""
+    """Draws a bar from 0 to 1: a dot at `value`, its interval, and a line at `chance`."""
     low, high = interval
     return (
         '<svg class="share" viewBox="0 0 100 10" aria-hidden="true">'
@@ -122,12 +140,12 @@ def share(value: float, interval: tuple[float, float], chance: float) -> str:
 
 
 def image(picture: Image.Image, alt: str) -> str:
-    """A picture inside the page, and the words for those who do not see it, as plain text."""
+    """Puts a picture inside the page, and the words for those who do not see it, as plain text."""
     return f'<img src="{_uri(picture)}" alt="{visible(alt)}" width="{picture.width}" height="{picture.height}">'
 
 
 def lane(spans: Sequence[tuple[float, float]], total: float) -> str:
-    """Bars for the spans of time, on a line that stands for the time from 0 to `total`."""
+    """Draws bars for the spans of time, on a line that stands for the time from 0 to `total`."""
     # What is closer than a pixel is drawn as one.
     drawn: list[list[float]] = []
     for start, end in sorted((1000 * start / total, 1000 * end / total) for start, end in spans if total > 0):
@@ -146,18 +164,22 @@ def lane(spans: Sequence[tuple[float, float]], total: float) -> str:
 
 
 def code(text: str) -> str:
-    """Lines of code, as they are."""
+    """Shows lines of code as they are."""
     return f'<pre class="scroll" tabindex="0"><code>{chr(10).join(map(visible, text.split(chr(10))))}</code></pre>\n'
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Names and values, folded away."""
-    rows = "".join(f"<dt>{visible(name)}</dt><dd>{visible(str(value))}</dd>\n" for name, value in values.items())
+    """Makes a list of names and values, folded away; names whose value is None are left out."""
+    rows = "".join(
+        f"<dt>{visible(name)}</dt><dd>{visible(str(value))}</dd>\n"
+        for name, value in values.items()
+        if value is not None
+    )
     return f"<details><summary>Settings and versions</summary>\n<dl>\n{rows}</dl></details>\n"
 
 
 def cards(items: Sequence[str], total: int) -> str:
-    """The cards, made by :func:`card`, and how many of `total` images they leave out."""
+    """Joins the cards, made by :func:`card`, and says how many of `total` images they leave out."""
     made = "".join(items)
     if total <= len(items):
         return made
@@ -169,7 +191,7 @@ def cards(items: Sequence[str], total: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Plain text as HTML; control, direction and other invisible characters, and undecodable bytes, as escapes."""
+    """Writes plain text as HTML; control, direction and other invisible characters, undecodable bytes too, escaped."""
     shown = (
         c if c.isprintable() or c in _KEPT or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
         for c in text
@@ -178,7 +200,7 @@ def visible(text: str) -> str:
 
 
 def card(item: Card) -> str:
-    """A card with its pictures inside; as text these take a fraction of the memory that they take as pixels."""
+    """Makes a card with its pictures inside; as text these take a fraction of the memory that they take as pixels."""
     picture = '<p class="missing">The file could not be read a second time.</p>'
     if item.picture is not None:
         picture = image(item.picture, item.name)

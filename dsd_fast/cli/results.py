@@ -32,7 +32,7 @@ class ScoreFile:
 
     Args:
         file: opened for writing; it is not closed.
-        metadata: of the schema, under keys that start with "dsd_fast.".
+        metadata: of the schema, by :func:`metadata`.
         extra: further columns by name.
     """
 
@@ -49,7 +49,7 @@ class ScoreFile:
                 ("rank", pa.int32()),
                 *(extra or {}).items(),
             ],
-            metadata={f"dsd_fast.{key}": value for key, value in metadata.items()},
+            metadata=metadata,
         )
         self._writer = pq.ParquetWriter(file, self.schema)
         self._batches: list[pa.RecordBatch] = []
@@ -63,7 +63,7 @@ class ScoreFile:
         scores: NDArray[np.float32],
         **extra: Any,
     ) -> NDArray[np.intp]:
-        """One image with its captions; returns the captions' positions, best first, equal scores in their order."""
+        """Adds an image with its captions; returns the captions' positions, best first, equal scores in their order."""
         count = len(captions)
         order = np.argsort(-scores, kind="stable")
         rank = np.empty(count, np.int32)
@@ -109,14 +109,14 @@ class ScoreFile:
 def ranked(
     order: NDArray[np.intp], captions: Sequence[str], scores: NDArray[np.float32], top_k: int
 ) -> list[dict[str, Any]]:
-    """The first `top_k` captions of an image, best first, for results.json."""
+    """Lists the first `top_k` captions of an image, best first, for results.json."""
     return [
         {"caption_index": int(i), "caption": captions[i], "score": float(scores[i])} for i in order[:top_k].tolist()
     ]
 
 
 def settings_of(matcher: Matcher) -> dict[str, Any]:
-    """Everything that the scores depend on, with what the configuration leaves to the model filled in."""
+    """Tells everything that the scores depend on, with what the configuration leaves to the model filled in."""
     model, config = matcher.model, matcher.config
     return {
         "model": model.name,
@@ -130,8 +130,20 @@ def settings_of(matcher: Matcher) -> dict[str, Any]:
     }
 
 
+def metadata(settings: Mapping[str, Any], **more: str) -> dict[str, str]:
+    """Tells a Parquet file's schema what its scores depend on; all keys start with "dsd_fast."."""
+    about = {
+        "model": settings["model"],
+        "revision": settings["revision"] or "",
+        "config": json.dumps(settings),
+        "versions": json.dumps(versions()),
+        **more,
+    }
+    return {f"dsd_fast.{key}": value for key, value in about.items()}
+
+
 def versions() -> dict[str, str]:
-    """Versions of what computes the scores."""
+    """Tells the versions of what computes the scores."""
     import diffusers
     import torch
     import transformers
@@ -146,6 +158,6 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: BinaryIO, content: Mapping[str, Any]) -> None:
-    """Indented UTF-8 JSON."""
+    """Writes indented UTF-8 JSON."""
     file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     file.flush()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
@@ -20,6 +21,9 @@ EXIT_ERRORS = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+SHOWN = 20
+"""Images, and errors, that the terminal shows; the files have all."""
+
 
 class CommandError(Exception):
     """Ends a command: one sentence for the user, exit code 2."""
@@ -27,11 +31,11 @@ class CommandError(Exception):
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Whatever the user can cause inside ends the command with one sentence on stderr instead of a traceback."""
+    """Ends the command with one sentence on stderr, instead of a traceback, for whatever the user can cause inside."""
     try:
         yield
-    except BrokenPipeError:
-        # The reader of stdout has left, which is no error of ours; typer ends quietly.
+    except (BrokenPipeError, typer.Exit):
+        # The reader of stdout has left, which is no error of ours, and typer ends quietly; or the command has ended.
         raise
     except (CommandError, ValueError) as error:
         fail(str(error))
@@ -48,32 +52,74 @@ def one_sentence() -> Iterator[None]:
         fail("out of memory; give a smaller --memory-budget, or fewer captions at a time")
 
 
-def fail(message: str, code: int = EXIT_USAGE) -> None:
+def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
     """Prints one line on stderr and ends the command."""
     text = Text.assemble(("Error: ", "bold red"), printable(" ".join(message.split())))
     Console(stderr=True).print(text, soft_wrap=True)
     raise typer.Exit(code)
 
 
+def end(complete: bool, errors: int) -> NoReturn:
+    """Ends a command whose results are written: 130 if it was interrupted, 1 if there were errors, else 0."""
+    raise typer.Exit(EXIT_INTERRUPTED if not complete else EXIT_ERRORS if errors else 0)
+
+
 def printable(text: str) -> str:
-    """Control characters and undecodable bytes, which file names and captions may hold, as escapes."""
+    """Writes control characters and undecodable bytes, which file names and captions may hold, as escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def storable(text: str) -> str:
-    """A path or argument as UTF-8 text: bytes that are none, which Linux allows, become escapes."""
+    """Makes a path or argument UTF-8 text: bytes that are none, which Linux allows, become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def counted(count: int, noun: str) -> str:
-    """1 image, 1,000 images."""
+    """Counts things: 1 image, 1,000 images."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def table(title: str, *columns: str, names: int = 1, fold: bool = False) -> Table:
+    """Makes a table of which the first columns are `names`, to the left; numbers follow, to the right.
+
+    Args:
+        fold: whether cells that are too long go on in the next line instead of being cut.
+    """
+    whole = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        side: JustifyMethod = "left" if place < names else "right"
+        whole.add_column(column, justify=side, overflow="fold" if fold else "ellipsis")
+    return whole
+
+
+def show_line(console: Console, text: str) -> None:
+    """Prints a text that may hold names of files, unbroken."""
+    console.print(Text(printable(text)), soft_wrap=True)
+
+
+def show_errors(
+    console: Console,
+    title: str,
+    rows: Sequence[Sequence[str]],
+    total: int = 0,
+    where: str = "",
+    header: Sequence[str] = ("reason", "what"),
+) -> None:
+    """Prints the first errors as a table, and how many more of the `total` stand in the file `where`."""
+    if rows:
+        table = Table(*header, title=title)
+        table.columns[-1].overflow = "fold"
+        for row in rows[:SHOWN]:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        console.print(table)
+    if total > SHOWN:
+        console.print(f"and {counted(total - SHOWN, 'more error')} in {where}")
+
+
 def progress(unit: str) -> Progress:
-    """A progress display on stderr.
+    """Makes a progress display on stderr.
 
     Its rate counts the task's field `units`, which the caller keeps, over the time since the start, or over the field
     `seconds` where a task also does something else.
@@ -100,7 +146,7 @@ class _RateColumn(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        """The rate, once there is one."""
+        """Shows the rate, once there is one."""
         units, seconds = task.fields["units"], task.fields.get("seconds", task.elapsed)
         rate = f"{units / seconds:.1f}" if units and seconds else "-"
         return Text(f"{rate} {self.unit}/s", style="progress.data.speed")
@@ -110,7 +156,7 @@ class _TimeLeftColumn(ProgressColumn):
     """Time left at the mean rate since the start; see :class:`_RateColumn`."""
 
     def render(self, task: Task) -> Text:
-        """The time left, or the time taken at the end."""
+        """Shows the time left, or the time taken at the end."""
         seconds: float | None = task.elapsed
         if not task.finished and task.total and task.completed and task.elapsed:
             seconds = task.elapsed * (task.total - task.completed) / task.completed
@@ -145,7 +191,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to a Ctrl-C; it cuts short the wait for the next item."""
+        """Yields the items, up to a Ctrl-C; it cuts short the wait for the next item."""
         iterator = iter(items)
         while not self.requested:
             try:

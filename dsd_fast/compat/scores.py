@@ -24,7 +24,7 @@ def terms(
     sample: bool,
     generator: Generators,
 ) -> Terms:
-    """The (B, S) terms of B pairs: pair b is prompt b and image b modulo the number of images.
+    """Compute the (B, S) terms of B pairs: pair b is prompt b and image b modulo the number of images.
 
     Args:
         free: texts of the unconditional rows; None for none.

@@ -93,7 +93,7 @@ def resolve_timesteps(spec: int | Sequence[int], num_train_timesteps: int = 1000
 
 
 def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
-    """A fresh scheduler with its timesteps set, and the index of the first one that img2img's `get_timesteps` takes.
+    """Set a fresh scheduler's timesteps, and find the index of the first one that img2img's `get_timesteps` takes.
 
     Args:
         scheduler: a diffusers scheduler, left as it is, or its config with "_class_name".
@@ -120,7 +120,7 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
 
 
 def fresh_scheduler(scheduler: Any) -> Any:
-    """A fresh diffusers scheduler like another, or from a config.
+    """Make a fresh diffusers scheduler like another, or from a config.
 
     Raises:
         ValueError: the config names no scheduler class that diffusers has.

@@ -41,7 +41,7 @@ class Adapters:
         self._scopes = [AdapterScope(part, own) for part, own in zip(parts, chosen, strict=True)]
 
     def with_unet(self, unet: Any) -> Adapters:
-        """The same adapters of the text encoders, as strong as here, and of another UNet those active at each call."""
+        """Keep the text encoders' adapters, as strong as here, and take those active on another UNet at each call."""
         other = Adapters(unet, (), None)
         other._parts = (unet, *self._parts[1:])
         other._scopes = [*other._scopes, *self._scopes[1:]]
@@ -54,7 +54,7 @@ class Adapters:
 
     @contextmanager
     def active(self, *, texts_only: bool = False) -> Iterator[None]:
-        """Inside the ``with`` block the networks, or the text encoders alone, are under these adapters.
+        """Put the networks, or the text encoders alone, under these adapters inside the ``with`` block.
 
         Raises:
             ValueError: an adapter is fused into the weights, so that it cannot be switched.
@@ -65,6 +65,6 @@ class Adapters:
             yield
 
     def strengths(self) -> list[list[tuple[str, float]]]:
-        """The active adapters of each part and, of the first layer that has it, the strength of each."""
+        """Tell the active adapters of each part and, of the first layer that has it, the strength of each."""
         with self.active():
             return [active_strengths(part) for part in self._parts]

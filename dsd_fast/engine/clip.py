@@ -20,7 +20,7 @@ _BATCH = 4
 
 
 class ClipSpace:
-    """Embeds pictures with the model's CLIP.
+    """Embed pictures with the model's CLIP.
 
     Pixels are resized to CLIP's input (bicubic, with antialiasing) and normalised with the mean and deviation of the
     preprocessor_config.json beside CLIP's weights, or with those of OpenAI's CLIP.
@@ -45,12 +45,12 @@ class ClipSpace:
         self._dtype = weight.dtype
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
-        """(n, 3, H, W) in [−1, 1] to (n, E) float32 of unit length."""
+        """Embed (n, 3, H, W) in [−1, 1] as (n, E) float32 of unit length."""
         embeds = self._clip.visual_projection(self._clip.vision_model(self.prepared(pixels)).pooler_output)
         return F.normalize(embeds.float(), dim=-1)
 
     def prepared(self, pixels: Tensor) -> Tensor:
-        """(n, 3, H, W) in [−1, 1] as CLIP takes them, (n, 3, S, S) in its type."""
+        """Resize and normalise (n, 3, H, W) in [−1, 1] to what CLIP takes, (n, 3, S, S) in its type."""
         x, side = (pixels.to(self._mean) + 1) / 2, self._side
         height, width = x.shape[-2:]
         size = (side, side)
@@ -62,7 +62,7 @@ class ClipSpace:
         return ((x[..., top : top + side, left : left + side] - self._mean) / self._std).to(self._dtype)
 
     def of_latents(self, latents: Tensor) -> Tensor:
-        """(n, C, h, w) latents, decoded, to (n, E) float32 of unit length."""
+        """Decode (n, C, h, w) latents and embed them as (n, E) float32 of unit length."""
         parts = (latents[start : start + _BATCH] for start in range(0, len(latents), _BATCH))
         return torch.cat([self.of_pixels(self._model.decode_latents(part)) for part in parts])
 

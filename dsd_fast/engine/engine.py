@@ -76,7 +76,7 @@ class Engine:
         self._noise_plan = self.plan(noise_pred=True)
 
     def under(self, adapter: str | Sequence[str] | None, controls: Sequence[Control] = ()) -> Engine:
-        """The same engine under other adapters and ControlNets; text states are shared where the encoders' are equal.
+        """View the same engine under other adapters and ControlNets; equal encoders' adapters share text states.
 
         Raises:
             ValueError: an adapter that the model does not have.
@@ -86,7 +86,7 @@ class Engine:
         return self._view(self.model, self.program, adapters, controls)
 
     def with_unet(self, model: Model) -> Engine:
-        """The same engine on a model that shares all but the UNet, of which the adapters active at each call count."""
+        """View the same engine on a model of another UNet, of which the adapters active at each call count."""
         return self._view(model, UNetProgram(model.unet), self.adapters.with_unet(model.unet), self.controls)
 
     def _view(self, model: Model, program: UNetProgram, adapters: Adapters, controls: Sequence[Control]) -> Engine:
@@ -97,7 +97,7 @@ class Engine:
         return other
 
     def compile(self, runtime: str) -> None:
-        """From now on :meth:`predict` runs compiled, see :meth:`dsd_fast.unet.plan.Plan.compile`."""
+        """Let :meth:`predict` run compiled from now on, see :meth:`dsd_fast.unet.plan.Plan.compile`."""
         self._noise_plan.compile(runtime)
 
     @property
@@ -114,13 +114,13 @@ class Engine:
         noise_pred: bool = False,
         pool: str | float = "mean",
     ) -> Plan:
-        """A cut through the network under the engine's adapters, see :meth:`UNetProgram.plan`."""
+        """Cut the network, under the engine's adapters, see :meth:`UNetProgram.plan`."""
         return self.program.plan(
             features=features, scores=scores, maps=maps, noise_pred=noise_pred, pool=pool, adapter=self.adapters.unet
         )
 
     def encode_prompts(self, prompts: Sequence[str] | None) -> PromptStates:
-        """Text states of M prompts, or of the absent one for None, under the engine's adapters; no gradients.
+        """Encode M prompts, or the absent one for None, under the engine's adapters; no gradients.
 
         Raises:
             ValueError: a prompt that is not a string or is longer than the encoder's limit.
@@ -129,10 +129,10 @@ class Engine:
             return self.model.encode_unconditional() if prompts is None else self.model.encode_prompts(prompts)
 
     def texts(self, prompts: Sequence[str | None]) -> tuple[Texts, Tensor]:
-        """The different ones of n prompts, in the UNet's type, and (n,) int64, the number of each; None is the absent.
+        """Give the different ones of n prompts, and (n,) int64, the number of each; None is the absent prompt.
 
-        The states of those met last are remembered. :meth:`forget` is to be called at each request: the encoders, or
-        their adapters, may have changed since.
+        States are in the UNet's type; those met last are remembered. :meth:`forget` is to be called at each request:
+        the encoders, or their adapters, may have changed since.
         """
         used = tuple(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
         place: dict[str | None, int] = {None: len(used), **{prompt: number for number, prompt in enumerate(used)}}
@@ -153,11 +153,11 @@ class Engine:
         return states
 
     def forget(self) -> None:
-        """From now on prompts are encoded anew."""
+        """Encode prompts anew from now on."""
         self._remembered.clear()
 
     def encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
-        """(n, C, h, w) clean latents of n images, each (3, height, width) in [−1, 1], a few at a time; no gradients."""
+        """Encode n images of (3, height, width) in [−1, 1] as (n, C, h, w) latents, a few at a time; no gradients."""
         if not len(pixels):
             return torch.empty(0)
         per_image = _VAE_TENSORS * self.model.vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
@@ -167,12 +167,12 @@ class Engine:
             return torch.cat([self.model.encode_images(torch.stack(part)) for part in parts])
 
     def images_held(self, latents: int) -> int:
-        """How many images may be noised together, to ``latents`` latents each."""
+        """Tell how many images may be noised together, to ``latents`` latents each."""
         height, width = self.latent_size
         return max(1, _LATENT_BYTES // (latents * self.program.latent_channels * height * width * 4))
 
     def images_together(self, plan: Plan, rows: int, tokens: int) -> int:
-        """How many images of ``rows`` rows each, texts of ``tokens`` tokens, make a few full micro-batches of a plan.
+        """Tell how many images of ``rows`` rows, with texts of ``tokens`` tokens, fill a few micro-batches of a plan.
 
         Raises:
             ValueError: a memory budget that does not hold one row.
@@ -189,11 +189,11 @@ class Engine:
         text_of: Tensor,
         *,
         latent_of: Tensor | None = None,
-        map_tokens: Tensor | Sequence[int] | None = None,
+        tokens: Tensor | Sequence[int] | None = None,
         conditions: Sequence[Tensor] = (),
         condition_of: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Output]]:
-        """Any number of rows through a plan, in micro-batches: (rows, output) as :meth:`Plan.stream` yields them.
+        """Send any number of rows through a plan: (rows, output) of micro-batches, as :meth:`Plan.stream` yields them.
 
         Args:
             plan: from :meth:`plan`.
@@ -202,7 +202,7 @@ class Engine:
             texts: of all rows.
             text_of: (B,) int64 on the CPU, the text of each row by its number.
             latent_of: (B,) int64 on the CPU, the latent of each row; row b is latent b if None.
-            map_tokens: (n,) token positions for the plan's maps.
+            tokens: (n,) token positions for the plan's maps.
             conditions: (N, 3, H, W) in [0, 1] for each of the engine's ControlNets; without any they take no part.
             condition_of: (B,) int64 on the CPU, the condition of each row.
         """
@@ -239,7 +239,7 @@ class Engine:
                     latent_index=latent_of[rows],
                     text_index=None if keys is None else local,
                     residuals=residuals,
-                    map_tokens=None if keys is None else map_tokens,
+                    map_tokens=None if keys is None else tokens,
                 )
                 for part, out in batches:
                     yield rows[part], out
@@ -252,7 +252,7 @@ class Engine:
         conditions: Sequence[Tensor] = (),
         condition_of: Tensor | None = None,
     ) -> Predict:
-        """The model's output for B latents at one timestep, as samplers and inversions ask for it; no gradients.
+        """Make what samplers and inversions call for the model's output for B latents at one timestep; no gradients.
 
         Keys and values are made once for all timesteps where they fit the budget.
 

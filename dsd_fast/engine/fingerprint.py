@@ -16,7 +16,7 @@ _FLEETING = ("<lambda>", "<locals>", " at 0x")
 
 
 def model_settings(engine: Engine) -> dict[str, Any]:
-    """All of the engine's model that changes results, as JSON: networks, adapters, ControlNets, tokenizers, schedule.
+    """Tell all of a model that changes results, as JSON: networks, adapters, ControlNets, tokenizers, schedule.
 
     Raises:
         ValueError: a ControlNet's condition that has no lasting name; an adapter that is fused into the weights.

@@ -32,7 +32,7 @@ class Noised:
 
     @classmethod
     def grid(cls, schedule: NoiseSchedule, clean: Tensor, epsilon: Tensor, timesteps: Sequence[int]) -> Noised:
-        """Every clean latent at every timestep, P = n·S, image by image.
+        """Noise every clean latent to every timestep, P = n·S, image by image.
 
         Args:
             clean: (n, C, h, w), or (n, S, C, h, w), one for each timestep, in the network's type.
@@ -49,12 +49,12 @@ class Noised:
 
     @classmethod
     def rows(cls, schedule: NoiseSchedule, clean: Tensor, epsilon: Tensor, timesteps: Tensor) -> Noised:
-        """Row by row: (P, C, h, w) clean latents in the network's type, each with its own noise and timestep."""
+        """Noise (P, C, h, w) clean latents in the network's type, each with its own noise to its own timestep."""
         epsilon = epsilon.to(clean.device, torch.promote_types(clean.dtype, torch.float32))
         return cls(schedule, schedule.add_noise(clean, epsilon, timesteps), timesteps, epsilon)
 
     def error(self, out: Output, rows: Tensor) -> Tensor:
-        """‖ε − ε_θ‖ of a plan's noise predictions, (b,) float32 or more; differentiable.
+        """Measure ‖ε − ε_θ‖ of a plan's noise predictions, (b,) float32 or more; differentiable.
 
         Args:
             out: with a noise prediction.
@@ -71,7 +71,7 @@ class Noised:
 
 
 def draw_noise(seeds: Sequence[int], draws: int, shape: Sequence[int]) -> Tensor:
-    """The first draws of seeds, (len(seeds), draws, \\*shape) float32 on the CPU.
+    """Draw the first noises of seeds, (len(seeds), draws, \\*shape) float32 on the CPU.
 
     Raises:
         ValueError: a seed that is no integer of 32 bits.
@@ -82,7 +82,7 @@ def draw_noise(seeds: Sequence[int], draws: int, shape: Sequence[int]) -> Tensor
 def noised(
     schedule: NoiseSchedule, clean: Tensor, epsilon: Tensor, timesteps: Sequence[int], *, clean_at_zero: bool = False
 ) -> Tensor:
-    """z_t = √ᾱ_t z₀ + √(1 − ᾱ_t) ε for every image, timestep and draw.
+    """Noise latents: z_t = √ᾱ_t z₀ + √(1 − ᾱ_t) ε for every image, timestep and draw.
 
     Args:
         clean: (n, C, h, w).

@@ -46,11 +46,11 @@ class Texts:
         return int(self.states.states.shape[1]) + (0 if self._vectors is None else len(self._vectors))
 
     def fits(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
-        """Whether the keys of all texts are held at once; see :meth:`groups`."""
+        """Tell whether the keys of all texts are held at once; see :meth:`groups`."""
         return plan in self._kept or self._at_once(plan, size, memory_budget) >= self._count
 
     def chosen(self, numbers: Tensor | None = None) -> PromptStates:
-        """The states of texts by ascending numbers, all of them by default, the unconditional one last."""
+        """Give the states of texts by ascending numbers, all of them by default, the unconditional one last."""
         states, last = self.states, self.unconditional
         if numbers is not None:
             last = last if len(numbers) and int(numbers[-1]) == len(self) else None
@@ -58,7 +58,7 @@ class Texts:
         return states if last is None else states.followed_by(last)
 
     def keys(self, plan: Plan, numbers: Tensor | None = None) -> TextKV:
-        """Keys and values of texts by ascending numbers for a plan's layers, once per text; differentiable."""
+        """Make the keys and values of texts by ascending numbers for a plan's layers; differentiable."""
         states = self.chosen(numbers)
         bare = len(states) - int(self.unconditional is not None and (numbers is None or int(numbers[-1]) == len(self)))
         device, dtype = plan.program.device, plan.program.dtype
@@ -79,7 +79,7 @@ class Texts:
     def groups(
         self, plan: Plan, text_of: Tensor, size: tuple[int, int], memory_budget: int | None
     ) -> Iterator[tuple[TextKV | None, Tensor, Tensor]]:
-        """The rows of each group of texts whose keys and values take half the budget and leave a row room.
+        """Yield the rows of each group of texts whose keys and values take half the budget and leave a row room.
 
         Args:
             plan: whose layers read them; one that stops before any text is read has one group without keys.
@@ -91,7 +91,7 @@ class Texts:
             (keys and values of the group's texts, numbers of its rows, and for each of those its text in the group).
         """
         every = torch.arange(len(text_of))
-        if plan.boundary == len(plan.steps):
+        if not plan.reads_text:
             yield None, every, text_of
             return
         if self.fits(plan, size, memory_budget):

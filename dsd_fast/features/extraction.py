@@ -238,7 +238,7 @@ class Extraction:
             texts,
             text_of[image_of],
             # Attention maps are taken of every token.
-            map_tokens=torch.arange(texts.tokens),
+            tokens=torch.arange(texts.tokens),
             conditions=inputs.conditions(engine.controls),
             condition_of=image_of,
         )

@@ -99,7 +99,7 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
 def predictor(
     engine: Engine, inputs: Inputs, prompts: Sequence[str | None], repeats: int = 1, controlled: bool = True
 ) -> Predict:
-    """The model's output for B = n · repeats latents, image by image, with its images' prompts.
+    """Make what samplers call for the model's output: B = n · repeats latents, image by image, with their prompts.
 
     Args:
         prompts: one for each of the n images; None is the absent prompt of the family's sampler.

@@ -79,7 +79,7 @@ class Way:
     official: bool
 
     def latents(self, inputs: Inputs, prompts: Sequence[str]) -> tuple[Tensor, Sequence[float]]:
-        """(n, S, D, C, h, w) latents at the timesteps, and the timesteps that they really stand at.
+        """Make (n, S, D, C, h, w) latents at the timesteps, and tell the timesteps that they really stand at.
 
         Args:
             prompts: one for each of the n images.

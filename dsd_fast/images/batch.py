@@ -156,7 +156,7 @@ def _chunks(
 def ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, read_ahead: int, name: str
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, what a function gives for it), in the order of the items, by threads ahead of the caller.
+    """Yield (item, what a function gives for it), in the order of the items, by threads ahead of the caller.
 
     Args:
         items: consumed as it goes, no further ahead than ``read_ahead``.

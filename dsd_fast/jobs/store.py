@@ -254,5 +254,5 @@ def _read(folder: Path, shard: str, names: Sequence[str] | None) -> pa.Table | N
 
 
 def storable(text: str) -> str:
-    """As UTF-8, and so Parquet, can hold it: what of a file's name is no text becomes escapes."""
+    """Write text as UTF-8, and so Parquet, can hold it: what of a file's name is no text becomes escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

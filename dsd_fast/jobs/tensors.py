@@ -102,7 +102,7 @@ def _code(name: str, tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's elements in memory's order, without a copy of what lies in host memory."""
+    """Give a tensor's elements, row by row, without a copy of what lies in host memory so."""
     import torch
 
     content: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -117,7 +117,7 @@ def _token_maps(
     plan, one = _plan(scorer, layers), torch.zeros(steps, dtype=torch.int64)
     # Bilinear upsampling is linear: it may wait until maps of one size have been added up.
     sums: dict[Size, Tensor] = {}
-    for _, out in engine.rows(plan, noised.latents, noised.timesteps, text, one, map_tokens=tokens):
+    for _, out in engine.rows(plan, noised.latents, noised.timesteps, text, one, tokens=tokens):
         for value in out.maps.values():
             size: Size = (value.shape[2], value.shape[3])
             sums[size] = sums.get(size, torch.zeros((), device=value.device)) + value.float().sum(0)

@@ -33,25 +33,25 @@ class Pairs:
         return len(self._pairs)
 
     def image(self, image: ImageSource) -> int:
-        """An image's number; a file, or an object, has one."""
+        """Number an image; a file, or an object, has one number."""
         number = self._image_numbers.setdefault(image_key(image), len(self.images))
         if number == len(self.images):
             self.images.append(image)
         return number
 
     def text(self, text: str) -> int:
-        """A text's number."""
+        """Number a text."""
         number = self._text_numbers.setdefault(text, len(self.texts))
         if number == len(self.texts):
             self.texts.append(text)
         return number
 
     def pair(self, image: ImageSource, text: str) -> int:
-        """A pair's number."""
+        """Number a pair."""
         return self._pairs.setdefault((self.image(image), self.text(text)), len(self._pairs))
 
     def scored(self, scorer: PairScorer, texts: Texts) -> Iterator[tuple[int, Tensor, Tensor, dict[int, ImageError]]]:
-        """The parts of the scores, a few images at a time and in their order.
+        """Score a few images at a time, in their order.
 
         Args:
             texts: :attr:`texts`, encoded.
@@ -79,7 +79,7 @@ class Pairs:
 
 
 def side_by_side(image_of: Tensor) -> Callable[[int, int], Tensor]:
-    """From (B,) numbers of images a function: the pairs of the images first … last − 1, image by image."""
+    """Make of (B,) numbers of images a function to the pairs of the images first … last − 1, image by image."""
     ordered, order = torch.sort(image_of, stable=True)
 
     def pairs_of(first: int, last: int) -> Tensor:
@@ -90,5 +90,5 @@ def side_by_side(image_of: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def image_key(image: ImageSource) -> Any:
-    """Equal for one file, or for one object."""
+    """Give a key that is equal for one file, or for one object."""
     return os.fspath(image) if isinstance(image, os.PathLike) else id(image)

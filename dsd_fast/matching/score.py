@@ -38,7 +38,7 @@ class Terms:
     free_error: Tensor | None = None
 
     def parts(self, config: MatchConfig) -> tuple[Tensor, Tensor]:
-        """The attention and the noise-prediction part of the score, whose sum it is, at each timestep.
+        """Weigh the attention and the noise-prediction part of the score, whose sum it is, at each timestep.
 
         Without an unconditional row both lack what it adds to all texts of an image alike.
         """
@@ -79,16 +79,16 @@ class PairScorer:
 
     @classmethod
     def of(cls, model: Model, config: MatchConfig, adapter: str | Sequence[str] | None = None) -> PairScorer:
-        """The scorer of a model under adapters, see :class:`~dsd_fast.matching.Matcher`."""
+        """Make the scorer of a model under adapters, see :class:`~dsd_fast.matching.Matcher`."""
         engine = Engine(model, adapter, image_size=config.image_size, memory_budget=config.memory_budget)
         return cls(engine, config)
 
     def texts(self, states: PromptStates, unconditional: PromptStates | None = None) -> Texts:
-        """Encoded captions with what the scorer has learned for them."""
+        """Join encoded captions with what the scorer has learned for them."""
         return Texts(states, unconditional, vectors=self.prompt, scored=self.config.tokens)
 
     def encode_texts(self, captions: Sequence[str], unconditional: bool = True) -> Texts:
-        """Each caption once through the text encoder; the states are in host memory.
+        """Encode each caption once; the states are in host memory.
 
         Args:
             captions: M strings.
@@ -102,7 +102,7 @@ class PairScorer:
         return self.texts(self.engine.encode_prompts(captions).to("cpu"), empty)
 
     def images_together(self, texts: Texts, each: int) -> int:
-        """How many images make a few full micro-batches of rows, with ``each`` of the texts each.
+        """Tell how many images make a few full micro-batches of rows, with ``each`` of the texts each.
 
         Raises:
             ValueError: a memory budget that does not hold one row.
@@ -117,7 +117,7 @@ class PairScorer:
     def latents(
         self, images: Iterable[ImageSource], texts: Texts, each: int
     ) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
-        """Chunks of images, ``each`` texts each, through the VAE: numbers, (n, C, h, w) latents, and the errors."""
+        """Yield chunks of images, ``each`` texts each: their numbers, (n, C, h, w) latents, and the errors."""
         for numbers, pixels, errors in decode_chunks(images, self.engine.size, self.images_together(texts, each)):
             yield numbers, self.engine.encode_images(pixels), errors
 
@@ -129,7 +129,7 @@ class PairScorer:
         text_of: Tensor,
         seeds: Sequence[int] | None = None,
     ) -> Tensor:
-        """(B,) float32 scores of the pairs (image_of[b], text_of[b]), on the CPU.
+        """Score the pairs (image_of[b], text_of[b]): (B,) float32 on the CPU.
 
         Args:
             latents: (n, C, h, w) clean latents, at most :attr:`images_at_once`.
@@ -141,7 +141,7 @@ class PairScorer:
         return (attention + noise).float()
 
     def parts(self, terms: Terms) -> tuple[Tensor, Tensor]:
-        """The attention and the noise-prediction part of the scores, (B,) from (B, S) terms; their sum is the score."""
+        """Average (B, S) terms to the attention and the noise-prediction part of the scores, (B,) each."""
         attention, noise = terms.parts(self.config)
         return attention.mean(1), noise.mean(1)
 
@@ -155,7 +155,7 @@ class PairScorer:
         *,
         epsilon: Tensor | None = None,
     ) -> Terms:
-        """What :meth:`score` is made of, (B, S) float64 on the CPU; of the texts' unconditional row where there is one.
+        """Compute what :meth:`score` is made of, (B, S) float64 on the CPU; unconditional terms where texts have them.
 
         Args:
             latents: as for :meth:`score`, or (n, S, C, h, w), one clean latent per timestep.
@@ -188,7 +188,7 @@ class PairScorer:
     def row_terms(
         self, out: Output, noised: Noised, rows: Tensor, weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The attention term and the error of some rows, (b,) float32 or more each; differentiable.
+        """Compute the attention term and the error of some rows, (b,) float32 or more each; differentiable.
 
         Args:
             out: what the plan answered.

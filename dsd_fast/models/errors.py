@@ -6,5 +6,5 @@ class ModelError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, of which only the first line is for a message."""
+    """Give the first line of what an error of another library says; only that is for a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

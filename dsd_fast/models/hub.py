@@ -18,7 +18,7 @@ def find_folder(
     local_files_only: bool,
     cache_dir: str | os.PathLike[str] | None,
 ) -> tuple[Path, str | None]:
-    """The folder that a path, a hub id or "mini" stands for, and the commit of one from the hub.
+    """Find the folder that a path, a hub id or "mini" stands for, and the commit of one from the hub.
 
     Args:
         patterns: of the files that are downloaded of a hub repository.

@@ -61,7 +61,7 @@ class MapProcessor:
 
 
 def picture(value: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, L, C) → (B, C, h, w), contiguous; (h, w) is `size` halved, rounded up, until it has L positions."""
+    """Lay (B, L, C) out as (B, C, h, w), contiguous; (h, w) is `size` halved, rounded up, until it has L positions."""
     height, width = size
     while height * width > value.shape[1]:
         height, width = -(-height // 2), -(-width // 2)

@@ -203,4 +203,5 @@ def mid_residual_step(level: int) -> Step:
             state.live["x"] = state.live["x"] + state.residuals[1]
         return NOTHING
 
-    return Step("mid-residual", level, run, flops=lambda s, t: 0, elements=lambda s, t: 0, region="mid-residual")
+    name = "mid-residual"
+    return Step(name, level, run, flops=lambda s, t: 0, elements=lambda s, t: 0, region=name, bare=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from dsd_fast.unet.adapters import setting, under
-
-if TYPE_CHECKING:
-    from dsd_fast.unet.program import UNetProgram
+from dsd_fast.unet.network import Network
 
 # Runs a function of tensors: call(function, *arguments).
 Call = Callable[..., Any]
@@ -32,10 +30,10 @@ class Checkpoints:
     weight wants a gradient is kept nothing of, and is not computed again.
     """
 
-    def __init__(self, program: UNetProgram) -> None:
-        self._weights = program.weights
+    def __init__(self, network: Network) -> None:
+        self._weights = network.weights
         self._written = self._weights.written()
-        self._adapters = setting(program.unet)
+        self._adapters = setting(network.module)
         self._checked: int | None = None
 
     def around(self, call: Call | None) -> Call:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dsd_fast.unet.step import Size
+from dsd_fast.models.architecture import TIME_IDS
+from dsd_fast.unet.cut import Cut
+from dsd_fast.unet.network import Network
 from dsd_fast.unet.text import TextKV
-
-if TYPE_CHECKING:
-    from dsd_fast.unet.plan import Plan
 
 Index = Sequence[int] | Tensor
 Residuals = tuple[Sequence[Tensor], Tensor]
@@ -49,26 +47,28 @@ def timesteps(value: Tensor | Sequence[int] | int, count: int, device: torch.dev
     return times.expand(count)
 
 
-def time_ids(plan: Plan, value: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+def time_ids(cut: Cut, value: Tensor | None, count: int, device: torch.device) -> Tensor | None:
     """(count, 6) on ``device`` for a network that reads image sizes, else None."""
-    if not plan.program.reads_pooled_text or plan.boundary == len(plan.steps):
+    if not cut.network.reads_pooled_text or not cut.reads_text:
         return None
     given = None if value is None else torch.as_tensor(value)
-    if given is None or given.shape not in ((6,), (count, 6)):
+    if given is None or given.shape not in ((TIME_IDS,), (count, TIME_IDS)):
         got = None if given is None else tuple(given.shape)
-        raise ValueError(f"time_ids: got {got}, expected (6,) or ({count}, 6): this network reads image sizes")
-    return upload(given, device).expand(count, 6)
+        raise ValueError(
+            f"time_ids: got {got}, expected ({TIME_IDS},) or ({count}, {TIME_IDS}): this network reads image sizes"
+        )
+    return upload(given, device).expand(count, TIME_IDS)
 
 
-def latents(plan: Plan, value: Tensor) -> None:
-    channels = plan.program.unet.config.in_channels
+def latents(network: Network, value: Tensor, device: torch.device) -> None:
+    channels = network.latent_channels
     if value.ndim != 4 or value.shape[1] != channels:
         raise ValueError(f"latents: got {tuple(value.shape)}, expected (P, {channels}, h, w)")
-    _type(plan, "latents", value)
+    _type(network, "latents", value, device)
 
 
 def states(
-    plan: Plan,
+    network: Network,
     value: Tensor,
     pooled: Tensor | None,
     key_bias: Tensor | None,
@@ -76,13 +76,13 @@ def states(
     lengths: Index | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The arguments of ``encode_text``; returns key bias, score mask and lengths as a TextKV holds them."""
-    width = plan.program.text_width
+    width = network.text_width
     if value.ndim != 3 or value.shape[2] != width:
         raise ValueError(f"states: got {tuple(value.shape)}, expected (M, T, {width})")
-    _type(plan, "states", value)
+    _type(network, "states", value, network.device)
     count, tokens, device = value.shape[0], value.shape[1], value.device
-    if plan.program.reads_pooled_text:
-        wanted = (count, plan.program.pooled_width)
+    if network.reads_pooled_text:
+        wanted = (count, network.pooled_width)
         if pooled is None or pooled.shape != wanted:
             got = None if pooled is None else tuple(pooled.shape)
             raise ValueError(f"pooled: got {got}, expected {wanted}: this network reads pooled text states")
@@ -101,60 +101,58 @@ def states(
     )
 
 
-def text(plan: Plan, value: TextKV | None, text_index: Index | None, rows: int, device: torch.device) -> Tensor | None:
-    """The text of each row, (rows,), or None where row b has text b."""
+def text(cut: Cut, value: TextKV | None) -> None:
+    """Refuse texts that the cut cannot read, or that were encoded under other adapters than those active now."""
     if value is None:
-        if plan.boundary < len(plan.steps):
-            raise ValueError(f"text: needed by step {plan.steps[plan.boundary].name!r}")
-        return None
-    missing = [name for name in plan.key_layers if name not in value.k]
-    missing += [name for name in plan.value_layers if name not in value.v]
+        if cut.reads_text:
+            raise ValueError(f"text: needed by step {cut.steps[cut.boundary].name!r}")
+        return
+    missing = [name for name in cut.key_layers if name not in value.k]
+    missing += [name for name in cut.value_layers if name not in value.v]
     if missing:
         raise ValueError(f"text: encoded by a plan that does not run {missing[0]!r}; use this plan's encode_text")
     if not torch.compiler.is_compiling():
         given = value.signature or {}
-        if any(given.get(name, now) != now for name, now in plan.signatures().items()):
+        if any(given.get(name, now) != now for name, now in cut.signatures().items()):
             raise ValueError(
                 "text: encoded under another adapter than this call's; encode it again with this plan's encode_text"
             )
-        _projected(plan, value)
-    if text_index is None:
-        if len(value) != rows:
-            raise ValueError(f"text_index: needed when there are {len(value)} texts for {rows} rows")
-        return None
-    return index("text_index", text_index, rows, len(value), device)
+        _projected(cut, value)
 
 
-def residuals(plan: Plan, value: Residuals | None, rows: int, sizes: Sequence[Size]) -> Residuals | None:
-    if value is None:
-        return None
+def text_index(value: Index | None, texts: int, rows: int, device: torch.device) -> Tensor | None:
+    """The text of each row, (rows,), or None where row b has text b."""
+    if value is not None:
+        return index("text_index", value, rows, texts, device)
+    if texts != rows:
+        raise ValueError(f"text_index: needed when there are {texts} texts for {rows} rows")
+    return None
+
+
+def residuals(network: Network, value: Residuals, rows: int, height: int, width: int) -> None:
     down, mid = value
-    wanted = [(rows, step.pushes, *sizes[step.level]) for step in plan.program.steps if step.pushes]
-    if len(down) != len(wanted):
-        raise ValueError(f"residuals: got {len(down)} down residuals, expected {len(wanted)} and one for the middle")
-    wanted.append((rows, plan.program.unet.config.block_out_channels[-1], *sizes[-1]))
+    wanted = [(rows, *shape) for shape in network.residual_shapes(height, width)]
+    if len(down) != len(wanted) - 1:
+        raise ValueError(
+            f"residuals: got {len(down)} down residuals, expected {len(wanted) - 1} and one for the middle"
+        )
     for number, (residual, shape) in enumerate(zip((*down, mid), wanted, strict=True)):
         if residual.shape != shape:
             which = "the middle one" if number == len(down) else f"down residual {number}"
             raise ValueError(f"residuals: {which} is {tuple(residual.shape)}, expected {shape}, one per requested row")
-    return down, mid
 
 
-def map_tokens(
-    plan: Plan, value: Tensor | Sequence[int] | None, rows: int, text: TextKV | None, device: torch.device
-) -> Tensor | None:
-    """(rows, n) int64, or None where no cross-attention's maps are asked for."""
-    if not set(plan.maps) & set(plan.program.score_ids):
-        return None
-    if value is None or text is None:
-        raise ValueError("map_tokens: needed for a plan with maps of a cross-attention")
+def positions(name: str, value: Tensor | Sequence[int] | None, rows: int, limit: int, device: torch.device) -> Tensor:
+    """(rows, n) int64 on ``device``, every value from 0 to limit − 1, of (n,) or (rows, n)."""
+    if value is None:
+        raise ValueError(f"{name}: needed for a plan with maps of a cross-attention")
     chosen = torch.as_tensor(value)
     if chosen.dtype.is_floating_point and chosen.numel():
-        raise ValueError(f"map_tokens: got {chosen.dtype}, expected integers")
+        raise ValueError(f"{name}: got {chosen.dtype}, expected integers")
     if chosen.ndim not in (1, 2) or (chosen.ndim == 2 and len(chosen) != rows):
-        raise ValueError(f"map_tokens: got {tuple(chosen.shape)}, expected (n,) or ({rows}, n)")
-    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < text.tokens:
-        raise ValueError(f"map_tokens: positions outside 0 to {text.tokens - 1}")
+        raise ValueError(f"{name}: got {tuple(chosen.shape)}, expected (n,) or ({rows}, n)")
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < limit:
+        raise ValueError(f"{name}: positions outside 0 to {limit - 1}")
     return upload(chosen.long(), device).expand(rows, -1)
 
 
@@ -167,13 +165,13 @@ def not_checkpointed(value: bool) -> None:
         )
 
 
-def _projected(plan: Plan, value: TextKV) -> None:
+def _projected(cut: Cut, value: TextKV) -> None:
     """Refuse keys and values of another type than the queries will have."""
-    dtype, device = plan.program.dtype, plan.program.device
+    dtype, device = cut.network.dtype, cut.network.device
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     wanted = (dtype, device)
-    for given in (*(value.k[name] for name in plan.key_layers), *(value.v[name] for name in plan.value_layers)):
+    for given in (*(value.k[name] for name in cut.key_layers), *(value.v[name] for name in cut.value_layers)):
         if (given.dtype, given.device) != wanted:
             raise ValueError(
                 f"text: got keys and values of {given.dtype} on {given.device}, expected {dtype} on {device}, which "
@@ -181,7 +179,7 @@ def _projected(plan: Plan, value: TextKV) -> None:
             )
 
 
-def _type(plan: Plan, name: str, value: Tensor) -> None:
-    dtype, device = plan.program.dtype, plan.program.device
+def _type(network: Network, name: str, value: Tensor, device: torch.device) -> None:
+    dtype = network.dtype
     if value.dtype != dtype or value.device != device:
         raise ValueError(f"{name}: got {value.dtype} on {value.device}, expected the network's {dtype} on {device}")

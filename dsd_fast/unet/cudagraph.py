@@ -6,19 +6,18 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dsd_fast.unet.inductor import Inductor, settings
+from dsd_fast.unet.cut import Cut
+from dsd_fast.unet.execution import run_compiled, run_padded
+from dsd_fast.unet.inductor import settings
 from dsd_fast.unet.output import Output
 from dsd_fast.unet.request import Request, bucket
-
-if TYPE_CHECKING:
-    from dsd_fast.unet.plan import Plan
-    from dsd_fast.unet.text import TextKV
+from dsd_fast.unet.text import TextKV
 
 # The first run compiles; the others let libraries choose their algorithms and allocate their workspaces.
 WARM_UPS = 3
@@ -127,7 +126,7 @@ class Recording:
 
 
 class CudaGraph:
-    """Replays a plan's runs, one recording for each bucket.
+    """Replays a cut's runs, one recording for each bucket.
 
     Arguments are copied to where the recording reads them, the keys and values of texts only when they are others
     than before or were made in inference mode; answers are copied out. Weights are read where they lie, so that a
@@ -135,20 +134,18 @@ class CudaGraph:
     gradients are wanted the compiled regions run without a recording. Host threads take turns.
     """
 
-    def __init__(self, plan: Plan, inductor: Inductor, recorder: Recorder) -> None:
-        self._weights = plan.program.weights
-        self._inductor = inductor
+    def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._recordings: dict[Hashable, Recording] = {}
         self._texts: dict[Hashable, StaticText] = {}
         self._state: Hashable = None
         self._lock = threading.Lock()
 
-    def run(self, plan: Plan, request: Request, out: Output | None) -> Output:
-        """The answer to ``request``, in ``out`` or in fresh tensors."""
-        state = self._weights.signature()
-        if torch.is_grad_enabled() and (self._weights.trained() or request.requires_grad):
-            return self._inductor.run(plan, request, out)
+    def run(self, cut: Cut, request: Request, out: Output | None) -> Output:
+        weights = cut.network.weights
+        state = weights.signature()
+        if torch.is_grad_enabled() and (weights.trained() or request.requires_grad):
+            return run_padded(cut, request, out)
         # Tensors made in inference mode could not be written to outside it.
         with self._lock, torch.inference_mode(False), torch.no_grad(), self._recorder.turn():
             if state != self._state:
@@ -158,26 +155,25 @@ class CudaGraph:
             key = (request.key, settings())
             recording = self._recordings.get(key)
             if recording is None:
-                recording = self._recordings[key] = self._record(plan, request)
+                recording = self._recordings[key] = self._record(cut, request)
             recording.load(request)
             recording.replay()
             answer = recording.output.cut(request.rows)
             return answer.clone() if out is None else answer.into(out)
 
     def held(self, text: TextKV) -> int:
-        """Bytes of the copy of ``text`` that recordings read."""
         return text.nbytes * bucket(len(text)) // max(1, len(text))
 
-    def _record(self, plan: Plan, request: Request) -> Recording:
+    def _record(self, cut: Cut, request: Request) -> Recording:
         text = None
         if request.text is not None:
             key = (request.text_key, settings())
             text = self._texts.get(key)
             if text is None:
                 text = self._texts[key] = StaticText(request.text)
-        own = replace(request, text=None).padded().cloned()
-        inputs = replace(own, text=None if text is None else text.text)
-        replay, output = self._recorder.record(lambda: self._inductor.compute(plan, inputs))
+        own = request.with_text(None).padded().cloned()
+        inputs = own.with_text(None if text is None else text.text)
+        replay, output = self._recorder.record(lambda: run_compiled(cut, inputs))
         return Recording(inputs, text, replay, output)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-Size = tuple[int, int]
+from dsd_fast.unet.step import Size, area
 
 
 def base_layer(module: Any) -> Any:
@@ -42,7 +42,7 @@ def conv_flops(module: Any, size: Size) -> int:
 def _conv(layer: Any, size: Size) -> int:
     kernel: int = layer.kernel_size[0] * layer.kernel_size[1]
     channels: int = layer.in_channels * layer.out_channels // layer.groups
-    return 2 * size[0] * size[1] * kernel * channels
+    return 2 * area(size) * kernel * channels
 
 
 def attention_flops(length: int, tokens: int, width: int) -> int:

@@ -1,49 +1,42 @@
-"""A cut through the program: which steps run, what is tapped, and the run itself."""
+"""A cut that can be run: under its adapters, whole or in micro-batches, as it is or compiled."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from dsd_fast.unet import checks
-from dsd_fast.unet.adapters import AdapterScope, Signature, signature
+from dsd_fast.unet.adapters import AdapterScope
 from dsd_fast.unet.checks import Index, Residuals
-from dsd_fast.unet.cost import flops_by_step, run_bytes
-from dsd_fast.unet.execution import regions, run_eager
+from dsd_fast.unet.cost import Memory, flops_by_step
+from dsd_fast.unet.cut import Cut
+from dsd_fast.unet.execution import collect, run_eager
+from dsd_fast.unet.network import Network
 from dsd_fast.unet.output import Output
 from dsd_fast.unet.request import Request
 from dsd_fast.unet.runtime import Runtime, make_runtime
-from dsd_fast.unet.step import Step, Want
-from dsd_fast.unet.stream import stream
+from dsd_fast.unet.step import Taken
+from dsd_fast.unet.stream import micro_batches, rows_at_once
 from dsd_fast.unet.text import TextKV
 
-if TYPE_CHECKING:
-    from dsd_fast.unet.program import UNetProgram
+HOST = torch.device("cpu")
 
 
-class Plan:
-    """Made by :meth:`UNetProgram.plan`; see there for the arguments.
+class Plan(Cut):
+    """Made by :meth:`UNetProgram.plan`; see there for the arguments, and :class:`Cut` for the other attributes.
 
     Attributes:
-        steps: the steps that run, in order.
-        wants: what is taken from each of them.
-        features, scores, maps, noise_pred, pool: what was asked for.
-        boundary: how many of the steps do not depend on the text and run once per noised latent.
-        kept_skips: numbers of the skip connections that a step uses; no other is kept.
-        reads_time: whether a step reads the time embedding.
-        key_layers, value_layers: score ids whose keys, and whose values, the steps read.
-        regions: the steps again, in the parts that a runtime compiles.
         runtime: the name given to :meth:`compile`, or None.
     """
 
     def __init__(
         self,
-        program: UNetProgram,
+        network: Network,
         features: tuple[str, ...],
         scores: tuple[str, ...],
         maps: tuple[str, ...],
@@ -51,46 +44,28 @@ class Plan:
         pool: str | float,
         adapter: str | Sequence[str] | None,
     ) -> None:
-        self.program = program
-        self.features, self.scores, self.maps = features, scores, maps
-        self.noise_pred, self.pool = noise_pred, pool
-        self._adapter = AdapterScope(program.unet, adapter)
-        tapped = {*features, *scores, *maps, *(["unet-out"] if noise_pred else [])}
-        end = max(i for i, step in enumerate(program.steps) if step.name in tapped)
-        self.steps: tuple[Step, ...] = tuple(
-            step for step in program.steps[: end + 1] if not step.optional or step.name in features
-        )
-        self.wants = tuple(
-            Want(
-                feature=step.name in features or (noise_pred and step.name == "unet-out"),
-                score=step.name in scores,
-                maps=step.name in maps,
-                last=step is self.steps[-1],
-                pool=pool,
-            )
-            for step in self.steps
-        )
-        self.boundary = next((i for i, step in enumerate(self.steps) if step.reads_text), len(self.steps))
-        pushes = sum(1 for step in program.steps if step.pushes)
-        pops = sum(1 for step in self.steps if step.pops)
-        self.regions = regions(self.steps, self.wants)
+        super().__init__(network, features, scores, maps, noise_pred, pool)
+        self._adapter = AdapterScope(network.module, adapter)
         self.runtime: str | None = None
         self._runtime: Runtime | None = None
-        self.kept_skips = frozenset(range(pushes - pops, pushes))
-        ran = {step.name for step in self.steps}
-        self.reads_time = any(name in ran for name, _ in program.time_blocks)
-        layers = (step.layer for step in self.steps if step.layer is not None)
-        self.key_layers: tuple[str, ...] = tuple(dict.fromkeys(layers))
-        cross = [step.name for step in self.steps if step.score]
-        self.value_layers: tuple[str, ...] = tuple(cross[:-1] if self.steps[-1].score else cross)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         """The same plan, compiled for the same runtime, of a copy of the program."""
-        program = copy.deepcopy(self.program, memo)
-        copied = Plan(program, self.features, self.scores, self.maps, self.noise_pred, self.pool, None)
+        network = copy.deepcopy(self.network, memo)
+        copied = Plan(network, self.features, self.scores, self.maps, self.noise_pred, self.pool, None)
         memo[id(self)] = copied
         copied._adapter = copy.deepcopy(self._adapter, memo)
         return copied if self.runtime is None else copied.compile(self.runtime)
+
+    @property
+    def program(self) -> Network:
+        """The network that is cut."""
+        return self.network
+
+    @property
+    def compiled(self) -> bool:
+        """Whether runs are computed in buckets, as compiled runtimes do."""
+        return self.runtime is not None
 
     @property
     def adapter(self) -> tuple[str, ...] | None:
@@ -113,7 +88,7 @@ class Plan:
         Raises:
             ValueError: an unknown runtime; "cudagraph" with a network that is not on a CUDA device.
         """
-        self._runtime, self.runtime = make_runtime(self, runtime), runtime
+        self._runtime, self.runtime = make_runtime(runtime, self.network.device), runtime
         return self
 
     def encode_text(
@@ -136,12 +111,12 @@ class Plan:
         Raises:
             ValueError: a shape or type that does not fit, by name.
         """
-        self.program.check()
-        bias, mask, length = checks.states(self, states, pooled, key_bias, score_mask, lengths)
+        self.network.check()
+        bias, mask, length = checks.states(self.network, states, pooled, key_bias, score_mask, lengths)
         with self._adapter.active():
             return TextKV(
-                k={name: self.program.attention(name).to_k(states) for name in self.key_layers},
-                v={name: self.program.attention(name).to_v(states) for name in self.value_layers},
+                k={name: self.network.attention(name).to_k(states) for name in self.key_layers},
+                v={name: self.network.attention(name).to_v(states) for name in self.value_layers},
                 count=len(states),
                 tokens=states.shape[1],
                 lengths=length,
@@ -191,15 +166,11 @@ class Plan:
         if torch.compiler.is_compiling():
             checks.not_checkpointed(checkpoint)
         else:
-            self.program.check()
-            checkpoint = checkpoint or self.program.checkpointing
+            self.network.check()
+            checkpoint = checkpoint or self.network.checkpointing
         with self._adapter.active():
-            request = self._request(
-                latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens, checkpoint
-            )
-            if self._runtime is None or not request.rows or self.program.weights.hooked():
-                return run_eager(self, request).into(out)
-            return self._runtime.run(self, request, out)
+            rows = (latent_index, text_index, time_ids, residuals, map_tokens)
+            return self._answer(Request(self, latents, timesteps, text, *rows, checkpoint=checkpoint), out)
 
     @overload
     def stream(
@@ -268,36 +239,56 @@ class Plan:
         """
         if out is not None:
             out.check_rows(len(latents) if latent_index is None else len(latent_index))
+        self.network.check()
         # The arguments are checked here, so under the plan's adapters; each micro-batch switches to them itself.
         with self._adapter.active():
-            batches = stream(
-                self, latents, timesteps, text, latent_index, text_index, time_ids, residuals, map_tokens, memory_budget
+            rows = (latent_index, text_index, time_ids, residuals, map_tokens)
+            request = Request(self, latents, timesteps, text, *rows, device=HOST)
+            tokens = request.index.tokens
+            size = rows_at_once(
+                self,
+                *request.sizes[0],
+                0 if text is None else text.tokens,
+                keys=0 if text is None else self.text_bytes(text),
+                map_tokens=0 if tokens is None else tokens.shape[1],
+                residuals=sum(x[:1].nbytes for x in request.every_residual),
+                memory_budget=memory_budget,
             )
+        batches = micro_batches(request, size, self.network.device, self._run_rows)
         if out is None:
             return batches
-        for rows, result in batches:
-            out.fill(result, rows)
+        for chosen, result in batches:
+            out.fill(result, chosen)
         return out
+
+    def _run_rows(self, request: Request) -> Output:
+        """One micro-batch of a request that was checked: what may have changed since is checked again."""
+        self.network.check()
+        with self._adapter.active():
+            checks.text(self, request.text)
+            return self._answer(request, None)
+
+    def _answer(self, request: Request, out: Output | None) -> Output:
+        if self._runtime is None or not request.rows or self.network.weights.hooked():
+            return run_eager(self, request).into(out)
+        return self._runtime.run(self, request, out)
 
     def empty_output(self, rows: int, height: int, width: int, *, tokens: int = 77, map_tokens: int = 0) -> Output:
         """An uninitialised :class:`Output` for ``rows`` rows of (height, width) latents, on the network's device."""
-        dtype, device = self.program.dtype, self.program.device
-        sizes = self.program.sizes(height, width)
+        dtype, device = self.network.dtype, self.network.device
+        sizes = self.network.sizes(height, width)
         real = torch.float64 if dtype == torch.float64 else torch.float32
         result = Output()
         for step, want in zip(self.steps, self.wants, strict=True):
             size = sizes[step.level]
+            feature = score = drawn = None
             if want.feature and step.shape is not None:
-                value = torch.empty((rows, *step.shape(size, tokens)), dtype=dtype, device=device)
-                if step.name in self.features:
-                    result.features[step.name] = value
-                if step.name == "unet-out" and self.noise_pred:
-                    result.noise_pred = value if step.name not in self.features else torch.empty_like(value)
+                feature = torch.empty((rows, *step.shape(size, tokens)), dtype=dtype, device=device)
             if want.score:
-                result.scores[step.name] = torch.empty((rows, step.heads), dtype=real, device=device)
+                score = torch.empty((rows, step.heads), dtype=real, device=device)
             if want.maps:
-                count = step.keys(size, map_tokens)
-                result.maps[step.name] = torch.empty((rows, count, *size), dtype=real, device=device)
+                drawn = torch.empty((rows, step.keys(size, map_tokens), *size), dtype=real, device=device)
+            collect(self, result, ((step, want),), [Taken(feature, score, drawn)])
         return result
 
     def flops(self, *, latents: int, texts: int, rows: int, height: int, width: int, tokens: int) -> int:
@@ -316,49 +307,14 @@ class Plan:
     ) -> dict[str, int]:
         """:meth:`flops` apart: ``text``, ``time``, and each step by name."""
         with self._adapter.active():
-            return flops_by_step(self, latents, texts, rows, self.program.sizes(height, width), tokens)
+            return flops_by_step(self, latents, texts, rows, self.network.sizes(height, width), tokens)
 
     def run_bytes(self, rows: int, height: int, width: int, tokens: int, *, map_tokens: int = 0) -> int:
         """Bytes alive at the peak of a run of ``rows`` rows, weights and text keys aside (an upper estimate)."""
-        return run_bytes(self, rows, self.program.sizes(height, width), tokens, map_tokens)
+        return Memory(self, self.network.sizes(height, width), tokens, map_tokens).of(rows)
 
     def text_bytes(self, text: TextKV) -> int:
         """Bytes of ``text`` and of the copy that a compiled runtime keeps beside it."""
         if self._runtime is None:
             return text.nbytes
         return text.nbytes + self._runtime.held(text.narrowed(self.key_layers, self.value_layers))
-
-    def signatures(self) -> dict[str, Signature]:
-        """What adapters do now to the key and value projections of each layer whose keys the plan reads."""
-        modules = {name: self.program.attention(name) for name in self.key_layers}
-        return {name: signature([module.to_k, module.to_v]) for name, module in modules.items()}
-
-    def _request(
-        self,
-        latents: Tensor,
-        timesteps: Tensor | Sequence[int] | int,
-        text: TextKV | None,
-        latent_index: Index | None,
-        text_index: Index | None,
-        time_ids: Tensor | None,
-        residuals: Residuals | None,
-        map_tokens: Tensor | Sequence[int] | None,
-        checkpoint: bool,
-    ) -> Request:
-        checks.latents(self, latents)
-        device, count = latents.device, len(latents)
-        latent_rows = None if latent_index is None else checks.index("latent_index", latent_index, None, count, device)
-        rows = count if latent_rows is None else len(latent_rows)
-        text_rows = checks.text(self, text, text_index, rows, device)
-        return Request(
-            rows=rows,
-            latents=latents.contiguous(memory_format=torch.channels_last),
-            times=checks.timesteps(timesteps, count, device),
-            text=None if text is None else text.narrowed(self.key_layers, self.value_layers),
-            latent_index=latent_rows,
-            text_index=text_rows,
-            time_ids=checks.time_ids(self, time_ids, count, device),
-            residuals=checks.residuals(self, residuals, rows, self.program.sizes(*latents.shape[-2:])),
-            map_tokens=checks.map_tokens(self, map_tokens, rows, text, device),
-            checkpoint=checkpoint,
-        )

@@ -16,12 +16,10 @@ from dsd_fast.unet.flops import base_layer
 # Processors that compute softmax(q kᵀ·scale) v and nothing else.
 PLAIN_PROCESSORS = frozenset({"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"})
 
-BLOCKS = {
+# Setting → what is supported, the default first; of a setting for each block, for each.
+CONFIG: dict[str, tuple[Any, ...]] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
-
-CONFIG: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
@@ -32,6 +30,7 @@ CONFIG: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim_type": (None,),
     "mid_block_only_cross_attention": (None, False),
     "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_act_fn": (None,),
@@ -53,18 +52,11 @@ def check_architecture(unet: Any) -> None:
     if name != "UNet2DConditionModel":
         raise UnsupportedNetworkError(f"unet: {name} is not supported, expected diffusers' UNet2DConditionModel")
     for key, allowed in CONFIG.items():
-        value = unet.config.get(key, allowed[0])
-        if value not in allowed:
-            raise UnsupportedNetworkError(f"unet.config.{key}: {value!r} is not supported, expected {_either(allowed)}")
-    for key, allowed in BLOCKS.items():
-        for value in unet.config[key]:
+        values = unet.config.get(key, allowed[0])
+        for value in values if isinstance(values, (list, tuple)) else [values]:
             if value not in allowed:
-                raise UnsupportedNetworkError(
-                    f"unet.config.{key}: {value!r} is not supported, expected {_either(allowed)}"
-                )
-    only_cross = unet.config.get("only_cross_attention", False)
-    if any(only_cross) if isinstance(only_cross, (list, tuple)) else only_cross:
-        raise UnsupportedNetworkError("unet.config.only_cross_attention: True is not supported, expected False")
+                expected = " or ".join(map(repr, allowed))
+                raise UnsupportedNetworkError(f"unet.config.{key}: {value!r} is not supported, expected {expected}")
     widths = unet.config.cross_attention_dim
     if not isinstance(widths, int) and len(set(widths)) > 1:
         raise UnsupportedNetworkError(f"unet.config.cross_attention_dim: {widths} is not supported, expected one width")
@@ -120,7 +112,3 @@ def check_attachments(unet: Any, attentions: Iterable[tuple[str, Any]], bypassed
             raise UnsupportedNetworkError(f"{path}: {what} a module whose forward the program does not call; remove it")
     if hasattr(unet, "_hf_hook") or hasattr(unet, "_diffusers_hook"):
         _check_module("unet", unet)
-
-
-def _either(allowed: tuple[Any, ...]) -> str:
-    return " or ".join(repr(value) for value in allowed)

@@ -1,80 +1,148 @@
-"""What one run is asked for, and the bucket of sizes that it is rounded up to under a compiled runtime."""
+"""What one call asks for, and the bucket of sizes that it is rounded up to under a compiled runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dsd_fast.unet.checks import Residuals
+from dsd_fast.unet import checks
+from dsd_fast.unet.checks import Index, Residuals, upload
+from dsd_fast.unet.cut import Cut
+from dsd_fast.unet.step import RowIndex
 from dsd_fast.unet.text import TextKV
 
+Change = Callable[[Tensor], Tensor]
 
-@dataclass(frozen=True)
+
 class Request:
-    """The checked arguments of :meth:`Plan.run`, on the network's device.
+    """The arguments of :meth:`Plan.run`, checked: those of a run on the network's device, or all rows of a stream.
 
     Attributes:
         rows: B.
-        latents: (P, C, h, w), channels-last.
+        latents: (P, C, h, w), channels-last for a run.
+        sizes: image size at each level.
         times: (P,).
-        text: M texts, or None.
-        latent_index, text_index: (B,) int64, or None.
+        text: M texts, of the cut's layers alone, or None.
+        index: which latent, text and tokens each row has.
         time_ids: (P, 6), or None for a network that does not read image sizes.
-        residuals: a ControlNet's, B rows.
-        map_tokens: (B, n) int64.
+        residuals: a ControlNet's, B rows, or None.
         checkpoint: whether gradients are computed with the activations of one region at a time.
     """
 
-    rows: int
-    latents: Tensor
-    times: Tensor
-    text: TextKV | None
-    latent_index: Tensor | None
-    text_index: Tensor | None
-    time_ids: Tensor | None
-    residuals: Residuals | None
-    map_tokens: Tensor | None
-    checkpoint: bool = False
+    def __init__(
+        self,
+        cut: Cut,
+        latents: Tensor,
+        timesteps: Tensor | Sequence[int] | int,
+        text: TextKV | None,
+        latent_index: Index | None,
+        text_index: Index | None,
+        time_ids: Tensor | None,
+        residuals: Residuals | None,
+        map_tokens: Tensor | Sequence[int] | None,
+        *,
+        checkpoint: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        """Check the arguments; see :meth:`Plan.run` for them.
 
-    def embedded(self) -> tuple[Tensor, torch.dtype, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """What the time embedding is made from, in the order of :func:`dsd_fast.unet.execution.embed`."""
-        pooled = None if self.text is None else self.text.pooled
-        return self.times, self.latents.dtype, self.time_ids, pooled, self.latent_index, self.text_index
+        Args:
+            device: where all but latents and residuals go, which then stay where they are: the host's, to
+                :meth:`take` rows of it. None: the network's, on which the latents must be.
+
+        Raises:
+            ValueError: an argument that does not fit, by name; a text encoded under another adapter.
+        """
+        checks.latents(cut.network, latents, cut.network.device if device is None else latents.device)
+        count, (height, width) = len(latents), latents.shape[-2:]
+        self.latents = latents
+        if device is None:
+            device = latents.device
+            self.latents = latents.contiguous(memory_format=torch.channels_last)
+        self.sizes = cut.network.sizes(height, width)
+        self.checkpoint = checkpoint
+        chosen = None if latent_index is None else checks.index("latent_index", latent_index, None, count, device)
+        self.rows = count if chosen is None else len(chosen)
+        checks.text(cut, text)
+        texts = tokens = None
+        if text is not None:
+            texts = checks.text_index(text_index, len(text), self.rows, device)
+        self.times = checks.timesteps(timesteps, count, device)
+        self.time_ids = checks.time_ids(cut, time_ids, count, device)
+        self.residuals = residuals
+        if residuals is not None:
+            checks.residuals(cut.network, residuals, self.rows, height, width)
+        if text is not None and cut.maps_text:
+            tokens = checks.positions("map_tokens", map_tokens, self.rows, text.tokens, device)
+        self.text = None if text is None else text.narrowed(cut.key_layers, cut.value_layers)
+        self.index = RowIndex(chosen, texts, tokens)
+
+    def take(self, rows: Tensor, device: torch.device) -> Request:
+        """Give the request for some of its rows and the latents that they use, on ``device``; ``rows`` on the host."""
+        latents, texts = (rows if index is None else index[rows] for index in self.index[:2])
+        # (P',) the latents, ascending, and (B',) which of them each row has.
+        used, local = torch.unique(latents, return_inverse=True)
+
+        def of(chosen: Tensor) -> Change:
+            return lambda value: upload(value[upload(chosen, value.device)], device)
+
+        taken = self._map(len(rows), of(used), of(rows))
+        taken.latents = taken.latents.contiguous(memory_format=torch.channels_last)
+        taken.index = taken.index._replace(
+            latent=upload(local, device), text=None if self.text is None else upload(texts, device)
+        )
+        return taken
 
     def padded(self) -> Request:
-        """This request with P, M and B rounded up to their buckets.
+        """Give this request with P, M and B rounded up to their buckets.
 
         What is added repeats latent 0, text 0 and row 0, so that it is as harmless as they are.
         """
         count, rows = bucket(len(self.latents)), bucket(self.rows)
-        text = None if self.text is None else self.text.padded(bucket(len(self.text)))
-        return replace(
-            self,
-            rows=rows,
-            latents=pad(self.latents, count),
-            times=pad(self.times, count),
-            text=text,
-            latent_index=None if self.latent_index is None else pad(self.latent_index, rows),
-            text_index=None if self.text_index is None else pad(self.text_index, rows),
-            time_ids=None if self.time_ids is None else pad(self.time_ids, count),
-            residuals=_map_residuals(self.residuals, lambda x: pad(x, rows)),
-            map_tokens=None if self.map_tokens is None else pad(self.map_tokens, rows),
-        )
+        padded = self._map(rows, lambda value: pad(value, count), lambda value: pad(value, rows))
+        return padded if self.text is None else padded.with_text(self.text.padded(bucket(len(self.text))))
+
+    def cloned(self) -> Request:
+        """Give a copy that shares no memory with this one, save the texts'."""
+        return self._map(self.rows, torch.clone, torch.clone)
+
+    def with_text(self, text: TextKV | None) -> Request:
+        """Give the same request to other texts."""
+        other = copy.copy(self)
+        other.text = text
+        return other
+
+    def _map(self, rows: int, of_latents: Change, of_rows: Change) -> Request:
+        """A copy of ``rows`` rows whose tensors with P entries, and those with B, are changed."""
+        changed = copy.copy(self)
+        changed.rows = rows
+        changed.latents, changed.times = of_latents(self.latents), of_latents(self.times)
+        if self.time_ids is not None:
+            changed.time_ids = of_latents(self.time_ids)
+        changed.index = RowIndex(*(None if index is None else of_rows(index) for index in self.index))
+        if self.residuals is not None:
+            down, mid = self.residuals
+            changed.residuals = [of_rows(value) for value in down], of_rows(mid)
+        return changed
+
+    def embedded(self) -> tuple[Tensor, torch.dtype, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Give what the time embedding is made from, in the order of :meth:`Network.embed`."""
+        pooled = None if self.text is None else self.text.pooled
+        return self.times, self.latents.dtype, self.time_ids, pooled, self.index.latent, self.index.text
 
     @property
     def key(self) -> Hashable:
         """Equal for requests of the same bucket: padded, their tensors have the same shapes and types."""
-        tokens = self.map_tokens
+        tokens = self.index.tokens
         return (
             bucket(self.rows),
             bucket(len(self.latents)),
             self.latents.shape[1:],
             self.text_key,
-            (self.latent_index is None, self.text_index is None),
+            (self.index.latent is None, self.index.text is None),
             self.times.dtype,
             None if self.time_ids is None else self.time_ids.dtype,
             None if self.residuals is None else self.residuals[1].dtype,
@@ -93,27 +161,14 @@ class Request:
         return any(x.requires_grad for x in (*self.tensors(), *texts))
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors save the texts', in a fixed order."""
-        residuals = () if self.residuals is None else (*self.residuals[0], self.residuals[1])
-        rest = (self.latent_index, self.text_index, self.time_ids, self.map_tokens)
-        return (x for x in (self.latents, self.times, *rest, *residuals) if x is not None)
+        """Yield all tensors save the texts', in a fixed order."""
+        rest = (*self.index, self.time_ids, *self.every_residual)
+        return (x for x in (self.latents, self.times, *rest) if x is not None)
 
-    def cloned(self) -> Request:
-        """A copy that shares no memory with this one, save the texts'."""
-
-        def clone(value: Tensor | None) -> Any:
-            return None if value is None else value.clone()
-
-        return replace(
-            self,
-            latents=clone(self.latents),
-            times=clone(self.times),
-            latent_index=clone(self.latent_index),
-            text_index=clone(self.text_index),
-            time_ids=clone(self.time_ids),
-            residuals=_map_residuals(self.residuals, clone),
-            map_tokens=clone(self.map_tokens),
-        )
+    @property
+    def every_residual(self) -> tuple[Tensor, ...]:
+        """The residuals one after another, the middle one last."""
+        return () if self.residuals is None else (*self.residuals[0], self.residuals[1])
 
 
 def bucket(count: int) -> int:
@@ -144,10 +199,3 @@ def pad(value: Tensor, count: int) -> Tensor:
         return value
     # One by one, not expanded: an expanded image would lose the channels-last layout.
     return torch.cat([value, *[value[:1]] * missing])
-
-
-def _map_residuals(value: Residuals | None, change: Callable[[Tensor], Tensor]) -> Residuals | None:
-    if value is None:
-        return None
-    down, mid = value
-    return [change(x) for x in down], change(mid)

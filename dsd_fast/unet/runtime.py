@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import torch
 
 from dsd_fast.unet.cudagraph import CudaGraph, CudaRecorder
+from dsd_fast.unet.cut import Cut
+from dsd_fast.unet.execution import run_padded
 from dsd_fast.unet.output import Output
-from dsd_fast.unet.request import Request
-
-if TYPE_CHECKING:
-    from dsd_fast.unet.plan import Plan
-    from dsd_fast.unet.text import TextKV
+from dsd_fast.unet.request import Request, bucket
+from dsd_fast.unet.text import TextKV
 
 RUNTIMES = ("inductor", "cudagraph")
 
@@ -18,24 +19,36 @@ RUNTIMES = ("inductor", "cudagraph")
 class Runtime(Protocol):
     """Answers requests; see :meth:`Plan.compile`."""
 
-    def run(self, plan: Plan, request: Request, out: Output | None) -> Output: ...
+    def run(self, cut: Cut, request: Request, out: Output | None) -> Output:
+        """Answer ``request``, in ``out`` or in fresh tensors."""
+        ...
 
     def held(self, text: TextKV) -> int:
-        """Bytes that runs with ``text``, of the plan's layers alone, keep beside it."""
+        """Count the bytes that runs with ``text``, of the cut's layers alone, keep beside it."""
         ...
 
 
-def make_runtime(plan: Plan, name: str) -> Runtime:
-    """A runtime for ``plan``.
+class Compiled:
+    """The "inductor" runtime: each region of a cut compiled by itself."""
+
+    def run(self, cut: Cut, request: Request, out: Output | None) -> Output:
+        return run_padded(cut, request, out)
+
+    def held(self, text: TextKV) -> int:
+        count = bucket(len(text))
+        return 0 if count == len(text) else text.nbytes * count // max(1, len(text))
+
+
+def make_runtime(name: str, device: torch.device) -> Runtime:
+    """Make a runtime for a network on ``device``.
 
     Raises:
         ValueError: an unknown name; a device that the runtime does not run on.
     """
-    program = plan.program
     if name == "inductor":
-        return program.inductor
+        return Compiled()
     if name == "cudagraph":
-        if program.device.type != "cuda":
-            raise ValueError(f"runtime: 'cudagraph' needs a network on a CUDA device, this one is on {program.device}")
-        return CudaGraph(plan, program.inductor, CudaRecorder(program.device))
+        if device.type != "cuda":
+            raise ValueError(f"runtime: 'cudagraph' needs a network on a CUDA device, this one is on {device}")
+        return CudaGraph(CudaRecorder(device))
     raise ValueError(f"runtime: got {name!r}, expected {' or '.join(map(repr, RUNTIMES))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,19 @@ from dsd_fast.unet.text import LayerText
 
 Size = tuple[int, int]
 Count = Callable[[Size, int], int]
+
+
+class RowIndex(NamedTuple):
+    """What the requested rows are.
+
+    Attributes:
+        latent, text: (B,) int64; None means row b is latent b, text b.
+        tokens: (B, n) int64, the tokens whose maps are asked for; None where none are.
+    """
+
+    latent: Tensor | None = None
+    text: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass
@@ -24,7 +37,7 @@ class State:
 
     Attributes:
         embedding: (P, E) activated time embedding, (B, E) where it depends on the text.
-        latent_index, text_index: (B,) int64; None means row b is latent b, text b.
+        index: which latent and text each row has.
         sizes: image size at each level.
         keep: numbers of the skip connections that the plan will use.
         text: the texts as the attention layer of the running step sees them.
@@ -32,13 +45,11 @@ class State:
     """
 
     embedding: Tensor
-    latent_index: Tensor | None
-    text_index: Tensor | None
+    index: RowIndex
     sizes: Sequence[Size]
     keep: frozenset[int]
     text: LayerText | None = None
     residuals: tuple[Sequence[Tensor], Tensor] | None = None
-    map_tokens: Tensor | None = None
     embedding_expanded: bool = False
     expanded: bool = False
     live: dict[str, Tensor] = field(default_factory=dict)
@@ -47,12 +58,13 @@ class State:
 
     def rows(self, value: Tensor, expanded: bool) -> Tensor:
         """``value`` with one row per requested row."""
-        if expanded or self.latent_index is None:
+        index = self.index.latent
+        if expanded or index is None:
             return value
         if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
             # index_select itself would answer in the layout (rows, C, h, w).
-            return value.permute(0, 2, 3, 1).index_select(0, self.latent_index).permute(0, 3, 1, 2)
-        return value.index_select(0, self.latent_index)
+            return value.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+        return value.index_select(0, index)
 
     def expand(self) -> None:
         """From one row per latent to one per requested row."""
@@ -125,6 +137,7 @@ class Step:
         score: whether ``name`` is a score id.
         reads_text: whether it needs the text, so that it and all after it run once per row.
         optional: left out unless it is tapped.
+        bare: neither compiled nor checkpointed, having nothing to fuse and no activations to drop.
         pushes: channels of the skip connection it stores; 0 where it stores none.
         pops: whether it uses a skip connection.
         heads: heads of the attention it computes.
@@ -142,6 +155,7 @@ class Step:
     score: bool = False
     reads_text: bool = False
     optional: bool = False
+    bare: bool = False
     pushes: int = 0
     pops: bool = False
     heads: int = 0
@@ -155,6 +169,10 @@ class Step:
     def keys(self, size: Size, tokens: int) -> int:
         """What its attention attends to, and so the most maps it answers, for an image of that size."""
         return area(size) if self.self_maps else tokens
+
+
+# Steps in a row, each with what is taken from it.
+Tapped = tuple[tuple[Step, Want], ...]
 
 
 def area(size: Size) -> int:

@@ -186,10 +186,9 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
         q, text = state.live.pop("q"), _text(state)
         maps = score = None
         if want.maps:
-            assert state.map_tokens is not None
-            maps = token_maps(
-                q, text.k, state.map_tokens, state.text_index, text.lengths, text.key_bias, heads, attn.scale
-            )
+            tokens = state.index.tokens
+            assert tokens is not None
+            maps = token_maps(q, text.k, tokens, state.index.text, text.lengths, text.key_bias, heads, attn.scale)
             maps = maps.view(*maps.shape[:2], *state.sizes[level])
         if want.score or not want.last:
             o, score = cross_attention_score(
@@ -197,7 +196,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
                 text.k,
                 None if want.last else text.v,
                 heads=heads,
-                text_index=state.text_index,
+                text_index=state.index.text,
                 text_length=text.lengths,
                 key_bias=text.key_bias,
                 score_mask=text.score_mask if want.score else None,
@@ -291,7 +290,8 @@ def _text(state: State) -> LayerText:
 
 
 def _text_index(state: State, q: Tensor) -> Tensor:
-    return torch.arange(len(q), device=q.device) if state.text_index is None else state.text_index
+    index = state.index.text
+    return torch.arange(len(q), device=q.device) if index is None else index
 
 
 def _project_out(attn: Any, x: Tensor) -> Tensor:

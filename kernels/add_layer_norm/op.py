@@ -10,23 +10,11 @@ from torch import Tensor
 from dsd_fast.kernels.add_layer_norm import reference
 from dsd_fast.kernels.common import elementwise
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator
 
 NAME = "add_layer_norm"
 
-torch.library.define(
-    "dsd_fast::add_layer_norm",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "dsd_fast::add_layer_norm_backward",
-    "(Tensor? dsum, Tensor dnormed, Tensor sum, Tensor mean, Tensor rstd, Tensor? weight, bool parameters) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
-
-@torch.library.impl("dsd_fast::add_layer_norm", ("cpu", "cuda"))
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,7 +26,6 @@ def _forward(
     return kernel.forward(x, residual, weight, bias, eps)
 
 
-@torch.library.impl("dsd_fast::add_layer_norm_backward", ("cpu", "cuda"))
 def _backward(
     dsum: Tensor | None,
     dnormed: Tensor,
@@ -56,27 +43,21 @@ def _backward(
     return kernel.backward(dsum, dnormed, total, mean, rstd, weight, parameters)
 
 
-@torch.library.register_fake("dsd_fast::add_layer_norm")
-def _forward_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(x, residual, weight, bias, eps):
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = x.new_empty(x.shape[:-1], dtype=real)
     return x.new_empty(x.shape if residual is not None else (0,)), x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("dsd_fast::add_layer_norm_backward")
-def _backward_fake(
-    dsum: Tensor | None,
-    dnormed: Tensor,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+_FORWARD = operator(NAME, _forward, _forward_fake)
+
+
+def _backward_fake(dsum, dnormed, total, mean, rstd, weight, parameters):
     dweight = mean.new_empty(total.shape[-1] if parameters else 0)
     return total.new_empty(total.shape), dweight, torch.empty_like(dweight)
+
+
+_BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -93,9 +74,7 @@ def _differentiate(ctx: Any, dsum: Tensor | None, dnormed: Tensor | None, *_: Te
     if dnormed is None:
         return dsum, dsum, None, None, None
     need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
-    dx, dweight, dbias = torch.ops.dsd_fast.add_layer_norm_backward(
-        dsum, dnormed, total, mean, rstd, weight, need_weight or need_bias
-    )
+    dx, dweight, dbias = _BACKWARD(dsum, dnormed, total, mean, rstd, weight, need_weight or need_bias)
     return (
         dx if need_x else None,
         dx if need_residual else None,
@@ -142,5 +121,5 @@ def add_layer_norm(
     if elementwise.choose(NAME, x.device.type, x.dtype) == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     check_transforms(NAME, x, residual, weight, bias)
-    total, normed, _, _ = torch.ops.dsd_fast.add_layer_norm(x, residual, weight, bias, eps)
+    total, normed, _, _ = _FORWARD(x, residual, weight, bias, eps)
     return (x if residual is None else total), normed

@@ -1,4 +1,4 @@
-"""What the plain-torch attention operators share: heads, biases, logits and the chunks they are worked through in."""
+"""What the attention operators share: the choice of an implementation, and in plain torch heads, biases and chunks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+from dsd_fast.kernels.common import backend
 
 # Logits held at once. On a CPU 4 MiB of float32, a core's share of the last-level cache; a GPU needs far more of them
 # to be busy.
@@ -19,6 +21,14 @@ CHUNK_COPIES = 4
 def real_dtype(x: Tensor) -> torch.dtype:
     """The type of the arithmetic: float64 for float64, float32 for all else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def choose(operator: str, q: Tensor, heads: int) -> str:
+    """The implementation of ``operator`` to run now; Triton's takes heads of 1 to 256 numbers."""
+    names = backend.available(q.device.type, q.dtype)
+    if not 1 <= q.shape[2] // heads <= 256:
+        names = tuple(name for name in names if name != "triton")
+    return backend.choose(operator, names)
 
 
 def chunk_elements(device: torch.device) -> int:

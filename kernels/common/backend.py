@@ -18,7 +18,7 @@ import torch
 
 from dsd_fast.kernels.common import native
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that compiled kernels take; float64 is the reference's."""
@@ -75,7 +75,7 @@ def available(device: str, dtype: torch.dtype) -> tuple[str, ...]:
         return ("triton", "reference") if has_triton() else ("reference",)
     if device != "cpu":
         return ("reference",)
-    names = ("cpu", "reference") if native.load("cpu") else ("reference",)
+    names = ("cpu", "reference") if native.load() else ("reference",)
     return (*names, "triton") if os.environ.get("TRITON_INTERPRET") == "1" and has_triton() else names
 
 

@@ -2,7 +2,8 @@
 
 A matrix unit works on powers of two, and a padded column costs what a real one does. So a width of 40 is a tile of 32
 columns beside one of 16 with 8 masked, and 77 keys are 64 above 16. Names: ``p_`` pointers, ``i_`` indices, ``b_``
-tiles; a pair ``b_x0, b_x1`` holds the two parts of a width, and the second stands for nothing where its size is 0.
+tiles. What is in parts is a list of one or two tiles, which the compiler makes a tuple, and None in a tuple is a
+constant: one argument carries parts, and pointers of which some may be absent, from one function to another.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 from collections.abc import Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -97,6 +98,37 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
+def inputs(
+    q: Tensor,
+    k: Tensor,
+    text_index: Tensor | None,
+    text_length: Tensor | None,
+    key_bias: Tensor | None,
+    heads: int,
+    scale: float,
+) -> dict[str, Any]:
+    """What each attention kernel is given of queries (B, L, H·D) and keys (M, T, H·D)."""
+    rows, length, channels = q.shape
+    q, k = packed(q), packed(k)
+    return {
+        "p_q": q,
+        "p_k": k,
+        "p_index": text_index,
+        "p_length": text_length,
+        "p_bias": None if key_bias is None else key_bias.contiguous(),
+        "B": rows,
+        "L": length,
+        "T": k.shape[1],
+        "H": heads,
+        "stride_qb": q.stride(0),
+        "stride_ql": q.stride(1),
+        "stride_km": k.stride(0),
+        "stride_kt": k.stride(1),
+        "scale": scale,
+        "D": channels // heads,
+    }
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Launches go to ``device``, which need not be the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -138,9 +170,8 @@ def build(
         width, tokens: D and T.
         constants: constexpr arguments beyond those of the tiles.
     """
-    d0, d1 = split(width)
     t0, t1 = split(tokens)
-    known = {"D": width, "D0": d0, "D1": d1, "T0": t0, "T1": t1, "BLOCK": launch.block, "STAGES": launch.stages}
+    known = {"D": width, "T0": t0, "T1": t1, "BLOCK": launch.block, "STAGES": launch.stages}
     values = {**dict.fromkeys(absent), **known, **constants}
     names = kernel.arg_names
     signature = {n: _argument_type(n, dtype) for n in names if n not in values}
@@ -158,41 +189,101 @@ def _argument_type(name: str, dtype: str) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
+parts = triton.constexpr_function(split)
+"""``split`` inside a kernel."""
+
+
+class Text(NamedTuple):
+    """One head of text ``i_m`` in memory: its keys and values, and what all texts have. None for what is absent."""
+
+    p_k: Any
+    p_v: Any
+    p_length: Any
+    p_bias: Any
+    p_mask: Any
+    i_m: Any
+    T: Any
+    stride_kt: Any
+    stride_vt: Any
+
+
+class Keys(NamedTuple):
+    """A tile of a head's keys, at ``i_t`` in the text.
+
+    ``bias`` is added to their logits, and for the score ``hidden`` too, in units of log 2; ``k`` and ``v`` are in
+    parts. What is absent has another in its place.
+    """
+
+    i_t: Any
+    bias: Any
+    hidden: Any
+    k: Any
+    v: Any
+
+
 @triton.jit
-def load_rows(p_x, stride, i_row, b_keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows ``i_row`` of a matrix of width D in two parts; what is not kept, and what is beyond D, is 0 and unread."""
+def load_columns(p_row, b_keep, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
+    """A part of rows: SIZE columns from FIRST, of which those below D exist."""
+    i_d = FIRST + tl.arange(0, SIZE)
+    b_mask = b_keep[:, None] if D >= FIRST + SIZE else b_keep[:, None] & (i_d < D)[None, :]
+    return tl.load(p_row + i_d[None, :], mask=b_mask, other=0.0)
+
+
+@triton.jit
+def store_columns(p_row, b_keep, b_x, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
+    """As load_columns, in the type of what is pointed to."""
+    i_d = FIRST + tl.arange(0, SIZE)
+    b_mask = b_keep[:, None] if D >= FIRST + SIZE else b_keep[:, None] & (i_d < D)[None, :]
+    tl.store(p_row + i_d[None, :], b_x.to(p_row.dtype.element_ty), mask=b_mask)
+
+
+@triton.jit
+def load_rows(p_x, stride, i_row, b_keep, D: tl.constexpr):
+    """Rows ``i_row`` of a matrix of width D, in parts; what is not kept, and what is beyond D, is 0 and unread."""
+    W: tl.constexpr = parts(D)
     p_row = p_x + i_row.to(tl.int64)[:, None] * stride
-    i_d = tl.arange(0, D0)
-    b_mask = b_keep[:, None] if D >= D0 else b_keep[:, None] & (i_d < D)[None, :]
-    b_x0 = tl.load(p_row + i_d[None, :], mask=b_mask, other=0.0)
-    b_x1 = b_x0
-    if D1 > 0:
-        i_d1 = D0 + tl.arange(0, D1)
-        b_mask1 = b_keep[:, None] if D == D0 + D1 else b_keep[:, None] & (i_d1 < D)[None, :]
-        b_x1 = tl.load(p_row + i_d1[None, :], mask=b_mask1, other=0.0)
-    return b_x0, b_x1
+    b_x = [load_columns(p_row, b_keep, 0, W[0], D)]
+    if W[1] > 0:
+        b_x += [load_columns(p_row, b_keep, W[0], W[1], D)]
+    return b_x
 
 
 @triton.jit
-def store_rows(p_x, stride, i_row, b_keep, b_x0, b_x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Stores the two parts of rows, in the type of what ``p_x`` points to."""
+def store_rows(p_x, stride, i_row, b_keep, b_x, D: tl.constexpr):
+    """Stores the parts of rows, in the type of what ``p_x`` points to."""
+    W: tl.constexpr = parts(D)
     p_row = p_x + i_row.to(tl.int64)[:, None] * stride
-    i_d = tl.arange(0, D0)
-    b_mask = b_keep[:, None] if D >= D0 else b_keep[:, None] & (i_d < D)[None, :]
-    tl.store(p_row + i_d[None, :], b_x0.to(p_x.dtype.element_ty), mask=b_mask)
-    if D1 > 0:
-        i_d1 = D0 + tl.arange(0, D1)
-        b_mask1 = b_keep[:, None] if D == D0 + D1 else b_keep[:, None] & (i_d1 < D)[None, :]
-        tl.store(p_row + i_d1[None, :], b_x1.to(p_x.dtype.element_ty), mask=b_mask1)
+    store_columns(p_row, b_keep, b_x[0], 0, W[0], D)
+    if W[1] > 0:
+        store_columns(p_row, b_keep, b_x[1], W[0], W[1], D)
 
 
 @triton.jit
-def dot_rows(b_x0, b_x1, b_y0, b_y1, D1: tl.constexpr):
-    """x yᵀ over a width in two parts, float32."""
-    b_xy = tl.dot(b_x0, tl.trans(b_y0), input_precision="ieee")
-    if D1 > 0:
-        b_xy = tl.dot(b_x1, tl.trans(b_y1), b_xy, input_precision="ieee")
+def zero_rows(ROWS: tl.constexpr, D: tl.constexpr):
+    """Sums over nothing, float32, in the parts of a width."""
+    W: tl.constexpr = parts(D)
+    b_x = [tl.full([ROWS, W[0]], 0.0, tl.float32)]
+    if W[1] > 0:
+        b_x += [tl.full([ROWS, W[1]], 0.0, tl.float32)]
+    return b_x
+
+
+@triton.jit
+def dot_rows(b_x, b_y):
+    """x yᵀ over a width in parts, float32."""
+    b_xy = tl.dot(b_x[0], tl.trans(b_y[0]), input_precision="ieee")
+    for i in tl.static_range(1, len(b_x)):
+        b_xy = tl.dot(b_x[i], tl.trans(b_y[i]), b_xy, input_precision="ieee")
     return b_xy
+
+
+@triton.jit
+def add_rows(b_sum, b_w, b_x):
+    """sum + w x in the parts of x's width, float32."""
+    b_new = []
+    for i in tl.static_range(len(b_x)):
+        b_new += [tl.dot(b_w, b_x[i], b_sum[i], input_precision="ieee")]
+    return b_new
 
 
 @triton.jit
@@ -221,6 +312,56 @@ def hidden_keys(p_mask, i_m, i_t, T):
     """What is added to the logits of the score: −inf for the keys that it does not count, else 0."""
     b_mask = tl.load(p_mask + i_m * T + i_t, mask=i_t < T, other=0)
     return tl.where(b_mask != 0, 0.0, -INF)
+
+
+@triton.jit
+def load_keys(text, i_t, D: tl.constexpr):
+    """The keys i_t of a head: 0 and unread where their bias is −inf."""
+    b_bias = key_bias(text.p_length, text.p_bias, text.i_m, i_t, text.T)
+    b_hidden = b_bias
+    if text.p_mask is not None:
+        b_hidden = hidden_keys(text.p_mask, text.i_m, i_t, text.T)
+    b_k = load_rows(text.p_k, text.stride_kt, i_t, b_bias > -INF, D)
+    b_v = b_k
+    if text.p_v is not None:
+        b_v = load_rows(text.p_v, text.stride_vt, i_t, b_bias > -INF, D)
+    return Keys(i_t, b_bias, b_hidden, b_k, b_v)
+
+
+@triton.jit
+def logits(b_q, b_k, b_bias, factor):
+    """Logits of a tile (positions, keys), in units of log 2."""
+    return dot_rows(b_q, b_k) * factor + b_bias[None, :]
+
+
+@triton.jit
+def row_max(b_x):
+    """The largest of each row of tiles side by side."""
+    b_max = tl.max(b_x[0], 1)
+    for i in tl.static_range(1, len(b_x)):
+        b_max = tl.maximum(b_max, tl.max(b_x[i], 1))
+    return b_max
+
+
+@triton.jit
+def exp_rows(b_s, b_max):
+    """Exponentials of tiles side by side, and the sum of each row."""
+    b_p = [tl.exp2(b_s[0] - b_max[:, None])]
+    b_sum = tl.sum(b_p[0], 1)
+    for i in tl.static_range(1, len(b_s)):
+        b_p += [tl.exp2(b_s[i] - b_max[:, None])]
+        b_sum += tl.sum(b_p[i], 1)
+    return b_p, b_sum
+
+
+@triton.jit
+def add_exp(b_max, b_sum, b_s):
+    """Running maximum and sum of exponentials with one more tile, the exponentials, and what became of those before."""
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_safe = finite(b_new)
+    b_decay = tl.exp2(b_max - b_safe)
+    b_p = tl.exp2(b_s - b_safe[:, None])
+    return b_new, b_sum * b_decay + tl.sum(b_p, 1), b_p, b_decay
 
 
 @triton.jit

@@ -19,15 +19,40 @@ from dsd_fast.kernels.common.kernel import (
     LN2,
     LOG2E,
     SIZES,
+    Keys,
+    Text,
+    add_exp,
+    add_rows,
     dot_rows,
+    exp_rows,
     finite,
     hidden_keys,
     key_bias,
+    load_keys,
     load_rows,
+    logits,
+    row_max,
     store_rows,
     store_sum,
     text_of,
+    zero_rows,
 )
+
+
+@triton.jit
+def load_tile(p_k, p_v, text, i_h, i_t, stride_km, stride_vm, D: tl.constexpr):
+    """As load_keys, with the keys and values of all texts and heads."""
+    b_bias = key_bias(text.p_length, text.p_bias, text.i_m, i_t, text.T)
+    p_km = p_k + text.i_m * stride_km + i_h * D
+    b_k = load_rows(p_km, text.stride_kt, i_t, b_bias > -INF, D)
+    b_v = b_k
+    if p_v is not None:
+        p_vm = p_v + text.i_m * stride_vm + i_h * D
+        b_v = load_rows(p_vm, text.stride_vt, i_t, b_bias > -INF, D)
+    b_hidden = b_bias
+    if text.p_mask is not None:
+        b_hidden = hidden_keys(text.p_mask, text.i_m, i_t, text.T)
+    return Keys(i_t, b_bias, b_hidden, b_k, b_v)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -56,8 +81,6 @@ def forward_kernel(
     scale,
     MEAN: tl.constexpr,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
     T0: tl.constexpr,
     T1: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,78 +97,51 @@ def forward_kernel(
     i_row = i_b * H + i_h
     BIASED: tl.constexpr = (p_bias is not None) or (p_length is not None) or T0 == 16
     factor = tl.cast(scale, tl.float32) * LOG2E
-
-    i_t0 = tl.arange(0, T0)
-    b_a0 = key_bias(p_length, p_bias, i_m, i_t0, T)
-    p_km = p_k + i_m * stride_km + i_h * D
-    b_k00, b_k01 = load_rows(p_km, stride_kt, i_t0, b_a0 > -INF, D, D0, D1)
-    if p_v is not None:
-        p_vm = p_v + i_m * stride_vm + i_h * D
-        b_v00, b_v01 = load_rows(p_vm, stride_vt, i_t0, b_a0 > -INF, D, D0, D1)
-    if p_mask is not None:
-        b_h0 = hidden_keys(p_mask, i_m, i_t0, T)
+    text = Text(None, None, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
+    tiles = [load_tile(p_k, p_v, text, i_h, tl.arange(0, T0), stride_km, stride_vm, D)]
     if T1 > 0:
-        i_t1 = T0 + tl.arange(0, T1)
-        b_a1 = key_bias(p_length, p_bias, i_m, i_t1, T)
-        b_k10, b_k11 = load_rows(p_km, stride_kt, i_t1, b_a1 > -INF, D, D0, D1)
-        if p_v is not None:
-            b_v10, b_v11 = load_rows(p_vm, stride_vt, i_t1, b_a1 > -INF, D, D0, D1)
-        if p_mask is not None:
-            b_h1 = hidden_keys(p_mask, i_m, i_t1, T)
+        # Joined with +, tuples of named tuples would lose the names.
+        tiles = [tiles[0], load_tile(p_k, p_v, text, i_h, T0 + tl.arange(0, T1), stride_km, stride_vm, D)]
 
     p_qb = p_q + i_b * stride_qb + i_h * D
     for i_l in tl.range(i_s * span, tl.minimum(L, (i_s + 1) * span), BLOCK, num_stages=STAGES):
         i_rows = i_l + tl.arange(0, BLOCK)
         b_keep = i_rows < L
-        b_q0, b_q1 = load_rows(p_qb, stride_ql, i_rows, b_keep, D, D0, D1)
-        b_s0 = dot_rows(b_q0, b_q1, b_k00, b_k01, D1)
+        b_q = load_rows(p_qb, stride_ql, i_rows, b_keep, D)
         if BIASED:
-            b_s0 = b_s0 * factor + b_a0[None, :]
-            b_max = tl.max(b_s0, 1)
+            b_s = [logits(b_q, keys.k, keys.bias, factor) for keys in tiles]
+            b_max = finite(row_max(b_s))
         else:
             # The factor is not negative: the maximum is taken first, and the product becomes part of exp2's argument.
-            b_max = tl.max(b_s0, 1) * factor
-            b_s0 = b_s0 * factor
-        if T1 > 0:
-            b_s1 = dot_rows(b_q0, b_q1, b_k10, b_k11, D1) * factor + b_a1[None, :]
-            b_max = tl.maximum(b_max, tl.max(b_s1, 1))
-        if BIASED:
-            b_max = finite(b_max)
-        b_p0 = tl.exp2(b_s0 - b_max[:, None])
-        b_sum = tl.sum(b_p0, 1)
-        if T1 > 0:
-            b_p1 = tl.exp2(b_s1 - b_max[:, None])
-            b_sum += tl.sum(b_p1, 1)
+            b_qk = dot_rows(b_q, tiles[0].k)
+            b_max = tl.max(b_qk, 1) * factor
+            b_s = [b_qk * factor]
+            if T1 > 0:
+                b_s += [logits(b_q, tiles[1].k, tiles[1].bias, factor)]
+                b_max = tl.maximum(b_max, tl.max(b_s[1], 1))
+        b_p, b_sum = exp_rows(b_s, b_max)
         b_lse = (b_max + tl.log2(b_sum)) * LN2
 
         if p_v is not None:
-            b_o0 = tl.dot(b_p0.to(p_v.dtype.element_ty), b_v00, input_precision="ieee")
-            if T1 > 0:
-                b_o0 = tl.dot(b_p1.to(p_v.dtype.element_ty), b_v10, b_o0, input_precision="ieee")
-            # A row without keys has sum 0 and products 0.
-            b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-            b_o0 = b_o0 * b_norm
-            b_o1 = b_o0
-            if D1 > 0:
-                b_o1 = tl.dot(b_p0.to(p_v.dtype.element_ty), b_v01, input_precision="ieee")
+            b_o = []
+            for i in tl.static_range(len(tiles[0].v)):
+                b_part = tl.dot(b_p[0].to(p_v.dtype.element_ty), tiles[0].v[i], input_precision="ieee")
                 if T1 > 0:
-                    b_o1 = tl.dot(b_p1.to(p_v.dtype.element_ty), b_v11, b_o1, input_precision="ieee")
-                b_o1 = b_o1 * b_norm
+                    b_part = tl.dot(b_p[1].to(p_v.dtype.element_ty), tiles[1].v[i], b_part, input_precision="ieee")
+                # A row without keys has sum 0 and products 0.
+                b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+                b_o += [b_part * b_norm]
             p_ob = p_out + (i_b * L * H + i_h) * D
-            store_rows(p_ob, H.to(tl.int64) * D, i_rows, b_keep, b_o0, b_o1, D, D0, D1)
+            store_rows(p_ob, H.to(tl.int64) * D, i_rows, b_keep, b_o, D)
 
         b_score = b_lse
         if p_mask is not None:
             # Its own maximum: the scored keys may all lie far below the others.
-            b_s0 += b_h0[None, :]
-            b_max = tl.max(b_s0, 1)
+            b_scored = [b_s[0] + tiles[0].hidden[None, :]]
             if T1 > 0:
-                b_s1 += b_h1[None, :]
-                b_max = tl.maximum(b_max, tl.max(b_s1, 1))
-            b_max = finite(b_max)
-            b_sum = tl.sum(tl.exp2(b_s0 - b_max[:, None]), 1)
-            if T1 > 0:
-                b_sum += tl.sum(tl.exp2(b_s1 - b_max[:, None]), 1)
+                b_scored += [b_s[1] + tiles[1].hidden[None, :]]
+            b_max = finite(row_max(b_scored))
+            _, b_sum = exp_rows(b_scored, b_max)
             b_score = (b_max + tl.log2(b_sum)) * LN2
         i_at = i_row * L + i_rows
         if p_saved is not None:
@@ -184,8 +180,6 @@ def forward_loop_kernel(
     scale,
     MEAN: tl.constexpr,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
     T0: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -201,47 +195,29 @@ def forward_loop_kernel(
     factor = tl.cast(scale, tl.float32) * LOG2E
     i_rows = i_n * BLOCK + tl.arange(0, BLOCK)
     b_keep = i_rows < L
-    b_q0, b_q1 = load_rows(p_q + i_b * stride_qb + i_h * D, stride_ql, i_rows, b_keep, D, D0, D1)
+    b_q = load_rows(p_q + i_b * stride_qb + i_h * D, stride_ql, i_rows, b_keep, D)
     p_km = p_k + i_m * stride_km + i_h * D
+    p_vm = None if p_v is None else p_v + i_m * stride_vm + i_h * D
+    text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
     b_max = tl.full([BLOCK], -INF, tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
-    if p_mask is not None:
-        b_max_scored = tl.full([BLOCK], -INF, tl.float32)
-        b_sum_scored = tl.zeros([BLOCK], tl.float32)
-    if p_v is not None:
-        p_vm = p_v + i_m * stride_vm + i_h * D
-        b_o0 = tl.zeros([BLOCK, D0], tl.float32)
-        b_o1 = tl.zeros([BLOCK, D1 if D1 > 0 else D0], tl.float32)
+    b_max_scored, b_sum_scored = b_max, b_sum
+    b_o = zero_rows(BLOCK, D)
 
     for i_k in tl.range(0, T, T0, num_stages=STAGES):
-        i_t = i_k + tl.arange(0, T0)
-        b_a = key_bias(p_length, p_bias, i_m, i_t, T)
-        b_k0, b_k1 = load_rows(p_km, stride_kt, i_t, b_a > -INF, D, D0, D1)
-        b_s = dot_rows(b_q0, b_q1, b_k0, b_k1, D1) * factor + b_a[None, :]
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_safe = finite(b_new)
-        b_p = tl.exp2(b_s - b_safe[:, None])
-        b_decay = tl.exp2(b_max - b_safe)
-        b_max = b_new
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        keys = load_keys(text, i_k + tl.arange(0, T0), D)
+        b_s = logits(b_q, keys.k, keys.bias, factor)
+        b_max, b_sum, b_p, b_decay = add_exp(b_max, b_sum, b_s)
         if p_v is not None:
-            b_v0, b_v1 = load_rows(p_vm, stride_vt, i_t, b_a > -INF, D, D0, D1)
-            b_p = b_p.to(p_v.dtype.element_ty)
-            b_o0 = tl.dot(b_p, b_v0, b_o0 * b_decay[:, None], input_precision="ieee")
-            if D1 > 0:
-                b_o1 = tl.dot(b_p, b_v1, b_o1 * b_decay[:, None], input_precision="ieee")
+            b_o = add_rows([b_part * b_decay[:, None] for b_part in b_o], b_p.to(p_v.dtype.element_ty), keys.v)
         if p_mask is not None:
-            b_s += hidden_keys(p_mask, i_m, i_t, T)[None, :]
-            b_new = tl.maximum(b_max_scored, tl.max(b_s, 1))
-            b_safe = finite(b_new)
-            b_sum_scored = b_sum_scored * tl.exp2(b_max_scored - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), 1)
-            b_max_scored = b_new
+            b_max_scored, b_sum_scored, _, _ = add_exp(b_max_scored, b_sum_scored, b_s + keys.hidden[None, :])
 
     b_lse = (finite(b_max) + tl.log2(b_sum)) * LN2
     if p_v is not None:
         b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
         p_ob = p_out + (i_b * L * H + i_h) * D
-        store_rows(p_ob, H.to(tl.int64) * D, i_rows, b_keep, b_o0 * b_norm, b_o1 * b_norm, D, D0, D1)
+        store_rows(p_ob, H.to(tl.int64) * D, i_rows, b_keep, [b_part * b_norm for b_part in b_o], D)
     b_score = b_lse
     if p_mask is not None:
         b_score = (finite(b_max_scored) + tl.log2(b_sum_scored)) * LN2

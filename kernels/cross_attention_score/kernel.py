@@ -23,6 +23,7 @@ from dsd_fast.kernels.common.kernel import (
     WIDTHS,
     Launch,
     build,
+    inputs,
     on,
     options,
     packed,
@@ -133,36 +134,14 @@ def forward(
         return out, score.new_zeros(rows, heads) if mean else score, saved
     if scale < 0:
         q, scale = -q, -scale
-    q, k, v = packed(q), packed(k), None if v is None else packed(v)
-    key_bias, score_mask = (None if x is None else x.contiguous() for x in (key_bias, score_mask))
-    d0, d1 = split(width)
     common = {
+        **inputs(q, k, text_index, text_length, key_bias, heads, scale),
+        **_values(v, score_mask),
+        **options(launch),
+        "MEAN": mean,
         "p_out": out if v is not None else None,
         "p_score": score,
         "p_saved": saved if save else None,
-        "p_q": q,
-        "p_k": k,
-        "p_v": v,
-        "p_index": text_index,
-        "p_length": text_length,
-        "p_bias": key_bias,
-        "p_mask": score_mask,
-        "B": rows,
-        "L": length,
-        "T": tokens,
-        "H": heads,
-        "stride_qb": q.stride(0),
-        "stride_ql": q.stride(1),
-        "stride_km": k.stride(0),
-        "stride_kt": k.stride(1),
-        "stride_vm": 0 if v is None else v.stride(0),
-        "stride_vt": 0 if v is None else v.stride(1),
-        "scale": scale,
-        "MEAN": mean,
-        "D": width,
-        "D0": d0,
-        "D1": d1,
-        **options(launch),
     }
     with on(q.device):
         if whole(q.dtype, width, tokens):
@@ -207,7 +186,7 @@ def backward(
         query: make dq.
         text: make dk, with values dv, and with a bias dkey_bias.
     """
-    rows, length, channels = q.shape
+    rows, length, _ = q.shape
     if rows * length * k.shape[1] == 0 or (dout is None and dscore is None):
         return (
             q.new_zeros(q.shape) if query else None,
@@ -218,43 +197,20 @@ def backward(
     negative = scale < 0
     if negative:
         q, scale = -q, -scale
-    q, k = packed(q), packed(k)
-    # Without a gradient of the output the values play no part.
-    values = None if dout is None or v is None else packed(v)
     if dout is not None:
         dout = dout.contiguous() if tokens is not None else packed(dout)
-    width = channels // heads
-    d0, d1 = split(width)
     arguments = {
+        **inputs(q, k, text_index, text_length, key_bias, heads, scale),
+        # Without a gradient of the output the values play no part.
+        **_values(None if dout is None else v, score_mask),
+        "MEAN": mean,
         "p_dout": dout,
         "p_dscore": None if dscore is None else dscore.contiguous(),
-        "p_q": q,
-        "p_k": k,
-        "p_v": values,
         "p_tokens": tokens,
-        "p_index": text_index,
-        "p_length": text_length,
-        "p_bias": None if key_bias is None else key_bias.contiguous(),
-        "p_mask": None if score_mask is None else score_mask.contiguous(),
         "p_saved": saved,
-        "B": rows,
-        "L": length,
-        "T": k.shape[1],
-        "H": heads,
         "n": 0 if tokens is None else tokens.shape[1],
         "stride_ob": 0 if dout is None else dout.stride(0),
         "stride_ol": 0 if dout is None else dout.stride(1),
-        "stride_qb": q.stride(0),
-        "stride_ql": q.stride(1),
-        "stride_km": k.stride(0),
-        "stride_kt": k.stride(1),
-        "stride_vm": 0 if values is None else values.stride(0),
-        "stride_vt": 0 if values is None else values.stride(1),
-        "scale": scale,
-        "MEAN": mean,
-        "D": width,
-        "D0": d0,
-        "D1": d1,
     }
     dq = q.new_empty(q.shape) if query else None
     delta = q.new_empty((rows, heads, length), dtype=torch.float32) if text and dout is not None else None
@@ -267,6 +223,16 @@ def backward(
     if text and v is not None and dv is None:
         dv = v.new_zeros(v.shape)
     return -dq if negative and dq is not None else dq, dk, dv, dbias
+
+
+def _values(v: Tensor | None, score_mask: Tensor | None) -> dict[str, Any]:
+    v = None if v is None else packed(v)
+    return {
+        "p_v": v,
+        "p_mask": None if score_mask is None else score_mask.contiguous(),
+        "stride_vm": 0 if v is None else v.stride(0),
+        "stride_vt": 0 if v is None else v.stride(1),
+    }
 
 
 def _launch_queries(dq: Tensor | None, delta: Tensor | None, arguments: dict[str, Any]) -> None:

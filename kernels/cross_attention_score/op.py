@@ -6,7 +6,6 @@ score too, which no fused attention of aten offers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,72 +14,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from dsd_fast.kernels.common import backend, native
 from dsd_fast.kernels.common.attention import (
     check_per_key,
     check_projections,
     check_texts,
+    choose,
     full_precision,
     real_dtype,
     rows_texts,
 )
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator, without_none
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
 
-# `torch.library.custom_op` takes several times as long a call as an operator that is defined and implemented so.
-torch.library.define(
-    f"dsd_fast::{NAME}",
-    "(Tensor q, Tensor k, Tensor? v, Tensor? text_index, Tensor? text_length, Tensor? key_bias, Tensor? score_mask, "
-    "int heads, float scale, bool mean, bool save) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    f"dsd_fast::{NAME}_backward",
-    "(Tensor? dout, Tensor? dscore, Tensor q, Tensor k, Tensor? v, Tensor? text_index, Tensor? text_length, "
-    "Tensor? key_bias, Tensor? score_mask, Tensor saved, int heads, float scale, bool mean, bool query=True, "
-    "bool text=True) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_FORWARD = torch.ops.dsd_fast.cross_attention_score.default
-_BACKWARD = torch.ops.dsd_fast.cross_attention_score_backward.default
 
-CUDA_WIDTHS = (40, 64, 80, 128, 160)
-
-
-def _implementations(q: Tensor, k: Tensor, v: Tensor | None, heads: int) -> tuple[str, ...]:
-    """Those that can run now, the default first; "cuda" is a forward pass, whose gradient is the default's."""
-    width = q.shape[2] // heads
-    if not 1 <= width <= 256:
-        return ("reference",) if not q.is_cpu else tuple(x for x in _available(q) if x != "triton")
-    names = _available(q)
-    if q.is_cuda and _cuda_takes(q, k, v, width):
-        return (names[0], "cuda", *names[1:])
-    return names
-
-
-def _available(q: Tensor) -> tuple[str, ...]:
-    return backend.available(q.device.type, q.dtype)
-
-
-def _cuda_takes(q: Tensor, k: Tensor, v: Tensor | None, width: int) -> bool:
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and width in CUDA_WIDTHS
-        and 1 <= k.shape[1] <= 128
-        and all(x is None or x.stride(2) == 1 for x in (q, k, v))
-        and _capability(q.device) >= 8
-        and native.load("cuda")
-    )
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
-
-
-@torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -94,35 +43,21 @@ def _forward(
     mean: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    name = backend.choose(NAME, _implementations(q, k, v, heads))
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, score_mask, heads, scale, mean, save)
     if name == "triton":
         from dsd_fast.kernels.cross_attention_score import kernel
 
         return kernel.forward(q, k, v, text_index, *options)
     texts = rows_texts(text_index, q.shape[0], q.device)
-    if name != "reference":
-        library = torch.ops.dsd_fast_cpu if name == "cpu" else torch.ops.dsd_fast_cuda
-        result: tuple[Tensor, Tensor, Tensor] = library.cross_attention_score(q, k, v, texts, *options)
+    if name == "cpu":
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.dsd_fast_cpu.cross_attention_score(q, k, v, texts, *options)
         return result
     with full_precision(q.device):
         return reference.forward(q, k, v, texts, *options)
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}")
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    text_index: Tensor | None,
-    text_length: Tensor | None,
-    key_bias: Tensor | None,
-    score_mask: Tensor | None,
-    heads: int,
-    scale: float,
-    mean: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(q, k, v, text_index, text_length, key_bias, score_mask, heads, scale, mean, save):
     rows, length, _ = q.shape
     out = q.new_empty(q.shape if v is not None else (0,))
     score = q.new_empty((rows, heads) if mean else (rows, heads, length), dtype=real_dtype(q))
@@ -130,7 +65,9 @@ def _forward_fake(
     return out, score, q.new_empty((kept, rows, heads, length), dtype=real_dtype(q))
 
 
-@torch.library.impl(f"dsd_fast::{NAME}_backward", ("cpu", "cuda"))
+_FORWARD = operator(NAME, _forward, _forward_fake)
+
+
 def _backward(
     dout: Tensor | None,
     dscore: Tensor | None,
@@ -147,11 +84,8 @@ def _backward(
     mean: bool,
     query: bool = True,
     text: bool = True,
-) -> tuple[Tensor, ...]:
-    names = _implementations(q, k, v, heads)
-    name = backend.choose(NAME, names)
-    if name == "cuda":
-        name = names[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, score_mask, saved, heads, scale, mean)
     found: Sequence[Tensor | None]
     if name == "triton":
@@ -167,33 +101,36 @@ def _backward(
             with full_precision(q.device):
                 found = reference.backward(dout, dscore, q, k, v, texts, *options)
     wanted = (query, text, text and v is not None, text and key_bias is not None)
-    return tuple(x if w and x is not None else q.new_empty(0) for x, w in zip(found, wanted, strict=True))
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = without_none(found, wanted, q)
+    return gradients
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}_backward")
 def _backward_fake(
-    dout: Tensor | None,
-    dscore: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    text_index: Tensor | None,
-    text_length: Tensor | None,
-    key_bias: Tensor | None,
-    score_mask: Tensor | None,
-    saved: Tensor,
-    heads: int,
-    scale: float,
-    mean: bool,
-    query: bool = True,
-    text: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout,
+    dscore,
+    q,
+    k,
+    v,
+    text_index,
+    text_length,
+    key_bias,
+    score_mask,
+    saved,
+    heads,
+    scale,
+    mean,
+    query=True,
+    text=True,
+):
     return (
         q.new_empty(q.shape if query else (0,)),
         k.new_empty(k.shape if text else (0,)),
         q.new_empty(v.shape if text and v is not None else (0,)),
         k.new_empty(k.shape[:2], dtype=real_dtype(q)) if text and key_bias is not None else q.new_empty(0),
     )
+
+
+_BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -15,142 +15,78 @@ import triton.language as tl
 from dsd_fast.kernels.common.kernel import (
     LOG2E,
     SIZES,
-    dot_rows,
+    Text,
+    add_rows,
+    load_keys,
     load_rows,
     store_rows,
     text_of,
+    zero_rows,
 )
 from dsd_fast.kernels.cross_attention_score.query_kernel import (
+    Row,
     gradient_scale,
-    load_keys,
+    load_positions,
     logit_gradient,
-    position_gradients,
     tile_gradients,
 )
 
 
 @triton.jit
 def text_tile(
-    p_dk,
-    p_dv,
-    p_dbias,
-    p_dout,
-    p_dscore,
+    outputs,
+    queries,
     p_delta,
-    p_q,
-    p_km,
-    p_vm,
-    p_v,
-    p_tokens,
-    p_length,
-    p_bias,
-    p_mask,
-    p_saved,
-    i_b,
-    i_h,
-    i_m,
+    row,
+    text,
     i_s,
     i_t,
-    B,
-    L,
-    T,
-    H,
-    n,
     span,
-    stride_ob,
-    stride_ol,
-    stride_qb,
-    stride_ql,
-    stride_kt,
-    stride_vt,
     scale,
     MEAN: tl.constexpr,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What text_kernel does for the keys i_t."""
+    """What text_kernel does for the keys i_t, of which outputs are p_dk, p_dv and p_dbias, queries p_q and strides."""
+    p_dk, p_dv, p_dbias = outputs
+    p_q, stride_qb, stride_ql = queries
+    i_b, i_h, L, T, H = row.i_b, row.i_h, row.L, text.T, row.H
     i_row = i_b * H + i_h
     factor = tl.cast(scale, tl.float32) * LOG2E
-    DTYPE: tl.constexpr = p_q.dtype.element_ty
-    b_a, b_h, b_k0, b_k1, b_v0, b_v1 = load_keys(
-        p_km, p_vm, p_v, p_length, p_bias, p_mask, i_m, i_t, T, stride_kt, stride_vt, D, D0, D1
-    )
-    b_dk0 = tl.zeros([i_t.shape[0], D0], tl.float32)
-    b_dk1 = tl.zeros([i_t.shape[0], D1 if D1 > 0 else 1], tl.float32)
-    b_dv0, b_dv1 = b_dk0, b_dk1
+    keys = load_keys(text, i_t, D)
+    b_dk = zero_rows(i_t.shape[0], D)
+    b_dv = b_dk
     b_db = tl.zeros([i_t.shape[0]], tl.float32)
 
     for i_l in tl.range(i_s * span, tl.minimum(L, (i_s + 1) * span), BLOCK, num_stages=STAGES):
         i_rows = i_l + tl.arange(0, BLOCK)
         b_keep = i_rows < L
         i_at = i_row * L + i_rows
-        b_q0, b_q1 = load_rows(p_q + i_b * stride_qb + i_h * D, stride_ql, i_rows, b_keep, D, D0, D1)
-        b_do0, b_do1 = b_q0, b_q1
-        if p_v is not None:
-            b_do0, b_do1 = load_rows(p_dout + i_b * stride_ob + i_h * D, stride_ol, i_rows, b_keep, D, D0, D1)
-        b_lse, b_scored, b_dlse = position_gradients(
-            p_saved, p_dscore, p_dout, p_mask, i_row, i_at, b_keep, B, L, H, MEAN
-        )
-        if p_dk is None:
-            b_s = dot_rows(b_q0, b_q1, b_k0, b_k1, D1) * factor + b_a[None, :]
-            b_p = tl.exp2(b_s - b_lse[:, None])
-        else:
-            b_s, b_p, b_dp = tile_gradients(
-                p_dout,
-                p_dscore,
-                p_mask,
-                p_v,
-                p_tokens,
-                b_q0,
-                b_q1,
-                b_k0,
-                b_k1,
-                b_do0,
-                b_do1,
-                b_v0,
-                b_v1,
-                b_a,
-                b_lse,
-                factor,
-                i_b,
-                i_rows,
-                b_keep,
-                i_t,
-                n,
-                L,
-                H,
-                DTYPE,
-                D1,
-            )
-            b_delta = b_lse
-            if p_dout is not None:
+        b_q = load_rows(p_q + i_b * stride_qb + i_h * D, stride_ql, i_rows, b_keep, D)
+        at = load_positions(row, text, i_row, i_rows, i_at, b_keep, b_q, MEAN, D)
+        tile = tile_gradients(row, text, at, keys, factor)
+        if p_dk is not None:
+            b_delta = at.lse
+            if p_delta is not None:
                 b_delta = tl.load(p_delta + i_at, mask=b_keep, other=0.0)
-            b_ds = logit_gradient(p_dout, p_dscore, p_mask, b_s, b_p, b_dp, b_delta, b_h, b_scored, b_dlse)
+            b_ds = logit_gradient(row, text, at, keys, tile, b_delta)
             if p_dbias is not None:
                 b_db += tl.sum(b_ds, 0)
-            b_ds = tl.trans(b_ds.to(DTYPE))
-            b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision="ieee")
-            if D1 > 0:
-                b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision="ieee")
+            b_dk = add_rows(b_dk, tl.trans(b_ds.to(at.q[0].dtype)), at.q)
         if p_dv is not None:
-            b_w = tl.trans(b_p.to(DTYPE))
-            b_dv0 = tl.dot(b_w, b_do0, b_dv0, input_precision="ieee")
-            if D1 > 0:
-                b_dv1 = tl.dot(b_w, b_do1, b_dv1, input_precision="ieee")
+            b_dv = add_rows(b_dv, tl.trans(tile.p.to(at.q[0].dtype)), at.dout)
 
     i_part = i_b * tl.cdiv(L, span) + i_s
     stride_h = tl.cast(H, tl.int64) * D
     i_text = i_part * T * stride_h + i_h * D
     if p_dk is not None:
-        size = gradient_scale(p_dout, scale, L, MEAN)
-        store_rows(p_dk + i_text, stride_h, i_t, i_t < T, b_dk0 * size, b_dk1 * size, D, D0, D1)
+        size = gradient_scale(row.p_dout, scale, L, MEAN)
+        store_rows(p_dk + i_text, stride_h, i_t, i_t < T, [b_part * size for b_part in b_dk], D)
     if p_dv is not None:
-        store_rows(p_dv + i_text, stride_h, i_t, i_t < T, b_dv0, b_dv1, D, D0, D1)
+        store_rows(p_dv + i_text, stride_h, i_t, i_t < T, b_dv, D)
     if p_dbias is not None:
-        weight = gradient_scale(p_dout, 1.0, L, MEAN)
+        weight = gradient_scale(row.p_dout, 1.0, L, MEAN)
         tl.store(p_dbias + (i_part * H + i_h) * T + i_t, b_db * weight, mask=i_t < T)
 
 
@@ -188,8 +124,6 @@ def text_kernel(
     scale,
     MEAN: tl.constexpr,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
     T0: tl.constexpr,
     T1: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -206,94 +140,18 @@ def text_kernel(
     i_h, i_b, i_s = (i_p % H).to(tl.int64), (i_p // H % B).to(tl.int64), i_p // H // B
     i_m = text_of(p_index, i_b)
     p_km = p_k + i_m * stride_km + i_h * D
-    p_vm = p_km
-    if p_v is not None:
-        p_vm = p_v + i_m * stride_vm + i_h * D
+    p_vm = None if p_v is None else p_v + i_m * stride_vm + i_h * D
+    text = Text(p_km, p_vm, p_length, p_bias, p_mask, i_m, T, stride_kt, stride_vt)
+    row = Row(p_dout, p_dscore, p_saved, p_tokens, i_b, i_h, B, L, H, n, stride_ob, stride_ol)
+    outputs = (p_dk, p_dv, p_dbias)
+    queries = (p_q, stride_qb, stride_ql)
     if i_k < T // T0:
-        text_tile(
-            p_dk,
-            p_dv,
-            p_dbias,
-            p_dout,
-            p_dscore,
-            p_delta,
-            p_q,
-            p_km,
-            p_vm,
-            p_v,
-            p_tokens,
-            p_length,
-            p_bias,
-            p_mask,
-            p_saved,
-            i_b,
-            i_h,
-            i_m,
-            i_s,
-            i_k * T0 + tl.arange(0, T0),
-            B,
-            L,
-            T,
-            H,
-            n,
-            span,
-            stride_ob,
-            stride_ol,
-            stride_qb,
-            stride_ql,
-            stride_kt,
-            stride_vt,
-            scale,
-            MEAN,
-            D,
-            D0,
-            D1,
-            BLOCK,
-            STAGES,
-        )
+        i_t = i_k * T0 + tl.arange(0, T0)
+        text_tile(outputs, queries, p_delta, row, text, i_s, i_t, span, scale, MEAN, D, BLOCK, STAGES)
     if T1 > 0:  # noqa: SIM102 - a constant: without a rest there is nothing to compile
         if i_k == T // T0:
-            text_tile(
-                p_dk,
-                p_dv,
-                p_dbias,
-                p_dout,
-                p_dscore,
-                p_delta,
-                p_q,
-                p_km,
-                p_vm,
-                p_v,
-                p_tokens,
-                p_length,
-                p_bias,
-                p_mask,
-                p_saved,
-                i_b,
-                i_h,
-                i_m,
-                i_s,
-                i_k * T0 + tl.arange(0, T1),
-                B,
-                L,
-                T,
-                H,
-                n,
-                span,
-                stride_ob,
-                stride_ol,
-                stride_qb,
-                stride_ql,
-                stride_kt,
-                stride_vt,
-                scale,
-                MEAN,
-                D,
-                D0,
-                D1,
-                BLOCK,
-                STAGES,
-            )
+            i_t = i_k * T0 + tl.arange(0, T1)
+            text_tile(outputs, queries, p_delta, row, text, i_s, i_t, span, scale, MEAN, D, BLOCK, STAGES)
 
 
 @triton.jit(do_not_specialize=["parts", "N"])

@@ -9,15 +9,12 @@ from torch import Tensor
 
 from dsd_fast.kernels.common import elementwise
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator
 from dsd_fast.kernels.geglu import reference
 
 NAME = "geglu"
 
-torch.library.define("dsd_fast::geglu", "(Tensor x) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define("dsd_fast::geglu_backward", "(Tensor dy, Tensor x) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
-
-@torch.library.impl("dsd_fast::geglu", ("cpu", "cuda"))
 def _forward(x: Tensor) -> Tensor:
     if not elementwise.runs_triton(x.device.type, x.dtype):
         return reference.forward(x).contiguous()
@@ -26,7 +23,6 @@ def _forward(x: Tensor) -> Tensor:
     return kernel.forward(x)
 
 
-@torch.library.impl("dsd_fast::geglu_backward", ("cpu", "cuda"))
 def _backward(dy: Tensor, x: Tensor) -> Tensor:
     if not elementwise.runs_triton(x.device.type, x.dtype):
         return reference.backward(dy, x).contiguous()
@@ -35,14 +31,18 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
     return kernel.backward(dy, x)
 
 
-@torch.library.register_fake("dsd_fast::geglu")
-def _forward_fake(x: Tensor) -> Tensor:
+def _forward_fake(x):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@torch.library.register_fake("dsd_fast::geglu_backward")
-def _backward_fake(dy: Tensor, x: Tensor) -> Tensor:
+_FORWARD = operator(NAME, _forward, _forward_fake)
+
+
+def _backward_fake(dy, x):
     return x.new_empty(x.shape)
+
+
+_BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -51,7 +51,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    dx: Tensor = torch.ops.dsd_fast.geglu_backward(dy, x)
+    dx: Tensor = _BACKWARD(dy, x)
     return dx
 
 
@@ -80,5 +80,5 @@ def geglu(x: Tensor) -> Tensor:
     if elementwise.choose(NAME, x.device.type, x.dtype) == "reference":
         return reference.forward(x)
     check_transforms(NAME, x)
-    y: Tensor = torch.ops.dsd_fast.geglu(x)
+    y: Tensor = _FORWARD(x)
     return y

@@ -9,25 +9,12 @@ from torch import Tensor
 
 from dsd_fast.kernels.common import elementwise
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator
 from dsd_fast.kernels.group_norm_silu import reference
 
 NAME = "group_norm_silu"
 
-torch.library.define(
-    "dsd_fast::group_norm_silu",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, int groups, float eps, bool silu) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "dsd_fast::group_norm_silu_backward",
-    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? shift, int groups, "
-    "bool silu, bool parameters) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
-
-@torch.library.impl("dsd_fast::group_norm_silu", ("cpu", "cuda"))
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +26,6 @@ def _forward(
     return kernel.forward(x, weight, bias, shift, groups, eps, silu)
 
 
-@torch.library.impl("dsd_fast::group_norm_silu_backward", ("cpu", "cuda"))
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -62,32 +48,23 @@ def _backward(
     return kernel.backward(dy, x, mean, rstd, weight, bias, shift, groups, silu, parameters)
 
 
-@torch.library.register_fake("dsd_fast::group_norm_silu")
-def _forward_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(x, weight, bias, shift, groups, eps, silu):
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean = x.new_empty((x.shape[0], groups), dtype=real)
     return torch.empty_like(x, memory_format=reference.memory_format(x)), mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("dsd_fast::group_norm_silu_backward")
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    silu: bool,
-    parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_FORWARD = operator(NAME, _forward, _forward_fake)
+
+
+def _backward_fake(dy, x, mean, rstd, weight, bias, shift, groups, silu, parameters):
     dweight = mean.new_empty(x.shape[1] if parameters else 0)
     dshift = mean.new_empty(0 if shift is None else x.shape[:2])
     dx = torch.empty_like(x, memory_format=reference.memory_format(x))
     return dx, dweight, torch.empty_like(dweight), dshift
+
+
+_BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,7 +78,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Any,
         return (None,) * 7
     x, weight, bias, shift, mean, rstd = ctx.saved_tensors
     need_x, need_weight, need_bias, need_shift, *_ = ctx.needs_input_grad
-    dx, dweight, dbias, dshift = torch.ops.dsd_fast.group_norm_silu_backward(
+    dx, dweight, dbias, dshift = _BACKWARD(
         dy, x, mean, rstd, weight, bias, shift, ctx.groups, ctx.silu, need_weight or need_bias
     )
     return (
@@ -164,5 +141,5 @@ def group_norm_silu(
     if elementwise.choose(NAME, x.device.type, x.dtype) == "reference":
         return reference.group_norm_silu(x, weight, bias, shift, groups, eps, silu)
     check_transforms(NAME, x, weight, bias, shift)
-    y: Tensor = torch.ops.dsd_fast.group_norm_silu(x, weight, bias, shift, groups, eps, silu)[0]
+    y: Tensor = _FORWARD(x, weight, bias, shift, groups, eps, silu)[0]
     return y

@@ -9,26 +9,14 @@ from torch import Tensor
 
 from dsd_fast.kernels.common import backend, elementwise
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator, without_none
 from dsd_fast.kernels.noise_latents import reference
 
 NAME = "noise_latents"
 
 DTYPES = (*backend.KERNEL_DTYPES, torch.float64)
 
-torch.library.define(
-    f"dsd_fast::{NAME}",
-    "(Tensor latents, Tensor noise, Tensor signal, Tensor sigma) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    f"dsd_fast::{NAME}_backward",
-    "(Tensor dout, Tensor signal, Tensor sigma, bool by_image, bool by_timestep, bool latents=True, bool noise=True) "
-    "-> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
-
-@torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
 def _forward(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
     if not elementwise.runs_triton(latents.device.type, latents.dtype):
         return reference.forward(latents, noise, signal, sigma)
@@ -37,12 +25,13 @@ def _forward(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> T
     return kernel.forward(latents, noise, signal, sigma)
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}")
-def _forward_fake(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+def _forward_fake(latents, noise, signal, sigma):
     return latents.new_empty((latents.shape[0], signal.shape[0], *noise.shape[2:]))
 
 
-@torch.library.impl(f"dsd_fast::{NAME}_backward", ("cpu", "cuda"))
+_FORWARD = operator(NAME, _forward, _forward_fake)
+
+
 def _backward(
     dout: Tensor,
     signal: Tensor,
@@ -51,7 +40,7 @@ def _backward(
     by_timestep: bool,
     latents: bool = True,
     noise: bool = True,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     options = (dout, signal, sigma, by_image, by_timestep)
     if elementwise.runs_triton(dout.device.type, dout.dtype):
         from dsd_fast.kernels.noise_latents import kernel
@@ -59,25 +48,20 @@ def _backward(
         found = kernel.backward(*options, latents=latents, noise=noise)
     else:
         found = reference.backward(*options, latents=latents, noise=noise)
-    return tuple(dout.new_empty(0) if x is None else x for x in found)
+    gradients: tuple[Tensor, Tensor] = without_none(found, (latents, noise), dout)
+    return gradients
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}_backward")
-def _backward_fake(
-    dout: Tensor,
-    signal: Tensor,
-    sigma: Tensor,
-    by_image: bool,
-    by_timestep: bool,
-    latents: bool = True,
-    noise: bool = True,
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(dout, signal, sigma, by_image, by_timestep, latents=True, noise=True):
     images, timesteps, draws, *latent = dout.shape
     shape = (images if by_image else 1, timesteps if by_timestep else 1, draws, *latent)
     return (
         dout.new_empty((images, *latent) if latents else (0,)),
         dout.new_empty(shape, dtype=signal.dtype) if noise else dout.new_empty(0),
     )
+
+
+_BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -89,9 +73,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     latents, noise, *_ = ctx.needs_input_grad
-    dlatents, dnoise = torch.ops.dsd_fast.noise_latents_backward(
-        dout, *ctx.saved_tensors, ctx.by_image, ctx.by_timestep, latents, noise
-    )
+    dlatents, dnoise = _BACKWARD(dout, *ctx.saved_tensors, ctx.by_image, ctx.by_timestep, latents, noise)
     return dlatents if latents else None, dnoise.to(ctx.noise_type) if noise else None, None, None
 
 
@@ -124,7 +106,7 @@ def noise_latents(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor)
     if elementwise.choose(NAME, latents.device.type, latents.dtype, fuses=False) == "reference":
         return reference.forward(latents, noise, signal, sigma)
     check_transforms(NAME, latents, noise)
-    noised: Tensor = torch.ops.dsd_fast.noise_latents(latents, noise, signal, sigma)
+    noised: Tensor = _FORWARD(latents, noise, signal, sigma)
     return noised
 
 

@@ -8,18 +8,12 @@ from torch import Tensor
 from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import check_index
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator
 from dsd_fast.kernels.pack_features import reference
 
 NAME = "pack_features"
 
 MODES = ("bilinear", "nearest", "area", "max")
-
-# Functionalisation has an argument `mode` of its own, which one of that name in a schema would meet.
-torch.library.define(
-    f"dsd_fast::{NAME}",
-    "(Tensor x, Tensor(a!) out, Tensor rows, str resize, bool normalize) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _implementation(x: Tensor, out: Tensor) -> str:
@@ -28,7 +22,7 @@ def _implementation(x: Tensor, out: Tensor) -> str:
     return backend.choose(NAME, tuple(name for name in names if name != "cpu"))
 
 
-@torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
+# Functionalisation has an argument `mode` of its own, which one of that name in a schema would meet.
 def _pack(x: Tensor, out: Tensor, rows: Tensor, resize: str, normalize: bool) -> None:
     if _implementation(x, out) == "reference":
         reference.pack_features(x, out, rows, resize, normalize)
@@ -38,9 +32,7 @@ def _pack(x: Tensor, out: Tensor, rows: Tensor, resize: str, normalize: bool) ->
     kernel.pack_features(x, out, rows, resize, normalize)
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}")
-def _pack_fake(x: Tensor, out: Tensor, rows: Tensor, resize: str, normalize: bool) -> None:
-    return None
+_PACK = operator(NAME, _pack, lambda *_: None, mutates=("out",))
 
 
 def pack_features(x: Tensor, out: Tensor, rows: Tensor, *, mode: str = "bilinear", normalize: bool = False) -> None:
@@ -66,7 +58,7 @@ def pack_features(x: Tensor, out: Tensor, rows: Tensor, *, mode: str = "bilinear
     """
     rows = _check(x, out, rows, mode)
     check_transforms(NAME, x)
-    torch.ops.dsd_fast.pack_features(x, out, rows.to(x.device, non_blocking=True), mode, normalize)
+    _PACK(x, out, rows.to(x.device, non_blocking=True), mode, normalize)
 
 
 def _check(x: Tensor, out: Tensor, rows: Tensor, mode: str) -> Tensor:

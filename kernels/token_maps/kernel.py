@@ -21,15 +21,15 @@ from dsd_fast.kernels.common.kernel import (
     SIZES,
     WIDTHS,
     Launch,
+    add_exp,
     build,
-    dot_rows,
     finite,
+    inputs,
     key_bias,
     load_rows,
+    logits,
     on,
     options,
-    packed,
-    split,
     text_of,
 )
 from dsd_fast.kernels.cross_attention_score import kernel as attention
@@ -63,8 +63,6 @@ def maps_kernel(
     stride_kt,
     scale,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
     T0: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -82,24 +80,21 @@ def maps_kernel(
     b_token = tl.load(p_tokens + i_b * n + i_map, mask=i_map < n, other=T)
     b_chosen_bias = key_bias(p_length, p_bias, i_m, b_token, T)
     b_maps = tl.zeros([BLOCK, N], tl.float32)
-    for i_h in range(H):
-        p_head = p_q + i_b * stride_qb + tl.cast(i_h, tl.int64) * D
-        p_km = p_k + i_m * stride_km + tl.cast(i_h, tl.int64) * D
-        b_q0, b_q1 = load_rows(p_head, stride_ql, i_rows, b_keep, D, D0, D1)
+    for i_head in range(H):
+        i_h = tl.cast(i_head, tl.int64)
+        p_head = p_q + i_b * stride_qb + i_h * D
+        p_km = p_k + i_m * stride_km + i_h * D
+        b_q = load_rows(p_head, stride_ql, i_rows, b_keep, D)
         b_max = tl.full([BLOCK], -INF, tl.float32)
         b_sum = tl.zeros([BLOCK], tl.float32)
         for i_k in tl.range(0, T, T0, num_stages=STAGES):
             i_t = i_k + tl.arange(0, T0)
             b_bias = key_bias(p_length, p_bias, i_m, i_t, T)
-            b_k0, b_k1 = load_rows(p_km, stride_kt, i_t, b_bias > -INF, D, D0, D1)
-            b_s = dot_rows(b_q0, b_q1, b_k0, b_k1, D1) * factor + b_bias[None, :]
-            b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_safe = finite(b_new)
-            b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), 1)
-            b_max = b_new
+            b_k = load_rows(p_km, stride_kt, i_t, b_bias > -INF, D)
+            b_max, b_sum, _, _ = add_exp(b_max, b_sum, logits(b_q, b_k, b_bias, factor))
         b_lse = finite(finite(b_max) + tl.log2(b_sum))
-        b_k0, b_k1 = load_rows(p_km, stride_kt, b_token, b_chosen_bias > -INF, D, D0, D1)
-        b_s = dot_rows(b_q0, b_q1, b_k0, b_k1, D1) * factor + b_chosen_bias[None, :]
+        b_chosen = load_rows(p_km, stride_kt, b_token, b_chosen_bias > -INF, D)
+        b_s = logits(b_q, b_chosen, b_chosen_bias, factor)
         b_maps += tl.exp2(b_s - b_lse[:, None])
     p_row = p_maps + (i_b * n + i_map)[None, :] * L + i_rows[:, None]
     tl.store(p_row, b_maps / H, mask=(i_map < n)[None, :] & b_keep[:, None])
@@ -116,39 +111,20 @@ def forward(
     scale: float,
 ) -> Tensor:
     """As reference.forward; ``text_index`` None: row b has text b. Float32, float16 and bfloat16, D from 1 to 256."""
-    rows, length, channels = q.shape
+    rows, length, _ = q.shape
     count = tokens.shape[1]
     maps = q.new_empty((rows, count, length), dtype=torch.float32)
     if maps.numel() == 0:
         return maps
-    q, k = packed(q), packed(k)
-    width = channels // heads
-    d0, d1 = split(width)
     grid = (triton.cdiv(length, LAUNCH.block) * triton.cdiv(count, MAPS) * rows,)
     with on(q.device):
         maps_kernel[grid](
             p_maps=maps,
-            p_q=q,
-            p_k=k,
             p_tokens=tokens.contiguous(),
-            p_index=text_index,
-            p_length=text_length,
-            p_bias=None if key_bias is None else key_bias.contiguous(),
-            B=rows,
-            L=length,
-            T=k.shape[1],
-            H=heads,
             n=count,
-            stride_qb=q.stride(0),
-            stride_ql=q.stride(1),
-            stride_km=k.stride(0),
-            stride_kt=k.stride(1),
-            scale=scale,
-            D=width,
-            D0=d0,
-            D1=d1,
             T0=TILE,
             N=MAPS,
+            **inputs(q, k, text_index, text_length, key_bias, heads, scale),
             **options(LAUNCH),
         )
     return maps

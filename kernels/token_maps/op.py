@@ -10,45 +10,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import (
     check_index,
     check_per_key,
     check_projections,
     check_texts,
+    choose,
     full_precision,
     real_dtype,
     rows_texts,
 )
 from dsd_fast.kernels.common.autograd import check_transforms
+from dsd_fast.kernels.common.library import operator, without_none
 from dsd_fast.kernels.token_maps import reference
 
 NAME = "token_maps"
 
-torch.library.define(
-    f"dsd_fast::{NAME}",
-    "(Tensor q, Tensor k, Tensor tokens, Tensor? text_index, Tensor? text_length, Tensor? key_bias, int heads, "
-    "float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    f"dsd_fast::{NAME}_backward",
-    "(Tensor dmaps, Tensor q, Tensor k, Tensor tokens, Tensor? text_index, Tensor? text_length, Tensor? key_bias, "
-    "int heads, float scale, bool query=True, bool text=True) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_FORWARD = torch.ops.dsd_fast.token_maps.default
-_BACKWARD = torch.ops.dsd_fast.token_maps_backward.default
 
-
-def _implementation(q: Tensor, heads: int) -> str:
-    names = backend.available(q.device.type, q.dtype)
-    if not 1 <= q.shape[2] // heads <= 256:
-        names = tuple(name for name in names if name != "triton")
-    return backend.choose(NAME, names)
-
-
-@torch.library.impl(f"dsd_fast::{NAME}", ("cpu", "cuda"))
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -59,7 +37,7 @@ def _forward(
     heads: int,
     scale: float,
 ) -> Tensor:
-    name = _implementation(q, heads)
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, heads, scale)
     if name == "triton":
         from dsd_fast.kernels.token_maps import kernel
@@ -73,21 +51,13 @@ def _forward(
         return reference.forward(q, k, tokens, texts, *options)
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}")
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    tokens: Tensor,
-    text_index: Tensor | None,
-    text_length: Tensor | None,
-    key_bias: Tensor | None,
-    heads: int,
-    scale: float,
-) -> Tensor:
+def _forward_fake(q, k, tokens, text_index, text_length, key_bias, heads, scale):
     return q.new_empty((*tokens.shape, q.shape[1]), dtype=real_dtype(q))
 
 
-@torch.library.impl(f"dsd_fast::{NAME}_backward", ("cpu", "cuda"))
+_FORWARD = operator(NAME, _forward, _forward_fake)
+
+
 def _backward(
     dmaps: Tensor,
     q: Tensor,
@@ -100,8 +70,8 @@ def _backward(
     scale: float,
     query: bool = True,
     text: bool = True,
-) -> tuple[Tensor, ...]:
-    name = _implementation(q, heads)
+) -> tuple[Tensor, Tensor, Tensor]:
+    name = choose(NAME, q, heads)
     options = (text_length, key_bias, heads, scale)
     found: Sequence[Tensor | None]
     if name == "triton":
@@ -113,28 +83,19 @@ def _backward(
         with full_precision(q.device):
             found = reference.backward(dmaps, q, k, tokens, rows_texts(text_index, q.shape[0], q.device), *options)
     wanted = (query, text, text and key_bias is not None)
-    return tuple(x if w and x is not None else q.new_empty(0) for x, w in zip(found, wanted, strict=True))
+    gradients: tuple[Tensor, Tensor, Tensor] = without_none(found, wanted, q)
+    return gradients
 
 
-@torch.library.register_fake(f"dsd_fast::{NAME}_backward")
-def _backward_fake(
-    dmaps: Tensor,
-    q: Tensor,
-    k: Tensor,
-    tokens: Tensor,
-    text_index: Tensor | None,
-    text_length: Tensor | None,
-    key_bias: Tensor | None,
-    heads: int,
-    scale: float,
-    query: bool = True,
-    text: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(dmaps, q, k, tokens, text_index, text_length, key_bias, heads, scale, query=True, text=True):
     return (
         q.new_empty(q.shape if query else (0,)),
         k.new_empty(k.shape if text else (0,)),
         k.new_empty(k.shape[:2], dtype=real_dtype(q)) if text and key_bias is not None else q.new_empty(0),
     )
+
+
+_BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

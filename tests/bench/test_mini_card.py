@@ -24,7 +24,7 @@ def model():
 @pytest.fixture(scope="module")
 def network(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge")
-    recipe = Recipe(steps=400, batch=32, learning_rate=2e-3, warmup=10, ema=0.9)
+    recipe = Recipe(steps=250, batch=32, learning_rate=2e-3, warmup=10, ema=0.9)
     judge.train(model.vae, folder, recipe=recipe, pictures=768)
     return judge.judge(model.vae, folder)
 

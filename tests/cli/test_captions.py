@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsd_fast.cli.captions import read_captions
+from dsd_fast.cli.match.captions import read_captions
 
 
 @pytest.mark.parametrize(

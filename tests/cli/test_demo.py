@@ -7,10 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import dsd_fast as dsd
-from dsd_fast.cli import demo_run
-from dsd_fast.cli.demo import LABELS
+from dsd_fast.cli.app import app
+from dsd_fast.cli.demo import run as demo_run
+from dsd_fast.cli.demo.options import LABELS
 from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import matching as reference
@@ -19,20 +21,30 @@ from tests.cli.test_report import Seen
 SMALL = ["demo", "--scenes", 4, "--reference-scenes", 2, "--timesteps", "300,700"]
 
 
-def test_demo(cli, tmp_path):
-    done = cli(*SMALL, "--out", "out")
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What the command said, and the folder that it wrote."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "250")
+        done = CliRunner().invoke(app, [str(argument) for argument in (*SMALL, "--out", out)])
     assert done.exit_code == 0, done.stderr
+    return done, out
+
+
+def test_demo(demo):
+    done, out = demo
     scenes = [scene(EVAL_SEED + i) for i in range(4)]
     captions = [[each.caption, *each.negatives().values()] for each in scenes]
-    content = json.loads((tmp_path / "out/results.json").read_text())
-    rows = pq.read_table(tmp_path / "out/scores.parquet").to_pylist()
+    content = json.loads((out / "results.json").read_text())
+    rows = pq.read_table(out / "scores.parquet").to_pylist()
     assert content["counts"] == {"images": 4, "pairs": len(rows)}
     assert [row["caption"] for row in rows] == [text for texts in captions for text in texts]
 
     matcher = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=[300, 700], official=True))
     noise_matcher = dsd.Matcher(matcher.model, dsd.MatchConfig(timesteps=[300, 700], attention_weight=0))
     for number, (each, texts) in enumerate(zip(scenes, captions, strict=True)):
-        picture = np.asarray(Image.open(tmp_path / "out" / content["images"][number]["path"]))
+        picture = np.asarray(Image.open(out / content["images"][number]["path"]))
         assert np.array_equal(picture, each.image)
         own = [row for row in rows if row["image_index"] == number]
         scores = matcher.score([each.image], texts)[0]
@@ -54,11 +66,11 @@ def test_demo(cli, tmp_path):
 
 
 @pytest.mark.parametrize(("score", "column"), [("official", "score"), ("noise", "noise_score")])
-def test_accuracy_counts_the_true_captions_wins(cli, tmp_path, score, column):
-    done = cli(*SMALL, "--out", "out")
-    rows = pq.read_table(tmp_path / "out/scores.parquet").to_pylist()
+def test_accuracy_counts_the_true_captions_wins(demo, score, column):
+    done, out = demo
+    rows = pq.read_table(out / "scores.parquet").to_pylist()
     scenes = [[row for row in rows if row["image_index"] == number] for number in range(4)]
-    figures = json.loads((tmp_path / "out/results.json").read_text())["accuracy"][score]
+    figures = json.loads((out / "results.json").read_text())["accuracy"][score]
     assert [figure["against"] for figure in figures] == ["colour", "shape", "swap", "relation", "all"]
     for figure in figures:
         kind = figure["against"]
@@ -77,7 +89,7 @@ def test_accuracy_counts_the_true_captions_wins(cli, tmp_path, score, column):
 
 
 def test_words_that_point_and_the_page(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("dsd_fast.cli.demo_run.SHOWN", 3)
+    monkeypatch.setattr("dsd_fast.cli.demo.run.SHOWN", 3)
     kept, render = [], demo_run.render
     monkeypatch.setattr(demo_run, "render", lambda *given: kept.append(len(given[2])) or render(*given))
     done = cli(*SMALL, "--out", "out")

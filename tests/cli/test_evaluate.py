@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import dsd_fast as dsd
-from dsd_fast.cli import evaluate_run
 from dsd_fast.matching import Group
 from dsd_fast.matching.evaluation import evaluate
 from dsd_fast.matching.group_scores import GroupScores
@@ -264,10 +263,12 @@ def test_start_is_light():
     assert done.returncode == 0
 
 
-def test_the_run_refuses_conventions_before_it_loads_a_model(good_images, tmp_path):
-    def load():
+def test_conventions_are_refused_before_a_model_is_loaded(cli, good_images, monkeypatch):
+    def load(_):
         raise AssertionError("loaded")
 
-    groups = questions(good_images)[1]
-    with pytest.raises(ValueError, match="batch_mean"):
-        evaluate_run.run(load, groups, tmp_path, {}, batch_mean=4, ties="wrong", parts=False, resamples=5)
+    monkeypatch.setattr("dsd_fast.cli.options.ModelOptions.load", load)
+    file = write_rows(questions(good_images)[0])
+    done = cli("evaluate", file, "--images", good_images[0].parent, *COMMON, "--batch-mean", 4)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Error: batch_mean")

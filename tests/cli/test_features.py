@@ -14,7 +14,8 @@ from peft import LoraConfig
 from PIL import Image
 
 import dsd_fast as dsd
-from dsd_fast.cli import main, options
+from dsd_fast.cli import main
+from dsd_fast.cli.options import AdaptedModelOptions
 from dsd_fast.features.export import extract_to
 from dsd_fast.jobs import read_index, read_manifest, read_tensors
 from dsd_fast.models.lora import save_lora
@@ -33,12 +34,12 @@ def model():
 @pytest.fixture(autouse=True)
 def loaded(model, monkeypatch):
     """The mini model as it is, loaded once for all commands."""
-    load_model = options.load_model
+    load = AdaptedModelOptions.load
 
-    def load(name, **settings):
-        return model if name == "mini" and not settings.get("adapter") else load_model(name, **settings)
+    def once(self):
+        return model if self.model == "mini" and not self.adapter else load(self)
 
-    monkeypatch.setattr(options, "load_model", load)
+    monkeypatch.setattr(AdaptedModelOptions, "load", once)
 
 
 @pytest.fixture
@@ -75,6 +76,7 @@ def check(model, out, names, paths, **settings):
             assert torch.allclose(value.float(), whole.float(), rtol=0, atol=1e-5 * float(whole.abs().max()))
 
 
+@pytest.mark.newest
 def test_folders_and_files_and_what_the_terminal_says(cli, model, images):
     done = cli("features", images / "deep", images / "1.png", images / "1.png", "--out", "out", *COMMON)
     assert done.exit_code == 0, done.stderr
@@ -349,7 +351,7 @@ def test_an_interrupted_run_goes_on(cli, images, monkeypatch):
         return extract_to(*arguments, progress=show, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("dsd_fast.cli.features_run.extract_to", interrupted)
+        patched.setattr("dsd_fast.cli.features.run.extract_to", interrupted)
         done = cli(*command)
     assert done.exit_code == 130
     kept = len(features_of("out"))

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import dsd_fast as dsd
-from dsd_fast.cli import options
+from dsd_fast.cli.options import ModelOptions
 from dsd_fast.jobs import Job, read_index
 from tests.cli.test_features import command_line, features_of
 from tests.jobs.numbers import ended, files, start
@@ -34,7 +34,7 @@ def pictures(tmp_path, monkeypatch):
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
     monkeypatch.chdir(tmp_path)
     model = dsd.load("mini")
-    monkeypatch.setattr(options, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(ModelOptions, "load", lambda _: model)
     # A kill, unlike a power failure, takes nothing back that was written.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 

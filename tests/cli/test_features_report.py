@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import dsd_fast as dsd
-from dsd_fast.cli import options
-from dsd_fast.cli.features_pictures import Pictures
-from dsd_fast.cli.features_report import files_of, sized
+from dsd_fast.cli.features.pictures import Pictures
+from dsd_fast.cli.features.report import files_of, sized
+from dsd_fast.cli.options import ModelOptions
 from dsd_fast.cli.report import lane
 from dsd_fast.features.pca import picture
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -33,7 +33,7 @@ def model():
 @pytest.fixture
 def loaded(model, monkeypatch):
     """The mini model as it is, loaded once for several commands, which leave it so."""
-    monkeypatch.setattr(options, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(ModelOptions, "load", lambda _: model)
 
 
 @pytest.fixture

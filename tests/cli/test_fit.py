@@ -16,7 +16,8 @@ from typer.main import get_command
 
 import dsd_fast as dsd
 from dsd_fast.cli.app import app
-from dsd_fast.cli.fit_run import fit_config, hold_out
+from dsd_fast.cli.fit.options import FitOptions
+from dsd_fast.cli.fit.run import hold_out
 from dsd_fast.compat.attn_procs import load_attn_procs
 from dsd_fast.jobs import locked
 from dsd_fast.matching.fitting.config import FitConfig
@@ -215,7 +216,7 @@ def test_an_interruption_before_the_first_step_says_so(cli, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dsd_fast.cli.options.load_model", interrupted)
+    monkeypatch.setattr("dsd_fast.cli.options.ModelOptions.load", interrupted)
     done = cli("fit", "data.jsonl", "--images", "pictures", *SMALL)
     assert (done.exit_code, done.stderr.strip()) == (130, "Error: interrupted")
 
@@ -293,10 +294,11 @@ def test_help_names_the_defaults_that_hold():
 
 
 def test_given_settings_win_over_the_recipes():
-    given = {"steps": None, "loss": None, "rank": 8, "seed": 3}
-    assert fit_config(False, given) == FitConfig(rank=8, seed=3)
-    assert fit_config(True, given) == replace(FitConfig.official(FitConfig().steps), rank=8, seed=3)
-    assert fit_config(True, {"loss": "cross-entropy", "steps": 5}).loss == "cross-entropy"
+    given = {"rank": 8, "fit_seed": 3, "own_noise": False}
+    assert FitOptions(**given).config() == FitConfig(rank=8, seed=3, shared_noise=True)
+    recipe = replace(FitConfig.official(FitConfig().steps), rank=8, seed=3, shared_noise=True)
+    assert FitOptions(official_recipe=True, **given).config() == recipe
+    assert FitOptions(official_recipe=True, loss="cross-entropy", steps=5).config().loss == "cross-entropy"
 
 
 def test_start_is_light():

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import dsd_fast as dsd
-from dsd_fast.cli import options
-from dsd_fast.cli.gate_run import Parts, _techniques
+from dsd_fast.cli.feature_options import LatentOptions
+from dsd_fast.cli.gate.run import _techniques
+from dsd_fast.cli.options import ModelOptions
 from dsd_fast.features.gate import gate
 from dsd_fast.models.controlnet import Control, load_controlnet
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -28,7 +29,7 @@ def model():
 @pytest.fixture
 def loaded(model, monkeypatch):
     """The mini model as it is, loaded once for several commands, which leave it so."""
-    monkeypatch.setattr(options, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(ModelOptions, "load", lambda _: model)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def ranking():
 
 
 def test_inversion_is_a_technique_and_joins_what_adds_noise(model):
-    def names(**parts):
-        return [each.name for each in _techniques(model, "a picture", (), Parts(**parts))]
+    def names(**latents):
+        return [each.name for each in _techniques(model, "a picture", (), (), LatentOptions(**latents))]
 
     assert names(inversion=True) == ["prompt", "inversion", "prompt + inversion"]
     # A walk down from noise and a walk up exclude each other.

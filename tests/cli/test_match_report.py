@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import dsd_fast as dsd
-from dsd_fast.cli.match_report import MatchReport
+from dsd_fast.cli.match.report import MatchReport
 from dsd_fast.images.panel import panel
 from dsd_fast.matching.heatmaps import map_layers
 from dsd_fast.unet import UNetProgram
@@ -86,7 +86,7 @@ def test_the_page_has_the_first_images_and_says_so(cli, good_images, monkeypatch
             yield index, torch.zeros(len(captions))
 
     monkeypatch.setattr(dsd.Matcher, "score_iter", score_iter)
-    monkeypatch.setattr("dsd_fast.cli.match_report.SHOWN", 4)
+    monkeypatch.setattr("dsd_fast.cli.match.report.SHOWN", 4)
     done = cli("match", *[good_images[0]] * 9, "--caption", "a red ring", *COMMON, "--out", "out", "--heatmaps", 1)
     assert done.exit_code == 0, done.stderr
     page = Seen(Path("out/report.html").read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def test_a_page_of_large_pictures_holds_text_alone(cli, good_images, tmp_path, m
     def page(report):
         return Seen(report.page(summary).decode())
 
-    monkeypatch.setattr("dsd_fast.cli.match_report._WORDS", 4)
+    monkeypatch.setattr("dsd_fast.cli.match.report._WORDS", 4)
     matcher = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=TIMESTEPS))
     report = MatchReport(tmp_path, matcher, 3)
     rows = [{"caption": caption, "score": 1.0} for caption in ("a red ring", "a blue cross", "a green ring")]

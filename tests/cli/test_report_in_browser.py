@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsd_fast.cli.demo_report import render
+from dsd_fast.cli.demo.report import render
 from dsd_fast.cli.report import page, paragraph, section
 from tests.cli.browser import BROWSER, Page
 

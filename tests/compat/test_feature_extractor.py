@@ -103,6 +103,7 @@ def test_signatures_are_the_official_ones():
 
 
 @pytest.mark.parametrize("family", VERSION)
+@pytest.mark.newest
 def test_features_are_those_of_the_plain_way(family):
     stock, side = tiny_pipeline(family).to(torch.float64), SIDE[family]
     extractor = FeatureExtractor(

@@ -89,6 +89,7 @@ def test_signature_is_the_official_one_and_defects_are_off():
 
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.newest
 def test_scores_equal_the_reference(family, use_bias):
     stock = tiny_pipeline(family)
     pipe = DSDPipeline(dsd.from_pipeline(stock))

@@ -66,6 +66,7 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @torch.no_grad()
+@pytest.mark.newest
 def test_img2img_is_the_stock_pipeline(name, model, network):
     parts = model.to_pipeline().components
     parts["scheduler"] = scheduler(name)

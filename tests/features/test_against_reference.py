@@ -75,6 +75,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.newest
 def test_all_ids_equal_stock_diffusers_run_once_per_timestep(family, dtype):
     pipe, model = made(family, dtype)
     names = [name for name in reference.layer_ids(pipe.unet) if not name.endswith("-map")]

@@ -103,6 +103,7 @@ IMAGES = [picture(seed) for seed in range(3)]
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["", "a photo of"])
 @pytest.mark.parametrize("kind", ["blip", "git", "vit_bert"])
+@pytest.mark.newest
 def test_captions_are_what_the_captioner_generates(kind, prefix, folders):
     folder = folders[kind]
     model, processors = {"blip": blip, "git": git, "vit_bert": vit_bert}[kind](folder)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 import dsd_fast as dsd
 from dsd_fast.features.export import extract_to
 from dsd_fast.jobs import read_index
@@ -91,6 +93,7 @@ print(json.dumps([row, [peak_after(size) - start for size in sizes]]))
 """
 
 
+@pytest.mark.alone
 def test_memory_stays_under_the_budget_and_does_not_grow_with_the_images(tmp_path):
     arguments = json.dumps([BUDGET, list(LAYERS), [24, 72], str(tmp_path)])
     done = subprocess.run(

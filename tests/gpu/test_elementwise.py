@@ -55,7 +55,7 @@ def stream(*shape):
     return layer_norm_ours, layer_norm_plain, (shape, shape, shape[-1:], shape[-1:]), None, torch.contiguous_format
 
 
-# The widths of SD 1.5, 2.x and SDXL, whole and split; primes, a pixel, one image, a width beyond one tile of columns.
+# The widths of SD 1.5, 2.x and SDXL; primes, a pixel, one image, a width beyond one tile of columns.
 CASES = {
     "group norm 64x64 C320": image((2, 320, 64, 64), 32),
     "group norm 64x64 C960": image((1, 960, 64, 64), 32),

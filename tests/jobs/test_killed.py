@@ -66,6 +66,7 @@ def test_killed_at_every_change_of_the_folder(tmp_path):
         moment += 1
 
 
+@pytest.mark.alone
 def test_killed_again_and_again_by_the_clock(tmp_path):
     run(tmp_path / "whole")
     whole = files(tmp_path / "whole")

@@ -229,6 +229,7 @@ def test_workers_that_start_at_once_clear_up_together(tmp_path):
     assert {file.stem for file in (tmp_path / "shards").iterdir()} == {row["shard"] for row in check_readable(tmp_path)}
 
 
+@pytest.mark.alone
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """A writer that is slower than what it writes is waited for."""
     shard_rows, size, count = 4, 1 << 20, 200

@@ -125,6 +125,7 @@ def test_plain_torch_unless_a_kernel_is_asked_for():
 
 if not INTERPRETED:
 
+    @pytest.mark.newest
     def test_kernels_under_the_interpreter():
         pytest.importorskip("triton")
         run_interpreted(__file__)

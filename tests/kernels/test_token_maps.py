@@ -37,7 +37,7 @@ def test_maps_equal_the_softmax_averaged_over_heads(monkeypatch, chunk):
     "implementation",
     [
         "reference",
-        pytest.param("cpu", marks=pytest.mark.skipif(not native.load("cpu"), reason="the CPU library is not built")),
+        pytest.param("cpu", marks=pytest.mark.skipif(not native.load(), reason="the CPU library is not built")),
     ],
 )
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (3, 97, 2, 77, 3, 8, 40), (2, 13, 2, 200, 1, 2, 64)], ids=str)

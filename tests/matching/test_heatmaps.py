@@ -35,6 +35,7 @@ def close(found, wanted, relative=1e-5):
 
 @pytest.mark.parametrize("layers", ["up-finest", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.newest
 def test_maps_equal_those_of_stock_attention_processors(family, layers):
     pipe, image = tiny_pipeline(family), pictures(1)[0]
     found = matcher(pipe, seed=7).heatmap(image, CAPTION, layers=layers)

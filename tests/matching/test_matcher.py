@@ -38,9 +38,18 @@ def sd15():
     return tiny_pipeline("sd15")
 
 
-@pytest.mark.parametrize("noise_weight", [0, 1])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "prediction_type", "noise_weight"),
+    [
+        ("sd15", "epsilon", 1),
+        ("sd15", "v_prediction", 1),
+        ("sd21", "v_prediction", 1),
+        ("sdxl", "epsilon", 1),
+        # Attention alone, to which what the network predicts is nothing.
+        ("sd15", "epsilon", 0),
+    ],
+)
+@pytest.mark.newest
 def test_official_score_equals_the_reference(family, prediction_type, noise_weight):
     pipe = tiny_pipeline(family, prediction_type=prediction_type)
     images = pictures(2)
@@ -71,12 +80,12 @@ def test_default_scores_rank_texts_as_the_official_ones(pipe):
 
 def scores_of_one_pair(score):
     """The same pair alone, first, last and in the middle of others, in other orders."""
-    images, needle = pictures(4, seed=1), pictures(1, seed=2)[0]
+    images, needle = pictures(2, seed=1), pictures(1, seed=2)[0]
     seen = []
-    for place in (0, 2, 4):
+    for place in (0, 1, 2):
         crowd = [*images[:place], needle, *images[place:]]
         seen.append(float(score(crowd, CAPTIONS)[place, 1]))
-        seen.append(float(score(crowd[::-1], CAPTIONS[::-1])[4 - place, 2]))
+        seen.append(float(score(crowd[::-1], CAPTIONS[::-1])[2 - place, 2]))
     seen.append(float(score([needle], [CAPTIONS[1]])[0, 0]))
     return seen
 
@@ -448,8 +457,8 @@ def test_compiled_scores_are_the_same(sd15):
     images = pictures(2)
     plain = matcher(sd15)
     compiled = matcher(sd15)
-    # Traced and differentiated as ever, but no code is generated.
-    compiled._scorer.program.inductor = Inductor("aot_eager")
+    # Traced as ever, but no code is generated.
+    compiled._scorer.program.inductor = Inductor("eager")
     assert compiled.compile("inductor") is compiled
     torch.testing.assert_close(compiled.score(images, CAPTIONS), plain.score(images, CAPTIONS), rtol=0, atol=1e-4)
     assert compiled._scorer.plan.runtime == "inductor"

@@ -51,6 +51,7 @@ def noise(*shape, dtype=torch.float32):
 
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.newest
 def test_denoising_equals_the_stock_pipeline(model, nets, count):
     # Scales below one, so that a few steps of an untrained net stay finite.
     controls = [Control(net, invert, scale) for net, scale in zip(nets, (0.1, 0.05), strict=True)][:count]

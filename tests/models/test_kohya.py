@@ -122,6 +122,7 @@ def file_layers(model, naming):
 @pytest.mark.parametrize(
     ("family", "naming"), [("sd15", "sd15"), ("sd21", "sd21"), ("sdxl", "sdxl"), ("sdxl", "original")]
 )
+@pytest.mark.newest
 def test_a_file_equals_weights_merged_by_hand(family, naming, folders, tmp_path):
     merged, model = dsd.load(folders[family]), dsd.load(folders[family])
     plain, layers = outputs(model), file_layers(merged, naming)

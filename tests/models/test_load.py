@@ -37,6 +37,7 @@ def refused(message, *args, **options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.newest
 def test_load_equals_the_pipeline(family, folders):
     model, pipe = dsd.load(folders[family]), tiny_pipeline(family)
     for name in ("unet", "vae"):
@@ -70,6 +71,7 @@ def test_load_dtype(given, dtype, folders):
     assert model.encode_images(torch.zeros(1, 3, 64, 64)).dtype == dtype
 
 
+@pytest.mark.newest
 def test_load_mini():
     model = dsd.load()
     assert model.name == "mini"

@@ -44,7 +44,8 @@ def test_lora_before_or_after_equals_stock(family, lora, folders):
     states = before.encode_prompts(["a red cat"]).states
     assert not torch.equal(states, dsd.load(folders[family]).encode_prompts(["a red cat"]).states)
 
-    for source in (lora[family], lora[family].parent, str(lora[family])):
+    # Of a path, its folder and its name the families make no difference.
+    for source in (lora[family], lora[family].parent, str(lora[family]))[: 3 if family == "sd15" else 1]:
         model = dsd.load(folders[family])
         model.load_lora(source, "style")
         near(unet_output(model.unet, model), expected)
@@ -146,6 +147,7 @@ def peft_unet(family, **options):
     ],
     ids=["alpha", "root", "ranks", "alphas"],
 )
+@pytest.mark.newest
 def test_a_saved_lora_is_what_stock_diffusers_loads(family, options, folders, tmp_path):
     unet = peft_unet(family, **options)
     own = dsd.load(folders[family])

@@ -39,6 +39,7 @@ def official():
 
 
 @torch.no_grad()
+@pytest.mark.newest
 def test_activations_equal_the_official_codes(official):
     """Stored in half precision, whose relative error is 2⁻¹¹; values near 0 lose 2⁻²⁵ at the most, and float32 sums of
     another order 1e-5 of the largest."""
@@ -138,6 +139,7 @@ def test_what_the_official_way_costs(family):
     assert calls == {("unet", 1): N, **{(name, 1): 2 for name in encoders}}
 
 
+@pytest.mark.alone
 def test_extraction_spends_its_time_in_the_modules(monkeypatch):
     pipe = tiny_pipeline("sd15")
     pipe.unet.register_to_config(sample_size=32)

@@ -210,6 +210,7 @@ def test_score_costs_what_the_official_code_costs(family, batch_mean):
     assert calls == {("unet", 2): N * T, **{(name, 2): N for name in encoders}}
 
 
+@pytest.mark.alone
 def test_score_spends_its_time_in_the_modules(monkeypatch):
     pipe = tiny_pipeline("sd15")
     pipe.unet.register_to_config(sample_size=32)

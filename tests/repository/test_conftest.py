@@ -1,6 +1,7 @@
 """The guards that conftest puts around every test hold."""
 
 import importlib.util
+import itertools
 import socket
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def test_memory_allocated_by_the_package_is_poisoned(tmp_path):
     module = module_from(tmp_path, "dsd_fast.kernels.probe")
     assert all(tensor.isnan().all() for tensor in module.allocate(torch.zeros(3)))
     assert module.integers().tolist() == [torch.iinfo(torch.int64).max] * 3
+
+
+def test_memory_of_a_device_is_allocated_there(tmp_path):
+    module = module_from(tmp_path, "dsd_fast.kernels.probe")
+    with torch.device("meta"):
+        assert torch.nn.Linear(2, 3).weight.is_meta
+        assert module.integers().is_meta
 
 
 def test_memory_allocated_elsewhere_is_not_poisoned(tmp_path, monkeypatch):
@@ -96,12 +104,15 @@ def test_on_a_cpu(target):
 """
 
 
+SKIPPED_MODULE = "import pytest\npytest.importorskip('not_there')\npytest.mark.gpu\n"
+
+
 def test_skipped_gpu_tests_are_counted(tmp_path):
     (tmp_path / "test_gpu.py").write_text(GPU_TESTS)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/conftest.py").write_text("import not_there\n")
     (tmp_path / "broken/test_broken.py").write_text("import not_there\n")
-    (tmp_path / "test_other.py").write_text("import pytest\npytest.importorskip('not_there')\npytest.mark.gpu\n")
+    (tmp_path / "test_other.py").write_text(SKIPPED_MODULE)
     options = ["-m", "pytest", "-p", "tests.conftest", "--rootdir", tmp_path, "-c", ROOT / "pyproject.toml"]
     everything = [*options, "--continue-on-collection-errors", tmp_path]
     done = run_python(everything, cwd=tmp_path, path=[ROOT], check=False)
@@ -112,3 +123,40 @@ def test_skipped_gpu_tests_are_counted(tmp_path):
     assert "3 GPU tests skipped: no CUDA device" in done.stdout
     assert "all GPU tests of test_other.py skipped: could not import 'not_there'" in done.stdout
     assert "4 skipped, 1 deselected" in done.stdout
+
+
+TURNS = """
+import time
+import pytest
+
+def turn(kind):
+    begin = time.monotonic()
+    time.sleep(0.1)
+    with open("turns", "a") as file:
+        file.write(f"{kind} {begin} {time.monotonic()}\\n")
+
+@pytest.mark.parametrize("case", range(12))
+def test_beside(case):
+    turn("beside")
+
+@pytest.mark.alone
+@pytest.mark.parametrize("case", range(3))
+def test_alone(case):
+    turn("alone")
+"""
+
+
+def test_workers_count_together_and_leave_a_test_alone(tmp_path):
+    for name, text in (("gpu", GPU_TESTS), ("other", SKIPPED_MODULE), ("turns", TURNS)):
+        (tmp_path / f"test_{name}.py").write_text(text)
+    options = ["-p", "tests.conftest", "--rootdir", tmp_path, "-c", ROOT / "pyproject.toml", "-n", "2"]
+    done = run_python(["-m", "pytest", *options, "--dist", "worksteal", tmp_path], cwd=tmp_path, path=[ROOT])
+    assert "3 GPU tests skipped: no CUDA device" in done.stdout
+    assert "all GPU tests of test_other.py skipped: could not import 'not_there'" in done.stdout
+    assert "16 passed, 4 skipped" in done.stdout
+    turns = [line.split() for line in (tmp_path / "turns").read_text().splitlines()]
+    turns = sorted((float(begin), float(end), kind) for kind, begin, end in turns)
+    assert len(turns) == 15
+    together = [{a[2], b[2]} for a, b in itertools.combinations(turns, 2) if b[0] < a[1]]
+    assert {"beside"} in together
+    assert not any("alone" in kinds for kinds in together)

@@ -49,7 +49,8 @@ def test_first_run_sets_up(tree):
         ".venv/bin/python -m pip install -c constraints.txt torch==2.13.0",
         '.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"',
     ]
-    assert lines[-1] == ".venv/bin/python -m pytest"
+    assert lines[-1] == ".venv/bin/python -m pytest -n 2 --dist worksteal"
+    assert make(tree, "test", "PROCESSES=5", "ARGS=-x")[-1] == ".venv/bin/python -m pytest -n 5 --dist worksteal -x"
 
 
 @pytest.mark.parametrize("target", ["test", "demo", "lint", "bench", "gpu"])
@@ -114,7 +115,7 @@ def test_the_oldest_versions_have_an_environment_of_their_own(tree):
         ".venv-oldest/bin/python -m pip install -c constraints-oldest.txt --no-build-isolation -e "
     )
     assert not [line for line in lines if ".venv/" in line]
-    assert lines[-1].startswith(".venv-oldest/bin/python -m pytest tests/kernels ")
+    assert lines[-1].startswith(".venv-oldest/bin/python -m pytest -n 2 --dist worksteal tests/kernels ")
     assert lines[-1].endswith(" -x")
 
 
@@ -130,9 +131,33 @@ def test_another_index_means_a_new_oldest_environment_too(tree):
     assert make(tree, "test-oldest", "TORCH_INDEX=")[0].startswith(".venv-oldest/bin/python -m pytest")
 
 
-def test_ci_runs_the_tests_with_the_pinned_and_with_the_oldest_versions():
+def test_the_newest_versions_are_not_constrained_and_without_cuda(tree):
+    lines = make(tree, "test-newest", "ARGS=-x", "NEWEST_INDEX=https://example.com/cpu")
+    assert "python3 -m venv --clear .venv-newest" in lines
+    pip = [line for line in lines if " pip " in line]
+    assert pip[0] == ".venv-newest/bin/python -m pip install setuptools wheel"
+    assert " pip index versions torch --extra-index-url https://example.com/cpu " in pip[1]
+    assert pip[2].endswith(' pip install --extra-index-url https://example.com/cpu "torch==$version"')
+    assert pip[3].startswith('.venv-newest/bin/python -m pip install --no-build-isolation -e ".[triton]" pytest ')
+    assert not [line for line in lines if "constraints" in line]
+    assert lines[-1] == ".venv-newest/bin/python -m pytest -n 2 --dist worksteal -m newest -x"
+
+
+def test_the_newest_build_for_cpus_is_taken(tree):
+    """What the shell makes of pip's answer."""
+    (line,) = [line for line in make(tree, "install-newest") if "awk" in line]
+    known = (
+        "torch (2.15.0)\nAvailable versions: 2.15.0, 2.14.1+cpu, 2.14.1, 2.13.0+cpu, 2.13.0\n  INSTALLED: 2.11.0+cpu\n"
+    )
+    command = line[line.index("awk") : line.index(");")]
+    assert subprocess.run(["bash", "-c", command], input=known, capture_output=True, text=True).stdout == "2.14.1+cpu\n"
+
+
+def test_ci_runs_the_tests_with_the_pinned_the_oldest_and_the_newest_versions():
     run = ROOT / ".ci/run"
     assert os.access(run, os.X_OK)
     lines = run.read_text().splitlines()
-    assert lines.index("make test") < lines.index("if make install-oldest; then") < lines.index("  make test-oldest")
+    lanes = ["for versions in oldest newest; do", '  if make "install-$versions"; then', '    make "test-$versions"']
+    assert lines.index("make test") < lines.index(lanes[0])
+    assert lines[lines.index(lanes[0]) :][:3] == lanes
     assert "set -euo pipefail" in lines

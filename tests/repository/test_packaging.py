@@ -1,6 +1,7 @@
 """What the wheel and the sdist hold, and that the wheel works without the source tree (promise 34)."""
 
 import fnmatch
+import os
 import re
 import shutil
 import subprocess
@@ -47,10 +48,9 @@ SDIST_EXTRA = [
 ]
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory) -> tuple[Path, Path]:
-    """The sdist, built from a copy of the tree, and the wheel, built from the sdist."""
-    source = tmp_path_factory.mktemp("source") / "tree"
+def copy_of_the_tree(folder: Path) -> Path:
+    """What the build reads, in a folder of its own."""
+    source = folder / "tree"
     source.mkdir()
     caches = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for name in ("csrc", "dsd_fast", "kernels"):
@@ -65,6 +65,13 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
         "setup.py",
     ):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> tuple[Path, Path]:
+    """The sdist, built from a copy of the tree, and the wheel, built from the sdist."""
+    source = copy_of_the_tree(tmp_path_factory.mktemp("source"))
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"],
         cwd=source,
@@ -119,13 +126,51 @@ def test_every_python_file_is_reviewed():
     assert sorted(files) == sorted(name for name in PACKAGED if name.endswith(".py"))
 
 
-def test_installed_wheel_works_without_the_source_tree(distributions, tmp_path):
-    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+def install(wanted: Path, folder: Path, *options: str) -> str:
+    """Installs a wheel or a source tree into ``folder``; what pip and the build say."""
+    options = ("--no-deps", "--no-index", "--no-build-isolation", *options)
+    done = run_python(["-m", "pip", "install", *options, "--target", folder, wanted], cwd=folder.parent)
+    return done.stdout + done.stderr
+
+
+def assert_works(installed: Path, elsewhere: Path, backend: str) -> None:
+    """Scores a pair by what is in the folder ``installed`` alone."""
     elsewhere.mkdir()
-    options = ["--quiet", "--no-deps", "--no-index", "--target", installed]
-    run_python(["-m", "pip", "install", *options, distributions[1]], cwd=elsewhere)
     shutil.copy(Path(__file__).parent / "smoke.py", elsewhere)
-    run_python(["-P", elsewhere / "smoke.py", installed], cwd=elsewhere, path=[installed])
+    run_python(["-P", elsewhere / "smoke.py", installed, backend], cwd=elsewhere, path=[installed])
+
+
+def test_installed_wheel_works_without_the_source_tree(distributions, tmp_path):
+    install(distributions[1], tmp_path / "installed")
+    assert_works(tmp_path / "installed", tmp_path / "elsewhere", "cpu")
+
+
+WARNING = "dsd_fast: without the compiled operators; plain PyTorch runs in their place"
+
+
+def test_with_a_compiler_that_fails_the_package_installs_with_one_warning_and_works(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("CXX", "false")
+    assert install(copy_of_the_tree(tmp_path), tmp_path / "installed", "--verbose").count(WARNING) == 1
+    assert_works(tmp_path / "installed", tmp_path / "elsewhere", "reference")
+
+
+@pytest.mark.parametrize("compiler", ["false", "/nonexistent/g++"], ids=["fails", "is missing"])
+def test_where_the_compiler_fails_nothing_of_an_earlier_build_stays(tmp_path, monkeypatch, compiler):
+    """It would be what other sources say. A CUDA compiler, whatever it is, is asked for nothing."""
+    source = copy_of_the_tree(tmp_path)
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("CXX", compiler)
+    stale = [source / "build/lib" / LIBRARIES[0], source / LIBRARIES[0]]
+    for file in stale:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    command = ["setup.py", "build_ext", "--inplace", "--build-lib", "build/lib", "--force"]
+    assert run_python(command, cwd=source).stdout.count(WARNING) == 1
+    assert [file for file in [*stale, tmp_path / "called"] if file.exists()] == []
 
 
 WHERE = (

@@ -193,7 +193,7 @@ def test_what_is_kept_is_what_travels_between_regions():
 
     # The value of each region's last step, and what all regions read. A transformer's projection in has no id; the
     # blocks after it answer in its shape.
-    shaped = [region.cut[-1][0] for region in plan.regions if region.cut[-1][0].shape is not None]
+    shaped = [step for step, _ in (region.steps[-1] for region in plan.regions) if step.shape is not None]
     entering = [step for step in plan.steps if step.name.endswith("-vit-block0-out")]
     with torch.no_grad():
         text = plan.encode_text(request["states"])

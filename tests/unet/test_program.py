@@ -125,6 +125,7 @@ def logits(values, block, kind, attention):
 
 @pytest.mark.parametrize("size", [(16, 16), (13, 11), (9, 24)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.newest
 def test_every_layer_score_and_the_output_equal_diffusers(family, size):
     case = Case(family, size)
     values = hooked(case.unet, case.diffusers)
@@ -212,6 +213,7 @@ def test_without_indices_row_latent_and_text_go_together(case):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.newest
 def test_controlnet_residuals_are_those_of_diffusers(family):
     case = Case(family)
     net = trained_like(ControlNetModel.from_unet(case.unet, conditioning_embedding_out_channels=(8, 16)), 5)
@@ -285,6 +287,7 @@ def test_gradients_of_texts_latents_and_weights_are_those_of_diffusers(case):
         assert float((a - b).abs().max()) <= 1e-12 * scale, name
 
 
+@pytest.mark.newest
 def test_gradients_flow_through_scores():
     case = Case("sd15")
     case.states.requires_grad_()

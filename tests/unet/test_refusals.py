@@ -77,6 +77,7 @@ def test_refused_when_it_is_attached_later(attach):
         lambda: program.plan(noise_pred=True),
         lambda: plan.encode_text(torch.zeros(1, 3, CROSS_ATTENTION_DIM["sd15"])),
         lambda: plan.run(torch.zeros(1, 4, 16, 16), 0, text),
+        lambda: plan.stream(torch.zeros(1, 4, 16, 16), 0, text),
     ):
         with pytest.raises(UnsupportedNetworkError, match=ATTACHED[attach]):
             call()

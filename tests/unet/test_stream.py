@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from dsd_fast.unet import Output, Plan, UNetProgram
+from dsd_fast.unet import Output, Plan, UNetProgram, UnsupportedNetworkError
 from dsd_fast.unet.stream import HEADROOM, default_budget
 from tests.memory import peak_bytes
 from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, tiny_unet
@@ -98,26 +98,26 @@ def test_no_gradients(rows):
 
 
 def test_out_of_memory_halves_once_and_says_so(rows, monkeypatch, caplog):
-    run, sizes = Plan.run, []
+    answer, sizes = Plan._answer, []
 
     def fails_above(limit):
-        def limited(self, *args, **kwargs):
-            sizes.append(len(kwargs["latent_index"]))
+        def limited(self, request, out):
+            sizes.append(request.rows)
             if sizes[-1] > limit:
                 raise torch.OutOfMemoryError("out of memory")
-            return run(self, *args, **kwargs)
+            return answer(self, request, out)
 
         return limited
 
     want = rows.run()
     out = rows.plan.empty_output(17, 16, 16, tokens=TOKENS, map_tokens=2)
-    monkeypatch.setattr(Plan, "run", fails_above(8))
+    monkeypatch.setattr(Plan, "_answer", fails_above(8))
     with caplog.at_level(logging.WARNING, "dsd_fast"):
         rows.stream(10, out=out)
     assert sizes == [10, 5, 5, 5, 2]
     same(out, want)
     assert "out of memory with 10 rows in one micro-batch; going on with 5" in caplog.text
-    monkeypatch.setattr(Plan, "run", fails_above(4))
+    monkeypatch.setattr(Plan, "_answer", fails_above(4))
     with pytest.raises(torch.OutOfMemoryError):
         rows.stream(10, out=out)
 
@@ -152,14 +152,27 @@ def test_the_callers_gradients_stay_on(rows):
         ({"map_tokens": [[0, 1]]}, "map_tokens: got"),
         ({"map_tokens": [0.5]}, "map_tokens: got torch.float32"),
         ({"timesteps": [1, 2, 3]}, "timesteps: got"),
+        ({"latents": torch.zeros(5, 3, 16, 16)}, r"latents: got \(5, 3, 16, 16\), expected \(P, 4, h, w\)"),
+        ({"latents": torch.zeros(5, 4, 16, 16).double()}, "latents: got torch.float64 on cpu"),
+        ({"text": None}, "text: needed by step"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_bad_arguments_are_named_at_the_call(change, message):
     rows = Rows("sd15")
-    arguments = {"timesteps": rows.times} | rows.arguments | change
+    arguments = {"latents": rows.latents, "timesteps": rows.times, "text": rows.text} | rows.arguments | change
     with pytest.raises(ValueError, match=message):
-        rows.plan.stream(rows.latents, arguments.pop("timesteps"), rows.text, **arguments)
+        rows.plan.stream(**arguments)
+
+
+def test_what_is_attached_between_micro_batches_is_refused():
+    rows = Rows("sd15")
+    batches = rows.stream(6)
+    next(batches)
+    handle = rows.program.unet.down_blocks[1].register_forward_hook(lambda m, a, o: o)
+    with pytest.raises(UnsupportedNetworkError, match=r"down_blocks.1: a forward hook is registered"):
+        next(batches)
+    handle.remove()
 
 
 def test_no_rows(rows):

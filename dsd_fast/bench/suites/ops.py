@@ -76,7 +76,6 @@ def _cuda_cases() -> list[Case]:
             cases.append(_case("backward", name, partial(attention.backward, shape), short=few))
             cases.append(_case("score-alone", name, partial(attention.score_alone, shape), short=few))
             cases.append(_case("token-maps", name, partial(attention.maps, shape), short=few))
-            cases.append(_case("implementations", name, partial(rivals.implementations, shape), short=few))
     for width, (length, heads) in TUNED_SHAPES.items():
         shape = Shape(CUDA_ROWS, length, heads, width, dtype="bfloat16")
         cases.append(_case("tune", f"width-{width}", partial(rivals.launches, shape)))
@@ -149,7 +148,6 @@ _GROUPS = [
     Group("token-maps", f"Probabilities of {attention.MAP_TOKENS} tokens, {_SIZES}"),
     Group("elementwise", f"The network's memory-bound pieces, bfloat16, {elementwise.ROWS} rows of SD 1.5"),
     Group("features", f"What stands before and behind a network, bfloat16, {elementwise.ROWS} rows of SD 1.5"),
-    Group("implementations", f"Attention with its score by each implementation, {_SIZES}"),
     Group("tune", f"Ways to launch the kernel beside the one that is taken, {_SIZES}"),
     Group("flex-forward", f"Attention with its score, beside FlexAttention, {_SIZES}"),
 ]

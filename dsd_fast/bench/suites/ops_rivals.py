@@ -1,10 +1,10 @@
-"""The attention operator on a GPU beside FlexAttention, whose score has a gradient too, and its implementations beside
-each other."""
+"""The attention operator on a GPU beside FlexAttention, whose score has a gradient too, and its launches beside each
+other."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,20 +47,6 @@ def flex_backward(shape: Shape, context: Context, least: float) -> Work:
         Side(named("cross_attention_score", ours), ours, shape.rows, shape.sizes, gradient.bytes, against=targets),
     ]
     return gradient.work(sides)
-
-
-def implementations(shape: Shape, context: Context, names: Sequence[str] = ("triton", "cuda")) -> Work:
-    """Output and mean score by each implementation of the operator, the first the baseline."""
-    made, runs = inputs(shape, context), {}
-    for name in names:
-        runs[name] = no_grad(_forced(name, made.ours))
-        try:
-            runs[name]()
-        except ValueError as error:
-            raise UnavailableError(str(error)) from error
-    moved = shape.bytes(2, 2, shape.texts) + 4 * shape.rows * shape.heads
-    sides = [Side(f"cross_attention_score, {name}", run, shape.rows, shape.sizes, moved) for name, run in runs.items()]
-    return work(shape, sides, made.ours(torch.float64), made.materialised())
 
 
 def launches(shape: Shape, context: Context, table: str = "LAUNCHES") -> Work:
@@ -124,14 +110,6 @@ def _entry(table: dict[int, Any], width: int, launch: Any) -> Iterator[None]:
         yield
     finally:
         table[limit] = kept
-
-
-def _forced(name: str, call: Run) -> Run:
-    def forced() -> Any:
-        with backend.force(name):
-            return call()
-
-    return forced
 
 
 def _flex(heads: int) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -50,7 +50,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def noise_weights(alphas_cumprod: Tensor) -> Tensor:
-    """The weight of each timestep's noise loss: min-SNR-5 (Hang et al. 2023) with a floor.
+    """Weigh each timestep's noise loss: min-SNR-5 (Hang et al. 2023) with a floor.
 
     The floor is there since where objects lie relative to each other is decided where hardly any signal is left.
     """

@@ -25,8 +25,9 @@ def adapted(tmp_path):
     return pipe
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "heads"])
-@pytest.mark.parametrize("adapter", [None, "x"], ids=["as-it-stands", "x"])
+@pytest.mark.parametrize(
+    ("method", "adapter"), [("lora", None), ("lora", "x"), ("prompt", None), ("prompt", "x"), ("heads", "x")]
+)
 def test_an_adapter_counts_as_strong_as_the_matcher_has_it(adapted, adapter, method):
     own = matcher(adapted, adapter)
     images = pictures(1)

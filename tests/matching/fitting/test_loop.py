@@ -217,6 +217,7 @@ def test_examples_that_cannot_be_used_are_refused_before_the_first_step(tmp_path
             matcher(pipeline(), **settings).fit(groups(), "heads", progress=False)
 
 
+@pytest.mark.newest
 def test_loss_falls_on_the_mini_model():
     own = dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=[300, 700]))
     examples = scenes(3)

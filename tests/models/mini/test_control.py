@@ -23,7 +23,7 @@ pytest.importorskip("cv2")
 pytest.importorskip("sklearn")
 
 SCENES = 48
-TIMESTEPS = (100, 400, 800)
+TIMESTEPS = (100, 800)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ def _same(first, second):
         assert torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.alone
 def test_killed_process_goes_on_as_if_it_had_not_been(tmp_path):
     steps = 24
     command = [sys.executable, "-m", "dsd_fast.models.mini.train", "--out", str(tmp_path / "killed"), "--stage", "vae"]

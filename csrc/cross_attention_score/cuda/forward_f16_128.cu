@@ -1,3 +1,0 @@
-#include "cross_attention_score/cuda/launch.cuh"
-
-template cudaError_t dsd_fast::cuda::launch_forward<dsd_fast::cuda::Half, 128>(const Forward&, cudaStream_t);

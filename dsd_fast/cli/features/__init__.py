@@ -1,0 +1,1 @@
+"""``dsd-fast features``: what the network makes of images, as files."""

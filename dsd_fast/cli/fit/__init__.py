@@ -1,0 +1,1 @@
+"""``dsd-fast fit``: adapts the score to the groups of a data set."""

@@ -1,0 +1,1 @@
+"""``dsd-fast gate``: which techniques keep features true to the images."""

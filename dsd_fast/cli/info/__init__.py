@@ -1,0 +1,1 @@
+"""``dsd-fast info``: what a model is made of, and what asking it costs."""

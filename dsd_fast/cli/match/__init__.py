@@ -1,0 +1,1 @@
+"""``dsd-fast match``: every image against every caption."""
