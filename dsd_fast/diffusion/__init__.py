@@ -12,7 +12,7 @@ from dsd_fast.diffusion.sampling import (
     scheduler_timesteps,
 )
 from dsd_fast.diffusion.schedule import NoiseSchedule
-from dsd_fast.diffusion.timesteps import fresh_scheduler, img2img_timestep, official_timesteps, resolve_timesteps
+from dsd_fast.diffusion.timesteps import img2img_timestep, official_timesteps, resolve_timesteps, scheduler_from_config
 
 __all__ = [
     "CLEAN",
@@ -20,7 +20,6 @@ __all__ = [
     "Predict",
     "ddim_step",
     "denoise",
-    "fresh_scheduler",
     "guided",
     "img2img",
     "img2img_timestep",
@@ -31,6 +30,7 @@ __all__ = [
     "official_timesteps",
     "resolve_timesteps",
     "sample",
+    "scheduler_from_config",
     "scheduler_noised",
     "scheduler_steps",
     "scheduler_timesteps",

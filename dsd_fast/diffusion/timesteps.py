@@ -53,7 +53,7 @@ def img2img_timestep(scheduler: Any, t: int) -> int:
     Raises:
         ValueError: `t` outside that range, or a scheduler whose timesteps are not integers in that range.
     """
-    total = int(fresh_scheduler(scheduler).config.num_train_timesteps)
+    total = int(scheduler_from_config(scheduler).config.num_train_timesteps)
     asked = _as_int("t", t)
     if not 0 <= asked < total:
         raise ValueError(f"t is {asked}, expected 0 to {total - 1}")
@@ -111,7 +111,7 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
     taken = min(int(steps * strength), steps)
     if taken < 1:
         raise ValueError(f"strength is {strength}, too small for any of {steps} steps")
-    fresh = fresh_scheduler(scheduler)
+    fresh = scheduler_from_config(scheduler)
     fresh.set_timesteps(steps)
     start = (steps - taken) * fresh.order
     if hasattr(fresh, "set_begin_index"):
@@ -119,21 +119,24 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
     return fresh, start
 
 
-def fresh_scheduler(scheduler: Any) -> Any:
-    """Make a fresh diffusers scheduler like another, or from a config.
+def scheduler_from_config(config: Any) -> Any:
+    """Make a fresh diffusers scheduler from its config.
+
+    Args:
+        config: with "_class_name", or a scheduler that has the config, which is left as it is.
 
     Raises:
         ValueError: the config names no scheduler class that diffusers has.
     """
-    if not isinstance(scheduler, Mapping):
-        return type(scheduler).from_config(scheduler.config)
+    if not isinstance(config, Mapping):
+        return type(config).from_config(config.config)
     import diffusers
 
-    name = scheduler.get("_class_name")
+    name = config.get("_class_name")
     cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if cls is None or diffusers.SchedulerMixin not in getattr(cls, "__mro__", ()):
         raise ValueError(f'scheduler config has "_class_name": {name!r}, expected the name of a diffusers scheduler')
-    return cls.from_config(dict(scheduler))
+    return cls.from_config(dict(config))
 
 
 def _as_int(name: str, value: Any) -> int:
