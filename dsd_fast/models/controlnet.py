@@ -271,9 +271,7 @@ def _index(name: str, value: Sequence[int] | Tensor | None, count: int, rows: in
     if value is None:
         if count not in (1, rows):
             raise ValueError(f"{name}: needed when there are {count} for {rows} rows")
-        return (
-            torch.arange(rows, device=device) if count == rows else torch.zeros(rows, dtype=torch.long, device=device)
-        )
+        return torch.arange(count, device=device).expand(rows)
     index = torch.as_tensor(value)
     if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
         raise ValueError(f"{name}: got {tuple(index.shape)} {index.dtype}, expected a list of integers")
