@@ -90,7 +90,7 @@ class Items:
                     raise ValueError(f"{what}[{number}] is of type {type(each).__name__}, expected str")
 
     def __iter__(self) -> Iterator[Item]:
-        read = ahead(_known, self._images, workers=_READERS, read_ahead=_READ_AHEAD, name="dsd-read")
+        read = ahead(_read, self._images, workers=_READERS, read_ahead=_READ_AHEAD, name="dsd-read")
         for number, (source, known) in enumerate(read):
             yield self._item(number, source, known)
 
@@ -171,8 +171,8 @@ def _of(what: str, given: Sequence[str], number: int) -> str:
     return given[number]
 
 
-def _known(source: ImageSource) -> _Known:
-    return _from_file(Path(source)) if isinstance(source, os.PathLike) else _from_object(source)
+def _read(source: ImageSource) -> tuple[ImageSource, _Known]:
+    return source, _from_file(Path(source)) if isinstance(source, os.PathLike) else _from_object(source)
 
 
 def _from_file(path: Path) -> _Known:

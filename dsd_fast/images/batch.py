@@ -110,7 +110,8 @@ def decode(
         raise ValueError(f"read_ahead is {read_ahead}, expected at least 1")
     load = partial(_load, size=size)
     images = ahead(load, sources, workers=workers, read_ahead=read_ahead, name="dsd-decode")
-    return ((number, image) for number, (_, image) in enumerate(images))
+    # A generator too, which a caller can close.
+    return (numbered for numbered in enumerate(images))
 
 
 def decode_chunks(
@@ -155,8 +156,8 @@ def _chunks(
 
 def ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, read_ahead: int, name: str
-) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, what a function gives for it), in the order of the items, by threads ahead of the caller.
+) -> Iterator[Result]:
+    """Yield what a function gives for each item, in the order of the items, by threads ahead of the caller.
 
     Args:
         items: consumed as it goes, no further ahead than ``read_ahead``.
@@ -164,15 +165,13 @@ def ahead(
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
     source = iter(items)
-    pending: deque[tuple[Item, Future[Result]]] = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         while True:
-            for item in itertools.islice(source, read_ahead - len(pending)):
-                pending.append((item, pool.submit(function, item)))
+            pending += (pool.submit(function, item) for item in itertools.islice(source, read_ahead - len(pending)))
             if not pending:
                 return
-            item, result = pending.popleft()
-            yield item, result.result()
+            yield pending.popleft().result()
     finally:
         # Also reached when the caller stops early: nothing keeps working behind its back.
         pool.shutdown(wait=True, cancel_futures=True)
