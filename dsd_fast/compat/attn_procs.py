@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsd_fast.models import ModelError
 from dsd_fast.models.attn_procs import from_official
+from dsd_fast.models.errors import first_line
 from dsd_fast.models.lora import put_unet_lora, save_official_lora
 
 ADAPTER = "dsd"
@@ -98,7 +99,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # Its advice to read the file without weights_only=True is not for passing on.
-        text = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        text = first_line(error).split(". ")[0]
         raise ModelError(f"LoRA {str(file)!r} cannot be read as tensors alone (weights_only=True): {text}") from error
     if not isinstance(weights, Mapping):
         raise ModelError(f"LoRA {str(file)!r} holds a {type(weights).__name__}, expected a mapping of names to tensors")

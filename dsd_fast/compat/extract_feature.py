@@ -12,10 +12,10 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsd_fast.features import FeatureExtractor
@@ -179,22 +179,18 @@ def _names(files: Sequence[str], args: argparse.Namespace) -> list[str]:
     return [os.path.join(folder, stem) for folder, stem in zip(folders, stems, strict=True)]
 
 
-def _progress(total: int) -> Any:
-    """A context whose value is called with the number of images dealt with; shows it on a terminal."""
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
+    """On a terminal, what is to be called with the number of images dealt with."""
     if not sys.stderr.isatty():
-        return nullcontext()
-    from contextlib import contextmanager
-
+        yield None
+        return
     from rich.console import Console
     from rich.progress import Progress
 
-    @contextmanager
-    def bar() -> Any:
-        with Progress(console=Console(stderr=True)) as shown:
-            task = shown.add_task("images", total=total)
-            yield lambda done: shown.update(task, completed=done)
-
-    return bar()
+    with Progress(console=Console(stderr=True)) as shown:
+        task = shown.add_task("images", total=total)
+        yield lambda done: shown.update(task, completed=done)
 
 
 def _report(exported: Exported, folder: str) -> int:

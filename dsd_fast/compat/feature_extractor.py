@@ -148,7 +148,9 @@ class FeatureExtractor:
         """
         if persistent:
             self.model.forget_encoders()
+            # Both hold on to the encoders that they were made with.
             self._pipe = None
+            self._engines.clear()
             return
         for encoder in self.model.text_encoders:
             if isinstance(encoder, torch.nn.Module):
@@ -249,8 +251,8 @@ class FeatureExtractor:
     def _engine(self, t: int, controlled: bool, denoise_from: int | None, inversion: bool) -> Engine:
         key = (t, controlled, denoise_from, inversion)
         if key not in self._engines:
-            for old in list(self._engines)[: max(0, len(self._engines) + 1 - _ENGINES)]:
-                del self._engines[old]
+            if len(self._engines) == _ENGINES:
+                del self._engines[next(iter(self._engines))]
             self._engines[key] = Engine(
                 self.model,
                 self.layers,

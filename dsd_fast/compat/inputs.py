@@ -202,14 +202,9 @@ def _embedded(model: Model, name: str, embeds: Tensor) -> Texts:
 def _distinct(keys: Iterable[Hashable]) -> tuple[list[int], Tensor]:
     """Positions of the first of each key, and for every key the number of its first."""
     number: dict[Hashable, int] = {}
-    firsts: list[int] = []
-    of: list[int] = []
-    for position, key in enumerate(keys):
-        if key not in number:
-            number[key] = len(firsts)
-            firsts.append(position)
-        of.append(number[key])
-    return firsts, torch.tensor(of)
+    of = [number.setdefault(key, len(number)) for key in keys]
+    firsts = {own: position for position, own in reversed(list(enumerate(of)))}
+    return [firsts[own] for own in range(len(number))], torch.tensor(of)
 
 
 def _digest(values: Tensor) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsd_fast.compat.attn_procs import load_attn_procs
 from dsd_fast.compat.inputs import read_images, read_negative, read_prompt
 from dsd_fast.compat.schedulers import comparing_with_v, under_scheduler
-from dsd_fast.compat.scores import Request, combined, terms
+from dsd_fast.compat.scores import combined, terms
 from dsd_fast.compat.selection import Index, LayerMask, select_layers, timestep_grid
 from dsd_fast.matching import MatchConfig
 from dsd_fast.matching.score import PairScorer
@@ -304,14 +304,12 @@ class DSDPipeline:
         scorer = PairScorer.of(model, config)
         found = terms(
             scorer,
-            Request(
-                pictures=pictures.each() if sample_posterior else pictures,
-                texts=texts,
-                free=read_negative(model, negative_prompt, negative_prompt_embeds, texts) if has_free else None,
-                epsilon=self._bank(scorer),
-                sample=sample_posterior,
-                generator=generator,
-            ),
+            pictures.each() if sample_posterior else pictures,
+            texts,
+            read_negative(model, negative_prompt, negative_prompt_embeds, texts) if has_free else None,
+            epsilon=self._bank(scorer),
+            sample=sample_posterior,
+            generator=generator,
         )
         scores = combined(
             found,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,53 +11,49 @@ from dsd_fast.compat.inputs import Pictures, Texts
 from dsd_fast.matching.pairs import side_by_side
 from dsd_fast.matching.score import PairScorer, Terms
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
-@dataclass(frozen=True)
-class Request:
-    """B pairs: pair b is prompt b and image b modulo the number of images.
 
-    Attributes:
-        pictures, texts: of the pairs.
+def terms(
+    scorer: PairScorer,
+    pictures: Pictures,
+    texts: Texts,
+    free: Texts | None,
+    *,
+    epsilon: Tensor | None,
+    sample: bool,
+    generator: Generators,
+) -> Terms:
+    """Compute the (B, S) terms of B pairs: pair b is prompt b and image b modulo the number of images.
+
+    Args:
         free: texts of the unconditional rows; None for none.
         epsilon: (S, C, h, w) noise; None leaves it to the scorer's seed.
         sample: draw from the VAE's posterior at each timestep.
         generator: of those draws, one, or one per image.
     """
-
-    pictures: Pictures
-    texts: Texts
-    free: Texts | None
-    epsilon: Tensor | None
-    sample: bool
-    generator: torch.Generator | Sequence[torch.Generator] | None
-
-
-def terms(scorer: PairScorer, request: Request) -> Terms:
-    """The (B, S) terms of all pairs."""
-    pairs = len(request.texts.of)
-    image_of = request.pictures.of.repeat(pairs // len(request.pictures.of))
-    shape = (pairs, len(scorer.timesteps))
-    names = ["attention", "error"] + (["free_attention", "free_error"] if request.free is not None else [])
-    whole = {name: torch.empty(shape, dtype=torch.float64) for name in names}
-    sampled = _sampled(scorer, request) if request.sample else None
-    free_of = torch.zeros(pairs, dtype=torch.int64) if request.free is None else request.free.of
+    pairs = len(texts.of)
+    image_of = pictures.of.repeat(pairs // len(pictures.of))
+    names = ["attention", "error"] + (["free_attention", "free_error"] if free is not None else [])
+    whole = {name: torch.empty(pairs, len(scorer.timesteps), dtype=torch.float64) for name in names}
+    sampled = _sampled(scorer, pictures, generator) if sample else None
+    free_of = torch.zeros(pairs, dtype=torch.int64) if free is None else free.of
     for number in torch.unique(free_of).tolist():
-        empty = None if request.free is None else request.free.states[number : number + 1]
-        texts = scorer.texts(request.texts.states, empty)
+        encoded = scorer.texts(texts.states, None if free is None else free.states[number : number + 1])
         chosen = torch.nonzero(free_of == number).flatten()
         images, places = torch.unique(image_of[chosen], return_inverse=True)
-        pairs_of, at_once = side_by_side(places), scorer.images_together(texts, -(-len(chosen) // len(images)))
+        pairs_of, at_once = side_by_side(places), scorer.images_together(encoded, -(-len(chosen) // len(images)))
         for start in range(0, len(images), at_once):
             shown, own = images[start : start + at_once], pairs_of(start, start + at_once)
             if sampled is None:
-                latents = scorer.engine.encode_images(list(request.pictures.pixels(shown.tolist())))
+                latents = scorer.engine.encode_images(list(pictures.pixels(shown.tolist())))
             else:
                 latents = sampled[shown]
             rows = chosen[own]
-            part = scorer.terms(latents, texts, places[own] - start, request.texts.of[rows], epsilon=request.epsilon)
+            part = scorer.terms(latents, encoded, places[own] - start, texts.of[rows], epsilon=epsilon)
             for name, value in whole.items():
                 value[rows] = getattr(part, name)
-    return Terms(whole["attention"], whole["error"], whole.get("free_attention"), whole.get("free_error"))
+    return Terms(**whole)
 
 
 def combined(found: Terms, *, use_bias: bool, free_attention: bool, batch_mean: bool, dtype: torch.dtype) -> Tensor:
@@ -79,17 +74,16 @@ def combined(found: Terms, *, use_bias: bool, free_attention: bool, batch_mean: 
     return score
 
 
-def _sampled(scorer: PairScorer, request: Request) -> Tensor:
+def _sampled(scorer: PairScorer, pictures: Pictures, generator: Generators) -> Tensor:
     """(n, S, C, h, w) posterior samples, drawn in the official order: at each timestep all images."""
-    pixels = request.pictures.pixels(range(len(request.pictures)))
-    generator, model = request.generator, scorer.model
+    pixels, model = pictures.pixels(range(len(pictures))), scorer.model
     if generator is None or isinstance(generator, torch.Generator):
         draws = [model.encode_images(pixels, sample=True, generator=generator) for _ in scorer.timesteps]
         return torch.stack(draws, dim=1)
     if len(generator) != len(pixels):
         raise ValueError(f"generator: got {len(generator)}, expected one, or one for each of {len(pixels)} images")
-    each = [
-        [model.encode_images(one[None], sample=True, generator=own)[0] for _ in scorer.timesteps]
+    draws = [
+        torch.cat([model.encode_images(one[None], sample=True, generator=own) for _ in scorer.timesteps])
         for one, own in zip(pixels, generator, strict=True)
     ]
-    return torch.stack([torch.stack(draws) for draws in each])
+    return torch.stack(draws)

@@ -77,7 +77,8 @@ def load_version(name: str, device: Device, dtype: str, lora: str | None, lora_f
     if version.scheduler is not None:
         import diffusers
 
-        model = model.with_scheduler(getattr(diffusers, version.scheduler).from_config(_plain(model.scheduler_config)))
+        scheduler = getattr(diffusers, version.scheduler)
+        model = model.with_scheduler(scheduler.from_config(model.new_scheduler().config))
     if lora is not None and lora_filename is not None:
         model.load_lora(lora, "offline", lora_filename)
     return model
@@ -160,7 +161,3 @@ def _load_control(name: str, version: str, model: Model) -> Control:
         raise ValueError(f"control: got {name!r}, expected of {', '.join(_CONTROLS)}, or Controls")
     source = "mini" if version == "mini" and name == "canny" else _CONTROLS[name]
     return Control(load_controlnet(source, device=model.device, dtype=model.dtype))
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "_class_name"}

@@ -157,34 +157,22 @@ def invert(
         raise ValueError(f"grid is {points}, expected at least two timesteps, strictly ascending")
     if exact and schedule.prediction_type == "sample" and asked[-1] > 0:
         raise ValueError("exact is True, expected False for a model that predicts z₀")
-    walk = _invert_exactly if exact else _invert
-    return walk(schedule, predict, latents, asked, points)
+    return _invert(schedule, predict, latents, asked, points, exact)
 
 
 def _invert(
-    schedule: NoiseSchedule, predict: Predict, latents: Tensor, asked: Sequence[int], grid: Sequence[int]
+    schedule: NoiseSchedule, predict: Predict, latents: Tensor, asked: Sequence[int], grid: Sequence[int], exact: bool
 ) -> Iterator[tuple[int, Tensor]]:
     stride = schedule.num_train_timesteps // len(grid)
-    state, reached, ahead = latents.to(working_dtype(latents)), 0, list(grid[1:])
+    state, level, ahead = latents.to(working_dtype(latents)), CLEAN if exact else 0, list(grid[1:])
     for t in asked:
-        while reached < t and ahead:
-            reached = ahead.pop(0)
-            output = predict(state.to(latents.dtype), reached)
-            state = ddim_step(schedule, output, state, max(0, reached - stride), reached)
-        yield t, state.to(latents.dtype)
-
-
-def _invert_exactly(
-    schedule: NoiseSchedule, predict: Predict, latents: Tensor, asked: Sequence[int], grid: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
-    state, level, ahead = latents.to(working_dtype(latents)), CLEAN, list(grid[1:])
-    for t in asked:
-        while ahead and ahead[0] <= t:
+        while ahead and (ahead[0] <= t if exact else level < t):
             following = ahead.pop(0)
             output = predict(state.to(latents.dtype), following)
-            state, level = ddim_step(schedule, output, state, level, following), following
+            start = level if exact else max(0, following - stride)
+            state, level = ddim_step(schedule, output, state, start, following), following
         result = state
-        if t not in (0, level):
+        if exact and t not in (0, level):
             result = ddim_step(schedule, predict(state.to(latents.dtype), t), state, level, t)
         yield t, result.to(latents.dtype)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.ddim import CLEAN, Predict, working_dtype
-from dsd_fast.diffusion.timesteps import scheduler_from_config
+from dsd_fast.diffusion.schedule import check_noise
+from dsd_fast.diffusion.timesteps import started
 
 _SHORT_DENOISING = 50
 
@@ -35,7 +36,7 @@ def scheduler_timesteps(scheduler: Any, steps: int, strength: float = 1.0) -> li
     Raises:
         ValueError: an argument outside its range, or a strength too small for any step.
     """
-    fresh, start = _prepared(scheduler, steps, strength)
+    fresh, start = started(scheduler, steps, strength)
     return [_time(t) for t in fresh.timesteps[start:]]
 
 
@@ -76,7 +77,7 @@ def scheduler_noised(
     Raises:
         ValueError: arguments as for `scheduler_timesteps`, or a noise that does not fit.
     """
-    fresh, start = _prepared(scheduler, steps, strength)
+    fresh, start = started(scheduler, steps, strength)
     first = fresh.timesteps[start]
     state = _noised(fresh, start, latents, noise)
     return _time(first), fresh.scale_model_input(state, first).to(latents.dtype)
@@ -113,7 +114,7 @@ def scheduler_steps(
     Raises:
         ValueError: arguments as for `scheduler_timesteps`, or `until` above the first timestep.
     """
-    fresh, start = _prepared(scheduler, steps, strength)
+    fresh, start = started(scheduler, steps, strength)
     first = fresh.timesteps[start]
     if until is not None and until > float(first):
         raise ValueError(f"until is {until}, expected at most {float(first):g}, the first timestep")
@@ -151,7 +152,7 @@ def img2img(
     Raises:
         ValueError: arguments as for `scheduler_timesteps`, or a noise that does not fit.
     """
-    fresh, start = _prepared(scheduler, steps, strength)
+    fresh, start = started(scheduler, steps, strength)
     state = _noised(fresh, start, latents, noise)
     return _last(_run(fresh, start, predict, state, latents.dtype, None, generator))
 
@@ -178,7 +179,7 @@ def sample(
     Raises:
         ValueError: arguments as for `scheduler_timesteps`.
     """
-    fresh, start = _prepared(scheduler, steps, 1.0)
+    fresh, start = started(scheduler, steps, 1.0)
     state = noise.to(working_dtype(noise)) * fresh.init_noise_sigma
     return _last(_run(fresh, start, predict, state, noise.dtype, None, generator))
 
@@ -229,35 +230,12 @@ def _noised(scheduler: Any, start: int, latents: Tensor, noise: Tensor) -> Tenso
     Raises:
         ValueError: a noise that does not fit.
     """
-    try:
-        spread = noise.expand_as(latents)
-    except RuntimeError:
-        got, wanted = tuple(noise.shape), tuple(latents.shape)
-        raise ValueError(f"noise has shape {got}, expected one that broadcasts to {wanted}") from None
+    check_noise(noise, latents)
     real = working_dtype(latents)
     first = scheduler.timesteps[start : start + 1]
-    state: Tensor = scheduler.add_noise(latents.to(real), spread.to(latents.device, real), first)
+    spread = noise.expand_as(latents).to(latents.device, real)
+    state: Tensor = scheduler.add_noise(latents.to(real), spread, first)
     return state
-
-
-def _prepared(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
-    """A fresh scheduler with its timesteps set, and the index of the first one that is taken."""
-    count = _count("steps", steps)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}, expected 0 to 1")
-    # The rounding is part of diffusers' rule.
-    taken = min(int(count * strength), count)
-    if taken < 1:
-        raise ValueError(f"strength is {strength}, too small for any of {count} steps")
-    if isinstance(scheduler, dict):
-        fresh = scheduler_from_config(scheduler)
-    else:
-        fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(count)
-    start = (count - taken) * fresh.order
-    if hasattr(fresh, "set_begin_index"):
-        fresh.set_begin_index(start)
-    return fresh, start
 
 
 def _last(trajectory: Iterator[tuple[float, Tensor]]) -> Tensor:
@@ -268,9 +246,3 @@ def _last(trajectory: Iterator[tuple[float, Tensor]]) -> Tensor:
 def _time(t: Tensor) -> float:
     value = float(t)
     return int(value) if value.is_integer() else value
-
-
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
-    return value

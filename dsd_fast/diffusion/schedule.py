@@ -6,6 +6,7 @@ Ho 2022, "Progressive Distillation", section 4 and appendix D), or z₀ itself (
 the others.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class NoiseSchedule:
         Raises:
             ValueError: timesteps out of range or not integers, or shapes that do not fit.
         """
-        _check_broadcast("noise", noise, latents)
+        check_noise(noise, latents)
         signal, sigma = self._coefficients(timesteps, latents)
         dtype = sigma.dtype
         return (signal * latents.to(dtype) + sigma * noise.to(latents.device, dtype)).to(latents.dtype)
@@ -163,9 +164,7 @@ class NoiseSchedule:
                     f"timesteps holds {int(index[bad][0])}, where this schedule has no {lacks}: "
                     f"a prediction of type {self.prediction_type!r} cannot be converted there"
                 )
-        dtype = torch.float32
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
         shape = (-1,) + (1,) * (first.ndim - 1)
         signal, sigma = (each.to(first.device, dtype).reshape(shape) for each in self.coefficients(index))
         return signal, sigma
@@ -206,9 +205,14 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     raise ValueError(f"beta_schedule is {kind!r}, expected linear, scaled_linear or squaredcos_cap_v2")
 
 
-def _check_broadcast(name: str, tensor: Tensor, target: Tensor) -> None:
-    ends = zip(reversed(tensor.shape), reversed(target.shape), strict=False)
-    if tensor.ndim > target.ndim or any(size not in (1, expected) for size, expected in ends):
+def check_noise(noise: Tensor, latents: Tensor) -> None:
+    """Refuses noise that does not broadcast to latents.
+
+    Raises:
+        ValueError: telling both shapes.
+    """
+    ends = zip(reversed(noise.shape), reversed(latents.shape), strict=False)
+    if noise.ndim > latents.ndim or any(size not in (1, expected) for size, expected in ends):
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, expected one that broadcasts to {tuple(target.shape)}"
+            f"noise has shape {tuple(noise.shape)}, expected one that broadcasts to {tuple(latents.shape)}"
         )

@@ -53,20 +53,14 @@ def img2img_timestep(scheduler: Any, t: int) -> int:
     Raises:
         ValueError: `t` outside that range, or a scheduler whose timesteps are not integers in that range.
     """
-    if isinstance(scheduler, Mapping):
-        fresh = scheduler_from_config(scheduler)
-    else:
-        fresh = type(scheduler).from_config(scheduler.config)
-    total = int(fresh.config.num_train_timesteps)
+    total = int(scheduler_from_config(scheduler).config.num_train_timesteps)
     asked = _as_int("t", t)
     if not 0 <= asked < total:
         raise ValueError(f"t is {asked}, expected 0 to {total - 1}")
     if asked == 0:
         return 0
-    fresh.set_timesteps(total)
-    # The rounding is part of the rule: 1000 * (t / 1000) can fall below t.
-    start = max(total - min(int(total * (asked / total)), total), 0)
-    used = float(fresh.timesteps[start * fresh.order])
+    fresh, start = started(scheduler, total, asked / total)
+    used = float(fresh.timesteps[start])
     if not used.is_integer() or not 0 <= used < total:
         raise ValueError(
             f"scheduler {type(fresh).__name__} maps t = {asked} to {used}, expected an integer from 0 to {total - 1}"
@@ -98,12 +92,44 @@ def resolve_timesteps(spec: int | Sequence[int], num_train_timesteps: int = 1000
     return values
 
 
-def scheduler_from_config(config: Mapping[str, Any]) -> Any:
-    """A fresh diffusers scheduler from its config.
+def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
+    """Set a fresh scheduler's timesteps, and find the index of the first one that img2img's `get_timesteps` takes.
+
+    Args:
+        scheduler: a diffusers scheduler, left as it is, or its config with "_class_name".
+        steps: number of inference steps over the whole schedule.
+        strength: share of them that is taken, 0 to 1.
+
+    Raises:
+        ValueError: an argument outside its range, or a strength too small for any step.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}, expected an integer of at least 1")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}, expected 0 to 1")
+    # The rounding is part of diffusers' rule: 1000 * (t / 1000) can fall below t.
+    taken = min(int(steps * strength), steps)
+    if taken < 1:
+        raise ValueError(f"strength is {strength}, too small for any of {steps} steps")
+    fresh = scheduler_from_config(scheduler)
+    fresh.set_timesteps(steps)
+    start = (steps - taken) * fresh.order
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(start)
+    return fresh, start
+
+
+def scheduler_from_config(config: Any) -> Any:
+    """Make a fresh diffusers scheduler from its config.
+
+    Args:
+        config: with "_class_name", or a scheduler that has the config, which is left as it is.
 
     Raises:
         ValueError: the config names no scheduler class that diffusers has.
     """
+    if not isinstance(config, Mapping):
+        return type(config).from_config(config.config)
     import diffusers
 
     name = config.get("_class_name")

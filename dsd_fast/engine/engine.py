@@ -14,7 +14,6 @@ from torch import Tensor
 from dsd_fast.diffusion import Predict
 from dsd_fast.engine.adapters import Adapters
 from dsd_fast.engine.texts import Texts
-from dsd_fast.models.batches import encode_within
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.unet import Output, Plan, UNetProgram
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
 
 # Noised latents held at once: enough images to fill any micro-batch, whatever the number of images given.
 _LATENT_BYTES = 64 << 20
+# Images in one call of the VAE, and its encoder's peak: so many float tensors of its first width at the image's size.
+_VAE_IMAGES = 8
+_VAE_TENSORS = 6
 # Micro-batches computed together: enough that a partly filled last one costs little, few enough that results come soon.
 _MICRO_BATCHES = 4
 # Requests whose text states are remembered: the techniques of one chunk of images.
@@ -157,8 +159,14 @@ class Engine:
         self._remembered.clear()
 
     def encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
-        """Encode n images, each (3, height, width) in [−1, 1], as (n, C, h, w) clean latents, a few at a time."""
-        return encode_within(self.model, pixels, self.memory)
+        """Encode n images of (3, height, width) in [−1, 1] as (n, C, h, w) latents, a few at a time; no gradients."""
+        if not len(pixels):
+            return torch.empty(0)
+        per_image = _VAE_TENSORS * self.model.vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
+        at_once = max(1, min(_VAE_IMAGES, self.memory // per_image))
+        parts = (list(pixels[start : start + at_once]) for start in range(0, len(pixels), at_once))
+        with torch.no_grad():
+            return torch.cat([self.model.encode_images(torch.stack(part)) for part in parts])
 
     def images_held(self, latents: int) -> int:
         """Tell how many images may be noised together, to ``latents`` latents each."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dsd_fast.images import ImageError, ImageSource, load_image
-from dsd_fast.images.header import CorruptHeaderError, TruncatedHeaderError, UnsupportedFormatError, read_header
+from dsd_fast.images.batch import ahead
+from dsd_fast.images.header import HeaderError, read_header
 from dsd_fast.images.load import MAX_BYTES
-from dsd_fast.jobs import file_digest, row_id
+from dsd_fast.jobs import file_digest, row_id, storable
 from dsd_fast.models.prompts import token_limit, tokenize
 
 if TYPE_CHECKING:
@@ -91,19 +90,11 @@ class Items:
                     raise ValueError(f"{what}[{number}] is of type {type(each).__name__}, expected str")
 
     def __iter__(self) -> Iterator[Item]:
-        waiting: deque[tuple[int, ImageSource, Future[_Known]]] = deque()
-        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="dsd-read")
-        try:
-            for number, source in enumerate(self._images):
-                waiting.append((number, source, pool.submit(_known, source)))
-                if len(waiting) >= _READ_AHEAD:
-                    yield self._item(*waiting.popleft())
-            while waiting:
-                yield self._item(*waiting.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        read = ahead(_read, self._images, workers=_READERS, read_ahead=_READ_AHEAD, name="dsd-read")
+        for number, (source, known) in enumerate(read):
+            yield self._item(number, source, known)
 
-    def _item(self, number: int, source: ImageSource, read: Future[_Known]) -> Item:
+    def _item(self, number: int, source: ImageSource, known: _Known) -> Item:
         prompt, refusal = self._prompts, None
         if not isinstance(prompt, str):
             prompt = _of("prompts", prompt, number)
@@ -115,7 +106,7 @@ class Items:
             name = _of("names", self._names, number)
         else:
             name = str(number) if path is None else path.stem
-        digest, height, width = read.result()
+        digest, height, width = known
         columns = {
             "path": None if path is None else storable(str(path)),
             "prompt": storable(prompt),
@@ -169,11 +160,6 @@ def prompt_check(model: Model) -> Callable[[str], str | None]:
     return check
 
 
-def storable(text: str) -> str:
-    """As UTF-8 can hold it: what of a file's name is no text becomes escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _path(name: str) -> str:
     """A name as the index has it, and without what leads to the same file."""
     return storable(str(PurePosixPath(name)))
@@ -185,8 +171,8 @@ def _of(what: str, given: Sequence[str], number: int) -> str:
     return given[number]
 
 
-def _known(source: ImageSource) -> _Known:
-    return _from_file(Path(source)) if isinstance(source, os.PathLike) else _from_object(source)
+def _read(source: ImageSource) -> tuple[ImageSource, _Known]:
+    return source, _from_file(Path(source)) if isinstance(source, os.PathLike) else _from_object(source)
 
 
 def _from_file(path: Path) -> _Known:
@@ -200,7 +186,7 @@ def _from_file(path: Path) -> _Known:
         digest = file_digest(path)
         with path.open("rb") as file:
             _, width, height = read_header(file, status.st_size)
-    except (UnsupportedFormatError, TruncatedHeaderError, CorruptHeaderError):
+    except HeaderError:
         return digest, None, None
     except (OSError, ValueError):
         return unread

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dsd_fast.images import ImageSource, load_image
-from dsd_fast.models import Model, ModelError
-from dsd_fast.models.hub import download, local_folder
+from dsd_fast.models import Model
+from dsd_fast.models.hub import find_folder
 from dsd_fast.models.load import (
     TRANSFORMERS_STEM,
     check_weights,
@@ -117,20 +117,14 @@ def load_captioner(
     from transformers import AutoModelForImageTextToText
 
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
-    folder = local_folder(source, "captioner")
-    if folder is not None and revision is not None:
-        raise ModelError(
-            f"revision is {revision!r}, but captioner {os.fspath(source)!r} is a folder; expected a hub id"
-        )
-    if folder is None:
-        folder = download(
-            os.fspath(source),
-            [*_TOKENIZER_FILES, *weight_patterns(TRANSFORMERS_STEM, None)],
-            what="captioner",
-            revision=revision,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-        )
+    folder, _ = find_folder(
+        source,
+        [*_TOKENIZER_FILES, *weight_patterns(TRANSFORMERS_STEM, None)],
+        what="captioner",
+        revision=revision,
+        local_files_only=local_files_only,
+        cache_dir=cache_dir,
+    )
     what = f"captioner {os.fspath(source)!r}"
     check_weights(folder, TRANSFORMERS_STEM, None, what)
     network = load_network(AutoModelForImageTextToText, folder, torch_dtype, None, what)

@@ -1,9 +1,12 @@
 """RGB images to model input, one by one, as a batch, or streamed by threads in bounded memory."""
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +17,9 @@ from dsd_fast.images.errors import ImageError
 from dsd_fast.images.load import ImageSource, load_image
 
 _MAX_DEFAULT_WORKERS = 8
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 # Pixels of decoded images waiting for their turn.
 _PIXEL_BYTES = 64 << 20
 
@@ -102,7 +108,10 @@ def decode(
         read_ahead = 2 * workers
     if read_ahead < 1:
         raise ValueError(f"read_ahead is {read_ahead}, expected at least 1")
-    return _stream(iter(sources), size, workers, read_ahead)
+    load = partial(_load, size=size)
+    images = ahead(load, sources, workers=workers, read_ahead=read_ahead, name="dsd-decode")
+    # A generator too, which a caller can close.
+    return (numbered for numbered in enumerate(images))
 
 
 def decode_chunks(
@@ -137,43 +146,34 @@ def check_sources(sources: object) -> None:
 def _chunks(
     images: Iterator[tuple[int, Tensor | ImageError]], chunk: int
 ) -> Iterator[tuple[list[int], list[Tensor], dict[int, ImageError]]]:
-    numbers: list[int] = []
-    pixels: list[Tensor] = []
-    errors: dict[int, ImageError] = {}
-    for number, image in images:
-        if isinstance(image, ImageError):
-            errors[number] = image
-        else:
-            numbers.append(number)
-            pixels.append(image)
-        if len(numbers) + len(errors) == chunk:
-            yield numbers, pixels, errors
-            numbers, pixels, errors = [], [], {}
-    if numbers or errors:
-        yield numbers, pixels, errors
+    while some := dict(itertools.islice(images, chunk)):
+        errors = {number: image for number, image in some.items() if isinstance(image, ImageError)}
+        pixels = {number: image for number, image in some.items() if isinstance(image, Tensor)}
+        yield list(pixels), list(pixels.values()), errors
+        # Not to be held beside the next ones.
+        del some, pixels
 
 
-def _stream(
-    sources: Iterator[ImageSource], size: tuple[int, int], workers: int, read_ahead: int
-) -> Iterator[tuple[int, Tensor | ImageError]]:
-    pending: deque[Future[Tensor | ImageError]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="dsd-decode")
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, read_ahead: int, name: str
+) -> Iterator[Result]:
+    """Yield what a function gives for each item, in the order of the items, by threads ahead of the caller.
+
+    Args:
+        items: consumed as it goes, no further ahead than ``read_ahead``.
+        name: of the threads.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
+    source = iter(items)
+    pending: deque[Future[Result]] = deque()
     try:
-        index, exhausted = 0, False
         while True:
-            while not exhausted and len(pending) < read_ahead:
-                try:
-                    source = next(sources)
-                except StopIteration:
-                    exhausted = True
-                else:
-                    pending.append(pool.submit(_load, source, size))
+            pending += (pool.submit(function, item) for item in itertools.islice(source, read_ahead - len(pending)))
             if not pending:
                 return
-            yield index, pending.popleft().result()
-            index += 1
+            yield pending.popleft().result()
     finally:
-        # Also reached when the caller stops early: nothing keeps decoding behind its back.
+        # Also reached when the caller stops early: nothing keeps working behind its back.
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -18,23 +18,18 @@ _JPEG_END_OF_IMAGE = 0xD9
 _JPEG_START_OF_SCAN = 0xDA
 
 
-class UnsupportedFormatError(Exception):
-    """The first bytes belong to none of the formats."""
+class HeaderError(Exception):
+    """The first bytes tell no size: its argument is the reason, as of an :class:`~dsd_fast.images.ImageError`.
 
-
-class TruncatedHeaderError(Exception):
-    """The file ends before its size is told."""
-
-
-class CorruptHeaderError(Exception):
-    """The header contradicts its format."""
+    That is "unsupported-format", "truncated", or "corrupt" for a header that contradicts its format.
+    """
 
 
 def read_header(file: BinaryIO, num_bytes: int) -> tuple[str, int, int]:
     """Format ("PNG", "JPEG" or "WEBP"), width and height of a file of `num_bytes`, read from position 0.
 
     Raises:
-        UnsupportedFormatError, TruncatedHeaderError, CorruptHeaderError: see there.
+        HeaderError: see there.
     """
     file.seek(0)
     head = file.read(32)
@@ -45,15 +40,15 @@ def read_header(file: BinaryIO, num_bytes: int) -> tuple[str, int, int]:
     if head.startswith(_RIFF) and _WEBP.startswith(head[8:12]):
         return ("WEBP", *_webp_size(head, num_bytes))
     if any(signature.startswith(head) for signature in (_PNG, _JPEG, _RIFF)):
-        raise TruncatedHeaderError
-    raise UnsupportedFormatError
+        raise HeaderError("truncated")
+    raise HeaderError("unsupported-format")
 
 
 def _png_size(head: bytes) -> tuple[int, int]:
     if len(head) < 24:
-        raise TruncatedHeaderError
+        raise HeaderError("truncated")
     if head[12:16] != b"IHDR":
-        raise CorruptHeaderError
+        raise HeaderError("corrupt")
     width, height = struct.unpack(">II", head[16:24])
     return width, height
 
@@ -64,14 +59,14 @@ def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
     while True:
         byte = _exactly(file, 1)
         if byte != b"\xff":
-            raise CorruptHeaderError
+            raise HeaderError("corrupt")
         while byte == b"\xff":
             byte = _exactly(file, 1)
         marker = byte[0]
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:
             continue
         if marker in (0x00, _JPEG_END_OF_IMAGE, _JPEG_START_OF_SCAN):
-            raise CorruptHeaderError
+            raise HeaderError("corrupt")
         (length,) = struct.unpack(">H", _exactly(file, 2))
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack(">HH", _exactly(file, 5)[1:])
@@ -82,7 +77,7 @@ def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
 def _webp_size(head: bytes, num_bytes: int) -> tuple[int, int]:
     """Canvas of a WebP container (RFC 9649, sections 2.5 to 2.7)."""
     if len(head) < 30 or struct.unpack("<I", head[4:8])[0] + 8 > num_bytes:
-        raise TruncatedHeaderError
+        raise HeaderError("truncated")
     kind, data = head[12:16], head[20:30]
     if kind == b"VP8X":
         return int.from_bytes(data[4:7], "little") + 1, int.from_bytes(data[7:10], "little") + 1
@@ -92,11 +87,11 @@ def _webp_size(head: bytes, num_bytes: int) -> tuple[int, int]:
     if kind == b"VP8 " and data[3:6] == b"\x9d\x01\x2a":
         width, height = struct.unpack("<HH", data[6:10])
         return width & 0x3FFF, height & 0x3FFF
-    raise CorruptHeaderError
+    raise HeaderError("corrupt")
 
 
 def _exactly(file: BinaryIO, count: int) -> bytes:
     data = file.read(count)
     if len(data) < count:
-        raise TruncatedHeaderError
+        raise HeaderError("truncated")
     return data

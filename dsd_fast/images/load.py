@@ -1,6 +1,5 @@
 """Any accepted image source to an RGB Pillow image: every failure is an `ImageError`, and nothing global changes."""
 
-import errno
 import os
 import stat
 import struct
@@ -15,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dsd_fast.images.errors import ImageError
-from dsd_fast.images.header import CorruptHeaderError, TruncatedHeaderError, UnsupportedFormatError, read_header
+from dsd_fast.images.header import HeaderError, read_header
 
 ImageSource = os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
 
@@ -40,6 +39,12 @@ _DECODER_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+
+_HEADERS = {
+    "unsupported-format": "is not a JPEG, PNG or WebP file",
+    "truncated": "ends inside its header",
+    "corrupt": "has a damaged header",
+}
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSITIONS = {
@@ -96,13 +101,11 @@ def _from_file(path: Path) -> Image.Image:
             raise ImageError(path, "too-large", f"{path} has {status.st_size} bytes, the limit is {MAX_BYTES}")
         with path.open("rb") as file:
             return _decode(file, path, status.st_size)
-    except FileNotFoundError as error:
+    except ImageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError(path, "missing", f"{path} does not exist") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        if isinstance(error, OSError) and error.errno == errno.ENOTDIR:
-            raise ImageError(path, "missing", f"{path} does not exist") from error
         # ValueError: a path with a NUL byte.
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageError(path, "unreadable", f"{path} cannot be read: {text}") from error
@@ -111,12 +114,9 @@ def _from_file(path: Path) -> Image.Image:
 def _decode(file: BinaryIO, path: Path, num_bytes: int) -> Image.Image:
     try:
         kind, width, height = read_header(file, num_bytes)
-    except UnsupportedFormatError:
-        raise ImageError(path, "unsupported-format", f"{path} is not a JPEG, PNG or WebP file") from None
-    except TruncatedHeaderError:
-        raise ImageError(path, "truncated", f"{path} ends inside its header") from None
-    except CorruptHeaderError:
-        raise ImageError(path, "corrupt", f"{path} has a damaged header") from None
+    except HeaderError as error:
+        reason = str(error)
+        raise ImageError(path, reason, f"{path} {_HEADERS[reason]}") from None
     _check_size(path, width, height)
     try:
         if kind == "PNG":

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dsd_fast.jobs.tensors import tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
 _BYTES = 16
+_ID = re.compile(f"[0-9a-fA-F]{{{2 * _BYTES}}}")
 
 
 def row_id(*parts: bytes | str) -> str:
@@ -44,13 +48,9 @@ def packed(row: str) -> bytes:
     Raises:
         ValueError: ``row`` is no id that :func:`row_id` makes.
     """
-    try:
-        found = bytes.fromhex(row)
-    except ValueError:
-        found = b""
-    if len(found) != _BYTES or len(row) != 2 * _BYTES:
+    if not _ID.fullmatch(row):
         raise ValueError(f"row is {row!r}, expected {2 * _BYTES} hexadecimal digits, as row_id makes them")
-    return found
+    return bytes.fromhex(row)
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -96,9 +96,6 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    import torch
-
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=_BYTES)
-    digest.update(content.data)
+    digest.update(tensor_bytes(tensor))
     return digest.digest()

@@ -69,20 +69,17 @@ def waiting(folder: Path, name: str = "start") -> Iterator[None]:
     Raises:
         OSError: the folder cannot be written.
     """
-    descriptor = os.open(folder / f"{NAME}-{name}", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with _held(folder / f"{NAME}-{name}", fcntl.LOCK_EX):
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
-def _held(file: Path, mode: int, otherwise: str) -> Iterator[None]:
+def _held(file: Path, mode: int, otherwise: str | None = None) -> Iterator[None]:
+    """Waits for the lock of a file, or raises a LockedError that says ``otherwise``."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, mode if otherwise is None else mode | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LockedError(otherwise) from None
         yield

@@ -120,10 +120,10 @@ class ShardFiles:
             position += not row.reason
         found = {
             "id": ("string", [row.id for row in rows]),
-            "name": ("string", [_text(row.name) for row in rows]),
+            "name": ("string", [storable(row.name) for row in rows]),
             "status": ("string", [row.status for row in rows]),
             "reason": ("string", [row.reason for row in rows]),
-            "message": ("string", [_text(row.message) for row in rows]),
+            "message": ("string", [storable(row.message) for row in rows]),
             "shard": ("string", [self.name] * len(rows)),
             "row": ("int32", positions),
             **{name: (kind, [row.columns.get(name) for row in rows]) for name, kind in columns.items()},
@@ -190,12 +190,15 @@ def read_index(folder: str | os.PathLike[str], columns: Sequence[str] | None = N
 
 def marked_shards(folder: Path) -> list[str]:
     """The names of the shards that have an index, by their numbers; only reading tells whether they are whole."""
+    return [match[0] for match in sorted(_marked(folder), key=lambda match: (int(match[1]), match[0]))]
+
+
+def _marked(folder: Path) -> list[re.Match[str]]:
     try:
         names = [file.stem for file in (folder / INDEX).iterdir() if file.suffix == ".parquet"]
     except FileNotFoundError:
         return []
-    found = [match for name in names if (match := _SHARD.fullmatch(name))]
-    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[0]))]
+    return [match for name in names if (match := _SHARD.fullmatch(name))]
 
 
 def next_number(folder: Path, worker: int, workers: int) -> int:
@@ -203,8 +206,7 @@ def next_number(folder: Path, worker: int, workers: int) -> int:
 
     Workers beside this one number theirs as they go, which must not bend this one's.
     """
-    found = [match for name in marked_shards(folder) if (match := _SHARD.fullmatch(name))]
-    return 1 + max((int(match[1]) for match in found if _is_free(match, 2, worker, workers)), default=-1)
+    return 1 + max((int(match[1]) for match in _marked(folder) if _is_free(match, 2, worker, workers)), default=-1)
 
 
 def remove_leftovers(folder: Path, worker: int, workers: int) -> None:
@@ -251,6 +253,6 @@ def _read(folder: Path, shard: str, names: Sequence[str] | None) -> pa.Table | N
         return None
 
 
-def _text(value: str) -> str:
-    """As Parquet can hold it: what of a file's name is no text becomes escapes."""
-    return value.encode("utf-8", "backslashreplace").decode()
+def storable(text: str) -> str:
+    """Write text as UTF-8, and so Parquet, can hold it: what of a file's name is no text becomes escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

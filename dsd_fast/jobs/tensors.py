@@ -61,7 +61,7 @@ def stream_tensors(
     stream.write(len(content).to_bytes(8, "little") + content)
     for name in order:
         for part in stacked[name][1]:
-            stream.write(_bytes(part))
+            stream.write(tensor_bytes(part))
 
 
 def read_tensors(file: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -101,7 +101,8 @@ def _code(name: str, tensor: Tensor) -> str:
     return codes[tensor.dtype]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Give a tensor's elements, row by row, without a copy of what lies in host memory so."""
     import torch
 
     content: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

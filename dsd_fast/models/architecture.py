@@ -7,20 +7,14 @@ from dsd_fast.models.errors import ModelError
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_XL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PIPELINES: dict[str, tuple[str, ...]] = {
-    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "StableDiffusionImg2ImgPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "StableDiffusionXLPipeline": (
-        "unet",
-        "vae",
-        "text_encoder",
-        "text_encoder_2",
-        "tokenizer",
-        "tokenizer_2",
-        "scheduler",
-    ),
+    "StableDiffusionPipeline": _PARTS,
+    "StableDiffusionImg2ImgPipeline": _PARTS,
+    "StableDiffusionXLPipeline": _XL_PARTS,
+    "StableDiffusionXLImg2ImgPipeline": _XL_PARTS,
 }
-PIPELINES["StableDiffusionXLImg2ImgPipeline"] = PIPELINES["StableDiffusionXLPipeline"]
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),

@@ -250,23 +250,14 @@ class Model:
         """A stock StableDiffusionPipeline or StableDiffusionXLPipeline on the same weights, with a fresh scheduler."""
         import diffusers
 
-        common = {"vae": self.vae, "unet": self.unet, "scheduler": self.new_scheduler()}
+        parts = {"vae": self.vae, "unet": self.unet, "scheduler": self.new_scheduler()}
+        parts |= zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False)
+        parts |= zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False)
         if self.family == "sdxl":
-            return diffusers.StableDiffusionXLPipeline(
-                **common,
-                text_encoder=self.text_encoders[0],
-                text_encoder_2=self.text_encoders[1],
-                tokenizer=self.tokenizers[0],
-                tokenizer_2=self.tokenizers[1],
-                force_zeros_for_empty_prompt=self._force_zeros_for_empty_prompt,
-            )
+            forced = self._force_zeros_for_empty_prompt
+            return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=forced)
         return diffusers.StableDiffusionPipeline(
-            **common,
-            text_encoder=self.text_encoders[0],
-            tokenizer=self.tokenizers[0],
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
 
     def _set_scheduler(self, scheduler: Any) -> None:

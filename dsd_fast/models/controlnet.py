@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from dsd_fast.images.canny import canny
 from dsd_fast.images.load import load_image
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.models.errors import ModelError
-from dsd_fast.models.hub import download, local_folder
+from dsd_fast.models.hub import find_folder
 from dsd_fast.models.load import (
     DIFFUSERS_STEM,
     check_weights,
@@ -120,24 +119,16 @@ def load_controlnet(
     from diffusers import ControlNetModel
 
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
-    folder: Path | None
-    if source == "mini":
-        from dsd_fast.models import mini
-
-        folder, name = mini.path() / "controlnet", "mini"
-    else:
-        folder, name = local_folder(source, "ControlNet"), os.fspath(source)
-    if folder is not None and revision is not None:
-        raise ModelError(f"revision is {revision!r}, but ControlNet {name!r} is a folder; expected a hub id")
-    if folder is None:
-        folder = download(
-            name,
-            ["config.json", *weight_patterns(DIFFUSERS_STEM, variant)],
-            what="ControlNet",
-            revision=revision,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-        )
+    folder, _ = find_folder(
+        source,
+        ["config.json", *weight_patterns(DIFFUSERS_STEM, variant)],
+        what="ControlNet",
+        shipped="controlnet",
+        revision=revision,
+        local_files_only=local_files_only,
+        cache_dir=cache_dir,
+    )
+    name = os.fspath(source)
     what = f"ControlNet {name!r}"
     check_weights(folder, DIFFUSERS_STEM, variant, what)
     kind = read_json(folder / "config.json", name).get("_class_name")
@@ -280,9 +271,7 @@ def _index(name: str, value: Sequence[int] | Tensor | None, count: int, rows: in
     if value is None:
         if count not in (1, rows):
             raise ValueError(f"{name}: needed when there are {count} for {rows} rows")
-        return (
-            torch.arange(rows, device=device) if count == rows else torch.zeros(rows, dtype=torch.long, device=device)
-        )
+        return torch.arange(count, device=device).expand(rows)
     index = torch.as_tensor(value)
     if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
         raise ValueError(f"{name}: got {tuple(index.shape)} {index.dtype}, expected a list of integers")

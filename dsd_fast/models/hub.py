@@ -1,19 +1,78 @@
 """Files of a model: in a folder, or from the hub into its cache, safetensors and JSON only."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from dsd_fast.models.errors import ModelError
+from dsd_fast.models.errors import ModelError, first_line
 
 
-def local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
-    """The folder that `source` names, or None when it can only be a hub id.
+def find_folder(
+    source: str | os.PathLike[str],
+    patterns: Sequence[str],
+    *,
+    what: str,
+    shipped: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool,
+    cache_dir: str | os.PathLike[str] | None,
+) -> tuple[Path, str | None]:
+    """Find the folder that a path, a hub id or "mini" stands for, and the commit of one from the hub.
+
+    Args:
+        patterns: of the files that are downloaded of a hub repository.
+        what: is looked for, in errors.
+        shipped: folder of the embedded model that "mini" stands for; None: no more than another hub id.
 
     Raises:
-        ModelError: a path that does not exist, or a file.
+        ModelError: a path that does not exist, or a file; a revision of a folder; no such repository or revision, no
+            permission, or not in the cache while offline.
     """
+    from dsd_fast.models import mini
+
+    name = os.fspath(source)
+    folder = mini.path() / shipped if shipped is not None and source == "mini" else _local_folder(source, what)
+    if folder is not None:
+        if revision is not None:
+            raise ModelError(f"revision is {revision!r}, but {what} {name!r} is a folder; expected a hub id")
+        return folder, None
+    import huggingface_hub
+
+    with _downloading(f"{what} {name!r}" + (f" at revision {revision!r}" if revision else "")):
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=local_files_only,
+                cache_dir=_path(cache_dir),
+            )
+        )
+    return folder, folder.name
+
+
+def download_file(
+    repo: str,
+    filename: str,
+    *,
+    what: str,
+    local_files_only: bool,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Path:
+    """One file of a hub repository; errors as `find_folder`, and ModelError when the repository lacks it."""
+    import huggingface_hub
+
+    with _downloading(f"{what} {f'{repo}/{filename}'!r}"):
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo, filename, local_files_only=local_files_only, cache_dir=_path(cache_dir)
+            )
+        )
+
+
+def _local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
+    """The folder that `source` names, or None when it can only be a hub id."""
     text = os.fspath(source)
     if not text:
         raise ModelError(f"{what} is an empty string, expected a folder or a hub id")
@@ -29,85 +88,30 @@ def local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
     return None
 
 
-def download(
-    repo: str,
-    patterns: Sequence[str],
-    *,
-    what: str,
-    revision: str | None,
-    local_files_only: bool,
-    cache_dir: str | os.PathLike[str] | None,
-) -> Path:
-    """Folder of a hub repository's files that match the patterns; its name is the commit.
-
-    Raises:
-        ModelError: no such repository or revision, no permission, or not in the cache while offline.
-    """
-    import huggingface_hub
-
-    return _wrapped(
-        lambda: huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=list(patterns),
-            local_files_only=local_files_only,
-            cache_dir=_path(cache_dir),
-        ),
-        repo,
-        what,
-        revision,
-    )
-
-
-def download_file(
-    repo: str,
-    filename: str,
-    *,
-    what: str,
-    local_files_only: bool,
-    cache_dir: str | os.PathLike[str] | None,
-) -> Path:
-    """One file of a hub repository; errors as `download`, and ModelError when the repository lacks it."""
-    import huggingface_hub
-
-    return _wrapped(
-        lambda: huggingface_hub.hf_hub_download(
-            repo, filename, local_files_only=local_files_only, cache_dir=_path(cache_dir)
-        ),
-        f"{repo}/{filename}",
-        what,
-        None,
-    )
-
-
 def _path(folder: str | os.PathLike[str] | None) -> Path | None:
     return None if folder is None else Path(folder)
 
 
-def _wrapped(fetch: Any, name: str, what: str, revision: str | None) -> Path:
+@contextmanager
+def _downloading(given: str) -> Iterator[None]:
+    """Says in one sentence why the hub does not give what was asked for."""
     from huggingface_hub import errors
 
-    given = f"{what} {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
-        return Path(fetch())
-    except errors.HFValidationError as error:
-        raise ModelError(f"{given} is neither a folder nor a valid hub id") from error
-    except errors.GatedRepoError as error:
-        raise ModelError(f"{given} is gated: its terms must be accepted on the hub, and a login is needed") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{given} is neither a folder nor a repository on the hub (a private one needs a login)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{given}: the repository has no such revision; expected a branch, tag or commit") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise ModelError(f"{given}: the repository has no such file") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ModelError(
-            f"{given} is neither a folder nor in the hub cache, and the hub was not asked or not reached "
-            "(local_files_only, HF_HUB_OFFLINE, or no connection)"
-        ) from error
+        yield
     except Exception as error:
-        # Whatever the network and the disk may do; the hub's own messages have several lines.
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{given} cannot be downloaded: {text}") from error
+        offline = "neither a folder nor in the hub cache, and the hub was not asked or not reached"
+        # The kinds before those that they are of.
+        reasons = {
+            errors.HFValidationError: " is neither a folder nor a valid hub id",
+            errors.GatedRepoError: " is gated: its terms must be accepted on the hub, and a login is needed",
+            errors.RepositoryNotFoundError: " is neither a folder nor a repository on the hub (a private one needs a "
+            "login)",
+            errors.RevisionNotFoundError: ": the repository has no such revision; expected a branch, tag or commit",
+            errors.RemoteEntryNotFoundError: ": the repository has no such file",
+            errors.LocalEntryNotFoundError: f" is {offline} (local_files_only, HF_HUB_OFFLINE, or no connection)",
+            errors.OfflineModeIsEnabled: f" is {offline} (local_files_only, HF_HUB_OFFLINE, or no connection)",
+            # Whatever the network and the disk may do; the hub's own messages have several lines.
+            Exception: f" cannot be downloaded: {first_line(error)}",
+        }
+        raise ModelError(given + next(text for kind, text in reasons.items() if isinstance(error, kind))) from error

@@ -111,25 +111,22 @@ def _unet_names(unet: Any) -> Iterator[tuple[str, str]]:
 
 def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:
     """Paths of diffusers' blocks with their names in the original code (CompVis/latent-diffusion)."""
-    number = 1
-    for level, block in enumerate(unet.down_blocks):
-        for layer in range(len(block.resnets)):
-            yield f"down_blocks.{level}.resnets.{layer}", f"input_blocks_{number}_0"
-            yield f"down_blocks.{level}.attentions.{layer}", f"input_blocks_{number}_1"
-            number += 1
-        if block.downsamplers:
-            yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks_{number}_0_op"
-            number += 1
     for name, number in (("resnets.0", 0), ("attentions.0", 1), ("resnets.1", 2)):
         yield f"mid_block.{name}", f"middle_block_{number}"
-    number = 0
-    for level, block in enumerate(unet.up_blocks):
-        for layer in range(len(block.resnets)):
-            yield f"up_blocks.{level}.resnets.{layer}", f"output_blocks_{number}_0"
-            yield f"up_blocks.{level}.attentions.{layer}", f"output_blocks_{number}_1"
-            number += 1
-        place = 2 if hasattr(block, "attentions") else 1
-        yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks_{number - 1}_{place}_conv"
+    # Among the original's input blocks the first convolution and the downsamplers have a number of their own.
+    for part, side, number, blocks in (("down", "input", 1, unet.down_blocks), ("up", "output", 0, unet.up_blocks)):
+        for level, block in enumerate(blocks):
+            path = f"{part}_blocks.{level}"
+            for layer in range(len(block.resnets)):
+                yield f"{path}.resnets.{layer}", f"{side}_blocks_{number}_0"
+                yield f"{path}.attentions.{layer}", f"{side}_blocks_{number}_1"
+                number += 1
+            if part == "up":
+                place = 2 if hasattr(block, "attentions") else 1
+                yield f"{path}.upsamplers.0.conv", f"{side}_blocks_{number - 1}_{place}_conv"
+            elif block.downsamplers:
+                yield f"{path}.downsamplers.0.conv", f"{side}_blocks_{number}_0_op"
+                number += 1
 
 
 def _text_names(encoder: Any) -> Iterator[tuple[str, str]]:

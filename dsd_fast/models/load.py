@@ -12,8 +12,8 @@ import torch
 from dsd_fast.diffusion import scheduler_from_config
 from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
 from dsd_fast.models.bundle import Model
-from dsd_fast.models.errors import ModelError
-from dsd_fast.models.hub import download, local_folder
+from dsd_fast.models.errors import ModelError, first_line
+from dsd_fast.models.hub import find_folder
 
 _DTYPES = {
     "float64": torch.float64,
@@ -62,27 +62,16 @@ def load(
             component, weights only as pickle, another architecture, an unknown dtype or a device that is not there.
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
-    folder: Path | None
-    if model == "mini":
-        from dsd_fast.models import mini
-
-        folder, name = mini.path(), "mini"
-    else:
-        folder, name = local_folder(model, "model"), os.fspath(model)
-    commit = None
-    if folder is not None:
-        if revision is not None:
-            raise ModelError(f"revision is {revision!r}, but model {name!r} is a folder; expected a hub id")
-    else:
-        folder = download(
-            name,
-            _patterns(variant),
-            what="model",
-            revision=revision,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-        )
-        commit = folder.name
+    name = os.fspath(model)
+    folder, commit = find_folder(
+        model,
+        _patterns(variant),
+        what="model",
+        shipped="",
+        revision=revision,
+        local_files_only=local_files_only,
+        cache_dir=cache_dir,
+    )
     parts = _load_components(folder, name, torch_dtype, variant)
     clip_model = _resolve_clip(
         clip if clip is not None else folder / "clip" if (folder / "clip").is_dir() else None,
@@ -122,7 +111,8 @@ def from_pipeline(pipe: Any, clip: Any = None) -> Model:
         component = components.get(name)
         if component is None:
             raise ModelError(f"{label} has no component {name!r}, expected {', '.join(names)}")
-        if name in CLASSES and not _is_instance(component, CLASSES[name]):
+        kinds = {cls.__name__ for cls in type(component).__mro__}
+        if name in CLASSES and kinds.isdisjoint(CLASSES[name]):
             raise ModelError(f"{label}: {name!r} is a {type(component).__name__}, expected {CLASSES[name][0]}")
     unet = components["unet"]
     weight = next(unet.parameters())
@@ -253,17 +243,8 @@ def _resolve_clip(
         return clip
     if not isinstance(clip, str | os.PathLike):
         raise ModelError(f"clip is of type {type(clip).__name__}, expected a CLIPModel, a folder or a hub id")
-    folder = local_folder(clip, "clip")
-    if folder is None:
-        patterns = ["config.json", "preprocessor_config.json", *weight_patterns(TRANSFORMERS_STEM, None)]
-        folder = download(
-            os.fspath(clip),
-            patterns,
-            what="clip",
-            revision=None,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-        )
+    patterns = ["config.json", "preprocessor_config.json", *weight_patterns(TRANSFORMERS_STEM, None)]
+    folder, _ = find_folder(clip, patterns, what="clip", local_files_only=local_files_only, cache_dir=cache_dir)
     what = f"clip {os.fspath(clip)!r}"
     check_weights(folder, TRANSFORMERS_STEM, None, what)
     kind = read_json(folder / "config.json", what).get("model_type")
@@ -317,21 +298,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return resolved
     if resolved.type == "meta":
         raise ModelError("device is 'meta', expected one that holds weights")
-    count = torch.cuda.device_count() if resolved.type == "cuda" else _count(resolved.type)
+    module = getattr(torch, resolved.type, None)
+    count = module.device_count() if module is not None and module.is_available() else 0
     if (resolved.index or 0) >= count:
         raise ModelError(f"device is {str(device)!r}, but torch sees {count} devices of type {resolved.type!r}")
     return resolved
-
-
-def _count(kind: str) -> int:
-    module = getattr(torch, kind, None)
-    if module is None or not module.is_available():
-        return 0
-    return int(module.device_count())
-
-
-def _is_instance(component: Any, classes: tuple[str, ...]) -> bool:
-    return any(cls.__name__ in classes for cls in type(component).__mro__)
 
 
 def read_json(file: Path, name: str) -> dict[str, Any]:
@@ -350,8 +321,7 @@ def reported(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{what} cannot be loaded: {text}") from error
+        raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

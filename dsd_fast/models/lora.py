@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsd_fast.jobs import replacing
 from dsd_fast.models.attn_procs import from_official, is_official, to_official
-from dsd_fast.models.errors import ModelError
+from dsd_fast.models.errors import ModelError, first_line
 from dsd_fast.models.hub import download_file
 from dsd_fast.models.kohya import KohyaLora, from_kohya, is_kohya
 from dsd_fast.models.private import private
@@ -228,7 +228,7 @@ def _adding(name: str, networks: Sequence[Any], delete: Callable[[str], None], f
     except Exception as error:
         if any(name in getattr(network, "peft_config", {}) for network in networks):
             delete(name)
-        raise ModelError(f"{failed}: {_first_line(error)}") from error
+        raise ModelError(f"{failed}: {first_line(error)}") from error
     for network, training in zip(networks, modes, strict=True):
         if not training:
             network.eval()
@@ -294,7 +294,3 @@ def _find_in_folder(folder: Path, weight_name: str | None) -> Path:
 def _refuse_pickle(name: str) -> None:
     if name.endswith(_PICKLES):
         raise ModelError(f"LoRA file {name!r} is a pickle, which can run code when loaded; expected .safetensors")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -72,21 +72,16 @@ def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prom
             raise ValueError(f"prompts[{index}] is of type {type(text).__name__}, expected str")
     if not texts:
         # transformers' encoders cannot run on no rows.
-        one = encode_prompts(tokenizers, text_encoders, [""])
-        pooled = None if one.pooled is None else one.pooled[:0]
-        return PromptStates(one.states[:0], pooled, one.lengths[:0], one.token_ids[:0])
+        return encode_prompts(tokenizers, text_encoders, [""])[:0]
     limit = token_limit(tokenizers, text_encoders)
     tokens = [tokenize(tokenizer, texts, limit) for tokenizer in tokenizers]
-    chunks = [
-        _encode(
-            text_encoders, [(ids[i : i + _PROMPTS_AT_ONCE], mask[i : i + _PROMPTS_AT_ONCE]) for ids, mask in tokens]
-        )
-        for i in range(0, len(texts), _PROMPTS_AT_ONCE)
-    ]
-    pooled_chunks = [chunk[1] for chunk in chunks if chunk[1] is not None]
+    chunks = (slice(start, start + _PROMPTS_AT_ONCE) for start in range(0, len(texts), _PROMPTS_AT_ONCE))
+    states, pooled = zip(
+        *(_encode(text_encoders, [(ids[chunk], mask[chunk]) for ids, mask in tokens]) for chunk in chunks), strict=True
+    )
     return PromptStates(
-        states=torch.cat([chunk[0] for chunk in chunks]),
-        pooled=torch.cat(pooled_chunks) if pooled_chunks else None,
+        states=torch.cat(states),
+        pooled=None if pooled[0] is None else torch.cat(pooled),
         lengths=torch.stack([mask.sum(dim=1) for _, mask in tokens]).amax(dim=0),
         token_ids=tokens[0][0],
     )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dsd_fast.reference.features_tapping import Tapped, aggregated, as_pictures, layer_ids, tapping
 from dsd_fast.reference.inputs import (
+    added_conditions,
     draw_noise,
     encode_images,
     latent_shape,
@@ -195,12 +196,11 @@ class _Call:
 
     def predict(self, latents: Tensor, t: int | Tensor, *, controlled: bool = True) -> Tensor:
         """The model's output for noised latents, as the UNet sees them."""
-        arguments = {"encoder_hidden_states": self.states.to(self.dtype), "return_dict": False}
-        if self.pooled is not None:
-            size = [side * self.pipe.vae_scale_factor for side in latents.shape[-2:]]
-            ids = torch.tensor([[*size, 0, 0, *size]], device=latents.device, dtype=self.dtype)
-            pooled = self.pooled.to(self.dtype)
-            arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.repeat(len(latents), 1)}
+        arguments = {
+            "encoder_hidden_states": self.states.to(self.dtype),
+            "added_cond_kwargs": added_conditions(self.pipe, self.pooled, latents),
+            "return_dict": False,
+        }
         sample = latents.to(self.dtype)
         down, mid = None, None
         for net, pictures in self.controls if controlled else ():

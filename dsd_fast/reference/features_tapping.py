@@ -25,7 +25,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dsd_fast.reference.recording import recording
+from dsd_fast.reference.recording import MapProcessor, picture, recording
 
 KINDS = ("down_cross", "down_self", "mid_cross", "mid_self", "up_cross", "up_self")
 
@@ -96,9 +96,8 @@ def tapping(
                 stack.callback(register(module, partial(tapped.features.__setitem__, name)).remove)
         if attention or maps & set(layers):
             names = iter(attentions)
-            stack.enter_context(
-                recording(list(attentions.values()), lambda _: _MapProcessor(partial(keep_map, next(names))))
-            )
+            processors = recording(list(attentions.values()), lambda _: MapProcessor(partial(keep_map, next(names))))
+            stack.enter_context(processors)
         yield tapped
 
 
@@ -160,55 +159,20 @@ def _attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     What has no id is "mid-unnamed…".
     """
     found = {}
-
-    def add(prefix: str, transformer: Any) -> None:
-        for k, block in enumerate(transformer.transformer_blocks):
-            found[f"{prefix}-block{k}-self"], found[f"{prefix}-block{k}-cross"] = block.attn1, block.attn2
-
-    def stages(part: str, blocks: Any) -> None:
-        for level, stage in enumerate(blocks):
+    for part, stages in (("down", unet.down_blocks), ("mid", [unet.mid_block]), ("up", unet.up_blocks)):
+        for level, stage in enumerate(stages):
             for repeat, transformer in enumerate(getattr(stage, "attentions", None) or ()):
-                add(f"{part}-level{level}-repeat{repeat}-vit", transformer)
-
-    stages("down", unet.down_blocks)
-    for repeat, transformer in enumerate(unet.mid_block.attentions):
-        add("mid-vit" if repeat == 0 else f"mid-unnamed{repeat}", transformer)
-    stages("up", unet.up_blocks)
+                prefix = f"{part}-level{level}-repeat{repeat}-vit"
+                if part == "mid":
+                    prefix = f"mid-unnamed{repeat}" if repeat else "mid-vit"
+                for k, block in enumerate(transformer.transformer_blocks):
+                    found[f"{prefix}-block{k}-self"], found[f"{prefix}-block{k}-cross"] = block.attn1, block.attn2
     return found
-
-
-class _MapProcessor:
-    """Attention that hands over its probabilities, (B, H, L, K); otherwise as diffusers' `AttnProcessor`."""
-
-    def __init__(self, keep: Callable[[Tensor], None]) -> None:
-        self.keep = keep
-
-    def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key = attn.head_to_batch_dim(attn.to_k(context))
-        value = attn.head_to_batch_dim(attn.to_v(context))
-        probabilities = attn.get_attention_scores(query, key)
-        self.keep(probabilities.detach().view(len(hidden_states), attn.heads, *probabilities.shape[1:]))
-        output: Tensor = attn.batch_to_head_dim(probabilities @ value)
-        for layer in attn.to_out:
-            output = layer(output)
-        return output
 
 
 def as_pictures(features: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
     """Values (B, L, C) as (B, C, h, w), contiguous, of latents of `size`; all others as they are."""
     return {name: picture(value, size) if value.ndim == 3 else value for name, value in features.items()}
-
-
-def picture(value: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, L, C) → (B, C, h, w), contiguous; (h, w) is `size` halved, rounded up, until it has L positions."""
-    height, width = size
-    while height * width > value.shape[1]:
-        height, width = -(-height // 2), -(-width // 2)
-    return value.transpose(1, 2).reshape(len(value), -1, height, width)
 
 
 def aggregated(attention: Mapping[str, Sequence[Tensor]], kinds: Sequence[str], size: tuple[int, int]) -> Tensor:

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -46,8 +46,7 @@ from dsd_fast.reference.inputs import (
     seeded,
     upcast_vae,
 )
-from dsd_fast.reference.matching import SECTIONS, _RecordingProcessor, _score_layers, _terms
-from dsd_fast.reference.recording import recording
+from dsd_fast.reference.matching import SECTIONS, _pair_terms
 
 __all__ = ["draws", "fit", "group_loss", "group_scores", "margin_loss", "new_optimizer", "step"]
 
@@ -60,24 +59,19 @@ def group_loss(
     images: Sequence[Any],
     texts: Sequence[str],
     *,
-    timesteps: Sequence[int],
-    noise: Tensor,
     label: int = 0,
-    attention_weight: float = 0.5,
-    noise_weight: float = 1.0,
     margin: float = 0.1,
-    sample_posterior: bool = False,
-    generator: torch.Generator | None = None,
-    checkpointing: bool = True,
     latents: Tensor | None = None,
+    **scored: Any,
 ) -> Tensor:
     """Margin ranking loss of one group, the official way; its gradient reaches what requires one in the UNet.
 
     Args:
         label: the right candidate's place.
         margin: by which its score should exceed the others'; 0.1 is the official script's.
-        pipe, images, texts, timesteps, noise, attention_weight, noise_weight, sample_posterior, generator,
-            checkpointing, latents: as for :func:`group_scores`.
+        pipe, images, texts, latents: as for :func:`group_scores`.
+        scored: its other arguments: timesteps, noise, attention_weight, noise_weight, sample_posterior, generator,
+            checkpointing.
 
     Returns:
         () float32, or float64 of such a UNet.
@@ -88,20 +82,7 @@ def group_loss(
     candidates = _candidates(images, texts, latents)
     if not 0 <= label < candidates:
         raise ValueError(f"label: got {label}, expected 0 to {candidates - 1}, the place of one of the candidates")
-    scores = group_scores(
-        pipe,
-        images,
-        texts,
-        timesteps=timesteps,
-        noise=noise,
-        attention_weight=attention_weight,
-        noise_weight=noise_weight,
-        sample_posterior=sample_posterior,
-        generator=generator,
-        checkpointing=checkpointing,
-        latents=latents,
-    )
-    return margin_loss(scores, label, margin)
+    return margin_loss(group_scores(pipe, images, texts, latents=latents, **scored), label, margin)
 
 
 def group_scores(
@@ -169,11 +150,11 @@ def group_scores(
             pooled = [pooled for _, pooled in rows if pooled is not None]
             conditions = added_conditions(pipe, torch.cat(pooled) if pooled else None, noised)
         alpha = alphas[t] if velocity else None
-        arguments = (unet, noised, t, noise[k], empty, text, alpha, conditions)
+        arguments = (unet, noised, t, noise[k], empty, text, SECTIONS, alpha, conditions)
         if checkpointing:
-            attention, gain = checkpoint(_recorded_terms, *arguments, use_reentrant=False)
+            attention, gain = checkpoint(_pair_terms, *arguments, use_reentrant=False)
         else:
-            attention, gain = _recorded_terms(*arguments)
+            attention, gain = _pair_terms(*arguments)
         scores.append((2 * attention_weight * attention + noise_weight * gain).mean())
     return torch.stack(scores)
 
@@ -224,11 +205,8 @@ def fit(
     learning_rate: float = 1e-4,
     margin: float = 0.1,
     seed: int = 0,
-    attention_weight: float = 0.5,
-    noise_weight: float = 1.0,
     shared_noise: bool = False,
-    sample_posterior: bool = False,
-    checkpointing: bool = True,
+    **scored: Any,
 ) -> list[float]:
     """The official training loop: one group a step, all groups in a new random order in every epoch.
 
@@ -240,7 +218,8 @@ def fit(
         seed: of the order, timesteps, noise and posterior samples, see :func:`draws`.
         shared_noise: the candidates of a group share timestep and noise, so that a difference of scores is one of
             candidates; the official code draws both for each.
-        margin, attention_weight, noise_weight, sample_posterior, checkpointing: as for :func:`group_loss`.
+        margin: as for :func:`group_loss`.
+        scored: attention_weight, noise_weight, sample_posterior, checkpointing, as for :func:`group_scores`.
 
     Returns:
         The loss of each step before its update.
@@ -272,12 +251,9 @@ def fit(
             timesteps=timesteps,
             noise=noise,
             label=label,
-            attention_weight=attention_weight,
-            noise_weight=noise_weight,
             margin=margin,
-            sample_posterior=sample_posterior,
             generator=seeded(seed, number, _POSTERIOR),
-            checkpointing=checkpointing,
+            **scored,
         )
         losses.append(loss)
     return losses
@@ -323,22 +299,3 @@ def _candidates(images: Sequence[Any], texts: Sequence[str], latents: Tensor | N
             "two images and one text"
         )
     return max(pictures, len(texts))
-
-
-def _recorded_terms(
-    unet: UNet2DConditionModel,
-    noised: Tensor,
-    timestep: int,
-    noise: Tensor,
-    empty: Tensor,
-    text: Tensor,
-    alpha: Tensor | None,
-    conditions: dict[str, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """a and b of a candidate, each (1,).
-
-    The layers record inside, as what the backward pass calls again must compute the same; and what they record leaves
-    as a result, so that it belongs to the graph that this call is kept for.
-    """
-    with recording(_score_layers(unet, SECTIONS), _RecordingProcessor) as lse:
-        return _terms(unet, noised, timestep, noise, empty, text, lse, alpha=alpha, conditions=conditions)

@@ -9,7 +9,7 @@ upsampling, not bicubic with negative values cut off, so that the values of all 
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from dsd_fast.reference.inputs import (
     resolve_timesteps,
     upcast_vae,
 )
-from dsd_fast.reference.recording import recording
+from dsd_fast.reference.recording import MapProcessor, picture, recording
 
 JOINERS = "'’-‐‑_."
 
@@ -73,29 +73,24 @@ def heatmap(
     latents = latents.to(unet.device, torch.float32)
     if noise is None:
         noise = torch.stack([draw_noise(seed, k, tuple(latents.shape[1:])) for k in range(len(steps))])
-    text, pooled = encode_text(pipe, caption)
+    text, pooled = encode_text(pipe, caption, slice(1, 2))
     alphas = pipe.scheduler.alphas_cumprod.to(unet.device, torch.float32)
     sides = [side * pipe.vae_scale_factor for side in latents.shape[-2:]]
     # (77, height, width), as (T, h, w) of each layer comes.
     total = torch.zeros(text.shape[1], *sides, device=unet.device)
-    with recording(_modules(unet, layers), _RecordingProcessor) as recorded:
+    with recording(_modules(unet, layers), MapProcessor) as recorded:
         for k, t in enumerate(steps):
             noised = alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise[k].to(unet.device)
-            conditions = added_conditions(pipe, pooled, noised)
-            if conditions is not None:
-                # Of the rows for the empty text and the caption, the second.
-                conditions = {name: value[1:] for name, value in conditions.items()}
             recorded.clear()
             unet(
                 noised.to(unet.dtype),
                 t,
-                encoder_hidden_states=text[1:].to(unet.dtype),
-                added_cond_kwargs=conditions,
+                encoder_hidden_states=text.to(unet.dtype),
+                added_cond_kwargs=added_conditions(pipe, pooled, noised),
             )
             for probabilities in recorded:
-                grid = _grid(latents.shape[-2:], probabilities.shape[1])
-                rows = probabilities.float().mean(0).T.reshape(-1, *grid)
-                total += torch.nn.functional.interpolate(rows[None], size=sides, mode="bilinear")[0]
+                rows = picture(probabilities.float().mean(1), latents.shape[-2:])  # (1, 77, h, w)
+                total += torch.nn.functional.interpolate(rows, size=sides, mode="bilinear")[0]
     total = (total / (len(recorded) * len(steps))).cpu()
     return [
         (caption[start:end], (start, end), total[slice(*_tokens(pipe, caption, start, end))].mean(0).numpy())
@@ -153,29 +148,3 @@ def _modules(unet: Any, layers: str | Sequence[str]) -> list[Attention]:
             raise ValueError(f"layers: got {layers!r}, expected 'up-finest', 'all' or of {paths}")
         paths = list(layers)
     return [unet.get_submodule(path) for path in paths]
-
-
-def _grid(size: Sequence[int], positions: int) -> tuple[int, int]:
-    """(h, w) of a layer with that many positions: the latents' size, halved some times."""
-    height, width = size
-    while height * width > positions:
-        height, width = -(-height // 2), -(-width // 2)
-    return height, width
-
-
-class _RecordingProcessor:
-    """Cross-attention that records its probabilities, (H, L, 77) for one row; as diffusers' `AttnProcessor`."""
-
-    def __init__(self, record: Callable[[Tensor], None]) -> None:
-        self.record = record
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
-        value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
-        probabilities = attn.get_attention_scores(query, key)
-        self.record(probabilities)
-        output: Tensor = attn.batch_to_head_dim(probabilities @ value)
-        for layer in attn.to_out:
-            output = layer(output)
-        return output

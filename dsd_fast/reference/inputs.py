@@ -123,14 +123,14 @@ def tokenize(pipe: DiffusionPipeline, tokenizer: Any, caption: str) -> Tensor:
 
 
 def added_conditions(pipe: DiffusionPipeline, pooled: Tensor | None, latents: Tensor) -> dict[str, Tensor] | None:
-    """SDXL's pooled text and image sizes for 2P rows: original size, no crop, target size, all the latents' own."""
+    """SDXL's pooled text (B, width) and image sizes: original size, no crop, target size, all the latents' own."""
     if pooled is None:
         return None
     size = [side * pipe.vae_scale_factor for side in latents.shape[-2:]]
     time_ids = torch.tensor([*size, 0, 0, *size], device=latents.device, dtype=pipe.unet.dtype)
     return {
-        "text_embeds": pooled.repeat_interleave(len(latents), 0).to(pipe.unet.dtype),
-        "time_ids": time_ids.repeat(2 * len(latents), 1),
+        "text_embeds": pooled.to(pipe.unet.dtype),
+        "time_ids": time_ids.repeat(len(pooled), 1),
     }
 
 

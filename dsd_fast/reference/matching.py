@@ -16,7 +16,7 @@ norms and log-sum-exps in float32.
 Letters: N images, M captions, T timesteps, P latents of one UNet call, H heads, L positions, E text width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from dsd_fast.reference.inputs import (
     upcast_vae,
     widened,
 )
-from dsd_fast.reference.recording import recording
+from dsd_fast.reference.recording import MapProcessor, recording
 
 __all__ = ["heatmap", "official_timesteps", "pair_terms", "row_terms", "score"]
 
@@ -100,7 +100,7 @@ def score(
     count = len(pixels) if latents is None else len(latents)
     groups = [slice(0, count)] if batch_mean else [slice(n, n + 1) for n in range(count)]
     scores = torch.zeros(count, len(captions))
-    with recording(_score_layers(unet, SECTIONS), _RecordingProcessor) as lse, upcast_vae(pipe.vae):
+    with upcast_vae(pipe.vae):
         for group in groups:
             for m, caption in enumerate(captions):
                 text, pooled = encode_text(pipe, caption)
@@ -108,16 +108,16 @@ def score(
                 for k, t in enumerate(steps):
                     clean = encode_images(pipe.vae, pixels[group]) if latents is None else latents[group]
                     noised = alphas[t].sqrt() * clean + (1 - alphas[t]).sqrt() * noise[k]
-                    attention, gain = _terms(
+                    rows = None if pooled is None else pooled.repeat_interleave(len(noised), 0)
+                    attention, gain = _pair_terms(
                         unet,
                         noised,
                         t,
                         noise[k],
                         text[:1],
                         text[1:],
-                        lse,
                         alpha=alphas[t] if pipe.scheduler.config.prediction_type == "v_prediction" else None,
-                        conditions=added_conditions(pipe, pooled, noised),
+                        conditions=added_conditions(pipe, rows, noised),
                     )
                     if batch_mean:
                         attention = attention.mean()
@@ -151,8 +151,7 @@ def pair_terms(
     Returns:
         a_t and b_t, each (P,) float32.
     """
-    with recording(_score_layers(unet, sections), _RecordingProcessor) as lse:
-        return _terms(unet, latents, timestep, noise, uncond, cond, lse)
+    return _pair_terms(unet, latents, timestep, noise, uncond, cond, sections)
 
 
 @torch.no_grad()
@@ -177,30 +176,25 @@ def row_terms(
     Returns:
         Each (R,) float32: the log-sum-exps, meaned over layers, heads and positions, and ‖ε − ε_row‖₂.
     """
-    with recording(_score_layers(unet, sections), _RecordingProcessor) as lse:
-        return _row_terms(unet, latents, timestep, noise, text, lse)
+    return _row_terms(unet, latents, timestep, noise, text, sections)
 
 
-def _terms(
+def _pair_terms(
     unet: UNet2DConditionModel,
     latents: Tensor,
     timestep: int,
     noise: Tensor,
     uncond: Tensor,
     cond: Tensor,
-    lse: list[Tensor],
-    *,
+    sections: Sequence[str] = SECTIONS,
     alpha: Tensor | None = None,
     conditions: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`pair_terms`; `alpha` is ᾱ_t of a v-prediction, `lse` what :class:`_RecordingProcessor` fills."""
+    """See :func:`pair_terms`; differentiable. `alpha` is ᾱ_t of a v-prediction, `conditions` SDXL's for the 2P rows."""
     pairs = len(latents)
     text = torch.cat([uncond.expand(pairs, -1, -1), cond.expand(pairs, -1, -1)])
-    twice = torch.cat([latents, latents])
-    every = noise.expand_as(latents)
-    attention, errors = _row_terms(
-        unet, twice, timestep, torch.cat([every, every]), text, lse, alpha=alpha, conditions=conditions
-    )
+    twice, noises = latents.repeat(2, 1, 1, 1), noise.expand_as(latents).repeat(2, 1, 1, 1)
+    attention, errors = _row_terms(unet, twice, timestep, noises, text, sections, alpha, conditions)
     errors = errors.view(2, pairs)
     return attention.view(2, pairs).mean(0), errors[0] - errors[1]
 
@@ -211,24 +205,25 @@ def _row_terms(
     timestep: int,
     noise: Tensor,
     text: Tensor,
-    lse: list[Tensor],
-    *,
+    sections: Sequence[str] = SECTIONS,
     alpha: Tensor | None = None,
     conditions: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`row_terms`; the rest as for :func:`_terms`."""
-    lse.clear()
+    """See :func:`row_terms`; the rest as for :func:`_pair_terms`.
+
+    The layers record inside, so that a backward pass which calls it again computes the same.
+    """
     # diffusers walks all parameters to tell the type.
     dtype = unet.dtype
-    predicted = widened(
-        unet(
+    with recording(_score_layers(unet, sections), _RecordingProcessor) as lse:
+        predicted = unet(
             latents.to(dtype),
             timestep,
             encoder_hidden_states=text.to(dtype),
             added_cond_kwargs=conditions,
             return_dict=False,
         )[0]
-    )
+    predicted = widened(predicted)
     if alpha is not None:
         predicted = alpha.sqrt() * predicted + (1 - alpha).sqrt() * latents
     return torch.stack(lse).mean(0), (noise - predicted).flatten(1).norm(dim=-1)
@@ -250,25 +245,15 @@ def _score_layers(unet: UNet2DConditionModel, sections: Sequence[str]) -> list[A
     return layers
 
 
-class _RecordingProcessor:
-    """Cross-attention with its scores written out, (rows · H, L, 77), as the official `get_attention_scores`.
+class _RecordingProcessor(MapProcessor):
+    """Attention with its scores written out, (B · H, L, 77), as the official `get_attention_scores`.
 
-    It records the mean log-sum-exp of each row: (rows,).
+    It records the mean log-sum-exp of each row: (B,).
     """
 
-    def __init__(self, record: Callable[[Tensor], None]) -> None:
-        self.record = record
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
-        value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
+    def probabilities(self, attn: Attention, query: Tensor, key: Tensor) -> Tensor:
         if attn.upcast_attention:
             query, key = widened(query), widened(key)
         scores = attn.scale * (query @ key.transpose(-1, -2))
-        self.record(widened(scores).logsumexp(-1).view(len(hidden_states), -1).mean(-1))
-        probabilities = (widened(scores) if attn.upcast_softmax else scores).softmax(-1).to(value.dtype)
-        output: Tensor = attn.batch_to_head_dim(probabilities @ value)
-        for layer in attn.to_out:
-            output = layer(output)
-        return output
+        self.record(widened(scores).logsumexp(-1).view(len(scores) // attn.heads, -1).mean(-1))
+        return (widened(scores) if attn.upcast_softmax else scores).softmax(-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsd_fast.images import ImageError, ImageSource, load_image
-from dsd_fast.images.header import CorruptHeaderError, TruncatedHeaderError, UnsupportedFormatError, read_header
+from dsd_fast.images.header import HeaderError, read_header
 from dsd_fast.jobs import replacing
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
@@ -86,10 +86,9 @@ class ImageFinder:
             return self._decoded[digest]
         try:
             kind, _, _ = read_header(io.BytesIO(data), len(data))
-        except UnsupportedFormatError:
-            raise ValueError(f"{place}: an embedded image is not JPEG, PNG or WebP") from None
-        except (TruncatedHeaderError, CorruptHeaderError):
-            raise ValueError(f"{place}: an embedded image has a damaged header") from None
+        except HeaderError as error:
+            wrong = "is not JPEG, PNG or WebP" if str(error) == "unsupported-format" else "has a damaged header"
+            raise ValueError(f"{place}: an embedded image {wrong}") from None
         name = f"{digest[:32]}.{_ENDINGS[kind]}"
         if self.extract is not None:
             file = self.extract / name

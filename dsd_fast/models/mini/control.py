@@ -26,11 +26,11 @@ from dsd_fast.jobs import read_tensors, write_tensors
 from dsd_fast.models.bundle import Model
 from dsd_fast.models.load import load
 
-from .loop import Recipe, fit, generator
+from .loop import Recipe, fit, generator, noise_weights
 from .networks import preprocess
 from .stages import example
 
-__all__ = ["app", "build_control", "edges", "export_control", "noise_weights", "train_control"]
+__all__ = ["app", "build_control", "edges", "export_control", "train_control"]
 
 app = typer.Typer(add_completion=False)
 
@@ -145,12 +145,6 @@ def export_control(net: ControlNetModel, folder: Path, target: Path) -> int:
         for file in Path(work).iterdir():
             os.replace(file, target / file.name)
     return sum(file.stat().st_size for file in target.iterdir())
-
-
-def noise_weights(alphas_cumprod: Tensor) -> Tensor:
-    """The weight of each timestep's noise loss: min-SNR-5 (Hang et al. 2023) with a floor, as the UNet's own."""
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(0.1, 5) / snr
 
 
 def edges(image: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from dsd_fast.jobs import read_tensors, write_tensors
 
-__all__ = ["Recipe", "fit", "generator"]
+__all__ = ["Recipe", "fit", "generator", "noise_weights"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ class Recipe:
 def generator(seed: int, step: int) -> torch.Generator:
     """The generator of everything random in one step."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def noise_weights(alphas_cumprod: Tensor) -> Tensor:
+    """Weigh each timestep's noise loss: min-SNR-5 (Hang et al. 2023) with a floor.
+
+    The floor is there since where objects lie relative to each other is decided where hardly any signal is left.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(0.1, 5) / snr
 
 
 def fit(

@@ -27,8 +27,7 @@ from dsd_fast.models.bundle import Model
 from dsd_fast.models.load import load
 from dsd_fast.models.lora import save_lora
 
-from .control import noise_weights
-from .loop import Recipe, fit, generator
+from .loop import Recipe, fit, generator, noise_weights
 from .networks import preprocess
 from .scenes import scene
 

@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -126,19 +125,13 @@ def export(parts: Components, folder: Path) -> int:
     The folder appears whole: everything is written beside it first. Returns its size in bytes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(parts, work)
-        work.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
+        new = Path(work) / "new"
+        _write(parts, new)
+        new.chmod(0o755)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(work, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            os.replace(folder, Path(work) / "old")
+        os.replace(new, folder)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

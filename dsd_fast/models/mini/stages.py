@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dsd_fast.jobs import read_tensors, write_tensors
 
 from .digits import DIGIT_NAMES, TRAINING, caption, digit
-from .loop import Recipe, fit, generator
+from .loop import Recipe, fit, generator, noise_weights
 from .networks import MAX_TOKENS, WIDTH, Components, preprocess
 from .scenes import COLOURS, RELATIONS, SHAPES, SIZES, scene
 
@@ -196,9 +196,7 @@ def train_unet(
     unet.set_attn_processor(AttnProcessor())
     unet.to(memory_format=torch.channels_last)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    # min-SNR-5 with a floor, since where objects lie relative to each other is decided where hardly any signal is left.
-    weights = snr.clamp(0.1, 5) / snr
+    weights = noise_weights(schedule.alphas_cumprod)
     empty = _tokens(parts, [""])[0]
     batch = recipe.batch
 
