@@ -212,8 +212,9 @@ class Model:
             ModelError: no such file, a pickle (.bin, .pt, .ckpt), a name already taken, or weights that do not fit.
         """
         load_lora(
-            self.to_pipeline(),
+            self.unet,
             self.text_encoders,
+            self.to_pipeline,
             self.name,
             source,
             name,

@@ -24,8 +24,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def load_lora(
-    pipe: Any,
+    unet: Any,
     text_encoders: Sequence[Any],
+    pipeline: Callable[[], Any],
     label: str,
     source: str | os.PathLike[str],
     name: str,
@@ -37,24 +38,25 @@ def load_lora(
     """See `Model.load_lora`.
 
     Args:
-        pipe: a stock pipeline on the model's networks.
-        text_encoders: the model's, in order.
+        unet, text_encoders: the model's.
+        pipeline: makes a stock pipeline on them.
         label: the model's name in errors.
     """
     from safetensors.torch import load_file
 
     if not name or "." in name:
         raise ModelError(f"adapter name is {name!r}, expected a non-empty name without a dot")
-    networks = (pipe.unet, *text_encoders)
+    networks = (unet, *text_encoders)
     if any(name in getattr(network, "peft_config", {}) for network in networks):
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
     file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
     what = f"LoRA {str(file)!r}"
     kind = _kind(file)
     if kind == "official":
-        put_unet_lora(pipe.unet, from_official(load_file(file), pipe.unet, what), name, what)
+        put_unet_lora(unet, from_official(load_file(file), unet, what), name, what)
         return
-    kohya = from_kohya(load_file(file), pipe.unet, text_encoders, what) if kind == "kohya" else None
+    pipe = pipeline()
+    kohya = from_kohya(load_file(file), unet, text_encoders, what) if kind == "kohya" else None
     with _adding(name, networks, pipe.delete_adapters, f"{what} cannot be loaded into {label!r}"):
         if kohya is not None:
             _put_kohya(pipe, text_encoders, *kohya, name)
