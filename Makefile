@@ -35,6 +35,8 @@ OLDEST_TESTS := tests/kernels tests/unet tests/models --ignore=tests/models/mini
 NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/installed
 NEWEST_INDEX ?= https://download.pytorch.org/whl/cpu
+# The ordinary index may have that build, too, so one that does not answer is not waited for.
+NEWEST_OPTIONS = --retries 1 --extra-index-url $(NEWEST_INDEX)
 
 .PHONY: install install-oldest install-newest demo test test-oldest test-newest lint bench gpu gpu-full gpu-sanitize force
 
@@ -122,10 +124,10 @@ $(STAMP) $(OLDEST_STAMP):
 $(NEWEST_STAMP): $(SOURCES)
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install setuptools wheel
-	version=$$($(@D)/bin/python -m pip index versions torch --extra-index-url $(NEWEST_INDEX) | \
+	$(@D)/bin/python -m pip install --upgrade setuptools wheel
+	version=$$($(@D)/bin/python -m pip index versions torch $(NEWEST_OPTIONS) | \
 	  awk -v RS='[ ,\n]+' '/[+]cpu$$/ && !seen++'); \
 	test -n "$$version" || { echo "no build of torch for CPUs is to be had from $(NEWEST_INDEX)" >&2; exit 1; }; \
-	$(@D)/bin/python -m pip install --extra-index-url $(NEWEST_INDEX) "torch==$$version"
+	$(@D)/bin/python -m pip install --no-deps $(NEWEST_OPTIONS) "torch==$$version"
 	$(@D)/bin/python -m pip install --no-build-isolation $(WANTED)
 	@touch $@
