@@ -22,7 +22,7 @@ def advance(steps: Tapped, state: State) -> list[Taken]:
     """Run the steps; a feature that is wanted has one row per requested row."""
     result = []
     for step, want in steps:
-        if step.reads_text:
+        if step.reads_text and not state.expanded:
             state.expand()
         taken = step.run(state, want)
         if want.feature:
@@ -31,7 +31,7 @@ def advance(steps: Tapped, state: State) -> list[Taken]:
         elif taken.feature is not None:
             # Nobody asked for it, and it would stay alive.
             taken = NOTHING
-        if step.self_maps and taken.maps is not None:
+        if taken.maps is not None and step.self_maps:
             taken = Taken(maps=state.rows(taken.maps, state.expanded))
         result.append(taken)
     return result
@@ -105,6 +105,8 @@ def compute(
 def collect(cut: Cut, output: Output, steps: Tapped, taken: Iterable[Taken]) -> None:
     """Put what was taken where it belongs."""
     for (step, want), value in zip(steps, taken, strict=True):
+        if value is NOTHING:
+            continue
         if want.feature:
             assert value.feature is not None
             if step.name in cut.features:

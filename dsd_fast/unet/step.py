@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsd_fast.unet.pieces import linear
 from dsd_fast.unet.text import LayerText
 
 Size = tuple[int, int]
@@ -86,7 +87,7 @@ class State:
 
     def project_time(self, projection: Any) -> Tensor:
         """A block's projection of the time embedding, (rows, C); projected before rows are repeated."""
-        value: Tensor = projection(self.embedding)
+        value = linear(self.embedding, projection)
         return self.rows(value, self.embedding_expanded) if self.expanded else value
 
 
@@ -108,8 +109,7 @@ class Want:
     pool: str | float = "mean"
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """What a step gives: the value its id names, a cross-attention's score (rows, H), and maps (rows, n, h, w)."""
 
     feature: Tensor | None = None
