@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.unet.flops import base_layer, conv_flops
-from dsd_fast.unet.pieces import convolved, dropped, norm_activate
 from dsd_fast.unet.step import NOTHING, Size, State, Step, Taken, Want, area
 
 
@@ -29,7 +28,7 @@ def input_steps(unet: Any) -> list[Step]:
         return Taken(state.live["x"])
 
     def conv_in(state: State, want: Want) -> Taken:
-        x = state.live["x"] = convolved(state.live["x"], unet.conv_in)
+        x = state.live["x"] = state.layers.convolved(state.live["x"], unet.conv_in)
         state.push(x)
         return Taken(x)
 
@@ -63,8 +62,8 @@ def output_step(unet: Any) -> Step:
     def run(state: State, want: Want) -> Taken:
         x = state.live["x"]
         if unet.conv_norm_out is not None:
-            x = norm_activate(x, unet.conv_norm_out, unet.conv_act)
-        return Taken(convolved(x, unet.conv_out))
+            x = state.layers.norm_activate(x, unet.conv_norm_out, unet.conv_act)
+        return Taken(state.layers.convolved(x, unet.conv_out))
 
     return Step(
         "unet-out",
@@ -85,21 +84,21 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
     def conv1(state: State, want: Want) -> Taken:
         if pops:
             state.live["x"] = torch.cat([state.live["x"], state.pop()], dim=1)
-        h = norm_activate(state.live["x"], own["norm1"], own["nonlinearity"])
-        state.live["h"] = convolved(h, own["conv1"])
+        h = state.layers.norm_activate(state.live["x"], own["norm1"], own["nonlinearity"])
+        state.live["h"] = state.layers.convolved(h, own["conv1"])
         return NOTHING
 
     def increment(state: State, want: Want) -> Taken:
         shift = state.project_time(own["time_emb_proj"])
-        h = norm_activate(state.live["h"], own["norm2"], own["nonlinearity"], shift)
-        h = state.live["h"] = convolved(dropped(h, own["dropout"]), own["conv2"])
+        h = state.layers.norm_activate(state.live["h"], own["norm2"], own["nonlinearity"], shift)
+        h = state.live["h"] = state.layers.convolved(state.layers.dropped(h, own["dropout"]), own["conv2"])
         return Taken(h)
 
     def out(state: State, want: Want) -> Taken:
         x = state.live["x"]
         shortcut = own.get("conv_shortcut")
         if shortcut is not None:
-            x = convolved(x, shortcut)
+            x = state.layers.convolved(x, shortcut)
         x = x + state.live.pop("h")
         if block.output_scale_factor != 1.0:
             x = x / block.output_scale_factor
@@ -175,7 +174,7 @@ def upsample_step(module: Any, name: str, level: int) -> Step:
     channels = module.out_channels
 
     def run(state: State, want: Want) -> Taken:
-        x = state.live["x"] = convolved(_nearest(state.live["x"], state.sizes[level]), module.conv)
+        x = state.live["x"] = state.layers.convolved(_nearest(state.live["x"], state.sizes[level]), module.conv)
         return Taken(x)
 
     return Step(

@@ -13,6 +13,7 @@ from dsd_fast.unet.checkpoint import Call, Checkpoints
 from dsd_fast.unet.cut import Cut, Region
 from dsd_fast.unet.inductor import settings
 from dsd_fast.unet.output import Output
+from dsd_fast.unet.pieces import CALLED, DIRECT, Layers, functions_serve
 from dsd_fast.unet.request import Request
 from dsd_fast.unet.step import NOTHING, RowIndex, Size, State, Taken, Tapped
 from dsd_fast.unet.text import LayerText
@@ -136,7 +137,8 @@ def run_eager(cut: Cut, request: Request) -> Output:
     """The answer to ``request``, a kernel at a time."""
     network = cut.network
     embedding = network.embed(network.module, *request.embedded()) if cut.reads_time else None
-    return run_regions(cut, request, embedding, lambda region: None)
+    layers = DIRECT if network.weights.plain() and functions_serve() else CALLED
+    return run_regions(cut, request, embedding, lambda region: None, layers)
 
 
 def run_compiled(cut: Cut, request: Request) -> Output:
@@ -155,10 +157,15 @@ def run_padded(cut: Cut, request: Request, out: Output | None) -> Output:
 
 
 def run_regions(
-    cut: Cut, request: Request, embedding: Tensor | None, caller: Callable[[Region], Call | None]
+    cut: Cut,
+    request: Request,
+    embedding: Tensor | None,
+    caller: Callable[[Region], Call | None],
+    layers: Layers = CALLED,
 ) -> Output:
     """The regions one after another; ``caller`` says what calls one (:func:`advance_by`), None: its steps are run."""
     state, output = start(cut, request, embedding), Output()
+    state.layers = layers
     checkpoints = Checkpoints(cut.network) if request.checkpoint and torch.is_grad_enabled() else None
     for region in cut.regions:
         if region.layer is not None:
@@ -167,6 +174,12 @@ def run_regions(
         call = caller(region)
         if checkpoints is not None and region.checkpointed:
             call = checkpoints.around(call)
+        if call is None and region.silent:
+            for step, want in region.steps:
+                if step.reads_text and not state.expanded:
+                    state.expand()
+                step.run(state, want)
+            continue
         taken = advance(region.steps, state) if call is None else advance_by(call, region, state)
         collect(cut, output, region.steps, taken)
     return output

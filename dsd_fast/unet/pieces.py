@@ -1,11 +1,12 @@
 """The layers of a network: one function or kernel each where the modules are what they seem, else the modules.
 
-A module's call takes as long as many a product of a single row, so what is plainly torch's is computed by torch's
-function; the memory-bound pieces are one kernel each on a GPU. Compilers are given the modules.
+A module's call takes as long as many a product of a single row, so an eager run calls torch's functions where no module
+has anything put on it. The memory-bound pieces are one kernel each on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,81 +21,100 @@ from dsd_fast.kernels.geglu import geglu
 from dsd_fast.kernels.group_norm_silu import group_norm_silu
 from dsd_fast.unet.weights import untouched
 
-# What torch ships, where nobody has put another forward on the class before this package was imported.
-_FORWARD = {
-    kind: kind.forward
-    for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU)
-    if kind.forward.__module__ == kind.__module__
-}
 # Triton decides when it is imported whether its kernels run on a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def linear(x: Tensor, module: Any) -> Tensor:
-    """(…, C) → (…, C'): what ``module``, most often a Linear, makes of x."""
-    if _plain(module, nn.Linear):
-        own = module._parameters
-        return F.linear(x, own["weight"], own["bias"])
-    result: Tensor = module(x)
-    return result
+class Layers:
+    """What a run calls for the layers of a network.
 
+    Args:
+        direct: torch's functions for layers that are plainly torch's; only where nothing is put on any module, and not
+            in code that a compiler reads, to which modules are no dearer and better known.
+    """
 
-def convolved(x: Tensor, module: Any) -> Tensor:
-    """(B, C, h, w) → (B, C', h', w'): what ``module``, most often a Conv2d, makes of x."""
-    if _plain(module, nn.Conv2d) and module.padding_mode == "zeros" and "_conv_forward" not in module.__dict__:
-        own = module._parameters
-        return torch.conv2d(
-            x, own["weight"], own["bias"], module.stride, module.padding, module.dilation, module.groups
-        )
-    result: Tensor = module(x)
-    return result
+    def __init__(self, direct: bool) -> None:
+        self._direct = direct
 
-
-def layer_norm(x: Tensor, module: Any) -> Tensor:
-    """(B, L, C): what ``module``, most often a LayerNorm, makes of x."""
-    if _plain(module, nn.LayerNorm):
-        own = module._parameters
-        return torch.layer_norm(x, module.normalized_shape, own["weight"], own["bias"], module.eps)
-    result: Tensor = module(x)
-    return result
-
-
-def norm_activate(x: Tensor, norm: Any, activation: Any = None, shift: Tensor | None = None) -> Tensor:
-    """(B, C, h, w): activation(norm(x + shift)), norm a GroupNorm, activation a SiLU or None, shift (B, C)."""
-    if _fuses(x) and _is(norm, nn.GroupNorm) and (activation is None or _is(activation, nn.SiLU)):
-        return group_norm_silu(
-            x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift, silu=activation is not None
-        )
-    if shift is not None:
-        x = x + shift.view(*shift.shape, 1, 1)
-    if _plain(norm, nn.GroupNorm):
-        own = norm._parameters
-        y = torch.group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)
-    else:
-        y = norm(x)
-    if activation is None:
-        return y
-    return F.silu(y) if _plain(activation, nn.SiLU) else activation(y)
-
-
-def add_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """x + residual, and norm of it, norm a LayerNorm; (B, L, C) each."""
-    if _fuses(x) and _is(norm, nn.LayerNorm):
-        return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
-    total = x + residual
-    return total, layer_norm(total, norm)
-
-
-def gated(x: Tensor, module: Any) -> Tensor:
-    """diffusers' GEGLU; its projection is called, so that adapters on it count."""
-    if not untouched(module) or _path(module) != "diffusers.models.activations.GEGLU":
+    def linear(self, x: Tensor, module: Any) -> Tensor:
+        """(…, C) → (…, C'): what ``module``, most often a Linear, makes of x."""
+        if self._direct and type(module) is nn.Linear:
+            own = module._parameters
+            return F.linear(x, own["weight"], own["bias"])
         result: Tensor = module(x)
         return result
-    h = linear(x, module._modules["proj"])
-    if _fuses(x):
-        return geglu(h)
-    value, gate = h.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+
+    def convolved(self, x: Tensor, module: Any) -> Tensor:
+        """(B, C, h, w) → (B, C', h', w'): what ``module``, most often a Conv2d, makes of x."""
+        if self._direct and type(module) is nn.Conv2d and module.padding_mode == "zeros":
+            own = module._parameters
+            return torch.conv2d(
+                x, own["weight"], own["bias"], module.stride, module.padding, module.dilation, module.groups
+            )
+        result: Tensor = module(x)
+        return result
+
+    def layer_norm(self, x: Tensor, module: Any) -> Tensor:
+        """(B, L, C): what ``module``, most often a LayerNorm, makes of x."""
+        if self._direct and type(module) is nn.LayerNorm:
+            own = module._parameters
+            return torch.layer_norm(x, module.normalized_shape, own["weight"], own["bias"], module.eps)
+        result: Tensor = module(x)
+        return result
+
+    def norm_activate(self, x: Tensor, norm: Any, activation: Any = None, shift: Tensor | None = None) -> Tensor:
+        """(B, C, h, w): activation(norm(x + shift)), norm a GroupNorm, activation a SiLU or None, shift (B, C)."""
+        if _fuses(x) and _is(norm, nn.GroupNorm) and (activation is None or _is(activation, nn.SiLU)):
+            return group_norm_silu(
+                x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift, silu=activation is not None
+            )
+        if shift is not None:
+            x = x + shift.view(*shift.shape, 1, 1)
+        if self._direct and type(norm) is nn.GroupNorm:
+            own = norm._parameters
+            x = torch.group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)
+        else:
+            x = norm(x)
+        if activation is None:
+            return x
+        return F.silu(x) if self._direct and type(activation) is nn.SiLU else activation(x)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        """x + residual, and norm of it, norm a LayerNorm; (B, L, C) each."""
+        if _fuses(x) and _is(norm, nn.LayerNorm):
+            return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+        total = x + residual
+        return total, self.layer_norm(total, norm)
+
+    def gated(self, x: Tensor, module: Any) -> Tensor:
+        """diffusers' GEGLU; its projection is called, so that adapters on it count."""
+        fuses = _fuses(x)
+        if not ((fuses and untouched(module)) or self._direct) or not _is_geglu(type(module)):
+            result: Tensor = module(x)
+            return result
+        h = self.linear(x, module._modules["proj"])
+        if fuses:
+            return geglu(h)
+        value, gate = h.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    def dropped(self, x: Tensor, module: Any) -> Tensor:
+        """A Dropout, without the call where its probability is 0; what else ``module`` is, most often a Linear."""
+        return x if _is(module, nn.Dropout) and module.p == 0.0 else self.linear(x, module)
+
+
+DIRECT, CALLED = Layers(True), Layers(False)
+
+
+def functions_serve() -> bool:
+    """Whether torch's functions do what its layers do in this process: none was replaced, no hook is on all modules."""
+    hooks = (
+        every._global_forward_hooks,
+        every._global_forward_pre_hooks,
+        every._global_backward_hooks,
+        every._global_backward_pre_hooks,
+    )
+    return not any(hooks) and all(kind.forward is forward for kind, forward in _FORWARD.items()) and not _REPLACED
 
 
 def side_by_side(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...] | None:
@@ -111,9 +131,9 @@ def side_by_side(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...] | None:
     return torch.split(joined, [layer.out_features for layer in layers], dim=-1)
 
 
-def dropped(x: Tensor, module: Any) -> Tensor:
-    """A Dropout, without the call where its probability is 0; what else ``module`` is, most often a Linear."""
-    return x if _is(module, nn.Dropout) and module.p == 0.0 else linear(x, module)
+_FORWARD = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU)}
+# Whether somebody had put another forward on one of these classes before this package was imported.
+_REPLACED = any(forward.__module__ != kind.__module__ for kind, forward in _FORWARD.items())
 
 
 def _fuses(x: Tensor) -> bool:
@@ -125,21 +145,6 @@ def _is(module: Any, kind: type[nn.Module]) -> bool:
     return type(module) is kind and untouched(module)
 
 
-def _plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether torch's function of ``kind`` does what calling ``module`` does, in eager code."""
-    return (
-        type(module) is kind
-        and kind.forward is _FORWARD.get(kind)
-        and untouched(module)
-        # A weight that was taken out, to be computed anew at each call.
-        and len(module._parameters) == (0 if kind is nn.SiLU else 2)
-        # Hooks on the modules of the whole process.
-        and not (every._global_forward_hooks or every._global_forward_pre_hooks)
-        and not (every._global_backward_hooks or every._global_backward_pre_hooks)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _path(module: Any) -> str:
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}"
+@functools.cache
+def _is_geglu(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" == "diffusers.models.activations.GEGLU"

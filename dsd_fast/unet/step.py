@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast.unet.pieces import linear
+from dsd_fast.unet.pieces import CALLED, Layers
 from dsd_fast.unet.text import LayerText
 
 Size = tuple[int, int]
@@ -43,6 +43,7 @@ class State:
         keep: numbers of the skip connections that the plan will use.
         text: the texts as the attention layer of the running step sees them.
         live: values that later steps read, by name; at first "x", the (P, C, h, w) noised latents.
+        layers: what steps call for the layers.
     """
 
     embedding: Tensor
@@ -56,6 +57,7 @@ class State:
     live: dict[str, Tensor] = field(default_factory=dict)
     skips: list[tuple[int, Tensor, bool]] = field(default_factory=list)
     pushed: int = 0
+    layers: Layers = CALLED
 
     def rows(self, value: Tensor, expanded: bool) -> Tensor:
         """``value`` with one row per requested row."""
@@ -87,7 +89,7 @@ class State:
 
     def project_time(self, projection: Any) -> Tensor:
         """A block's projection of the time embedding, (rows, C); projected before rows are repeated."""
-        value = linear(self.embedding, projection)
+        value = self.layers.linear(self.embedding, projection)
         return self.rows(value, self.embedding_expanded) if self.expanded else value
 
 

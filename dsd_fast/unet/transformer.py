@@ -27,16 +27,7 @@ from dsd_fast.kernels.common.attention import (
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
 from dsd_fast.kernels.token_maps import token_maps
 from dsd_fast.unet.flops import attention_flops, base_layer, conv_flops, linear_flops
-from dsd_fast.unet.pieces import (
-    add_norm,
-    convolved,
-    dropped,
-    gated,
-    layer_norm,
-    linear,
-    norm_activate,
-    side_by_side,
-)
+from dsd_fast.unet.pieces import side_by_side
 from dsd_fast.unet.step import NOTHING, Size, State, Step, Taken, Want, area, flat, grid
 from dsd_fast.unet.text import LayerText
 
@@ -51,14 +42,14 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
 
     def enter(state: State, want: Want) -> Taken:
         image = state.live["image"] = state.live["x"]
-        x = norm_activate(image, own["norm"])
-        state.live["x"] = linear(flat(x), own["proj_in"]) if flattens else flat(convolved(x, own["proj_in"]))
+        x = state.layers.norm_activate(image, own["norm"])
+        state.live["x"] = state.layers.linear(flat(x), own["proj_in"]) if flattens else flat(state.layers.convolved(x, own["proj_in"]))
         return NOTHING
 
     def leave(state: State, want: Want) -> Taken:
         x, image = state.live["x"], state.live.pop("image")
         size = state.sizes[level]
-        x = grid(linear(x, own["proj_out"]), size) if flattens else convolved(grid(x, size), own["proj_out"])
+        x = grid(state.layers.linear(x, own["proj_out"]), size) if flattens else state.layers.convolved(grid(x, size), own["proj_out"])
         x = state.live["x"] = x + image
         if push:
             state.push(x)
@@ -107,13 +98,13 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
         def run(state: State, want: Want) -> Taken:
             live = state.live
             if name == "q":
-                live["n"] = layer_norm(live["x"], own["norm1"])
+                live["n"] = state.layers.layer_norm(live["x"], own["norm1"])
                 together = None if want.last else side_by_side(live["n"], (attn.to_q, attn.to_k, attn.to_v))
                 if together is not None:
                     live["q"], live["k"], live["v"] = together
             n = live.pop("n") if last else live["n"]
             if name not in live:
-                live[name] = linear(n, projections[source])
+                live[name] = state.layers.linear(n, projections[source])
             return Taken(grid(live[name], state.sizes[level])) if want.feature else NOTHING
 
         return Step(
@@ -145,8 +136,8 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
         q, k, v = (split_heads(live.pop(name), heads) for name in "qkv")
         o = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         # With the norm that the next step reads, so that the sum is read once.
-        x = _project_out(attn, join_heads(o))
-        live["x"], live["n"] = add_norm(x, live["x"], own["norm2"])
+        x = _project_out(state, attn, join_heads(o))
+        live["x"], live["n"] = state.layers.add_norm(x, live["x"], own["norm2"])
         return Taken(maps=maps)
 
     return [
@@ -184,7 +175,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
     name = f"{prefix}-cross"
 
     def query(state: State, want: Want) -> Taken:
-        q = state.live["q"] = linear(state.live.pop("n"), projections["to_q"])
+        q = state.live["q"] = state.layers.linear(state.live.pop("n"), projections["to_q"])
         return Taken(grid(q, state.sizes[level])) if want.feature else NOTHING
 
     def attention_map(state: State, want: Want) -> Taken:
@@ -218,8 +209,8 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
                 mean=not want.score or want.pool == "mean",
             )
             if o is not None:
-                x = _project_out(attn, o)
-                state.live["x"], state.live["n"] = add_norm(x, state.live["x"], own["norm3"])
+                x = _project_out(state, attn, o)
+                state.live["x"], state.live["n"] = state.layers.add_norm(x, state.live["x"], own["norm3"])
             score = _pool(score, want.pool) if want.score else None
         return Taken(score=score, maps=maps)
 
@@ -267,13 +258,13 @@ def feed_forward_steps(block: Any, prefix: str, level: int, channels: int) -> li
     inner = base_layer(ff.net[2]).in_features
 
     def gate(state: State, want: Want) -> Taken:
-        g = state.live["g"] = gated(state.live.pop("n"), layers["0"])
+        g = state.live["g"] = state.layers.gated(state.live.pop("n"), layers["0"])
         return Taken(grid(g, state.sizes[level])) if want.feature else NOTHING
 
     def out(state: State, want: Want) -> Taken:
         g = state.live.pop("g")
         for layer in list(layers.values())[1:]:
-            g = dropped(g, layer)
+            g = state.layers.dropped(g, layer)
         x = state.live["x"] = g + state.live["x"]
         return Taken(grid(x, state.sizes[level])) if want.feature else NOTHING
 
@@ -309,9 +300,9 @@ def _text_index(state: State, q: Tensor) -> Tensor:
     return torch.arange(len(q), device=q.device) if index is None else index
 
 
-def _project_out(attn: Any, x: Tensor) -> Tensor:
+def _project_out(state: State, attn: Any, x: Tensor) -> Tensor:
     for layer in attn._modules["to_out"]._modules.values():
-        x = dropped(x, layer)
+        x = state.layers.dropped(x, layer)
     return x if attn.rescale_output_factor == 1.0 else x / attn.rescale_output_factor
 
 

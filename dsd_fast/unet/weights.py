@@ -62,6 +62,15 @@ class Weights:
         self._follow()
         return any(self._hooks) or any(map(contains, self._own, repeat("forward")))
 
+    def plain(self) -> bool:
+        """Whether nothing is put on any module that its class's own forward would not know of."""
+        return (
+            not self.hooked()
+            and not any(map(contains, self._own, repeat("_conv_forward")))
+            # A weight taken out, to be made anew at each call.
+            and sum(map(len, self._parameters)) == self._count
+        )
+
     def trained(self) -> bool:
         """Whether a weight wants a gradient; of the network that :meth:`signature` saw last."""
         return any(p.requires_grad for p in self._tensors())
@@ -74,6 +83,7 @@ class Weights:
         modules = list(self._network.modules())
         self._parents = [module._modules for module in modules if module._modules]
         self._parameters = [module._parameters for module in modules if module._parameters]
+        self._count = sum(map(len, self._parameters))
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
         self._own = [module.__dict__ for module in modules]
         self._adapted = [module for module in modules if hasattr(module, "lora_A")]

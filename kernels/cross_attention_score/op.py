@@ -24,7 +24,7 @@ from dsd_fast.kernels.common.attention import (
     rows_texts,
 )
 from dsd_fast.kernels.common.autograd import check_transforms
-from dsd_fast.kernels.common.library import operator, without_none
+from dsd_fast.kernels.common.library import operator, unseen, without_none
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
@@ -255,6 +255,8 @@ def cross_attention_score(
         out, score, _ = _FORWARD(*inputs)
     elif save:
         out, score, _ = _Differentiable.apply(*inputs)
+    elif unseen(q, k, v):
+        out, score, _ = _forward(*inputs)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             out, score, _ = _FORWARD(*inputs)
