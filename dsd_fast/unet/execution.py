@@ -13,7 +13,7 @@ from dsd_fast.unet.checkpoint import Call, Checkpoints
 from dsd_fast.unet.cut import Cut, Region
 from dsd_fast.unet.inductor import settings
 from dsd_fast.unet.output import Output
-from dsd_fast.unet.pieces import CALLED, DIRECT, Layers, functions_serve
+from dsd_fast.unet.pieces import CALLED, Layers, layers_of
 from dsd_fast.unet.request import Request
 from dsd_fast.unet.step import NOTHING, RowIndex, Size, State, Taken, Tapped
 from dsd_fast.unet.text import LayerText
@@ -84,6 +84,7 @@ def compute(
         index=index,
         sizes=sizes,
         keep=frozenset(number for number, keep in enumerate(kept) if keep),
+        layers=CALLED,
         text=text,
         # The middle's residual belongs to a step that is neither compiled nor checkpointed.
         residuals=None if residuals is None else (residuals, embedding),
@@ -120,13 +121,14 @@ def collect(cut: Cut, output: Output, steps: Tapped, taken: Iterable[Taken]) -> 
             output.maps[step.name] = value.maps
 
 
-def start(cut: Cut, request: Request, embedding: Tensor | None) -> State:
+def start(cut: Cut, request: Request, embedding: Tensor | None, layers: Layers) -> State:
     """The state before the first step, from the activated time embedding that :meth:`Network.embed` made."""
     return State(
         embedding=request.latents if embedding is None else embedding,
         index=request.index,
         sizes=request.sizes,
         keep=cut.kept_skips,
+        layers=layers,
         residuals=request.residuals,
         embedding_expanded=request.time_ids is not None,
         live={"x": request.latents},
@@ -137,7 +139,7 @@ def run_eager(cut: Cut, request: Request) -> Output:
     """The answer to ``request``, a kernel at a time."""
     network = cut.network
     embedding = network.embed(network.module, *request.embedded()) if cut.reads_time else None
-    layers = DIRECT if network.weights.plain() and functions_serve() else CALLED
+    layers = layers_of(network.weights, network.device)
     return run_regions(cut, request, embedding, lambda region: None, layers)
 
 
@@ -164,8 +166,7 @@ def run_regions(
     layers: Layers = CALLED,
 ) -> Output:
     """The regions one after another; ``caller`` says what calls one (:func:`advance_by`), None: its steps are run."""
-    state, output = start(cut, request, embedding), Output()
-    state.layers = layers
+    state, output = start(cut, request, embedding, layers), Output()
     checkpoints = Checkpoints(cut.network) if request.checkpoint and torch.is_grad_enabled() else None
     for region in cut.regions:
         if region.layer is not None:

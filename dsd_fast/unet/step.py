@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast.unet.pieces import CALLED, Layers
+from dsd_fast.unet.pieces import Layers
 from dsd_fast.unet.text import LayerText
 
 Size = tuple[int, int]
@@ -41,15 +41,16 @@ class State:
         index: which latent and text each row has.
         sizes: image size at each level.
         keep: numbers of the skip connections that the plan will use.
+        layers: what steps call for the layers.
         text: the texts as the attention layer of the running step sees them.
         live: values that later steps read, by name; at first "x", the (P, C, h, w) noised latents.
-        layers: what steps call for the layers.
     """
 
     embedding: Tensor
     index: RowIndex
     sizes: Sequence[Size]
     keep: frozenset[int]
+    layers: Layers
     text: LayerText | None = None
     residuals: tuple[Sequence[Tensor], Tensor] | None = None
     embedding_expanded: bool = False
@@ -57,7 +58,6 @@ class State:
     live: dict[str, Tensor] = field(default_factory=dict)
     skips: list[tuple[int, Tensor, bool]] = field(default_factory=list)
     pushed: int = 0
-    layers: Layers = CALLED
 
     def rows(self, value: Tensor, expanded: bool) -> Tensor:
         """``value`` with one row per requested row."""

@@ -42,14 +42,15 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
 
     def enter(state: State, want: Want) -> Taken:
         image = state.live["image"] = state.live["x"]
-        x = state.layers.norm_activate(image, own["norm"])
-        state.live["x"] = state.layers.linear(flat(x), own["proj_in"]) if flattens else flat(state.layers.convolved(x, own["proj_in"]))
+        layers, projection = state.layers, own["proj_in"]
+        x = layers.norm_activate(image, own["norm"])
+        state.live["x"] = layers.linear(flat(x), projection) if flattens else flat(layers.convolved(x, projection))
         return NOTHING
 
     def leave(state: State, want: Want) -> Taken:
         x, image = state.live["x"], state.live.pop("image")
-        size = state.sizes[level]
-        x = grid(state.layers.linear(x, own["proj_out"]), size) if flattens else state.layers.convolved(grid(x, size), own["proj_out"])
+        size, layers, projection = state.sizes[level], state.layers, own["proj_out"]
+        x = grid(layers.linear(x, projection), size) if flattens else layers.convolved(grid(x, size), projection)
         x = state.live["x"] = x + image
         if push:
             state.push(x)
@@ -99,7 +100,7 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
             live = state.live
             if name == "q":
                 live["n"] = state.layers.layer_norm(live["x"], own["norm1"])
-                together = None if want.last else side_by_side(live["n"], (attn.to_q, attn.to_k, attn.to_v))
+                together = None if want.last else side_by_side(live["n"], projections, ("to_q", "to_k", "to_v"))
                 if together is not None:
                     live["q"], live["k"], live["v"] = together
             n = live.pop("n") if last else live["n"]

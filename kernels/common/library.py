@@ -41,8 +41,8 @@ def unseen(*inputs: Tensor | None) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd._profiler_enabled()
-        and all([x is None or (type(x) is Tensor and (x.is_cpu or x.is_cuda)) for x in inputs])
+        and not torch._C._autograd._profiler_enabled()
+        and all(x is None or (type(x) is Tensor and (x.is_cpu or x.is_cuda)) for x in inputs)
     )
 
 
