@@ -21,6 +21,7 @@ class Region:
         kind: equal for regions that compute the same with other weights.
         compiled: whether a runtime may compile it. Whole attention maps and bare steps are left as they are.
         checkpointed: whether it has activations to drop.
+        silent: whether nothing is taken from its steps.
     """
 
     steps: Tapped
@@ -28,6 +29,7 @@ class Region:
     kind: tuple[Any, ...]
     compiled: bool
     checkpointed: bool
+    silent: bool
 
 
 # Without comparison: what is kept for a cut (recordings, regions) is kept for that one, not for all that are equal.
@@ -121,5 +123,6 @@ def _regions(steps: Tapped) -> tuple[Region, ...]:
         kind = tuple((step.name.removeprefix(name), step.level, want) for step, want in inside)
         bare = all(step.bare for step, _ in inside)
         compiled = not bare and not any(step.optional for step, _ in inside)
-        result.append(Region(inside, layer, kind, compiled, checkpointed=not bare))
+        silent = not any(want.feature or want.score or want.maps for _, want in inside)
+        result.append(Region(inside, layer, kind, compiled, checkpointed=not bare, silent=silent))
     return tuple(result)

@@ -13,6 +13,7 @@ from dsd_fast.unet.checkpoint import Call, Checkpoints
 from dsd_fast.unet.cut import Cut, Region
 from dsd_fast.unet.inductor import settings
 from dsd_fast.unet.output import Output
+from dsd_fast.unet.pieces import CALLED, Layers, layers_of
 from dsd_fast.unet.request import Request
 from dsd_fast.unet.step import NOTHING, RowIndex, Size, State, Taken, Tapped
 from dsd_fast.unet.text import LayerText
@@ -22,7 +23,7 @@ def advance(steps: Tapped, state: State) -> list[Taken]:
     """Run the steps; a feature that is wanted has one row per requested row."""
     result = []
     for step, want in steps:
-        if step.reads_text:
+        if step.reads_text and not state.expanded:
             state.expand()
         taken = step.run(state, want)
         if want.feature:
@@ -31,7 +32,7 @@ def advance(steps: Tapped, state: State) -> list[Taken]:
         elif taken.feature is not None:
             # Nobody asked for it, and it would stay alive.
             taken = NOTHING
-        if step.self_maps and taken.maps is not None:
+        if taken.maps is not None and step.self_maps:
             taken = Taken(maps=state.rows(taken.maps, state.expanded))
         result.append(taken)
     return result
@@ -83,6 +84,7 @@ def compute(
         index=index,
         sizes=sizes,
         keep=frozenset(number for number, keep in enumerate(kept) if keep),
+        layers=CALLED,
         text=text,
         # The middle's residual belongs to a step that is neither compiled nor checkpointed.
         residuals=None if residuals is None else (residuals, embedding),
@@ -105,6 +107,8 @@ def compute(
 def collect(cut: Cut, output: Output, steps: Tapped, taken: Iterable[Taken]) -> None:
     """Put what was taken where it belongs."""
     for (step, want), value in zip(steps, taken, strict=True):
+        if value is NOTHING:
+            continue
         if want.feature:
             assert value.feature is not None
             if step.name in cut.features:
@@ -117,13 +121,14 @@ def collect(cut: Cut, output: Output, steps: Tapped, taken: Iterable[Taken]) -> 
             output.maps[step.name] = value.maps
 
 
-def start(cut: Cut, request: Request, embedding: Tensor | None) -> State:
+def start(cut: Cut, request: Request, embedding: Tensor | None, layers: Layers) -> State:
     """The state before the first step, from the activated time embedding that :meth:`Network.embed` made."""
     return State(
         embedding=request.latents if embedding is None else embedding,
         index=request.index,
         sizes=request.sizes,
         keep=cut.kept_skips,
+        layers=layers,
         residuals=request.residuals,
         embedding_expanded=request.time_ids is not None,
         live={"x": request.latents},
@@ -134,7 +139,8 @@ def run_eager(cut: Cut, request: Request) -> Output:
     """The answer to ``request``, a kernel at a time."""
     network = cut.network
     embedding = network.embed(network.module, *request.embedded()) if cut.reads_time else None
-    return run_regions(cut, request, embedding, lambda region: None)
+    layers = layers_of(network.weights, network.device)
+    return run_regions(cut, request, embedding, lambda region: None, layers)
 
 
 def run_compiled(cut: Cut, request: Request) -> Output:
@@ -153,10 +159,14 @@ def run_padded(cut: Cut, request: Request, out: Output | None) -> Output:
 
 
 def run_regions(
-    cut: Cut, request: Request, embedding: Tensor | None, caller: Callable[[Region], Call | None]
+    cut: Cut,
+    request: Request,
+    embedding: Tensor | None,
+    caller: Callable[[Region], Call | None],
+    layers: Layers = CALLED,
 ) -> Output:
     """The regions one after another; ``caller`` says what calls one (:func:`advance_by`), None: its steps are run."""
-    state, output = start(cut, request, embedding), Output()
+    state, output = start(cut, request, embedding, layers), Output()
     checkpoints = Checkpoints(cut.network) if request.checkpoint and torch.is_grad_enabled() else None
     for region in cut.regions:
         if region.layer is not None:
@@ -165,6 +175,12 @@ def run_regions(
         call = caller(region)
         if checkpoints is not None and region.checkpointed:
             call = checkpoints.around(call)
+        if call is None and region.silent:
+            for step, want in region.steps:
+                if step.reads_text and not state.expanded:
+                    state.expand()
+                step.run(state, want)
+            continue
         taken = advance(region.steps, state) if call is None else advance_by(call, region, state)
         collect(cut, output, region.steps, taken)
     return output

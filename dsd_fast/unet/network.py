@@ -93,7 +93,7 @@ class Network:
     @property
     def checkpointing(self) -> bool:
         """Whether gradient checkpointing is enabled on the network or a part of it, as diffusers does it."""
-        return any(getattr(module, "gradient_checkpointing", False) for _, module in self._bypassed)
+        return any(module.__dict__.get("gradient_checkpointing") for _, module in self._bypassed)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -167,7 +167,7 @@ class Plan(Cut):
             checks.not_checkpointed(checkpoint)
         else:
             self.network.check()
-            checkpoint = checkpoint or self.network.checkpointing
+            checkpoint = checkpoint or (torch.is_grad_enabled() and self.network.checkpointing)
         with self._adapter.active():
             rows = (latent_index, text_index, time_ids, residuals, map_tokens)
             return self._answer(Request(self, latents, timesteps, text, *rows, checkpoint=checkpoint), out)

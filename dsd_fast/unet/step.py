@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsd_fast.unet.pieces import Layers
 from dsd_fast.unet.text import LayerText
 
 Size = tuple[int, int]
@@ -40,6 +41,7 @@ class State:
         index: which latent and text each row has.
         sizes: image size at each level.
         keep: numbers of the skip connections that the plan will use.
+        layers: what steps call for the layers.
         text: the texts as the attention layer of the running step sees them.
         live: values that later steps read, by name; at first "x", the (P, C, h, w) noised latents.
     """
@@ -48,6 +50,7 @@ class State:
     index: RowIndex
     sizes: Sequence[Size]
     keep: frozenset[int]
+    layers: Layers
     text: LayerText | None = None
     residuals: tuple[Sequence[Tensor], Tensor] | None = None
     embedding_expanded: bool = False
@@ -86,7 +89,7 @@ class State:
 
     def project_time(self, projection: Any) -> Tensor:
         """A block's projection of the time embedding, (rows, C); projected before rows are repeated."""
-        value: Tensor = projection(self.embedding)
+        value = self.layers.linear(self.embedding, projection)
         return self.rows(value, self.embedding_expanded) if self.expanded else value
 
 
@@ -108,8 +111,7 @@ class Want:
     pool: str | float = "mean"
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """What a step gives: the value its id names, a cross-attention's score (rows, H), and maps (rows, n, h, w)."""
 
     feature: Tensor | None = None

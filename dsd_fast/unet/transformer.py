@@ -1,7 +1,8 @@
 """A Transformer2DModel as steps: self-attention, cross-attention with its score, feed-forward.
 
 The arithmetic is that of diffusers' Transformer2DModel and BasicTransformerBlock. Modules are looked up at call time,
-never captured: adapters replace them in place.
+never captured: adapters replace them in place. They are looked up among a parent's ``_modules``, as its attributes cost
+ten times as much.
 """
 
 from __future__ import annotations
@@ -26,27 +27,30 @@ from dsd_fast.kernels.common.attention import (
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
 from dsd_fast.kernels.token_maps import token_maps
 from dsd_fast.unet.flops import attention_flops, base_layer, conv_flops, linear_flops
-from dsd_fast.unet.pieces import add_norm, dropped, gated, norm_activate, side_by_side
+from dsd_fast.unet.pieces import side_by_side
 from dsd_fast.unet.step import NOTHING, Size, State, Step, Taken, Want, area, flat, grid
 from dsd_fast.unet.text import LayerText
 
 
 def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[Step]:
     """A Transformer2DModel: projection in, its BasicTransformerBlocks, projection out."""
-    linear: bool = vit.use_linear_projection
+    flattens: bool = vit.use_linear_projection
     inner: int = vit.inner_dim
     channels: int = vit.in_channels
 
+    own: dict[str, Any] = vit._modules
+
     def enter(state: State, want: Want) -> Taken:
         image = state.live["image"] = state.live["x"]
-        x = norm_activate(image, vit.norm)
-        state.live["x"] = vit.proj_in(flat(x)) if linear else flat(vit.proj_in(x))
+        layers, projection = state.layers, own["proj_in"]
+        x = layers.norm_activate(image, own["norm"])
+        state.live["x"] = layers.linear(flat(x), projection) if flattens else flat(layers.convolved(x, projection))
         return NOTHING
 
     def leave(state: State, want: Want) -> Taken:
         x, image = state.live["x"], state.live.pop("image")
-        size = state.sizes[level]
-        x = grid(vit.proj_out(x), size) if linear else vit.proj_out(grid(x, size))
+        size, layers, projection = state.sizes[level], state.layers, own["proj_out"]
+        x = grid(layers.linear(x, projection), size) if flattens else layers.convolved(grid(x, size), projection)
         x = state.live["x"] = x + image
         if push:
             state.push(x)
@@ -54,7 +58,7 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
 
     def project(name: str, size: Size) -> int:
         layer: Any = getattr(vit, name)
-        return linear_flops(layer, area(size)) if linear else conv_flops(layer, size)
+        return linear_flops(layer, area(size)) if flattens else conv_flops(layer, size)
 
     def elements(s: Size, t: int) -> int:
         return (3 * channels + 2 * inner) * area(s)
@@ -89,18 +93,19 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
     """``self-q``, ``self-k``, ``self-v``, ``self-map``, and the attention itself with its residual and its maps."""
     attn = block.attn1
     heads, width = attn.heads, attn.inner_dim
+    own, projections = block._modules, attn._modules
 
     def projection(name: str, source: str, last: bool = False) -> Step:
         def run(state: State, want: Want) -> Taken:
             live = state.live
             if name == "q":
-                live["n"] = block.norm1(live["x"])
-                together = None if want.last else side_by_side(live["n"], (attn.to_q, attn.to_k, attn.to_v))
+                live["n"] = state.layers.layer_norm(live["x"], own["norm1"])
+                together = None if want.last else side_by_side(live["n"], projections, ("to_q", "to_k", "to_v"))
                 if together is not None:
                     live["q"], live["k"], live["v"] = together
             n = live.pop("n") if last else live["n"]
             if name not in live:
-                live[name] = getattr(attn, source)(n)
+                live[name] = state.layers.linear(n, projections[source])
             return Taken(grid(live[name], state.sizes[level])) if want.feature else NOTHING
 
         return Step(
@@ -132,8 +137,8 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
         q, k, v = (split_heads(live.pop(name), heads) for name in "qkv")
         o = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
         # With the norm that the next step reads, so that the sum is read once.
-        x = _project_out(attn, join_heads(o))
-        live["x"], live["n"] = add_norm(x, live["x"], block.norm2)
+        x = _project_out(state, attn, join_heads(o))
+        live["x"], live["n"] = state.layers.add_norm(x, live["x"], own["norm2"])
         return Taken(maps=maps)
 
     return [
@@ -167,10 +172,11 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
     """``cross-q``, ``cross-map``, and the attention itself, which answers the score id ``…-cross``."""
     attn = block.attn2
     heads, width = attn.heads, attn.inner_dim
+    own, projections = block._modules, attn._modules
     name = f"{prefix}-cross"
 
     def query(state: State, want: Want) -> Taken:
-        q = state.live["q"] = attn.to_q(state.live.pop("n"))
+        q = state.live["q"] = state.layers.linear(state.live.pop("n"), projections["to_q"])
         return Taken(grid(q, state.sizes[level])) if want.feature else NOTHING
 
     def attention_map(state: State, want: Want) -> Taken:
@@ -204,8 +210,8 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
                 mean=not want.score or want.pool == "mean",
             )
             if o is not None:
-                x = _project_out(attn, o)
-                state.live["x"], state.live["n"] = add_norm(x, state.live["x"], block.norm3)
+                x = _project_out(state, attn, o)
+                state.live["x"], state.live["n"] = state.layers.add_norm(x, state.live["x"], own["norm3"])
             score = _pool(score, want.pool) if want.score else None
         return Taken(score=score, maps=maps)
 
@@ -249,16 +255,17 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
 def feed_forward_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
     """``ffn-inner`` (after GEGLU) and the block's output."""
     ff = block.ff
+    layers = ff.net._modules
     inner = base_layer(ff.net[2]).in_features
 
     def gate(state: State, want: Want) -> Taken:
-        g = state.live["g"] = gated(state.live.pop("n"), ff.net[0])
+        g = state.live["g"] = state.layers.gated(state.live.pop("n"), layers["0"])
         return Taken(grid(g, state.sizes[level])) if want.feature else NOTHING
 
     def out(state: State, want: Want) -> Taken:
         g = state.live.pop("g")
-        for layer in list(ff.net)[1:]:
-            g = dropped(g, layer)
+        for layer in list(layers.values())[1:]:
+            g = state.layers.dropped(g, layer)
         x = state.live["x"] = g + state.live["x"]
         return Taken(grid(x, state.sizes[level])) if want.feature else NOTHING
 
@@ -294,9 +301,9 @@ def _text_index(state: State, q: Tensor) -> Tensor:
     return torch.arange(len(q), device=q.device) if index is None else index
 
 
-def _project_out(attn: Any, x: Tensor) -> Tensor:
-    for layer in attn.to_out:
-        x = dropped(x, layer)
+def _project_out(state: State, attn: Any, x: Tensor) -> Tensor:
+    for layer in attn._modules["to_out"]._modules.values():
+        x = state.layers.dropped(x, layer)
     return x if attn.rescale_output_factor == 1.0 else x / attn.rescale_output_factor
 
 

@@ -16,7 +16,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def untouched(module: Any) -> bool:
     """Whether a module has no hook, and no forward of its own."""
-    return not (any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__)
+    # Written out, because every call of a layer asks.
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 class Weights:
@@ -54,6 +62,15 @@ class Weights:
         self._follow()
         return any(self._hooks) or any(map(contains, self._own, repeat("forward")))
 
+    def plain(self) -> bool:
+        """Whether nothing is put on any module that its class's own forward would not know of."""
+        return (
+            not self.hooked()
+            and not any(map(contains, self._own, repeat("_conv_forward")))
+            # A weight taken out, to be made anew at each call.
+            and sum(map(len, self._parameters)) == self._count
+        )
+
     def trained(self) -> bool:
         """Whether a weight wants a gradient; of the network that :meth:`signature` saw last."""
         return any(p.requires_grad for p in self._tensors())
@@ -66,6 +83,7 @@ class Weights:
         modules = list(self._network.modules())
         self._parents = [module._modules for module in modules if module._modules]
         self._parameters = [module._parameters for module in modules if module._parameters]
+        self._count = sum(map(len, self._parameters))
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
         self._own = [module.__dict__ for module in modules]
         self._adapted = [module for module in modules if hasattr(module, "lora_A")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsd_fast.kernels.common import backend
+from dsd_fast.kernels.common import backend, native
+from dsd_fast.kernels.common.library import unseen
 
 
 def runs_triton(device: str, dtype: torch.dtype) -> bool:
@@ -26,6 +27,30 @@ def choose(operator: str, device: str, dtype: torch.dtype, *, fuses: bool = True
     if not fuses and device == "cuda":
         available.reverse()
     return backend.choose(operator, available)
+
+
+def runs_native(operator: str, *inputs: Tensor | None) -> bool:
+    """Whether the compiled library of ``csrc/`` computes ``operator`` for such inputs, unless another one is forced.
+
+    It takes float32 on CPUs, where no gradient is wanted and nothing but the result is looked at.
+    """
+    return (
+        all(x is None or (x.dtype is torch.float32 and x.is_cpu) for x in inputs)
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
+        and unseen(*inputs)
+        and prefers_native(operator)
+        and backend.choose(operator, ("cpu",)) == "cpu"
+    )
+
+
+def prefers_native(operator: str) -> bool:
+    """Whether the compiled library comes first on this processor, and nothing else is forced.
+
+    Without vectors of 8 numbers it is slower than torch.
+    """
+    names = backend.available("cpu", torch.float32)
+    return "cpu" in names and native.capability() != "baseline" and backend.choice(operator, names) == "cpu"
 
 
 def as_rows(x: Tensor) -> Tensor:

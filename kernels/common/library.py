@@ -33,6 +33,19 @@ def operator(
     return called
 
 
+def unseen(*inputs: Tensor | None) -> bool:
+    """Whether nobody sees an operator run on ``inputs``: no mode, transform, profiler or subclass of tensors.
+
+    Its function may then be called without torch's dispatch, which takes longer than a small call's work.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._profiler_enabled()
+        and all(x is None or (type(x) is Tensor and (x.is_cpu or x.is_cuda)) for x in inputs)
+    )
+
+
 def without_none(results: Sequence[Tensor | None], wanted: Sequence[bool], like: Tensor) -> Any:
     """An operator's results, empty ones for those that are not wanted or not there: a schema has no optional results.
 

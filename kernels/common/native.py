@@ -16,6 +16,13 @@ PACKAGE = Path(__file__).parents[2]
 
 
 @functools.cache
+def capability() -> str:
+    """The instruction set that the library, which is loaded, takes: avx512, avx2 or baseline."""
+    name: str = torch.ops.dsd_fast_cpu.capability()
+    return name
+
+
+@functools.cache
 def load() -> bool:
     """Load the library, once; whether it is there.
 

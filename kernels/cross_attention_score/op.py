@@ -24,7 +24,7 @@ from dsd_fast.kernels.common.attention import (
     rows_texts,
 )
 from dsd_fast.kernels.common.autograd import check_transforms
-from dsd_fast.kernels.common.library import operator, without_none
+from dsd_fast.kernels.common.library import operator, unseen, without_none
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
@@ -49,10 +49,11 @@ def _forward(
         from dsd_fast.kernels.cross_attention_score import kernel
 
         return kernel.forward(q, k, v, text_index, *options)
-    texts = rows_texts(text_index, q.shape[0], q.device)
     if name == "cpu":
-        result: tuple[Tensor, Tensor, Tensor] = torch.ops.dsd_fast_cpu.cross_attention_score(q, k, v, texts, *options)
+        library = torch.ops.dsd_fast_cpu.cross_attention_score
+        result: tuple[Tensor, Tensor, Tensor] = library(q, k, v, text_index, *options)
         return result
+    texts = rows_texts(text_index, q.shape[0], q.device)
     with full_precision(q.device):
         return reference.forward(q, k, v, texts, *options)
 
@@ -93,11 +94,11 @@ def _backward(
 
         found = kernel.backward(dout, dscore, q, k, v, text_index, *options, query=query, text=text)
     else:
-        texts = rows_texts(text_index, q.shape[0], q.device)
         if name == "cpu":
             library = torch.ops.dsd_fast_cpu
-            found = library.cross_attention_score_backward(dout, dscore, q, k, v, texts, *options)
+            found = library.cross_attention_score_backward(dout, dscore, q, k, v, text_index, *options)
         else:
+            texts = rows_texts(text_index, q.shape[0], q.device)
             with full_precision(q.device):
                 found = reference.backward(dout, dscore, q, k, v, texts, *options)
     wanted = (query, text, text and v is not None, text and key_bias is not None)
@@ -255,6 +256,8 @@ def cross_attention_score(
         out, score, _ = _FORWARD(*inputs)
     elif save:
         out, score, _ = _Differentiable.apply(*inputs)
+    elif unseen(q, k, v):
+        out, score, _ = _forward(*inputs)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             out, score, _ = _FORWARD(*inputs)

@@ -43,10 +43,10 @@ def _forward(
         from dsd_fast.kernels.token_maps import kernel
 
         return kernel.forward(q, k, tokens, text_index, *options)
-    texts = rows_texts(text_index, q.shape[0], q.device)
     if name == "cpu":
-        maps: Tensor = torch.ops.dsd_fast_cpu.token_maps(q, k, tokens, texts, *options)
+        maps: Tensor = torch.ops.dsd_fast_cpu.token_maps(q, k, tokens, text_index, *options)
         return maps
+    texts = rows_texts(text_index, q.shape[0], q.device)
     with full_precision(q.device):
         return reference.forward(q, k, tokens, texts, *options)
 

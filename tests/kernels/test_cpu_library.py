@@ -295,3 +295,51 @@ def test_the_library_needs_no_more_than_the_stable_interface(tmp_path):
     (library,) = native.PACKAGE.glob("_cpu.*so")
     assert run_python(["-c", code, library], cwd=tmp_path).stdout.split() == [ops.capability()]
     assert b"libc10.so" not in library.read_bytes()
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("shape", [(1, 48, 16, 16, 8), (3, 96, 5, 7, 8), (2, 20, 3, 5, 5), (1, 6, 1, 1, 2)])
+def test_group_norm_and_silu(shape, shifted, silu):
+    rows, channels, height, width, groups = shape
+    g = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(rows, channels, height, width, generator=g) + 5).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, channels, generator=g).unbind()
+    shift = torch.randn(rows, channels, generator=g) if shifted else None
+    got = torch.full_like(x, float("nan"))
+    ops.group_norm_silu(x, got, weight, bias, shift, groups, 1e-5, silu)
+    moved = x.double() if shift is None else x.double() + shift.double()[:, :, None, None]
+    grouped = moved.reshape(rows, groups, channels // groups * height * width)
+    mean, variance = grouped.mean(-1, keepdim=True), grouped.var(-1, correction=0, keepdim=True)
+    normed = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(x.shape)
+    want = normed * weight.double()[:, None, None] + bias.double()[:, None, None]
+    want = want * torch.sigmoid(want) if silu else want
+    # Numbers of about 8 are centred and scaled: two roundings of 2⁻²⁴ each of them, times weights of up to 3.
+    torch.testing.assert_close(got.double(), want, rtol=4e-6, atol=4e-6)
+
+
+def test_group_norm_takes_channels_last_alone():
+    with pytest.raises(RuntimeError, match="expected channels-last"):
+        ops.group_norm_silu(torch.ones(1, 8, 2, 2), torch.ones(1, 8, 2, 2), None, None, None, 2, 1e-5, True)
+    x = torch.ones(1, 8, 2, 2).contiguous(memory_format=torch.channels_last)
+    ops.group_norm_silu(x[:0], x[:0].clone(), None, None, None, 2, 1e-5, True)
+    with pytest.raises(RuntimeError, match="weight: expected 8 numbers"):
+        ops.group_norm_silu(x, x.clone(), torch.ones(7), None, None, 2, 1e-5, True)
+
+
+def test_geglu_is_exact_to_rounding():
+    gate = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, float("inf"), float("nan")])])
+    got = torch.full((len(gate), 1), float("nan"))
+    ops.geglu(torch.stack([torch.ones_like(gate), gate], dim=-1), got)
+    exact = gate.double() * 0.5 * torch.erfc(-gate.double() / 2**0.5)
+    # Of a number below 0 the exponent −x²/2 is rounded, and its error is a share of the result.
+    bound = 2e-7 * exact.abs() + 4e-7
+    finite = torch.isfinite(exact)
+    assert bool(((got[:, 0] - exact).abs() <= bound)[finite].all())
+    assert torch.equal(got[~finite, 0].isnan(), exact[~finite].isnan())
+    assert got[-2, 0] == float("inf")
+    wide = torch.randn(5, 3, 2 * 37, generator=torch.Generator().manual_seed(0))
+    got = torch.empty(5, 3, 37)
+    ops.geglu(wide, got)
+    value, gate = wide.double().chunk(2, -1)
+    torch.testing.assert_close(got.double(), value * torch.nn.functional.gelu(gate), rtol=1e-6, atol=2e-6)

@@ -1,11 +1,8 @@
-// The kernels. Included once for each instruction set, inside its namespace, after kWidth (floats of a vector) and kColumns
-// (vectors of a tile of a product) are defined. Both products, of queries with keys and of probabilities with values, go
+// The kernels. Included once for each instruction set, inside its namespace, after vector.h, and after kColumns (vectors of a
+// tile of a product) is defined. Both products, of queries with keys and of probabilities with values, go
 // through one tile of registers: a few rows of broadcast numbers times a panel that stays in cache.
 
-#include "vector.h"
-
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 inline float from_bfloat16(uint16_t x) {

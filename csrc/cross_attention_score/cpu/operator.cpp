@@ -8,14 +8,13 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "problem.h"
+#include "../../common/cpu/kernels.h"
 
 namespace dsd_fast::cpu {
 namespace {
@@ -28,30 +27,6 @@ constexpr int64_t kBackwardBlocks = 128;
 // Blocks for which packing a text's keys once is a small part of a task.
 constexpr int64_t kLeastBlocks = 16;
 constexpr int64_t kTasksPerThread = 4;
-
-// The best instruction set of this processor, or the one that DSD_FAST_CPU_CAPABILITY names.
-const Kernels& kernels() {
-  const char* wanted = std::getenv("DSD_FAST_CPU_CAPABILITY");
-  std::vector<const Kernels*> usable;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    usable.push_back(&kAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    usable.push_back(&kAvx2);
-#endif
-  usable.push_back(&kBaseline);
-  if (!wanted || !*wanted) return *usable.front();
-  std::string names;
-  for (const Kernels* each : usable) {
-    if (!std::strcmp(each->name, wanted)) return *each;
-    names += (names.empty() ? "" : ", ") + std::string(each->name);
-  }
-  STD_TORCH_CHECK(false, "DSD_FAST_CPU_CAPABILITY: got ", wanted, ", expected one that this processor has: ", names);
-  return kBaseline;
-}
-
-std::string capability() { return kernels().name; }
 
 std::optional<Scalar> scalar(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -97,15 +72,13 @@ const T* pointer(const std::optional<Tensor>& x) {
 // The operands checked and, where the kernels walk them without strides, made contiguous; rows grouped by text.
 struct Operands {
   Shape shape;
-  Tensor index;
-  std::optional<Tensor> length, bias, mask;
+  std::optional<Tensor> index, length, bias, mask;
   std::vector<int64_t> order, start;
   Inputs in;
 
-  Operands(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v, const Tensor& text_index,
-           const std::optional<Tensor>& text_length, const std::optional<Tensor>& key_bias,
-           const std::optional<Tensor>& score_mask, int64_t heads, double scale)
-      : index(torch::stable::contiguous(text_index)) {
+  Operands(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
+           const std::optional<Tensor>& text_index, const std::optional<Tensor>& text_length, const std::optional<Tensor>& key_bias,
+           const std::optional<Tensor>& score_mask, int64_t heads, double scale) {
     const Array queries = array("q", q), keys = array("k", k);
     STD_TORCH_CHECK(heads > 0 && q.size(2) % heads == 0 && k.size(2) == q.size(2) && keys.type == queries.type,
                     "k: does not fit q");
@@ -117,8 +90,14 @@ struct Operands {
                           values.type == queries.type,
                       "v: does not fit k");
     }
-    STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.size(0) == shape.rows,
-                    "text_index: expected (B,) int64");
+    if (text_index) {
+      STD_TORCH_CHECK(text_index->scalar_type() == ScalarType::Long && text_index->dim() == 1 &&
+                          text_index->size(0) == shape.rows,
+                      "text_index: expected (B,) int64");
+      index = torch::stable::contiguous(*text_index);
+    } else {
+      STD_TORCH_CHECK(shape.texts == shape.rows, "text_index: needed when there are not as many texts as rows");
+    }
     if (text_length) {
       STD_TORCH_CHECK(text_length->scalar_type() == ScalarType::Long && text_length->numel() == shape.texts,
                       "text_length: expected (M,) int64");
@@ -139,7 +118,8 @@ struct Operands {
           static_cast<float>(scale)};
   }
 
-  const int64_t* text() const { return static_cast<const int64_t*>(index.data_ptr()); }
+  // The text of each row. Without an index row b has text b, so the order of the rows by text is their own.
+  const int64_t* text() const { return index ? static_cast<const int64_t*>(index->data_ptr()) : order.data(); }
 
   // Tasks of at most `most` blocks, text by text, head by head.
   std::vector<Task> tasks(int64_t most) const {
@@ -156,6 +136,11 @@ struct Operands {
   void group() {
     start.assign(shape.texts + 1, 0);
     order.resize(shape.rows);
+    if (!index) {
+      std::iota(order.begin(), order.end(), 0);
+      std::iota(start.begin(), start.end(), 0);
+      return;
+    }
     for (int64_t b = 0; b < shape.rows; ++b) {
       STD_TORCH_CHECK(text()[b] >= 0 && text()[b] < shape.texts, "text_index: ", text()[b], " is not below ", shape.texts);
       ++start[text()[b] + 1];
@@ -182,8 +167,8 @@ Tensor floats(const Tensor& like, std::vector<int64_t> size) {
 
 float* data(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, std::optional<Tensor> v, Tensor text_index,
-                                           std::optional<Tensor> text_length, std::optional<Tensor> key_bias,
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, std::optional<Tensor> v,
+                                           std::optional<Tensor> text_index, std::optional<Tensor> text_length, std::optional<Tensor> key_bias,
                                            std::optional<Tensor> score_mask, int64_t heads, double scale, bool mean,
                                            bool save) {
   const Operands operands(q, k, v, text_index, text_length, key_bias, score_mask, heads, scale);
@@ -216,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, std::optional<Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> dout, std::optional<Tensor> dscore, Tensor q,
-                                                    Tensor k, std::optional<Tensor> v, Tensor text_index,
-                                                    std::optional<Tensor> text_length, std::optional<Tensor> key_bias,
+                                                    Tensor k, std::optional<Tensor> v,
+                                                    std::optional<Tensor> text_index, std::optional<Tensor> text_length, std::optional<Tensor> key_bias,
                                                     std::optional<Tensor> score_mask, Tensor saved, int64_t heads,
                                                     double scale, bool mean) {
   const Operands operands(q, k, v, text_index, text_length, key_bias, score_mask, heads, scale);
@@ -265,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> dout, 
   return {dq, dk, dv, dbias};
 }
 
-Tensor token_maps(Tensor q, Tensor k, Tensor tokens, Tensor text_index, std::optional<Tensor> text_length,
+Tensor token_maps(Tensor q, Tensor k, Tensor tokens, std::optional<Tensor> text_index, std::optional<Tensor> text_length,
                   std::optional<Tensor> key_bias, int64_t heads, double scale) {
   const Operands operands(q, k, std::nullopt, text_index, text_length, key_bias, std::nullopt, heads, scale);
   const Shape& s = operands.shape;
@@ -290,22 +275,17 @@ Tensor token_maps(Tensor q, Tensor k, Tensor tokens, Tensor text_index, std::opt
 }  // namespace
 }  // namespace dsd_fast::cpu
 
-STABLE_TORCH_LIBRARY(dsd_fast_cpu, m) {
-  m.def("capability() -> str");
+STABLE_TORCH_LIBRARY_FRAGMENT(dsd_fast_cpu, m) {
   m.def(
-      "cross_attention_score(Tensor q, Tensor k, Tensor? v, Tensor text_index, Tensor? text_length, Tensor? key_bias, "
+      "cross_attention_score(Tensor q, Tensor k, Tensor? v, Tensor? text_index, Tensor? text_length, Tensor? key_bias, "
       "Tensor? score_mask, int heads, float scale, bool mean, bool save) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cross_attention_score_backward(Tensor? dout, Tensor? dscore, Tensor q, Tensor k, Tensor? v, Tensor text_index, "
+      "cross_attention_score_backward(Tensor? dout, Tensor? dscore, Tensor q, Tensor k, Tensor? v, Tensor? text_index, "
       "Tensor? text_length, Tensor? key_bias, Tensor? score_mask, Tensor saved, int heads, float scale, bool mean) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "token_maps(Tensor q, Tensor k, Tensor tokens, Tensor text_index, Tensor? text_length, Tensor? key_bias, int heads, "
+      "token_maps(Tensor q, Tensor k, Tensor tokens, Tensor? text_index, Tensor? text_length, Tensor? key_bias, int heads, "
       "float scale) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dsd_fast_cpu, CompositeExplicitAutograd, m) {
-  m.impl("capability", TORCH_BOX(&dsd_fast::cpu::capability));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsd_fast_cpu, CPU, m) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../../common/cpu/padding.h"
+
 namespace dsd_fast::cpu {
 
 enum class Scalar { float32, bfloat16, float16 };
@@ -21,10 +23,6 @@ struct Shape {
 
 // Positions worked on together: a block of queries and its logits stay in the first-level cache.
 constexpr int64_t kBlock = 32;
-// Rows of all scratch are padded to multiples of the widest vector, 16 floats.
-constexpr int64_t kPad = 16;
-
-constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 // Logits of a position: one vector at least, so that a text without keys is a row of −∞.
 constexpr int64_t columns_of(int64_t tokens) { return padded(tokens ? tokens : 1); }
 constexpr int64_t blocks(int64_t length) { return (length + kBlock - 1) / kBlock; }
@@ -75,18 +73,6 @@ struct Maps {
   int64_t count;
   float* out;             // (B, n, L)
 };
-
-// One set of these for each instruction set. `scratch` holds scratch_floats() floats, aligned to 64 bytes.
-struct Kernels {
-  const char* name;
-  void (*forward)(const Forward&, const Task&, float* scratch);
-  void (*backward)(const Backward&, const Task&, const Sums&, float* scratch);
-  // dk and dv of a text at a head: the sums of its `n` tasks, in their order.
-  void (*gather)(const Shape&, const Sums*, int64_t n, int64_t text, int64_t head, const Array& dk, const Array& dv);
-  void (*maps)(const Maps&, int64_t row, int64_t first, int64_t last, float* scratch);
-};
-
-extern const Kernels kAvx512, kAvx2, kBaseline;
 
 // Packed keys and values, both ways round for the gradient; a block of queries, of output, and of logits, each twice; a
 // row of biases and two numbers a position.

@@ -1,5 +1,5 @@
 // AVX2 with FMA.
-#include "problem.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -16,11 +16,13 @@ constexpr int kWidth = 8;      // floats of a vector
 constexpr int kColumns = 3;    // vectors of a tile of a product, side by side
 constexpr int kRegisters = 12;  // vector registers that hold a tile's sums
 
-#include "kernel.h"
+#include "vector.h"
+#include "../../cross_attention_score/cpu/kernel.h"
+#include "../../elementwise/cpu/kernel.h"
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", forward, backward, gather, maps};
+const Kernels kAvx2 = {"avx2", forward, backward, gather, maps, norm, gate};
 
 }  // namespace dsd_fast::cpu
 

@@ -1,5 +1,5 @@
 // Whatever the compiler's own baseline has: SSE2 on x86, NEON on ARM, scalar code where there are no vectors.
-#include "problem.h"
+#include "kernels.h"
 
 namespace dsd_fast::cpu {
 namespace {
@@ -8,10 +8,12 @@ constexpr int kWidth = 4;      // floats of a vector
 constexpr int kColumns = 3;    // vectors of a tile of a product, side by side
 constexpr int kRegisters = 12;  // vector registers that hold a tile's sums
 
-#include "kernel.h"
+#include "vector.h"
+#include "../../cross_attention_score/cpu/kernel.h"
+#include "../../elementwise/cpu/kernel.h"
 
 }  // namespace
 
-const Kernels kBaseline = {"baseline", forward, backward, gather, maps};
+const Kernels kBaseline = {"baseline", forward, backward, gather, maps, norm, gate};
 
 }  // namespace dsd_fast::cpu

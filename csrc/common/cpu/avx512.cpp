@@ -1,5 +1,5 @@
 // AVX-512. The target is set here and not for the file, so that no function of a header shared with others is compiled for it.
-#include "problem.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -16,11 +16,13 @@ constexpr int kWidth = 16;      // floats of a vector
 constexpr int kColumns = 5;    // vectors of a tile of a product, side by side
 constexpr int kRegisters = 24;  // vector registers that hold a tile's sums
 
-#include "kernel.h"
+#include "vector.h"
+#include "../../cross_attention_score/cpu/kernel.h"
+#include "../../elementwise/cpu/kernel.h"
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", forward, backward, gather, maps};
+const Kernels kAvx512 = {"avx512", forward, backward, gather, maps, norm, gate};
 
 }  // namespace dsd_fast::cpu
 

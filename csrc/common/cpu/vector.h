@@ -1,10 +1,12 @@
-// Vectors of kWidth floats and the few functions on them that a softmax needs. Included once for each instruction set,
+// Vectors of kWidth floats and the few functions on them that the kernels need. Included once for each instruction set,
 // after kWidth is defined and inside that set's namespace: nothing here may be shared between sets.
 
 typedef float vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t ivec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t uvec __attribute__((vector_size(4 * kWidth)));
 typedef float unaligned_vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+
+constexpr float kLog2E = 1.4426950408889634f;
 
 inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<unaligned_vec*>(p) = x; }
