@@ -87,7 +87,7 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
         return NOTHING
 
     def increment(state: State, want: Want) -> Taken:
-        shift = state.project_time(block.time_emb_proj)
+        shift = state.project_time(block.time_emb_proj, block.nonlinearity)
         h = norm_activate(state.live["h"], block.norm2, block.nonlinearity, shift)
         h = state.live["h"] = block.conv2(dropped(h, block.dropout))
         return Taken(h)
