@@ -98,6 +98,11 @@ class Model:
         parameter: nn.Parameter = next(self.unet.parameters())
         return parameter.dtype
 
+    @property
+    def absent_prompt_is_zeros(self) -> bool:
+        """Whether an absent prompt's states are zeros, as SDXL may have it, and not those of the empty prompt."""
+        return self.family == "sdxl" and self._force_zeros_for_empty_prompt
+
     def latent_size(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Give the (height, width) of the latents of an image of (height, width) pixels; None: of `image_size`.
 
@@ -177,7 +182,7 @@ class Model:
     def encode_unconditional(self) -> PromptStates:
         """The one absent prompt of the family's sampler, M = 1: the empty prompt, or zeros where SDXL asks for them."""
         empty = self.encode_prompts([""])
-        if self.family == "sdxl" and self._force_zeros_for_empty_prompt:
+        if self.absent_prompt_is_zeros:
             assert empty.pooled is not None
             return replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
         return empty

@@ -19,7 +19,6 @@ from torch.nn.modules import module as every_module
 from dsd_fast.unet.flops import base_layer
 from dsd_fast.unet.shipped import CALLS, is_shipped, of_library, reached, told
 
-# Processors that compute softmax(q kᵀ·scale) v and nothing else.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 
 # Setting → what is supported, the default first; of a setting for each block, for each.
@@ -128,7 +127,7 @@ class Bypassed:
 
     def __init__(self, unet: Any) -> None:
         self._unet = unet
-        self._processors = frozenset(_classes(*PLAIN_PROCESSORS))
+        self._processors = plain_processors()
         # Where a class was first met, it, and its methods that a call reaches, as they are shipped.
         self._methods: list[tuple[str, type, str, Any]] = []
         for processor in self._processors:
@@ -256,6 +255,11 @@ def _refuse_method(path: str, kind: type, name: str) -> None:
         f"{path}: {kind.__module__}.{kind.__qualname__} has a {name} ({told(function)}) that is not diffusers' own and "
         "that the program would not call; put the library's class or method back"
     )
+
+
+def plain_processors() -> frozenset[type]:
+    """diffusers' attention processors that compute softmax(q kᵀ·scale) v and nothing else."""
+    return frozenset(_classes(*PLAIN_PROCESSORS))
 
 
 @functools.cache

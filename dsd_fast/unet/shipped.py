@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterable
 from functools import partial
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 # What torch's module goes through from a call to ``forward``.
@@ -20,22 +20,27 @@ LIBRARIES = frozenset({"torch", "diffusers", "transformers", "huggingface_hub", 
 
 def told(thing: Any) -> str:
     """Give the name of a class or function with that of its module; an object's is its class's."""
-    while isinstance(thing, partial):
-        thing = thing.func
-    named = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{home(thing) or named.__module__}.{named.__qualname__}"
+    while isinstance(thing, partial | MethodType):
+        thing = thing.func if isinstance(thing, partial) else thing.__func__
+    if isinstance(thing, FunctionType):
+        # A decorator copies the function's own name.
+        return f"{home(thing)}.{thing.__code__.co_qualname}"
+    named = thing if isinstance(thing, type | BuiltinFunctionType) else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
-def home(function: Any) -> str:
-    """Give the name of the module whose code a function, a method or a partial of one is; "" of what has no code."""
-    while isinstance(function, partial) or inspect.ismethod(function):
-        function = function.func if isinstance(function, partial) else function.__func__
-    return str(function.__globals__.get("__name__", "")) if isinstance(function, FunctionType) else ""
+def home(thing: Any) -> str:
+    """Give the name of the module whose code a function, a method, a partial of one, a class or an object is."""
+    while isinstance(thing, partial | MethodType):
+        thing = thing.func if isinstance(thing, partial) else thing.__func__
+    if isinstance(thing, FunctionType):
+        return str(thing.__globals__.get("__name__", ""))
+    return str((thing if isinstance(thing, type | BuiltinFunctionType) else type(thing)).__module__)
 
 
-def of_library(function: Any) -> bool:
-    """Whether the code of a function, a method or a partial of one is that of torch, diffusers or the like."""
-    return home(function).partition(".")[0] in LIBRARIES
+def of_library(thing: Any) -> bool:
+    """Whether :func:`home` is in torch, diffusers or the like."""
+    return home(thing).partition(".")[0] in LIBRARIES
 
 
 def is_shipped(kind: type, name: str) -> bool:
