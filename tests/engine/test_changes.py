@@ -74,7 +74,7 @@ HERE = __name__
             "unet",
             f"{UNET}.nonlinearity",
             attribute("__class__", nn.ReLU),
-            {"class": "torch.nn.modules.activation.ReLU"},
+            {"class": "torch.nn.modules.activation.ReLU", "inplace": False},
         ),
         ("unet", f"{UNET}.conv1", attribute("__class__", Halved), {"class": f"{HERE}.Halved"}),
         ("unet", f"{UNET}.conv1", hook(halve), {"_forward_hooks": [f"{HERE}.halve"]}),
