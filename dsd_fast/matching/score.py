@@ -168,10 +168,10 @@ class PairScorer:
         epsilon = epsilon.view(-1, steps, *epsilon.shape[-3:])  # (1 or n, S, C, h, w)
         noised = Noised.grid(model.schedule, latents.to(device, model.dtype), epsilon, self.timesteps)
         # The pairs' steps first, then the unconditional rows, one per noised latent.
-        latent_of = (image_of[:, None] * steps + torch.arange(steps)).flatten()  # (B·S,)
+        latent_of = (image_of[:, None] * steps + torch.arange(steps, device="cpu")).flatten()  # (B·S,)
         text_rows = text_of.repeat_interleave(steps)
         if texts.unconditional is not None:
-            every = torch.arange(images * steps)
+            every = torch.arange(images * steps, device="cpu")
             latent_of = torch.cat([latent_of, every])
             text_rows = torch.cat([text_rows, torch.full_like(every, len(texts))])
         values = torch.zeros(2, len(latent_of), device=device, dtype=noised.noise.dtype)
