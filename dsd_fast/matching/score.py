@@ -12,6 +12,7 @@ from torch import Tensor
 from dsd_fast.diffusion import resolve_timesteps
 from dsd_fast.engine import Engine, Noised, Texts, draw_noise
 from dsd_fast.images import ImageError, ImageSource, decode_chunks
+from dsd_fast.kernels.common.host import own_types
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.layers import layer_weights
 from dsd_fast.unet import Output
@@ -196,7 +197,8 @@ class PairScorer:
             weights: score id → (H,) weights of its heads.
         """
         attention = noised.noise.new_zeros(len(rows))
-        for name, weight in weights.items():
-            attention = attention + out.scores[name] @ weight.to(out.scores[name])
+        with own_types(attention.device):
+            for name, weight in weights.items():
+                attention = attention + out.scores[name] @ weight.to(out.scores[name])
         error = torch.zeros_like(attention) if out.noise_pred is None else noised.error(out, rows)
         return attention, error
