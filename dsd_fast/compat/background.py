@@ -111,6 +111,6 @@ class Background:
             text,
             time_ids=added.get("time_ids"),
             residuals=None if down is None else (down, mid),
-            map_tokens=torch.arange(text.tokens),
+            map_tokens=torch.arange(text.tokens, device="cpu"),
         )
         return out.features if tap is None else {**out.features, KEY: tap.gather(out)}

@@ -94,14 +94,14 @@ class Conditioned(Model):
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:
         """The states held under those names."""
-        rows = torch.tensor([int(name) for name in prompts])
+        rows = torch.tensor([int(name) for name in prompts], device="cpu")
         states, pooled = (
             None if each is None else each.to(self.device, self.dtype)[rows.to(self.device)] for each in self._held
         )
         assert states is not None
         tokens = states.shape[1]
-        nothing = torch.zeros(len(rows), tokens, dtype=torch.int64)
-        return PromptStates(states, pooled, torch.full((len(rows),), tokens), nothing)
+        nothing = torch.zeros(len(rows), tokens, dtype=torch.int64, device="cpu")
+        return PromptStates(states, pooled, torch.full((len(rows),), tokens, dtype=torch.int64, device="cpu"), nothing)
 
     def forget_encoders(self) -> None:
         """Lets go of the text encoders; what other parts ask of them is their configuration."""

@@ -51,7 +51,7 @@ class Pictures:
     def each(self) -> Pictures:
         """These images, equal ones apart."""
         sources: list[Any] = [self.sources[i] for i in self.of.tolist()]
-        return replace(self, sources=sources, of=torch.arange(len(sources)))
+        return replace(self, sources=sources, of=torch.arange(len(sources), device="cpu"))
 
 
 def read_images(image: Any, model: Model, renormalize_nonnegative: bool) -> Pictures:
@@ -155,7 +155,7 @@ def read_negative(model: Model, negative_prompt: Any, negative_prompt_embeds: Te
     if negative_prompt_embeds is not None:
         free = _embedded(model, "negative_prompt_embeds", negative_prompt_embeds)
     elif negative_prompt is None:
-        free = Texts(model.encode_unconditional().to("cpu"), torch.zeros(1, dtype=torch.int64))
+        free = Texts(model.encode_unconditional().to("cpu"), torch.zeros(1, dtype=torch.int64, device="cpu"))
     else:
         given = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
         free = _written(model, "negative_prompt", given)
@@ -194,9 +194,12 @@ def _embedded(model: Model, name: str, embeds: Tensor) -> Texts:
         raise ValueError(f"{name}: got shape {tuple(embeds.shape)} of {embeds.dtype}, expected (B, tokens, {width})")
     states = embeds.detach().to("cpu", model.text_encoders[0].dtype)
     firsts, of = _distinct(_digest(one) for one in states)
-    chosen = states[torch.tensor(firsts)]
-    ids = torch.zeros(len(firsts), states.shape[1], dtype=torch.int64)
-    return Texts(PromptStates(chosen, None, torch.full((len(firsts),), states.shape[1]), ids), of)
+    chosen = states[torch.tensor(firsts, device="cpu")]
+    ids = torch.zeros(len(firsts), states.shape[1], dtype=torch.int64, device="cpu")
+    return Texts(
+        PromptStates(chosen, None, torch.full((len(firsts),), states.shape[1], dtype=torch.int64, device="cpu"), ids),
+        of,
+    )
 
 
 def _distinct(keys: Iterable[Hashable]) -> tuple[list[int], Tensor]:
@@ -204,7 +207,7 @@ def _distinct(keys: Iterable[Hashable]) -> tuple[list[int], Tensor]:
     number: dict[Hashable, int] = {}
     of = [number.setdefault(key, len(number)) for key in keys]
     firsts = {own: position for position, own in reversed(list(enumerate(of)))}
-    return [firsts[own] for own in range(len(number))], torch.tensor(of)
+    return [firsts[own] for own in range(len(number))], torch.tensor(of, device="cpu")
 
 
 def _digest(values: Tensor) -> bytes:

@@ -35,9 +35,9 @@ def terms(
     pairs = len(texts.of)
     image_of = pictures.of.repeat(pairs // len(pictures.of))
     names = ["attention", "error"] + (["free_attention", "free_error"] if free is not None else [])
-    whole = {name: torch.empty(pairs, len(scorer.timesteps), dtype=torch.float64) for name in names}
+    whole = {name: torch.empty(pairs, len(scorer.timesteps), dtype=torch.float64, device="cpu") for name in names}
     sampled = _sampled(scorer, pictures, generator) if sample else None
-    free_of = torch.zeros(pairs, dtype=torch.int64) if free is None else free.of
+    free_of = torch.zeros(pairs, dtype=torch.int64, device="cpu") if free is None else free.of
     for number in torch.unique(free_of).tolist():
         encoded = scorer.texts(texts.states, None if free is None else free.states[number : number + 1])
         chosen = torch.nonzero(free_of == number).flatten()

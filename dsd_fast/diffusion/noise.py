@@ -35,7 +35,7 @@ def noise(seed: int, draw: int, shape: Sequence[int]) -> Tensor:
     if not all(_is_int(size) and size >= 0 for size in sizes):
         raise ValueError(f"shape is {sizes!r}, expected non-negative integers")
     state = int(np.random.SeedSequence([int(seed), int(draw)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(state), dtype=torch.float32)
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(state), dtype=torch.float32, device="cpu")
 
 
 def _is_int(value: object) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.host import as_tensor
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 _COSINE_MAX_BETA = 0.999
@@ -170,7 +172,7 @@ class NoiseSchedule:
         return signal, sigma
 
     def _timestep_index(self, timesteps: int | Sequence[int] | Tensor) -> Tensor:
-        index = torch.as_tensor(timesteps).cpu().reshape(-1)
+        index = as_tensor(timesteps).cpu().reshape(-1)
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise ValueError(f"timesteps has dtype {index.dtype}, expected integers")
         bad = (index < 0) | (index >= self.num_train_timesteps)
@@ -182,7 +184,7 @@ class NoiseSchedule:
 def _betas(config: Mapping[str, Any]) -> Tensor:
     """β of a diffusers scheduler config, (S,) float64."""
     if config.get("trained_betas") is not None:
-        return torch.as_tensor(config["trained_betas"]).double()
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64, device="cpu")
     missing = [key for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule") if key not in config]
     if missing:
         raise ValueError(
@@ -192,16 +194,16 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     steps, start, end = int(config["num_train_timesteps"]), float(config["beta_start"]), float(config["beta_end"])
     kind = config["beta_schedule"]
     if kind == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
+        return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
     if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
     if kind == "squaredcos_cap_v2":
 
         def abar(u: float) -> float:
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
         ratios = [abar((i + 1) / steps) / abar(i / steps) for i in range(steps)]
-        return torch.tensor([min(1 - ratio, _COSINE_MAX_BETA) for ratio in ratios], dtype=torch.float64)
+        return torch.tensor([min(1 - ratio, _COSINE_MAX_BETA) for ratio in ratios], dtype=torch.float64, device="cpu")
     raise ValueError(f"beta_schedule is {kind!r}, expected linear, scaled_linear or squaredcos_cap_v2")
 
 

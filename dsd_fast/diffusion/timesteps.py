@@ -4,6 +4,8 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
+from dsd_fast.kernels.common.host import ordinary
+
 # The official pipeline runs img2img's get_timesteps with 50 steps and strength 0.8 on the unspaced list of all
 # timesteps: t_start = 50 - 40, counted in entries of that list and cut from both of its ends.
 _OFFICIAL_MARGIN = 10
@@ -119,6 +121,7 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
     return fresh, start
 
 
+@ordinary()
 def scheduler_from_config(config: Any) -> Any:
     """Make a fresh diffusers scheduler from its config.
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsd_fast.kernels.common.host import own_types
+
 if TYPE_CHECKING:
     from dsd_fast.models import Model
 
@@ -41,12 +43,15 @@ class ClipSpace:
         self._side = int(self._clip.config.vision_config.image_size)
         mean, std = _statistics(self._clip)
         weight = next(self._clip.parameters())
-        self._mean, self._std = (torch.tensor(each, device=weight.device).view(1, 3, 1, 1) for each in (mean, std))
+        self._mean, self._std = (
+            torch.tensor(each, dtype=torch.float32, device=weight.device).view(1, 3, 1, 1) for each in (mean, std)
+        )
         self._dtype = weight.dtype
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         """Embed (n, 3, H, W) in [−1, 1] as (n, E) float32 of unit length."""
-        embeds = self._clip.visual_projection(self._clip.vision_model(self.prepared(pixels)).pooler_output)
+        with own_types(self._mean.device):
+            embeds = self._clip.visual_projection(self._clip.vision_model(self.prepared(pixels)).pooler_output)
         return F.normalize(embeds.float(), dim=-1)
 
     def prepared(self, pixels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsd_fast.diffusion import Predict
 from dsd_fast.engine.adapters import Adapters
 from dsd_fast.engine.texts import Texts
+from dsd_fast.kernels.common.host import as_tensor, own_types
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.unet import Output, Plan, UNetProgram
@@ -127,7 +128,8 @@ class Engine:
         Raises:
             ValueError: a prompt that is not a string or is longer than the encoder's limit.
         """
-        with self.adapters.active(texts_only=True), torch.no_grad():
+        # States are kept, and what is kept may meet gradients later.
+        with self.adapters.active(texts_only=True), torch.inference_mode(False), torch.no_grad():
             return self.model.encode_unconditional() if prompts is None else self.model.encode_prompts(prompts)
 
     def texts(self, prompts: Sequence[str | None]) -> tuple[Texts, Tensor]:
@@ -138,7 +140,7 @@ class Engine:
         """
         used = tuple(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
         place: dict[str | None, int] = {None: len(used), **{prompt: number for number, prompt in enumerate(used)}}
-        numbers = torch.tensor([place[prompt] for prompt in prompts], dtype=torch.int64)
+        numbers = torch.tensor([place[prompt] for prompt in prompts], dtype=torch.int64, device="cpu")
         absent = self._remembered_states(None) if None in prompts else None
         return Texts(self._remembered_states(used), absent), numbers
 
@@ -161,7 +163,7 @@ class Engine:
     def encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
         """Encode n images of (3, height, width) in [−1, 1] as (n, C, h, w) latents, a few at a time; no gradients."""
         if not len(pixels):
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32, device="cpu")
         per_image = _VAE_TENSORS * self.model.vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
         at_once = max(1, min(_VAE_IMAGES, self.memory // per_image))
         parts = (list(pixels[start : start + at_once]) for start in range(0, len(pixels), at_once))
@@ -208,8 +210,29 @@ class Engine:
             conditions: (N, 3, H, W) in [0, 1] for each of the engine's ControlNets; without any they take no part.
             condition_of: (B,) int64 on the CPU, the condition of each row.
         """
+        batches = self._rows(plan, latents, timesteps, texts, text_of, latent_of, tokens, conditions, condition_of)
+        while True:
+            # Not around the yield: what the caller's own program is under is none of our business.
+            with own_types(self.model.device):
+                answered = next(batches, None)
+            if answered is None:
+                return
+            yield answered
+
+    def _rows(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        texts: Texts,
+        text_of: Tensor,
+        latent_of: Tensor | None,
+        tokens: Tensor | Sequence[int] | None,
+        conditions: Sequence[Tensor],
+        condition_of: Tensor | None,
+    ) -> Iterator[tuple[Tensor, Output]]:
         size: tuple[int, int] = (latents.shape[-2], latents.shape[-1])
-        latent_of = torch.arange(len(latents)) if latent_of is None else latent_of
+        latent_of = torch.arange(len(latents), device="cpu") if latent_of is None else latent_of
         ids = self.model.time_ids(*(side * self.model.vae_scale_factor for side in size))
         stream = partial(plan.stream, latents, timesteps, time_ids=ids, memory_budget=self.memory_budget)
         if conditions:
@@ -264,7 +287,7 @@ class Engine:
 
         def output(latents: Tensor, t: float) -> Tensor:
             result = torch.empty_like(latents)
-            times = torch.full((len(latents),), t)
+            times = as_tensor([t]).repeat(len(latents))
             for rows, out in self.rows(
                 self._noise_plan, latents, times, texts, text_of, conditions=conditions, condition_of=condition_of
             ):

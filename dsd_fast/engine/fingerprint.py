@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dsd_fast.engine.changes import FLEETING, changes
 from dsd_fast.engine.engine import Engine
 from dsd_fast.jobs import row_id, tensors_hash, weights_hash
 from dsd_fast.unet.adapters import acting_tensors, strengths_by_layer, strengths_summary
 
 # Of a network's config: how its file was made. The weights' hash knows the types.
 _OF_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
-# In the name of what another process may not have, or may have another of.
-_FLEETING = ("<lambda>", "<locals>", " at 0x")
+# Spelt as no vocabulary tells: case, accents, spaces, signs, other scripts, and a word of many pieces.
+_PROBE = "A Photo of  the\tdigit 3, naïve CAFÉ—日本 🙂 !?…don't, uncharacteristically\n"
 
 
 def model_settings(engine: Engine) -> dict[str, Any]:
     """Tell all of a model that changes results, as JSON: networks, adapters, ControlNets, tokenizers, schedule.
 
     Raises:
-        ValueError: a ControlNet's condition that has no lasting name; an adapter that is fused into the weights.
+        ValueError: a ControlNet's condition, a hook or a replaced function that has no lasting name; an adapter that is
+            fused into the weights.
     """
     model = engine.model
     for number, control in enumerate(engine.controls):
         condition = control.settings()["condition"]
-        if condition is not None and any(mark in condition for mark in _FLEETING):
+        if condition is not None and any(mark in condition for mark in FLEETING):
             raise ValueError(
                 f"controls[{number}]: condition is {condition}, which a later run could not tell from another; "
                 "expected a function of a module, or functools.partial of one"
@@ -40,10 +42,12 @@ def model_settings(engine: Engine) -> dict[str, Any]:
         "revision": model.revision,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights,
+        "changes": {name: _hash(changed) for name, network in networks.items() if (changed := changes(network))},
         "configs": {name: _config_hash(network) for name, network in networks.items()},
         "tokenizers": [_tokenizer_hash(tokenizer) for tokenizer in model.tokenizers],
         "adapters": {name: told for name, layers in strengths.items() if (told := strengths_summary(layers))},
         "adapter_strengths": _hash(strengths),
+        "absent_prompt_is_zeros": model.absent_prompt_is_zeros,
         "prediction_type": model.schedule.prediction_type,
         "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
     }
@@ -69,6 +73,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
             "limit": tokenizer.model_max_length,
             "special": tokenizer.special_tokens_map,
             "padding": [tokenizer.pad_token_id, tokenizer.padding_side],
+            "probe": tokenizer(_PROBE, verbose=False)["input_ids"],
         }
     )
 

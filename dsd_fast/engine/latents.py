@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion import NoiseSchedule, noise
+from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.kernels.noise_latents import noise_latents
 from dsd_fast.unet import Output
 from dsd_fast.unet.checks import upload
@@ -39,7 +40,7 @@ class Noised:
             epsilon: (1 or n, S, C, h, w), each timestep's noise, any device.
         """
         images = len(clean)
-        times = torch.as_tensor(timesteps).repeat(images)
+        times = as_tensor(timesteps).repeat(images)
         epsilon = epsilon.to(clean.device, torch.promote_types(clean.dtype, torch.float32))
         every = epsilon.expand(images, -1, -1, -1, -1).flatten(0, 1)  # (n·S, C, h, w)
         if clean.ndim == 5:
@@ -95,7 +96,7 @@ def noised(
     """
     signal, sigma = schedule.coefficients(timesteps)
     if clean_at_zero:
-        zero = torch.as_tensor(timesteps) == 0
+        zero = as_tensor(timesteps) == 0
         signal, sigma = signal.masked_fill(zero, 1.0), sigma.masked_fill(zero, 0.0)
     real = torch.promote_types(clean.dtype, torch.float32)
     epsilon, signal, sigma = (value.to(clean.device, real) for value in (epsilon, signal, sigma))

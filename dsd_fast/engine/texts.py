@@ -64,14 +64,14 @@ class Texts:
         device, dtype = plan.program.device, plan.program.dtype
         values = states.states.to(device, dtype)
         count, length, _ = values.shape
-        real = torch.arange(length) < states.lengths[:, None]
+        real = torch.arange(length, device="cpu") < states.lengths[:, None]
         lengths = None
         if self._vectors is not None:
             added = len(self._vectors)
             values = torch.cat([values, self._vectors.to(device, dtype).expand(count, -1, -1)], dim=1)
             real = torch.cat([real, real.new_ones(count, added)], dim=1)
             if bare < count:
-                lengths = torch.tensor([length + added] * bare + [length] * (count - bare))
+                lengths = torch.tensor([length + added] * bare + [length] * (count - bare), device="cpu")
         pooled = None if states.pooled is None else states.pooled.to(device, dtype)
         scored = real if self._scored == "real" else None
         return plan.encode_text(values, pooled=pooled, score_mask=scored, lengths=lengths)
@@ -90,13 +90,14 @@ class Texts:
         Yields:
             (keys and values of the group's texts, numbers of its rows, and for each of those its text in the group).
         """
-        every = torch.arange(len(text_of))
+        every = torch.arange(len(text_of), device="cpu")
         if not plan.reads_text:
             yield None, every, text_of
             return
         if self.fits(plan, size, memory_budget):
             if plan not in self._kept:
-                with torch.no_grad():
+                # What is kept may meet gradients later.
+                with torch.inference_mode(False), torch.no_grad():
                     self._kept[plan] = self.keys(plan)
             yield self._kept[plan], every, text_of
             return

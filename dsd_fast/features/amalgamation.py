@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ __all__ = ["Amalgamated", "Amalgamation", "add_loss_terms", "loss_terms"]
 
 # Width of an assigner, in the official code.
 _HIDDEN = 128
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _KINDS, _WEIGHTS, _PROJECTIONS = ("conv", "pixel"), ("map", "channel"), ("interpolate", "conv")
 
 
@@ -98,7 +99,7 @@ class Amalgamation(nn.Module):
         self.assigners = nn.ModuleList(self._assigner() for _ in range(assigners))
         self.projections = nn.ModuleDict(
             {
-                str(i): nn.Conv2d(each, self.width, 1)
+                str(i): nn.Conv2d(each, self.width, 1, **_PLAIN)
                 for i, each in enumerate(self.channels)
                 if projection == "conv" and each != self.width
             }
@@ -106,16 +107,18 @@ class Amalgamation(nn.Module):
 
     def _assigner(self) -> nn.Sequential:
         out = 1 if self.per == "map" else self.width
-        inner = (nn.ReLU(), nn.BatchNorm2d(_HIDDEN), nn.Dropout(self.dropout))
+        inner = (nn.ReLU(), nn.BatchNorm2d(_HIDDEN, **_PLAIN), nn.Dropout(self.dropout))
         if self.kind == "pixel":
             # 1×1 convolutions are linear layers that leave positions where they are.
-            return nn.Sequential(nn.Conv2d(self.width, _HIDDEN, 1), *inner, nn.Conv2d(_HIDDEN, out, 1))
+            return nn.Sequential(
+                nn.Conv2d(self.width, _HIDDEN, 1, **_PLAIN), *inner, nn.Conv2d(_HIDDEN, out, 1, **_PLAIN)
+            )
         return nn.Sequential(
-            nn.Conv2d(self.width, _HIDDEN, 3, padding=1, bias=False),
+            nn.Conv2d(self.width, _HIDDEN, 3, padding=1, bias=False, **_PLAIN),
             *inner,
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(_HIDDEN, out),
+            nn.Linear(_HIDDEN, out, **_PLAIN),
             nn.Unflatten(1, (out, 1, 1)),
         )
 

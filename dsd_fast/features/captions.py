@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsd_fast.images import ImageSource, load_image
+from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.models import Model
 from dsd_fast.models.hub import find_folder
 from dsd_fast.models.load import (
@@ -83,7 +84,7 @@ def caption(
     pictures = map(load_image, images)
     while some := list(islice(pictures, batch_size)):
         inputs = _inputs(network, processor, some, prefix)
-        with torch.inference_mode():
+        with torch.inference_mode(), own_types(network.device):
             tokens = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         for text in processor.batch_decode(tokens, skip_special_tokens=True):
             if network.config.model_type == "kosmos-2":
@@ -94,6 +95,7 @@ def caption(
     return [prompt.removeprefix(", ") for prompt in prompts]
 
 
+@ordinary()
 def load_captioner(
     source: str | os.PathLike[str],
     *,
@@ -164,10 +166,12 @@ def _inputs(network: Any, processor: Any, images: list[Any], prefix: str) -> dic
     if prefix and kind == "git":
         # Without the token that would end the text.
         ids = processor.tokenizer(prefix, add_special_tokens=False).input_ids
-        inputs["input_ids"] = torch.tensor([[processor.tokenizer.cls_token_id, *ids]] * count)
+        inputs["input_ids"] = torch.tensor([[processor.tokenizer.cls_token_id, *ids]] * count, device="cpu")
     elif prefix and kind == "vision-encoder-decoder":
         ids = processor.tokenizer(prefix, add_special_tokens=False).input_ids
-        inputs["decoder_input_ids"] = torch.tensor([[network.generation_config.decoder_start_token_id, *ids]] * count)
+        inputs["decoder_input_ids"] = torch.tensor(
+            [[network.generation_config.decoder_start_token_id, *ids]] * count, device="cpu"
+        )
     return {
         key: value.to(network.device, network.dtype) if torch.is_floating_point(value) else value.to(network.device)
         for key, value in inputs.items()

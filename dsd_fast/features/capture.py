@@ -134,7 +134,7 @@ class Capture:
 
     def finish(self) -> None:
         """Hands out what had to wait for all draws."""
-        every = torch.arange(self._first, self._first + self._rows)
+        every = torch.arange(self._first, self._first + self._rows, device="cpu")
         for name, total in self._sums.items():
             self._exits[name].pack(total / self._mean_of, self._out[name], every)
 

@@ -20,6 +20,7 @@ from dsd_fast.features.layers import Layers, resolve_layers
 from dsd_fast.features.pca import PCA
 from dsd_fast.features.technique import Technique
 from dsd_fast.images import ImageError, ImageSource, check_sources, decode_chunks
+from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.models.prompts import token_limit
 from dsd_fast.unet import Plan, UNetProgram
 from dsd_fast.unet.adapters import adapter_strengths
@@ -232,8 +233,8 @@ class Extraction:
         kept = steps * draws // mean_of
         flat = {name: value.flatten(0, -4) for name, value in out.items()}
         capture = Capture(self._exits, self._attention, flat, first * kept, images * kept, mean_of)
-        times = torch.tensor(stood).repeat_interleave(draws).repeat(images)  # (n·S·D,)
-        image_of = torch.arange(images).repeat_interleave(steps * draws)
+        times = as_tensor(stood).repeat_interleave(draws).repeat(images)  # (n·S·D,)
+        image_of = torch.arange(images, device="cpu").repeat_interleave(steps * draws)
         texts, text_of = engine.texts(prompts)
         batches = engine.rows(
             plan,
@@ -242,7 +243,7 @@ class Extraction:
             texts,
             text_of[image_of],
             # Attention maps are taken of every token.
-            tokens=torch.arange(texts.tokens),
+            tokens=torch.arange(texts.tokens, device="cpu"),
             conditions=inputs.conditions(engine.controls),
             condition_of=image_of,
         )

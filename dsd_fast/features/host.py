@@ -69,7 +69,7 @@ def _finite(features: dict[str, Tensor], count: int) -> Tensor:
     found = []
     for value in features.values():
         if not count:
-            return torch.ones(0, dtype=torch.bool)
+            return torch.ones(0, dtype=torch.bool, device="cpu")
         # NaN wins in both, and nothing of the features' size is made.
         low, high = torch.aminmax(value.flatten(1), dim=1)
         found.append(low.isfinite() & high.isfinite())

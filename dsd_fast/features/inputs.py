@@ -87,7 +87,7 @@ def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int
         ValueError: fewer seeds than images, or one that is no integer of 32 bits.
     """
     if not numbers:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
     if seeds is not None and max(numbers) >= len(seeds):
         raise ValueError(f"seeds: got {len(seeds)}, expected one per image")
     chosen = [seed] if seeds is None else [seeds[number] for number in numbers]
@@ -105,7 +105,9 @@ def predictor(
         repeats: rows in a row that belong to one image.
         controlled: whether the engine's ControlNets take part.
     """
-    image_of = torch.arange(len(inputs)).repeat(len(prompts) // len(inputs)).repeat_interleave(repeats)  # (B,)
+    image_of = (
+        torch.arange(len(inputs), device="cpu").repeat(len(prompts) // len(inputs)).repeat_interleave(repeats)
+    )  # (B,)
     texts, text_of = engine.texts(prompts)
     conditions = inputs.conditions(engine.controls) if controlled else ()
     return engine.predict(texts, text_of.repeat_interleave(repeats), conditions=conditions, condition_of=image_of)

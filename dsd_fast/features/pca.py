@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dsd_fast.jobs import read_tensors, write_tensors
+from dsd_fast.kernels.common.host import own_types
 
 __all__ = ["PCA", "Moments", "picture"]
 
@@ -86,7 +87,8 @@ class PCA:
         mean, components = (value.to(x.device, kind) for value in (self.mean, self.components))
         # Rows, and not a 1 × 1 convolution, which cuDNN may round to TF32.
         rows = x.permute(0, 2, 3, 1).to(kind) - mean
-        return (rows @ components.T).to(x.dtype).permute(0, 3, 1, 2)
+        with own_types(rows.device):
+            return (rows @ components.T).to(x.dtype).permute(0, 3, 1, 2)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""

@@ -34,6 +34,7 @@ from dsd_fast.features.extractor import FeatureExtractor
 from dsd_fast.features.inputs import Inputs, Prompts
 from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.features.technique import Technique
+from dsd_fast.kernels.common.host import own_types
 
 if TYPE_CHECKING:
     from dsd_fast.images import ImageSource
@@ -61,7 +62,9 @@ def laplacian_norm(features: Tensor, *, normalize: bool = False) -> Tensor:
         x = F.normalize(x, dim=-3)
     kernel = torch.tensor(_KERNEL, dtype=x.dtype, device=x.device)[None, None]
     padded = F.pad(x.reshape(-1, 1, *x.shape[-2:]), (1, 1, 1, 1), mode="reflect")
-    norms: Tensor = F.conv2d(padded, kernel).reshape(x.shape).norm(dim=-3)
+    with own_types(x.device):
+        edges = F.conv2d(padded, kernel)
+    norms: Tensor = edges.reshape(x.shape).norm(dim=-3)
     return norms
 
 

@@ -74,7 +74,7 @@ def load_batch(sources: Iterable[ImageSource], size: tuple[int, int], *, workers
         if isinstance(result, ImageError):
             raise result
         tensors.append(result)
-    return torch.stack(tensors) if tensors else torch.empty(0, 3, *size)
+    return torch.stack(tensors) if tensors else torch.empty(0, 3, *size, dtype=torch.float32, device="cpu")
 
 
 def decode(

@@ -125,7 +125,7 @@ class _Work:
 
     def score(self, matcher: Matcher, texts: Texts) -> Iterator[GroupScores | Failure]:
         """Each group as soon as its last image is done; ``texts`` are the pairs'."""
-        parts = torch.zeros(2, len(self.pairs), dtype=torch.float64)
+        parts = torch.zeros(2, len(self.pairs), dtype=torch.float64, device="cpu")
         failed: dict[int, ImageError] = {}
         number = 0
         for done, chosen, scored, errors in self.pairs.scored(matcher._scorer, texts):

@@ -114,14 +114,16 @@ def _token_maps(
     engine, steps = scorer.engine, len(scorer.timesteps)
     epsilon = draw_noise([scorer.config.seed], steps, latent.shape[1:])  # (1, S, C, h, w)
     noised = Noised.grid(scorer.model.schedule, latent.to(scorer.model.device), epsilon, scorer.timesteps)
-    plan, one = _plan(scorer, layers), torch.zeros(steps, dtype=torch.int64)
+    plan, one = _plan(scorer, layers), torch.zeros(steps, dtype=torch.int64, device="cpu")
     # Bilinear upsampling is linear: it may wait until maps of one size have been added up.
     sums: dict[Size, Tensor] = {}
     for _, out in engine.rows(plan, noised.latents, noised.timesteps, text, one, tokens=tokens):
         for value in out.maps.values():
             size: Size = (value.shape[2], value.shape[3])
-            sums[size] = sums.get(size, torch.zeros((), device=value.device)) + value.float().sum(0)
-    total = torch.zeros(len(tokens), *engine.size)
+            sums[size] = sums.get(size, torch.zeros((), device=value.device, dtype=torch.float32)) + value.float().sum(
+                0
+            )
+    total = torch.zeros(len(tokens), *engine.size, dtype=torch.float32, device="cpu")
     for value in sums.values():
         total += F.interpolate(value[None].cpu(), size=engine.size, mode="bilinear", align_corners=False)[0]
     return total / (len(plan.maps) * steps)

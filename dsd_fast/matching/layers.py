@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.matching.config import Layers
 from dsd_fast.unet import UNetProgram
 
@@ -45,9 +46,9 @@ def layer_weights(program: UNetProgram, layers: Layers) -> dict[str, Tensor]:
         # An unknown id is left to the plan, which names the nearest legal ones.
         count = heads.get(name, 1)
         if isinstance(value, (int, float)):
-            weights[name] = torch.full((count,), value / count)
+            weights[name] = torch.full((count,), value / count, dtype=torch.float32, device="cpu")
             continue
-        weights[name] = torch.as_tensor(value, dtype=torch.float32)
+        weights[name] = as_tensor(value).float()
         if weights[name].shape != (count,):
             raise ValueError(f"layers: {name!r} has {count} heads, got {tuple(weights[name].shape)} weights")
     return weights

@@ -208,18 +208,18 @@ class Matcher:
             if isinstance(row, ImageError):
                 raise row
             rows.append(row)
-        return torch.stack(rows) if rows else torch.empty(0, len(captions))
+        return torch.stack(rows) if rows else torch.empty(0, len(captions), dtype=torch.float32, device="cpu")
 
     def score_iter(
         self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor | ImageError]]:
         """:meth:`score` one image at a time, in order: (index, (M,) scores) or (index, the image's error)."""
         texts = self._encode(captions)
-        every = torch.arange(len(texts))
+        every = torch.arange(len(texts), device="cpu")
         for numbers, latents, errors in self._scorer.latents(images, texts, len(texts)):
             scores: dict[int, Tensor] = {}
             if numbers:
-                image_of = torch.arange(len(numbers)).repeat_interleave(len(texts))
+                image_of = torch.arange(len(numbers), device="cpu").repeat_interleave(len(texts))
                 chosen = None if seeds is None else [_seed(seeds, number) for number in numbers]
                 flat = self._scorer.score(latents, texts, image_of, every.repeat(len(numbers)), chosen)
                 scores = dict(zip(numbers, flat.view(len(numbers), len(texts)), strict=True))
@@ -236,13 +236,13 @@ class Matcher:
         unique = Pairs()
         numbers = [unique.pair(image, caption) for image, caption in pairs]
         if not numbers:
-            return torch.empty(0)
-        scores = torch.empty(len(unique))
+            return torch.empty(0, dtype=torch.float32, device="cpu")
+        scores = torch.empty(len(unique), dtype=torch.float32, device="cpu")
         for _, chosen, parts, errors in unique.scored(self._scorer, self._encode(unique.texts)):
             if errors:
                 raise errors[min(errors)]
             scores[chosen] = parts.sum(0).float()
-        return scores[torch.tensor(numbers)]
+        return scores[torch.tensor(numbers, device="cpu")]
 
     def rank(
         self,

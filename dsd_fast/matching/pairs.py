@@ -62,17 +62,19 @@ class Pairs:
         """
         if not self._pairs:
             return
-        image_of, text_of = torch.tensor(list(self._pairs)).unbind(1)
+        image_of, text_of = torch.tensor(list(self._pairs), device="cpu").unbind(1)
         pairs_of, done = side_by_side(image_of), 0
         for numbers, latents, errors in scorer.latents(self.images, texts, -(-len(self) // len(self.images))):
             first, done = done, done + len(numbers) + len(errors)
             chosen = pairs_of(first, done)
             # An image that failed has no latent.
-            place = torch.full((done - first,), -1)
-            place[torch.tensor(numbers, dtype=torch.int64) - first] = torch.arange(len(numbers))
+            place = torch.full((done - first,), -1, dtype=torch.int64, device="cpu")
+            place[torch.tensor(numbers, dtype=torch.int64, device="cpu") - first] = torch.arange(
+                len(numbers), device="cpu"
+            )
             places = place[image_of[chosen] - first]
             chosen, places = chosen[places >= 0], places[places >= 0]
-            parts = torch.empty(2, 0, dtype=torch.float64)
+            parts = torch.empty(2, 0, dtype=torch.float64, device="cpu")
             if len(chosen):
                 parts = torch.stack(scorer.parts(scorer.terms(latents, texts, places, text_of[chosen])))
             yield done, chosen, parts, errors
@@ -83,7 +85,7 @@ def side_by_side(image_of: Tensor) -> Callable[[int, int], Tensor]:
     ordered, order = torch.sort(image_of, stable=True)
 
     def pairs_of(first: int, last: int) -> Tensor:
-        low, high = torch.searchsorted(ordered, torch.tensor([first, last])).tolist()
+        low, high = torch.searchsorted(ordered, torch.tensor([first, last], device="cpu")).tolist()
         return order[low:high]
 
     return pairs_of

@@ -12,6 +12,7 @@ from torch import Tensor
 from dsd_fast.diffusion import resolve_timesteps
 from dsd_fast.engine import Engine, Noised, Texts, draw_noise
 from dsd_fast.images import ImageError, ImageSource, decode_chunks
+from dsd_fast.kernels.common.host import own_types
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.layers import layer_weights
 from dsd_fast.unet import Output
@@ -168,10 +169,10 @@ class PairScorer:
         epsilon = epsilon.view(-1, steps, *epsilon.shape[-3:])  # (1 or n, S, C, h, w)
         noised = Noised.grid(model.schedule, latents.to(device, model.dtype), epsilon, self.timesteps)
         # The pairs' steps first, then the unconditional rows, one per noised latent.
-        latent_of = (image_of[:, None] * steps + torch.arange(steps)).flatten()  # (B·S,)
+        latent_of = (image_of[:, None] * steps + torch.arange(steps, device="cpu")).flatten()  # (B·S,)
         text_rows = text_of.repeat_interleave(steps)
         if texts.unconditional is not None:
-            every = torch.arange(images * steps)
+            every = torch.arange(images * steps, device="cpu")
             latent_of = torch.cat([latent_of, every])
             text_rows = torch.cat([text_rows, torch.full_like(every, len(texts))])
         values = torch.zeros(2, len(latent_of), device=device, dtype=noised.noise.dtype)
@@ -196,7 +197,8 @@ class PairScorer:
             weights: score id → (H,) weights of its heads.
         """
         attention = noised.noise.new_zeros(len(rows))
-        for name, weight in weights.items():
-            attention = attention + out.scores[name] @ weight.to(out.scores[name])
+        with own_types(attention.device):
+            for name, weight in weights.items():
+                attention = attention + out.scores[name] @ weight.to(out.scores[name])
         error = torch.zeros_like(attention) if out.noise_pred is None else noised.error(out, rows)
         return attention, error

@@ -118,7 +118,9 @@ def to_official(unet: Any, name: str, layers: Mapping[str, Any]) -> dict[str, Te
 def _matrices(layer: Any, name: str, by_root: bool) -> tuple[Tensor, Tensor]:
     """An adapter's (rank, in) and (out, rank) for a linear layer, their product what it adds; of rank 0 if nothing."""
     if name not in getattr(layer, "lora_A", ()):
-        return torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
+        return torch.zeros(0, layer.in_features, dtype=torch.float32, device="cpu"), torch.zeros(
+            layer.out_features, 0, dtype=torch.float32, device="cpu"
+        )
     down, up = (side[name].weight.detach().cpu().float() for side in (layer.lora_A, layer.lora_B))
     # rsLoRA (Kalajdzievski, arXiv 2312.03732) divides by the root.
     return down, up * (layer.lora_alpha[name] / layer.r[name] ** (0.5 if by_root else 1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
@@ -98,6 +99,11 @@ class Model:
         parameter: nn.Parameter = next(self.unet.parameters())
         return parameter.dtype
 
+    @property
+    def absent_prompt_is_zeros(self) -> bool:
+        """Whether an absent prompt's states are zeros, as SDXL may have it, and not those of the empty prompt."""
+        return self.family == "sdxl" and self._force_zeros_for_empty_prompt
+
     def latent_size(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Give the (height, width) of the latents of an image of (height, width) pixels; None: of `image_size`.
 
@@ -137,7 +143,8 @@ class Model:
             raise ValueError(f"pixels has dtype {pixels.dtype}, expected floating point in [-1, 1]")
         vae = self._precise_vae()
         weight = next(vae.parameters())
-        posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        with own_types(weight.device):
+            posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
         latents: Tensor = posterior.sample(generator) if sample else posterior.mean
         shift, scale = self._latent_affine(latents)
         return ((latents - shift) * scale).to(self.dtype)
@@ -160,7 +167,8 @@ class Model:
         weight = next(vae.parameters())
         latents = latents.to(weight.device, weight.dtype)
         shift, scale = self._latent_affine(latents)
-        pixels: Tensor = vae.decode(latents / scale + shift).sample
+        with own_types(weight.device):
+            pixels: Tensor = vae.decode(latents / scale + shift).sample
         return pixels.clamp(-1, 1).to(self.dtype)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:
@@ -172,12 +180,13 @@ class Model:
         Raises:
             ValueError: `prompts` is a str or holds something else than str, or a prompt is longer than the limit.
         """
-        return encode_prompts(self.tokenizers, self.text_encoders, prompts)
+        with own_types(self.device):
+            return encode_prompts(self.tokenizers, self.text_encoders, prompts)
 
     def encode_unconditional(self) -> PromptStates:
         """The one absent prompt of the family's sampler, M = 1: the empty prompt, or zeros where SDXL asks for them."""
         empty = self.encode_prompts([""])
-        if self.family == "sdxl" and self._force_zeros_for_empty_prompt:
+        if self.absent_prompt_is_zeros:
             assert empty.pooled is not None
             return replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
         return empty
@@ -193,10 +202,11 @@ class Model:
         """
         if self.family != "sdxl":
             return None
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device="cpu")
         assert ids.numel() == TIME_IDS
         return ids
 
+    @ordinary()
     def load_lora(self, source: str | os.PathLike[str], name: str, weight_name: str | None = None) -> None:
         """Adds a LoRA to the UNet and the text encoders by diffusers and PEFT, and makes it the active adapter.
 
@@ -242,11 +252,13 @@ class Model:
         other._set_scheduler(scheduler)
         return other
 
+    @ordinary()
     def new_scheduler(self) -> Any:
         """A fresh diffusers scheduler like the one the model came with."""
         config = {key: value for key, value in self.scheduler_config.items() if key != "_class_name"}
         return self._scheduler_class.from_config(copy.deepcopy(config))
 
+    @ordinary()
     def to_pipeline(self) -> Any:
         """A stock StableDiffusionPipeline or StableDiffusionXLPipeline on the same weights, with a fresh scheduler."""
         import diffusers

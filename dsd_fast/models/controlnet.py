@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsd_fast.images.canny import canny
 from dsd_fast.images.load import load_image
+from dsd_fast.kernels.common.host import as_tensor, ordinary
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import find_folder
@@ -95,6 +96,7 @@ class Control:
         return pixels.view(*size, 3).permute(2, 0, 1).contiguous().float().div_(255)
 
 
+@ordinary()
 def load_controlnet(
     source: str | os.PathLike[str] = "mini",
     *,
@@ -196,7 +198,7 @@ def control_residuals(
     if not controls or len(controls) != len(conditions):
         raise ValueError(f"conditions: got {len(conditions)} for {len(controls)} controls, expected one for each")
     device, dtype = latents.device, latents.dtype
-    times = torch.as_tensor(timesteps, device=device)
+    times = as_tensor(timesteps).to(device)
     if times.ndim > 1 or (times.ndim == 1 and len(times) != len(latents)):
         raise ValueError(f"timesteps: got {tuple(times.shape)}, expected one or ({len(latents)},)")
     times = times.expand(len(latents))
@@ -272,7 +274,7 @@ def _index(name: str, value: Sequence[int] | Tensor | None, count: int, rows: in
         if count not in (1, rows):
             raise ValueError(f"{name}: needed when there are {count} for {rows} rows")
         return torch.arange(count, device=device).expand(rows)
-    index = torch.as_tensor(value)
+    index = as_tensor(value)
     if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
         raise ValueError(f"{name}: got {tuple(index.shape)} {index.dtype}, expected a list of integers")
     if len(index) != rows:

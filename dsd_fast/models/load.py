@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dsd_fast.diffusion import scheduler_from_config
+from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
 from dsd_fast.models.bundle import Model
 from dsd_fast.models.errors import ModelError, first_line
@@ -31,6 +32,7 @@ TRANSFORMERS_STEM = "model"
 _STEMS = {"unet": DIFFUSERS_STEM, "vae": DIFFUSERS_STEM}
 
 
+@ordinary()
 def load(
     model: str | os.PathLike[str] = "mini",
     *,
@@ -91,6 +93,7 @@ def load(
     )
 
 
+@ordinary()
 def from_pipeline(pipe: Any, clip: Any = None) -> Model:
     """A model on the networks of an existing diffusers pipeline, with its adapters; the pipeline is not changed.
 

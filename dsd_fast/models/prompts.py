@@ -103,7 +103,7 @@ def tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tens
             raise ModelError(
                 f"prompts[{index}] has {sum(mask)} tokens, expected at most {limit}, start and end tokens included"
             )
-    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
+    return torch.tensor(encoded["input_ids"], device="cpu"), torch.tensor(encoded["attention_mask"], device="cpu")
 
 
 def _encode(text_encoders: Sequence[Any], tokens: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:

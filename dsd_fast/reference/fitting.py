@@ -233,7 +233,7 @@ def fit(
     losses = []
     for number in range(steps):
         epoch, place = divmod(number, len(examples))
-        order = torch.randperm(len(examples), generator=seeded(seed, epoch, _ORDER))
+        order = torch.randperm(len(examples), generator=seeded(seed, epoch, _ORDER), device="cpu")
         images, texts, label = examples[int(order[place])]
         timesteps, noise = draws(
             seed,
@@ -283,8 +283,8 @@ def draws(
     drawn = []
     for k in range(1 if shared_noise else candidates):
         generator = seeded(seed, step, _CANDIDATES + k)
-        timestep = int(torch.randint(train_timesteps, (), generator=generator))
-        drawn.append((timestep, torch.randn(tuple(shape), generator=generator)))
+        timestep = int(torch.randint(train_timesteps, (), generator=generator, device="cpu"))
+        drawn.append((timestep, torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")))
     drawn *= candidates // len(drawn)
     return [timestep for timestep, _ in drawn], torch.stack([noise for _, noise in drawn])
 

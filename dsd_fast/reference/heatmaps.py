@@ -77,7 +77,7 @@ def heatmap(
     alphas = pipe.scheduler.alphas_cumprod.to(unet.device, torch.float32)
     sides = [side * pipe.vae_scale_factor for side in latents.shape[-2:]]
     # (77, height, width), as (T, h, w) of each layer comes.
-    total = torch.zeros(text.shape[1], *sides, device=unet.device)
+    total = torch.zeros(text.shape[1], *sides, device=unet.device, dtype=torch.float32)
     with recording(_modules(unet, layers), MapProcessor) as recorded:
         for k, t in enumerate(steps):
             noised = alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise[k].to(unet.device)

@@ -51,7 +51,7 @@ def seeded(*entropy: int) -> torch.Generator:
 
 def draw_noise(seed: int, k: int, shape: tuple[int, ...]) -> Tensor:
     """Noise of the k-th timestep, float32 on the CPU: it depends on (seed, k) alone."""
-    return torch.randn(shape, generator=seeded(seed, k))
+    return torch.randn(shape, generator=seeded(seed, k), dtype=torch.float32, device="cpu")
 
 
 def latent_shape(pipe: DiffusionPipeline) -> tuple[int, int, int]:
@@ -119,7 +119,7 @@ def tokenize(pipe: DiffusionPipeline, tokenizer: Any, caption: str) -> Tensor:
     ids = tokenizer(["", caption], padding="max_length", max_length=length).input_ids
     if len(ids[1]) > length:
         raise ValueError(f"captions: {caption!r} has {len(ids[1])} tokens, expected at most {length}")
-    return torch.tensor(ids)
+    return torch.tensor(ids, device="cpu")
 
 
 def added_conditions(pipe: DiffusionPipeline, pooled: Tensor | None, latents: Tensor) -> dict[str, Tensor] | None:

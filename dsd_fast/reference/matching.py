@@ -99,12 +99,12 @@ def score(
 
     count = len(pixels) if latents is None else len(latents)
     groups = [slice(0, count)] if batch_mean else [slice(n, n + 1) for n in range(count)]
-    scores = torch.zeros(count, len(captions))
+    scores = torch.zeros(count, len(captions), dtype=torch.float32, device="cpu")
     with upcast_vae(pipe.vae):
         for group in groups:
             for m, caption in enumerate(captions):
                 text, pooled = encode_text(pipe, caption)
-                total = torch.zeros((), device=unet.device)
+                total = torch.zeros((), device=unet.device, dtype=torch.float32)
                 for k, t in enumerate(steps):
                     clean = encode_images(pipe.vae, pixels[group]) if latents is None else latents[group]
                     noised = alphas[t].sqrt() * clean + (1 - alphas[t]).sqrt() * noise[k]

@@ -89,7 +89,7 @@ def resnet_steps(block: Any, prefix: str, level: int, *, time_reads_text: bool, 
         return NOTHING
 
     def increment(state: State, want: Want) -> Taken:
-        shift = state.project_time(own["time_emb_proj"])
+        shift = state.project_time(own["time_emb_proj"], own["nonlinearity"])
         h = state.layers.norm_activate(state.live["h"], own["norm2"], own["nonlinearity"], shift)
         h = state.live["h"] = state.layers.convolved(state.layers.dropped(h, own["dropout"]), own["conv2"])
         return Taken(h)

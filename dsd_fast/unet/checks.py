@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.network import Network
@@ -18,7 +19,7 @@ Residuals = tuple[Sequence[Tensor], Tensor]
 
 def index(name: str, value: Index, count: int | None, limit: int, device: torch.device) -> Tensor:
     """(count,) int64 on ``device``, every value from 0 to limit − 1."""
-    given = torch.as_tensor(value)
+    given = as_tensor(value)
     if not given.numel():
         given = given.long()
     if given.ndim != 1 or given.dtype.is_floating_point or given.dtype == torch.bool:
@@ -41,7 +42,7 @@ def upload(value: Tensor, device: torch.device) -> Tensor:
 
 def timesteps(value: Tensor | Sequence[int] | int, count: int, device: torch.device) -> Tensor:
     """(count,) on ``device``."""
-    times = upload(torch.as_tensor(value), device)
+    times = upload(as_tensor(value), device)
     if times.ndim > 1 or (times.ndim == 1 and len(times) != count):
         raise ValueError(f"timesteps: got {tuple(times.shape)}, expected one or ({count},)")
     return times.expand(count)
@@ -51,7 +52,7 @@ def time_ids(cut: Cut, value: Tensor | None, count: int, device: torch.device) -
     """(count, 6) on ``device`` for a network that reads image sizes, else None."""
     if not cut.network.reads_pooled_text or not cut.reads_text:
         return None
-    given = None if value is None else torch.as_tensor(value)
+    given = None if value is None else as_tensor(value)
     if given is None or given.shape not in ((TIME_IDS,), (count, TIME_IDS)):
         got = None if given is None else tuple(given.shape)
         raise ValueError(
@@ -146,7 +147,7 @@ def positions(name: str, value: Tensor | Sequence[int] | None, rows: int, limit:
     """(rows, n) int64 on ``device``, every value from 0 to limit − 1, of (n,) or (rows, n)."""
     if value is None:
         raise ValueError(f"{name}: needed for a plan with maps of a cross-attention")
-    chosen = torch.as_tensor(value)
+    chosen = as_tensor(value)
     if chosen.dtype.is_floating_point and chosen.numel():
         raise ValueError(f"{name}: got {chosen.dtype}, expected integers")
     if chosen.ndim not in (1, 2) or (chosen.ndim == 2 and len(chosen) != rows):

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.unet.checkpoint import Call, Checkpoints
@@ -52,7 +53,7 @@ def advance_by(call: Call, region: Region, state: State) -> list[Taken]:
         region.steps,
         tuple(state.sizes),
         tuple(state.pushed + i in state.keep for i in range(pushes)),
-        (state.expanded, state.embedding_expanded),
+        (state.expanded, state.embedding_expanded, state.activated),
         state.live,
         [(value, expanded) for _, value, expanded in popped],
         residuals,
@@ -70,7 +71,7 @@ def compute(
     steps: Tapped,
     sizes: tuple[Size, ...],
     kept: tuple[bool, ...],
-    expanded: tuple[bool, bool],
+    stages: tuple[bool, bool, bool],
     live: dict[str, Tensor],
     skips: list[tuple[Tensor, bool]],
     residuals: list[Tensor] | None,
@@ -88,8 +89,9 @@ def compute(
         text=text,
         # The middle's residual belongs to a step that is neither compiled nor checkpointed.
         residuals=None if residuals is None else (residuals, embedding),
-        embedding_expanded=expanded[1],
-        expanded=expanded[0],
+        embedding_expanded=stages[1],
+        activated=stages[2],
+        expanded=stages[0],
         live=dict(live),
         skips=[(number, value, done) for number, (value, done) in enumerate(skips)],
     )
@@ -122,13 +124,17 @@ def collect(cut: Cut, output: Output, steps: Tapped, taken: Iterable[Taken]) -> 
 
 
 def start(cut: Cut, request: Request, embedding: Tensor | None, layers: Layers) -> State:
-    """The state before the first step, from the activated time embedding that :meth:`Network.embed` made."""
+    """The state before the first step, from the time embedding that :meth:`Network.embed` made."""
+    activated = embedding is not None and cut.network.plainly_activated
+    if embedding is not None and activated:
+        embedding = F.silu(embedding)
     return State(
         embedding=request.latents if embedding is None else embedding,
         index=request.index,
         sizes=request.sizes,
         keep=cut.kept_skips,
         layers=layers,
+        activated=activated,
         residuals=request.residuals,
         embedding_expanded=request.time_ids is not None,
         live={"x": request.latents},

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Set
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.unet import blocks
 from dsd_fast.unet.flops import linear_flops
 from dsd_fast.unet.inductor import Inductor
-from dsd_fast.unet.refusals import check_architecture, check_attachments
+from dsd_fast.unet.refusals import Bypassed, check_architecture
 from dsd_fast.unet.step import Size, Step
 from dsd_fast.unet.transformer import transformer_steps
 from dsd_fast.unet.weights import Weights
@@ -60,9 +59,7 @@ class Network:
             # What the added embedding reads beside the sines and cosines of the image sizes.
             self.pooled_width = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
         self._middle_width: int = config.block_out_channels[-1]
-        modules = [(path or "unet", module) for path, module in unet.named_modules()]
-        self._attentions = [(path, module) for path, module in modules if type(module).__name__ == "Attention"]
-        self._bypassed = [(path, module) for path, module in modules if type(module).__name__ in _BYPASSED]
+        self._bypassed = Bypassed(unet)
         self._downsamplers: list[Any] = []
         self._cross: dict[str, Any] = {}
         self.time_blocks: list[tuple[str, Any]] = []
@@ -73,7 +70,6 @@ class Network:
         self.map_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score or step.self_maps)
         self.inductor = Inductor()
         self.weights = Weights(unet)
-        self.check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The same of a copy of the network: steps call the modules that they were made for."""
@@ -83,7 +79,12 @@ class Network:
 
     def check(self) -> None:
         """Refuse what has been attached to the network since (see :mod:`dsd_fast.unet.refusals`)."""
-        check_attachments(self.module, self._attentions, self._bypassed)
+        self._bypassed.check()
+
+    @property
+    def plainly_activated(self) -> bool:
+        """Whether every residual block would put the time embedding through SiLU, so that one does for all."""
+        return self._bypassed.plainly_activated
 
     @property
     def unet(self) -> Any:
@@ -93,7 +94,7 @@ class Network:
     @property
     def checkpointing(self) -> bool:
         """Whether gradient checkpointing is enabled on the network or a part of it, as diffusers does it."""
-        return any(module.__dict__.get("gradient_checkpointing") for _, module in self._bypassed)
+        return any(module.__dict__.get("gradient_checkpointing") for module in self._bypassed.modules.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,7 +148,7 @@ class Network:
         latent_index: Tensor | None,
         text_index: Tensor | None,
     ) -> Tensor:
-        """Make the activated time embedding: (P, E), or (B, E) where it reads the pooled text."""
+        """Make the time embedding before its activation: (P, E), or (B, E) where it reads the pooled text."""
         embedding = unet.time_embedding(unet.time_proj(times).to(dtype))
         if time_ids is not None:
             assert pooled is not None
@@ -157,7 +158,8 @@ class Network:
             if latent_index is not None:
                 embedding, ids = embedding.index_select(0, latent_index), ids.index_select(0, latent_index)
             embedding = embedding + unet.add_embedding(torch.cat([pooled, ids], dim=-1).to(embedding.dtype))
-        return F.silu(embedding)
+        result: Tensor = embedding
+        return result
 
     def _build(self) -> Iterator[Step]:
         unet = self.module
@@ -203,22 +205,3 @@ class Network:
         for index, block in enumerate(vit.transformer_blocks):
             self._cross[f"{prefix}-block{index}-cross"] = block.attn2
         yield from transformer_steps(vit, prefix, level, push=push)
-
-
-# Modules whose forward is replaced by steps of their own; leaf modules, Downsample2D and GEGLU are called.
-_BYPASSED = frozenset(
-    {
-        "UNet2DConditionModel",
-        "CrossAttnDownBlock2D",
-        "DownBlock2D",
-        "UNetMidBlock2DCrossAttn",
-        "CrossAttnUpBlock2D",
-        "UpBlock2D",
-        "ResnetBlock2D",
-        "Upsample2D",
-        "Transformer2DModel",
-        "BasicTransformerBlock",
-        "Attention",
-        "FeedForward",
-    }
-)

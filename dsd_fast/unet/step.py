@@ -37,7 +37,8 @@ class State:
     from there on; :meth:`expand` is the passage. Skip connections stay as they were pushed until they are used.
 
     Attributes:
-        embedding: (P, E) activated time embedding, (B, E) where it depends on the text.
+        embedding: (P, E) time embedding, (B, E) where it depends on the text.
+        activated: whether ``embedding`` has been through the activation that all residual blocks have.
         index: which latent and text each row has.
         sizes: image size at each level.
         keep: numbers of the skip connections that the plan will use.
@@ -53,6 +54,7 @@ class State:
     layers: Layers
     text: LayerText | None = None
     residuals: tuple[Sequence[Tensor], Tensor] | None = None
+    activated: bool = True
     embedding_expanded: bool = False
     expanded: bool = False
     live: dict[str, Tensor] = field(default_factory=dict)
@@ -87,9 +89,10 @@ class State:
         value = self.rows(value, expanded)
         return value if self.residuals is None else value + self.residuals[0][index]
 
-    def project_time(self, projection: Any) -> Tensor:
+    def project_time(self, projection: Any, activation: Any) -> Tensor:
         """A block's projection of the time embedding, (rows, C); projected before rows are repeated."""
-        value = self.layers.linear(self.embedding, projection)
+        embedding = self.embedding if self.activated else activation(self.embedding)
+        value = self.layers.linear(embedding, projection)
         return self.rows(value, self.embedding_expanded) if self.expanded else value
 
 

@@ -86,7 +86,11 @@ def micro_batches(
 ) -> Iterator[tuple[Tensor, Output]]:
     """Give (rows, what ``run`` answers) for the rows of a request, ``size`` at a time; see :meth:`Plan.stream`."""
     # Rows of one latent side by side: its text-free steps then run in as few micro-batches as possible.
-    order = torch.arange(request.rows) if request.index.latent is None else request.index.latent.argsort(stable=True)
+    order = (
+        torch.arange(request.rows, device="cpu")
+        if request.index.latent is None
+        else request.index.latent.argsort(stable=True)
+    )
     start, halved = 0, False
     while start < len(order):
         rows = order[start : start + size]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.unet.adapters import Signature, version
 
 
@@ -55,7 +56,7 @@ class TextKV:
         """The texts of a slice (views) or of a list of positions (copies)."""
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim != 1):
             raise TypeError("text: index with a slice or a list of positions, not one integer: text[i : i + 1]")
-        kept = torch.arange(self.count)[index if isinstance(index, slice) else torch.as_tensor(index)]
+        kept = torch.arange(self.count, device="cpu")[index if isinstance(index, slice) else as_tensor(index)]
 
         if isinstance(index, slice):
             return self._map(lambda value: value[index], len(kept))
@@ -97,7 +98,7 @@ class TextKV:
 
     def copied(self, count: int) -> TextKV:
         """Like :meth:`padded`, in memory of its own."""
-        positions = torch.arange(count)
+        positions = torch.arange(count, device="cpu")
         return self[positions.where(positions < self.count, 0)]
 
     @property

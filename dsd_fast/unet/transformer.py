@@ -121,7 +121,7 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
     def attention_map(state: State, want: Want) -> Taken:
         q, k = state.live["q"], state.live["k"]
         with full_precision(q.device):
-            logits = attention_logits(q, k, None, heads, attn.scale)
+            logits = attention_logits(q, k, None, heads, _scale(attn))
         return Taken(torch.softmax(logits, dim=-1).to(q.dtype))
 
     def attend(state: State, want: Want) -> Taken:
@@ -130,12 +130,12 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
             # Each row is its own text, of as many tokens as there are positions.
             size = state.sizes[level]
             every = torch.arange(area(size), device=live["q"].device).expand(len(live["q"]), -1)
-            maps = token_maps(live["q"], live["k"], every, None, None, None, heads, attn.scale)
+            maps = token_maps(live["q"], live["k"], every, None, None, None, heads, _scale(attn))
             maps = maps.view(*maps.shape[:2], *size)
         if want.last:
             return Taken(maps=maps)
         q, k, v = (split_heads(live.pop(name), heads) for name in "qkv")
-        o = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+        o = F.scaled_dot_product_attention(q, k, v, scale=_scale(attn))
         # With the norm that the next step reads, so that the sum is read once.
         x = _project_out(state, attn, join_heads(o))
         live["x"], live["n"] = state.layers.add_norm(x, live["x"], own["norm2"])
@@ -185,7 +185,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
         k = text.k[texts]
         bias = text_bias(k.shape[1], text.lengths, text.key_bias, texts, real_dtype(q))
         with full_precision(q.device):
-            logits = attention_logits(q, without_masked(k, bias), bias, heads, attn.scale)
+            logits = attention_logits(q, without_masked(k, bias), bias, heads, _scale(attn))
         return Taken(probabilities(logits, torch.logsumexp(logits, dim=-1)).to(q.dtype))
 
     def attend(state: State, want: Want) -> Taken:
@@ -194,7 +194,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
         if want.maps:
             tokens = state.index.tokens
             assert tokens is not None
-            maps = token_maps(q, text.k, tokens, state.index.text, text.lengths, text.key_bias, heads, attn.scale)
+            maps = token_maps(q, text.k, tokens, state.index.text, text.lengths, text.key_bias, heads, _scale(attn))
             maps = maps.view(*maps.shape[:2], *state.sizes[level])
         if want.score or not want.last:
             o, score = cross_attention_score(
@@ -206,7 +206,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
                 text_length=text.lengths,
                 key_bias=text.key_bias,
                 score_mask=text.score_mask if want.score else None,
-                scale=attn.scale,
+                scale=_scale(attn),
                 mean=not want.score or want.pool == "mean",
             )
             if o is not None:
@@ -299,6 +299,13 @@ def _text(state: State) -> LayerText:
 def _text_index(state: State, q: Tensor) -> Tensor:
     index = state.index.text
     return torch.arange(len(q), device=q.device) if index is None else index
+
+
+def _scale(attn: Any) -> float:
+    """The factor of the logits; diffusers' processor for torch's fused attention does not read ``attn.scale``."""
+    fused = type(attn.processor).__name__ == "AttnProcessor2_0"
+    factor: float = (attn.inner_dim // attn.heads) ** -0.5 if fused else attn.scale
+    return factor
 
 
 def _project_out(state: State, attn: Any, x: Tensor) -> Tensor:

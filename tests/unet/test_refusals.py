@@ -1,13 +1,29 @@
 """What the program would ignore or get wrong is refused by name, and bad arguments are named."""
 
+import functools
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_fast.unet import UNetProgram, UnsupportedNetworkError
+from dsd_fast.unet.shipped import is_shipped
 from tests.tiny import CROSS_ATTENTION_DIM, tiny_pipeline, tiny_unet
 
 
@@ -81,6 +97,169 @@ def test_refused_when_it_is_attached_later(attach):
     ):
         with pytest.raises(UnsupportedNetworkError, match=ATTACHED[attach]):
             call()
+
+
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+
+
+def halving(kind):
+    """A class of the same name that gives half of what ``kind`` gives."""
+
+    def forward(self, *args, **options):
+        return kind.forward(self, *args, **options) / 2
+
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+def swapped(patch, unet):
+    patch.setattr(unet.get_submodule(BLOCK), "__class__", halving(BasicTransformerBlock))
+
+
+def swapped_network(patch, unet):
+    patch.setattr(unet, "__class__", halving(UNet2DConditionModel))
+
+
+def other_method(kind, name):
+    def patched(patch, unet):
+        original = getattr(kind, name)
+
+        # As careful as a decorator can be.
+        @functools.wraps(original)
+        def changed(*args, **options):
+            return original(*args, **options)
+
+        patch.setattr(kind, name, changed)
+
+    return patched
+
+
+def stock_name(patch, unet):
+    kind = type("AttnProcessor2_0", (), {"__call__": AttnProcessor2_0.__call__})
+    patch.setattr(unet.get_submodule(BLOCK).attn1, "processor", kind())
+
+
+def hook_on_all(patch, unet):
+    register_module_forward_hook(lambda m, args, out: None)
+
+
+def backward_hook(patch, unet):
+    unet.get_submodule(BLOCK).register_full_backward_hook(lambda m, grads, out: None)
+
+
+def another_block(patch, unet):
+    unet.mid_block.resnets[1] = halving(ResnetBlock2D)(in_channels=32, temb_channels=64, groups=8)
+
+
+REPLACED = {
+    swapped: rf"{BLOCK}: (.*BasicTransformerBlock has a forward|the module, or its class, was replaced)",
+    swapped_network: "unet: (.*UNet2DConditionModel has a forward|the module, or its class, was replaced)",
+    other_method(BasicTransformerBlock, "forward"): "BasicTransformerBlock has a forward .*that is not diffusers' own",
+    other_method(UNet2DConditionModel, "get_time_embed"): "unet: .*UNet2DConditionModel has a get_time_embed",
+    other_method(ResnetBlock2D, "__call__"): "ResnetBlock2D has a __call__",
+    other_method(Attention, "get_attention_scores"): "Attention has a get_attention_scores",
+    other_method(GEGLU, "forward"): "ff.net.0: .*GEGLU has a forward",
+    other_method(SlicedAttnProcessor, "__call__"): "SlicedAttnProcessor has a __call__",
+    stock_name: rf"{BLOCK}.attn1: an attention processor is set \(.*test_refusals.AttnProcessor2_0",
+    hook_on_all: r"unet: a forward hook \(.*<lambda>\) is registered on all modules",
+    backward_hook: f"{BLOCK}: a backward hook is registered",
+    another_block: r"mid_block.resnets.1: (.*ResnetBlock2D has a forward|the module, or its class, was replaced)",
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED, ids=REPLACED.values())
+def test_what_is_not_diffusers_own_is_refused_whatever_its_name(replace, monkeypatch):
+    unet = tiny_unet("sd15")
+    plan = UNetProgram(unet).plan(noise_pred=True)
+    text = plan.encode_text(STATES[:1])
+    replace(monkeypatch, unet)
+    try:
+        with pytest.raises(UnsupportedNetworkError, match=REPLACED[replace]):
+            plan.run(torch.zeros(1, 4, 16, 16), 0, text)
+        with pytest.raises(UnsupportedNetworkError, match=REPLACED[replace]):
+            UNetProgram(unet)
+    finally:
+        torch.nn.modules.module._global_forward_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        (f"{BLOCK}.attn2", "norm_q", nn.LayerNorm(4)),
+        (f"{BLOCK}.attn1", "residual_connection", True),
+        (BLOCK, "pos_embed", nn.Identity()),
+        ("mid_block.resnets.0", "skip_time_act", True),
+    ],
+)
+def test_a_part_that_the_configuration_does_not_tell_of_is_refused(part, key, value):
+    unet = tiny_unet("sd15")
+    setattr(unet.get_submodule(part), key, value)
+    with pytest.raises(UnsupportedNetworkError, match=rf"{part}.{key}: .* is not supported, expected"):
+        UNetProgram(unet)
+
+
+def subclassed(kind):
+    def change(unet):
+        for module in unet.modules():
+            if type(module) is kind:
+                module.__class__ = halving(kind)
+
+    return change
+
+
+def without_forward(unet):
+    unet.get_submodule(BLOCK).__class__ = type("Mine", (BasicTransformerBlock,), {"extra": 1})
+    unet.__class__ = type("Mine", (UNet2DConditionModel,), {})
+
+
+def activation(unet):
+    unet.mid_block.resnets[0].nonlinearity = nn.ReLU()
+
+
+def activations(unet):
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.nonlinearity.register_forward_hook(lambda m, args, out: out / 2)
+
+
+def scale_that_is_read(unet):
+    unet.set_attn_processor(AttnProcessor())
+    unet.get_submodule(BLOCK).attn2.scale = 0.1
+
+
+def scale_that_is_not(unet):
+    unet.get_submodule(BLOCK).attn2.scale = 0.1
+
+
+CALLED = [*map(subclassed, (nn.Linear, nn.Conv2d, Timesteps, TimestepEmbedding, Downsample2D, GEGLU))]
+CALLED += [without_forward, activation, activations, scale_that_is_read, scale_that_is_not]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CALLED)
+def test_what_is_called_may_be_of_any_kind(change):
+    unet = tiny_unet("sd15")
+    latents, states = torch.randn(1, 4, 16, 16), torch.randn(1, 3, CROSS_ATTENTION_DIM["sd15"])
+    plain = unet(latents, 5, states).sample
+    change(unet)
+    want = unet(latents, 5, states).sample
+    plan = UNetProgram(unet).plan(noise_pred=True)
+    with FlopCounterMode(display=False):
+        # Which puts hooks of torch's own on all modules.
+        got = plan.run(latents, 5, plan.encode_text(states)).noise_pred
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    # As diffusers has it, a change that the processor does not look at is none.
+    assert torch.equal(want, plain) == (change in (without_forward, scale_that_is_not))
+
+
+def test_methods_are_told_by_where_they_were_written(monkeypatch):
+    assert is_shipped(UNet2DConditionModel, "forward"), "diffusers' own decorator"
+    assert is_shipped(BasicTransformerBlock, "__call__"), "torch's"
+    monkeypatch.setattr(BasicTransformerBlock, "forward", torch.compile(BasicTransformerBlock.forward))
+    assert is_shipped(BasicTransformerBlock, "forward"), "compiled"
+    for other in (torch.no_grad()(ResnetBlock2D.forward), Attention.forward, functools.partial(ResnetBlock2D.forward)):
+        monkeypatch.setattr(ResnetBlock2D, "forward", other)
+        assert not is_shipped(ResnetBlock2D, "forward")
+        monkeypatch.undo()
 
 
 def test_ip_adapter_is_refused_by_its_name():

@@ -108,7 +108,11 @@ class Pictures:
             numbers.append(number)
             for (name, s), pca in found.items():
                 small[name, s].append(pca.transform(features[name][s][None])[0].cpu())
-        same = PCA(torch.zeros(_COLOURS), torch.eye(_COLOURS), torch.ones(_COLOURS))
+        same = PCA(
+            torch.zeros(_COLOURS, dtype=torch.float32, device="cpu"),
+            torch.eye(_COLOURS, dtype=torch.float32, device="cpu"),
+            torch.ones(_COLOURS, dtype=torch.float32, device="cpu"),
+        )
         drawn = {key: picture(torch.stack(values), pca=same) for key, values in small.items() if values}
         for row, number in enumerate(numbers):
             shown = enlarged(load_image(images[number]))

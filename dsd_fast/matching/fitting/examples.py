@@ -71,7 +71,7 @@ class Examples:
     def states(self, texts: Sequence[int]) -> PromptStates:
         """The text states of some texts, by their positions."""
         if self._states is not None:
-            return self._states[torch.tensor(texts)]
+            return self._states[torch.tensor(texts, device="cpu")]
         return self._scorer.encode_texts([self._texts[i] for i in texts], unconditional=False).states
 
     def _encode_images(self, images: Sequence[ImageSource], digest: Any) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.jobs import read_tensors, remove_stale, replacing, write_tensors
+from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.learned import own_model, put_lora
 from dsd_fast.matching.score import PairScorer
@@ -77,6 +78,7 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
+@ordinary()
 def load(
     folder: str | os.PathLike[str], model: Model, memory_budget: int | None = None
 ) -> tuple[PairScorer, str | None, Adapter]:
@@ -99,7 +101,10 @@ def load(
         warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {found}", stacklevel=3)
     prompt = None
     if about["prompt"]:
-        prompt, width = _tensors(path / PROMPT).get("prompt", torch.empty(0)), model.text_width
+        prompt, width = (
+            _tensors(path / PROMPT).get("prompt", torch.empty(0, dtype=torch.float32, device="cpu")),
+            model.text_width,
+        )
         if prompt.ndim != 2 or prompt.shape[1] != width:
             raise ValueError(f"folder: {path / PROMPT} has shape {tuple(prompt.shape)}, expected (n, {width})")
     if about["lora"]:

@@ -172,7 +172,11 @@ def _add_lora(unet: Any, name: str, fit: FitConfig) -> None:
     with torch.no_grad():
         for path, parameter in _lora_parameters(unet, name).items():
             down = ".lora_A." in path
-            drawn = torch.randn(parameter.shape, generator=generator) / fit.rank if down else torch.zeros(())
+            drawn = (
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu") / fit.rank
+                if down
+                else torch.zeros((), dtype=torch.float32, device="cpu")
+            )
             parameter.copy_(drawn)
 
 

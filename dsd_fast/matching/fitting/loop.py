@@ -302,7 +302,9 @@ def _groups(count: int, fit: FitConfig, step: int) -> list[int]:
     """The groups of a step: all of them in an order of the epoch's, one epoch after the other."""
     places = range(step * fit.batch_size, (step + 1) * fit.batch_size)
     orders = {
-        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(fit.seed, epoch, 0, 1))).tolist()
+        epoch: torch.randperm(
+            count, generator=torch.Generator().manual_seed(seed_of(fit.seed, epoch, 0, 1)), device="cpu"
+        ).tolist()
         for epoch in {place // count for place in places}
     }
     return [orders[place // count][place % count] for place in places]

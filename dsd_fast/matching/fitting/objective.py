@@ -72,18 +72,22 @@ def draw(
             if not (place and one_latent):
                 fresh = not (place and fit.shared_noise)
                 image_of.append(query.images[place % len(query.images)])
-                times.append(int(torch.randint(low, high, (), generator=random)) if fresh else times[-1])
-                noise.append(torch.randn(tuple(shape), generator=random) if fresh else noise[-1])
+                times.append(int(torch.randint(low, high, (), generator=random, device="cpu")) if fresh else times[-1])
+                noise.append(
+                    torch.randn(tuple(shape), generator=random, dtype=torch.float32, device="cpu")
+                    if fresh
+                    else noise[-1]
+                )
                 free.append(compares_free and not one_latent)
             latent_of.append(len(image_of) - 1)
             text_of.append(query.texts[place % len(query.texts)])
     return Batch(
-        torch.tensor(image_of),
-        torch.tensor(times),
+        torch.tensor(image_of, device="cpu"),
+        torch.tensor(times, device="cpu"),
         torch.stack(noise),
-        torch.tensor(latent_of),
-        torch.tensor(text_of),
-        torch.tensor(free),
+        torch.tensor(latent_of, device="cpu"),
+        torch.tensor(text_of, device="cpu"),
+        torch.tensor(free, device="cpu"),
         [max(len(query.images), len(query.texts)) for query in queries],
         [query.label for query in queries],
     )
@@ -140,8 +144,8 @@ def scores(
     terms = scorer.row_terms(out, noised, rows, weights)
     free: list[Tensor] = []
     if len(free_latents):
-        place = torch.full((len(batch.free),), -1)
-        place[free_latents] = torch.arange(len(free_latents))
+        place = torch.full((len(batch.free),), -1, dtype=torch.int64, device="cpu")
+        place[free_latents] = torch.arange(len(free_latents), device="cpu")
         own = place[batch.latent_of].to(device)
         free = [torch.where(own >= 0, value[pairs:][own.clamp(min=0)], 0) for value in terms]
     attention, noise = Terms(*(value[:pairs] for value in terms), *free).parts(scorer.config)
@@ -161,4 +165,4 @@ def group_loss(values: Tensor, label: int, fit: FitConfig) -> Tensor:
     if fit.loss == "margin":
         wrong = torch.cat([values[:label], values[label + 1 :]])
         return F.relu(fit.margin + wrong.amax() - values[label])
-    return F.cross_entropy(values / fit.temperature, torch.tensor(label, device=values.device))
+    return F.cross_entropy(values / fit.temperature, torch.tensor(label, dtype=torch.int64, device=values.device))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsd_fast.engine.fingerprint import model_settings
 from dsd_fast.jobs import locked, remove_stale, tensors_hash
+from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
@@ -52,7 +55,12 @@ def fit(
     steps = base.model.schedule.num_train_timesteps
     if config.timestep_range is not None and config.timestep_range[1] > steps:
         raise ValueError(f"timestep_range: got {config.timestep_range}, expected at most (0, {steps})")
-    with nullcontext() if out is None else locked(out):
+    _check_ordinary(base)
+    # The caller's program may be without gradients, or mix precisions; this is training, in the types of its settings.
+    learning = (ordinary(), torch.enable_grad(), own_types(base.model.device))
+    with ExitStack() as stack:
+        for context in (*learning, nullcontext() if out is None else locked(out)):
+            stack.enter_context(context)
         if out is not None:
             for name in (CHECKPOINT, LORA, PROMPT, MATCHER):
                 remove_stale(out / name)
@@ -67,6 +75,18 @@ def fit(
         if out is not None:
             save(out, scorer, learned.lora, adapter)
     return scorer, learned.lora, history
+
+
+def _check_ordinary(base: PairScorer) -> None:
+    parts = {"unet": base.model.unet}
+    parts |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(base.model.text_encoders)}
+    for part, network in parts.items():
+        for name, parameter in network.named_parameters():
+            if parameter.is_inference():
+                raise ValueError(
+                    f"fit: {part}.{name} was made under torch.inference_mode, and such a tensor takes part in no "
+                    "gradient; load the model, or the adapter, outside of it"
+                )
 
 
 def _groups(name: str, given: Iterable[Any]) -> list[Group]:

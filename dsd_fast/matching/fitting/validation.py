@@ -28,7 +28,7 @@ def validate(scorer: PairScorer, examples: Examples, fit: FitConfig) -> tuple[fl
             for image in query.images
             for text in query.texts
         ]
-        image_of, text_of = torch.tensor(pairs).unbind(1)
+        image_of, text_of = torch.tensor(pairs, device="cpu").unbind(1)
         encoded = scorer.texts(examples.states(texts), examples.unconditional)
         values = scorer.score(examples.latents[images], encoded, image_of, text_of)
         sizes = [len(query.images) * len(query.texts) for query in queries]

@@ -110,7 +110,7 @@ def train_control(
     weights = noise_weights(schedule.alphas_cumprod)
     captions = [example(seed, DIGITS).caption for seed in range(pictures)]
     texts = {caption: number for number, caption in enumerate(dict.fromkeys(["", *captions]))}
-    numbers = torch.tensor([texts[caption] for caption in captions])
+    numbers = torch.tensor([texts[caption] for caption in captions], device="cpu")
     with torch.no_grad():
         states = model.encode_prompts(list(texts)).states
     batch = recipe.batch
@@ -118,13 +118,19 @@ def train_control(
     def loss(step: int) -> Tensor:
         draw = generator(recipe.seed, step)
         epoch, start = divmod(step * batch, pictures - pictures % batch)
-        order = torch.randperm(pictures, generator=generator(recipe.seed + 1, epoch))[start : start + batch]
+        order = torch.randperm(pictures, generator=generator(recipe.seed + 1, epoch), device="cpu")[
+            start : start + batch
+        ]
         latents, condition = data["latents"][order].float(), unpacked(data["edges"][order])
         # One timestep from each of the batch's equal parts of the schedule.
-        strata = torch.randperm(batch, generator=draw) + torch.rand(batch, generator=draw)
+        strata = torch.randperm(batch, generator=draw, device="cpu") + torch.rand(
+            batch, generator=draw, dtype=torch.float32, device="cpu"
+        )
         timesteps = (strata * (1000 / batch)).long().clamp(max=999)
-        noise = torch.randn(latents.shape, generator=draw)
-        text = states[torch.where(torch.rand(batch, generator=draw) < 0.5, 0, numbers[order])]
+        noise = torch.randn(latents.shape, generator=draw, dtype=torch.float32, device="cpu")
+        text = states[
+            torch.where(torch.rand(batch, generator=draw, dtype=torch.float32, device="cpu") < 0.5, 0, numbers[order])
+        ]
         noised = schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         down, mid = net(noised, timesteps, text, condition, return_dict=False)
         predicted = unet(

@@ -123,11 +123,15 @@ def train_lora(
 
     def loss(step: int) -> Tensor:
         draw = generator(recipe.seed, step)
-        order = torch.randint(pictures, (batch,), generator=draw)
-        strata = torch.randperm(batch, generator=draw) + torch.rand(batch, generator=draw)
+        order = torch.randint(pictures, (batch,), generator=draw, device="cpu")
+        strata = torch.randperm(batch, generator=draw, device="cpu") + torch.rand(
+            batch, generator=draw, dtype=torch.float32, device="cpu"
+        )
         timesteps = (strata * (1000 / batch)).long().clamp(max=999)
-        noise = torch.randn(len(order), *clean.shape[1:], generator=draw)
-        text = states[torch.where(torch.rand(batch, generator=draw) < 0.5, 0, order + 1)]
+        noise = torch.randn(len(order), *clean.shape[1:], generator=draw, dtype=torch.float32, device="cpu")
+        text = states[
+            torch.where(torch.rand(batch, generator=draw, dtype=torch.float32, device="cpu") < 0.5, 0, order + 1)
+        ]
         predicted = unet(schedule.add_noise(clean[order], noise, timesteps), timesteps, text).sample
         total: Tensor = (weights[timesteps] * (predicted - noise).square().mean((1, 2, 3))).mean()
         return total

@@ -127,7 +127,7 @@ def train_clip(parts: Components, recipe: Recipe, folder: Path, **options: Any) 
         images = F.normalize(clip.visual_projection(clip.vision_model(pixels).pooler_output), dim=-1)
         texts = clip.text_projection(clip.text_model(tokens).pooler_output)
         match = contrastive(images, texts, tokens[: len(batch)], clip.logit_scale)
-        said = torch.tensor([facts(text) for text in captions])
+        said = torch.tensor([facts(text) for text in captions], device="cpu")
         read = head(10 * torch.cat((F.normalize(texts, dim=-1), images))).split(FACTS, -1)
         wanted = torch.cat((said, said[: len(batch)])).unbind(-1)
         # Summed, since the mean over a batch in which no caption answers is no number.
@@ -171,9 +171,9 @@ def contrastive(images: Tensor, texts: Tensor, tokens: Tensor, logit_scale: Tens
     true, wrong = F.normalize(texts, dim=-1).chunk(2)
     scale = logit_scale.exp().clamp(max=100)
     logits = scale * images @ true.T
-    same = (tokens[:, None] == tokens[None]).all(-1) & ~torch.eye(len(tokens), dtype=torch.bool)
+    same = (tokens[:, None] == tokens[None]).all(-1) & ~torch.eye(len(tokens), dtype=torch.bool, device="cpu")
     logits = logits.masked_fill(same, -torch.inf)
-    target = torch.arange(len(tokens))
+    target = torch.arange(len(tokens), device="cpu")
     own = scale * (images * wrong).sum(-1, keepdim=True)
     return (F.cross_entropy(torch.cat((logits, own), 1), target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -203,14 +203,18 @@ def train_unet(
     def loss(step: int) -> Tensor:
         draw = generator(recipe.seed, step)
         epoch, start = divmod(step * batch, pictures - pictures % batch)
-        order = torch.randperm(pictures, generator=generator(recipe.seed + 1, epoch))[start : start + batch]
+        order = torch.randperm(pictures, generator=generator(recipe.seed + 1, epoch), device="cpu")[
+            start : start + batch
+        ]
         latents, tokens = data["latents"][order].float(), data["tokens"][order].long()
         negatives, images = data["negatives"][order].long(), data["images"][order].float()
         # One timestep from each of the batch's equal parts of the schedule.
-        strata = torch.randperm(batch, generator=draw) + torch.rand(batch, generator=draw)
+        strata = torch.randperm(batch, generator=draw, device="cpu") + torch.rand(
+            batch, generator=draw, dtype=torch.float32, device="cpu"
+        )
         timesteps = (strata * (1000 / batch)).long().clamp(max=999)
-        noise = torch.randn(latents.shape, generator=draw)
-        dropped = torch.rand(batch, generator=draw) < 0.1
+        noise = torch.randn(latents.shape, generator=draw, dtype=torch.float32, device="cpu")
+        dropped = torch.rand(batch, generator=draw, dtype=torch.float32, device="cpu") < 0.1
         shown = torch.where(dropped[:, None], empty, tokens)
 
         # The contrastive loss keeps CLIP aligned; one step in four is enough and saves half the text work of the rest.
