@@ -24,6 +24,7 @@ from dsd_fast.kernels.geglu.op import native as native_gate
 from dsd_fast.kernels.group_norm_silu import group_norm_silu
 from dsd_fast.kernels.group_norm_silu.op import NAME as NORM
 from dsd_fast.kernels.group_norm_silu.op import native as native_norm
+from dsd_fast.unet.shipped import is_shipped
 from dsd_fast.unet.weights import Weights, untouched
 
 # Triton decides when it is imported whether its kernels run on a CPU.
@@ -133,7 +134,7 @@ def _functions_serve() -> bool:
         every._global_backward_hooks,
         every._global_backward_pre_hooks,
     )
-    return not any(hooks) and all(kind.forward is forward for kind, forward in _FORWARD.items()) and not _REPLACED
+    return not any(hooks) and all(kind.forward is forward for kind, forward in _FORWARD.items()) and _SHIPPED
 
 
 def side_by_side(x: Tensor, modules: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, ...] | None:
@@ -152,8 +153,8 @@ def side_by_side(x: Tensor, modules: Mapping[str, Any], names: Sequence[str]) ->
 
 
 _FORWARD = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU)}
-# Whether somebody had put another forward on one of these classes before this package was imported.
-_REPLACED = any(forward.__module__ != kind.__module__ for kind, forward in _FORWARD.items())
+# Somebody may have put another forward on one of these classes before this package was imported.
+_SHIPPED = all(is_shipped(kind, "forward") for kind in _FORWARD)
 
 
 def _fuses(x: Tensor) -> bool:
