@@ -8,6 +8,7 @@ import torch
 import dsd_fast as dsd
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
+from dsd_fast.unet.adapters import strengths_summary
 from tests.matching.fitting.parts import TEXTS, groups, learned, matcher, pictures, pipeline
 from tests.tiny import load_tiny_lora
 
@@ -44,7 +45,7 @@ def test_an_adapter_counts_as_strong_as_the_matcher_has_it(adapted, adapter, met
         own.fit(groups(), method, config=STILL, progress=False)
         if adapter is None:
             assert torch.equal(own._scorer.prompt, vectors)
-        assert own._scorer.engine.adapters.strengths() == [[("x", 0.5)], [("x", 0.5)]]
+        assert [strengths_summary(layers) for layers in own._scorer.engine.adapters.strengths()] == [{"x": [0.5]}] * 2
         return
     own.fit(groups(), method, config=STILL, progress=False)
     # Weights of heads come back from a quotient: to a unit in the last place.
