@@ -6,6 +6,7 @@ while it computes, and requests that want the same compute side by side: see :fu
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -48,6 +49,8 @@ def is_wrapper(layer: Any) -> bool:
 
 def tuner_layers(network: Any) -> list[tuple[str, Any]]:
     """Path and layer of all that PEFT put into a network, whatever kind of adapter it holds."""
+    if torch.compiler.is_compiling():
+        return _Network().layers(network)
     with _CHANGE:
         return _of(network).layers(network)
 
@@ -85,8 +88,7 @@ def standing(network: Any, wanted: Setting | None = None) -> Iterator[None]:
     """Inside the ``with`` block a network's adapters stand as ``wanted``, and none of another thread's calls sees it.
 
     It waits until no other thread computes with the network as something else. Those that want the same go on together.
-    Blocks may be nested, in networks and settings of any order: a thread that waits holds nothing. The backward pass
-    counts as the thread's that began it, wherever torch runs it.
+    Blocks may be nested, in networks and settings of any order: a thread that waits holds nothing.
 
     Args:
         wanted: None leaves the adapters as they stand, in an enclosing block as that has them.
@@ -117,11 +119,27 @@ def standing(network: Any, wanted: Setting | None = None) -> Iterator[None]:
             _settle(caller)
 
 
+def own_backward() -> None:
+    """Let blocks in the backward passes that this thread begins be the thread's, wherever torch runs them.
+
+    It waits for those passes, perhaps in a block of its own: they must not wait for it.
+    """
+    if not torch._C._is_key_in_tls(_CALLER):
+        caller = _caller()
+        count = sys.getrefcount(caller)
+        torch._C._stash_obj_in_tls(_CALLER, caller)
+        if sys.getrefcount(caller) == count:
+            # As torch 2.11 does: it lets go of a reference in the end that it did not count.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(caller))
+
+
 # Held for moments: to read or change who computes with what, and to set layers.
 _CHANGE = threading.Condition(threading.RLock())
 # A request that could join others waits so many seconds for those that came before it. Not forever: what it joins may
 # wait for it.
 _PATIENCE = 1.0
+_THREAD = threading.local()
+# Of torch's own variables of a thread, which it hands to those that run its backward passes.
 _CALLER = "dsd_fast.models.tuners"
 
 
@@ -187,10 +205,11 @@ def _of(network: Any) -> _Network:
 
 
 def _caller() -> _Caller:
-    # torch's own variables of a thread, which it hands to the threads that run the backward pass.
-    if not torch._C._is_key_in_tls(_CALLER):
-        torch._C._stash_obj_in_tls(_CALLER, _Caller())
-    caller: _Caller = torch._C._get_obj_in_tls(_CALLER)
+    caller: _Caller | None = getattr(_THREAD, "caller", None)
+    if torch._C._is_key_in_tls(_CALLER):
+        caller = torch._C._get_obj_in_tls(_CALLER)
+    if caller is None:
+        caller = _THREAD.caller = _Caller()
     return caller
 
 

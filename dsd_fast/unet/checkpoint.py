@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dsd_fast.models.tuners import setting, standing
+from dsd_fast.models.tuners import own_backward, setting, standing
 from dsd_fast.unet.network import Network
 
 # Runs a function of tensors: call(function, *arguments).
@@ -35,6 +35,7 @@ class Checkpoints:
         self._written = self._weights.written()
         self._adapters = setting(self._module)
         self._checked: int | None = None
+        own_backward()
 
     def around(self, call: Call | None) -> Call:
         """``call`` with a checkpoint around it; None: the function is simply called."""

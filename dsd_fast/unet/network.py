@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.models.architecture import TIME_IDS
+from dsd_fast.models.tuners import is_wrapper, tuner_layers
 from dsd_fast.unet import blocks
 from dsd_fast.unet.flops import linear_flops
 from dsd_fast.unet.inductor import Inductor
-from dsd_fast.unet.refusals import check_architecture, check_attachments
+from dsd_fast.unet.refusals import UnsupportedNetworkError, check_architecture, check_attachments
 from dsd_fast.unet.step import Size, Step
 from dsd_fast.unet.transformer import transformer_steps
 from dsd_fast.unet.weights import Weights
@@ -63,6 +64,13 @@ class Network:
         modules = [(path or "unet", module) for path, module in unet.named_modules()]
         self._attentions = [(path, module) for path, module in modules if type(module).__name__ == "Attention"]
         self._bypassed = [(path, module) for path, module in modules if type(module).__name__ in _BYPASSED]
+        for path, layer in tuner_layers(unet):
+            replaced = type(layer.original_module).__name__ if is_wrapper(layer) else ""
+            if replaced in _BYPASSED:
+                raise UnsupportedNetworkError(
+                    f"{path}: an adapter replaces the whole {replaced} (PEFT's modules_to_save), which the program "
+                    "would not see come and go; expected one that replaces layers inside of it"
+                )
         self._downsamplers: list[Any] = []
         self._cross: dict[str, Any] = {}
         self.time_blocks: list[tuple[str, Any]] = []
