@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from dsd_fast.kernels.common.library import traced
+
 
 class LayerSetting(NamedTuple):
     """How a layer stands: its active adapters, whether they are disabled, and strengths by attribute and adapter."""
@@ -49,7 +51,7 @@ def is_wrapper(layer: Any) -> bool:
 
 def tuner_layers(network: Any) -> list[tuple[str, Any]]:
     """Path and layer of all that PEFT put into a network, whatever kind of adapter it holds."""
-    if torch.compiler.is_compiling():
+    if traced():
         return _Network().layers(network)
     with _CHANGE:
         return _of(network).layers(network)
@@ -93,7 +95,7 @@ def standing(network: Any, wanted: Setting | None = None) -> Iterator[None]:
     Args:
         wanted: None leaves the adapters as they stand, in an enclosing block as that has them.
     """
-    if torch.compiler.is_compiling():
+    if traced():
         # Traced code is one thread's, and a lock cannot be traced.
         before = [] if wanted is None else [_setting(each.layer) for each in wanted]
         put(wanted or ())

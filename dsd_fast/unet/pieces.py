@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsd_fast.kernels.add_layer_norm import add_layer_norm
+from dsd_fast.kernels.common.library import traced
 from dsd_fast.kernels.geglu import geglu
 from dsd_fast.kernels.group_norm_silu import group_norm_silu
 from dsd_fast.unet.weights import untouched
@@ -54,7 +55,7 @@ def side_by_side(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...] | None:
     Only in compiled code on a GPU: on a CPU it gains nothing. The weights are joined in every call: a joined copy that
     is kept would miss what is written to them past torch's notice, as PEFT does when it merges an adapter.
     """
-    if not (_fuses(x) and torch.compiler.is_compiling()):
+    if not (_fuses(x) and traced()):
         return None
     if not all(_is(layer, nn.Linear) and layer.bias is None for layer in layers):
         return None
