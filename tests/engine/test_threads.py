@@ -10,10 +10,11 @@ import torch
 
 import dsd_fast as dsd
 from dsd_fast.engine import Engine
+from dsd_fast.models.prompts import as_tokens, tokenize
 from dsd_fast.unet import UNetProgram
 from dsd_fast.unet.stream import HEADROOM
 from tests.engine.test_engine import PROMPTS, latents
-from tests.tiny import load_tiny_lora, tiny_pipeline
+from tests.tiny import load_tiny_lora, tiny_pipeline, tiny_tokenizer
 
 EARLY = "down-level1-repeat0-vit-out"
 ROUNDS = 3
@@ -124,3 +125,27 @@ def test_answers_are_those_of_one_after_the_other(model, hurried):
         assert len(answers) == ROUNDS
         assert all(torch.equal(answer, want[key]) for answer in answers), key
     assert {value for layers in Engine(model).adapters.strengths() for [(_, value)] in layers.values()} == {0.5}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_tokenizers_are_for_one_thread_at_a_time(hurried, count):
+    tokenizer = tiny_tokenizer()
+    limit = tokenizer.model_max_length
+    texts = PROMPTS * 16
+    want, length, wrong = tokenize(tokenizer, texts, limit)[0], len(as_tokens(tokenizer, PROMPTS[0]).input_ids), []
+
+    def padded():
+        for _ in range(40):
+            wrong.extend([] if torch.equal(tokenize(tokenizer, texts, limit)[0], want) else ["padded"])
+
+    def bare():
+        for _ in range(40):
+            wrong.extend([] if len(as_tokens(tokenizer, PROMPTS[0]).input_ids) == length else ["bare"])
+
+    threads = [threading.Thread(target=padded if number % 2 else bare, daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong

@@ -1,6 +1,7 @@
 """Adapters through PEFT: equal to diffusers, and active only during the calls of the plan they belong to."""
 
 import copy
+import threading
 import warnings
 
 import peft
@@ -13,7 +14,7 @@ from dsd_fast.unet import UNetProgram
 from dsd_fast.unet.adapters import acting_tensors, stack, strengths_by_layer
 from dsd_fast.unet.refusals import UnsupportedNetworkError
 from dsd_fast.unet.stream import HEADROOM
-from tests.tiny import CROSS_ATTENTION_DIM, POOLED_DIM, load_tiny_lora, tiny_pipeline, tiny_unet
+from tests.tiny import ADAPTERS, CROSS_ATTENTION_DIM, POOLED_DIM, load_tiny_lora, put_adapter, tiny_pipeline, tiny_unet
 
 
 class Adapted:
@@ -242,39 +243,10 @@ def test_tensors_that_act_are_those_of_the_plain_network_and_of_active_adapters(
     assert all(not torch.equal(fused[f"{path}.weight"], want[f"{path}.weight"]) for path in layers)
 
 
-# Of each way there is to hold an adapter: in dictionaries of parameters, in modules with buffers, without a strength,
-# and as a copy of the whole module.
-KINDS = {
-    "loha": lambda: peft.LoHaConfig(r=2, alpha=8, target_modules=["to_k", "to_v", "conv1"], init_weights=False),
-    "oft": lambda: peft.OFTConfig(oft_block_size=4, r=0, target_modules=["to_k", "to_v"], init_weights=False),
-    "ia3": lambda: peft.IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[], init_ia3_weights=False),
-    "dora": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=["to_k", "to_v"], init_lora_weights=False),
-    "modules_to_save": lambda: peft.LoraConfig(
-        r=2,
-        target_modules=["mid_block.attentions.0.proj_in"],
-        modules_to_save=["to_k", "conv_out"],
-        init_lora_weights=False,
-    ),
-}
 SIZE = {"latents": 1, "texts": 1, "rows": 1, "height": 16, "width": 16, "tokens": 5}
 
 
-def put_kind(network, kind, name="x"):
-    """An adapter of that kind whose weights are no first weights any more; its tensors."""
-    bare = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        torch.manual_seed(0)
-        peft.inject_adapter_in_model(KINDS[kind](), network, name)
-        new = {key: tensor for key, tensor in network.named_parameters() if id(tensor) not in bare}
-        with torch.no_grad():
-            for tensor in new.values():
-                tensor.add_(0.05 * torch.randn(tensor.shape))
-    network.eval().requires_grad_(False)
-    return new
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.newest
 def test_an_adapter_of_any_kind_is_switched_and_noticed(kind):
     unet = tiny_unet("sd15").eval()
@@ -284,7 +256,7 @@ def test_an_adapter_of_any_kind_is_switched_and_noticed(kind):
     plain = {name: tensor.clone() for name, tensor in all_tensors(unet)}
     with torch.no_grad():
         bare = unet(latents, 300, states).sample
-        new = put_kind(unet, kind)
+        new = put_adapter(unet, kind)
         adapted = unet(latents, 300, states).sample
         program = UNetProgram(unet)
         free, x, off = (program.plan(noise_pred=True, adapter=names) for names in (None, "x", ()))
@@ -330,10 +302,10 @@ def paths(network):
 def test_adapters_of_two_kinds_around_one_layer():
     unet = tiny_unet("sd15").eval()
     latents, states = torch.randn(1, 4, 16, 16), torch.randn(1, 5, CROSS_ATTENTION_DIM["sd15"])
-    inner = put_kind(unet, "oft", "a")
+    inner = put_adapter(unet, "oft", "a")
     with torch.no_grad():
         want = unet(latents, 300, states).sample
-        outer = put_kind(unet, "loha", "x")
+        outer = put_adapter(unet, "loha", "x")
         program = UNetProgram(unet)
         both, a = (program.plan(noise_pred=True, adapter=names) for names in (("a", "x"), "a"))
         assert len(list(stack(program.attention(both.key_layers[0]).to_k))) == 2
@@ -366,10 +338,32 @@ def test_what_cannot_be_switched_is_refused_by_name():
     plan = UNetProgram(taken_out).plan(noise_pred=True, adapter=())
     with pytest.raises(ValueError, match="adapter: 'x' was made with init_lora_weights='pissa'"):
         plan.flops(**SIZE)
-    unet = adapted(KINDS["modules_to_save"]())
+    unet = adapted(ADAPTERS["modules_to_save"]())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft.inject_adapter_in_model(KINDS["modules_to_save"](), unet, "y")
+        peft.inject_adapter_in_model(ADAPTERS["modules_to_save"](), unet, "y")
     program = UNetProgram(unet)
     with pytest.raises(ValueError, match="adapter: 'x' and 'y' each replace a whole module"):
         program.plan(noise_pred=True, adapter=("x", "y")).flops(**SIZE)
+
+
+def test_what_another_thread_compiles_changes_no_call(monkeypatch):
+    unet = tiny_unet("sd15").eval()
+    put_adapter(unet, "loha")
+    latents, states = torch.randn(2, 4, 16, 16), torch.randn(2, 5, CROSS_ATTENTION_DIM["sd15"])
+    a, b = (UNetProgram(unet).plan(features=["down-level0-repeat0-vit-out"], adapter=names) for names in ("x", ()))
+    text = a.encode_text(states)
+    # Of the process: torch puts it up for as long as any thread compiles.
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        b.run(latents, 0, text)
+    with pytest.raises(ValueError, match="text_index: values from 0 to 2"):
+        a.run(latents, 0, text, text_index=[0, 2])
+    a.run(latents, 0, text, checkpoint=True)
+    with a.active():
+        alone = threading.Thread(target=b.encode_text, args=(states,), daemon=True)
+        alone.start()
+        alone.join(0.1)
+        assert alone.is_alive()
+    alone.join(60)
+    assert not alone.is_alive()
