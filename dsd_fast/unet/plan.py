@@ -74,7 +74,7 @@ class Plan(Cut):
         return self._adapter.names
 
     def active(self) -> AbstractContextManager[None]:
-        """Inside the ``with`` block the network is under the plan's adapters."""
+        """Inside the ``with`` block the network is under the plan's adapters; threads that want others wait."""
         return self._adapter.active()
 
     def compile(self, runtime: str = "inductor") -> Plan:

