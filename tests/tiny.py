@@ -11,10 +11,13 @@ level), "sdxl" (Euler with leading spacing, factor-2 VAE, two text encoders, poo
 import functools
 import json
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -207,6 +210,37 @@ def load_tiny_lora(pipe: Any, family: str, folder: Path, seed: int = 0, rank: in
     # Offline, older diffusers wants a folder and a name instead of a file.
     file = save_tiny_lora(family, folder, seed, rank)
     pipe.load_lora_weights(file.parent, weight_name=file.name, **options)
+
+
+# Of each way there is to hold an adapter: in dictionaries of parameters, in modules with buffers, without a strength,
+# and as a copy of the whole module.
+ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "loha": lambda: peft.LoHaConfig(r=2, alpha=8, target_modules=["to_k", "to_v", "conv1"], init_weights=False),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, r=0, target_modules=["to_k", "to_v"], init_weights=False),
+    "ia3": lambda: peft.IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[], init_ia3_weights=False),
+    "dora": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=["to_k", "to_v"], init_lora_weights=False),
+    "modules_to_save": lambda: peft.LoraConfig(
+        r=2,
+        target_modules=["mid_block.attentions.0.proj_in"],
+        modules_to_save=["to_k", "conv_out"],
+        init_lora_weights=False,
+    ),
+}
+
+
+def put_adapter(network: nn.Module, kind: str, name: str = "x") -> dict[str, Tensor]:
+    """Puts an adapter of that kind whose weights are no first weights any more into a network; its parameters."""
+    bare = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        torch.manual_seed(0)
+        peft.inject_adapter_in_model(ADAPTERS[kind](), network, name)
+        new = {key: tensor for key, tensor in network.named_parameters() if id(tensor) not in bare}
+        with torch.no_grad():
+            for tensor in new.values():
+                tensor.add_(0.05 * torch.randn(tensor.shape))
+    network.eval().requires_grad_(False)
+    return new
 
 
 def trained_like(module: nn.Module, seed: int) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.models import Model, PromptStates
-from dsd_fast.models.prompts import token_limit
+from dsd_fast.models.prompts import as_tokens, token_limit
 
 
 class EncodedPrompt(NamedTuple):
@@ -55,7 +55,7 @@ def _pieces(model: Model, prompt: str) -> list[str]:
     limit = token_limit(model.tokenizers, model.text_encoders)
 
     def fits(text: str) -> bool:
-        return all(len(tokenizer(text, verbose=False)["input_ids"]) <= limit for tokenizer in model.tokenizers)
+        return all(len(as_tokens(tokenizer, text)["input_ids"]) <= limit for tokenizer in model.tokenizers)
 
     if fits(prompt):
         return [prompt]

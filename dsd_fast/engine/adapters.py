@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from dsd_fast.unet.adapters import AdapterScope, Signature, active_strengths, adapter_names
+from dsd_fast.models.tuners import adapter_names
+from dsd_fast.unet.adapters import AdapterScope, Signature, strengths_by_layer
 
 
 class Adapters:
@@ -56,15 +57,17 @@ class Adapters:
     def active(self, *, texts_only: bool = False) -> Iterator[None]:
         """Put the networks, or the text encoders alone, under these adapters inside the ``with`` block.
 
+        Calls of other threads under other adapters wait for its end, and it for theirs.
+
         Raises:
-            ValueError: an adapter is fused into the weights, so that it cannot be switched.
+            ValueError: an adapter that cannot be switched, see :meth:`AdapterScope.active`.
         """
         with ExitStack() as entered:
             for scope in self._scopes[int(texts_only) :]:
                 entered.enter_context(scope.active())
             yield
 
-    def strengths(self) -> list[list[tuple[str, float]]]:
-        """Tell the active adapters of each part and, of the first layer that has it, the strength of each."""
+    def strengths(self) -> list[dict[str, list[tuple[str, float]]]]:
+        """Tell of each part which adapters act where and how strongly, see :func:`strengths_by_layer`."""
         with self.active():
-            return [active_strengths(part) for part in self._parts]
+            return [strengths_by_layer(part) for part in self._parts]

@@ -27,7 +27,7 @@ from dsd_fast.models.load import (
     resolve_dtype,
     weight_patterns,
 )
-from dsd_fast.models.prompts import token_limit
+from dsd_fast.models.prompts import as_tokens, token_limit
 
 QUALITY = "high quality, best quality, highly realistic, masterpiece"
 """The words that the official code adds to every prompt."""
@@ -187,7 +187,7 @@ def _fitting(model: Model, words: list[str], tail: str) -> list[str]:
 
 def _num_tokens(model: Model, text: str) -> int:
     """Start and end tokens included."""
-    return max(len(tokenizer(text, verbose=False).input_ids) for tokenizer in model.tokenizers)
+    return max(len(as_tokens(tokenizer, text).input_ids) for tokenizer in model.tokenizers)
 
 
 def _limit(model: Model) -> int:

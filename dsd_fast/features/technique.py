@@ -17,8 +17,8 @@ class Technique:
         name: in tables and pictures; made of the parts unless given.
         prompts: one prompt for all images, or one each, instead of the request's.
         controls: ControlNets, whose residuals are summed.
-        adapter: names of the LoRA adapters active, in the UNet and the text encoders, () for none; None leaves the
-            model as it stands.
+        adapter: names of the adapters active, PEFT's of any kind, in the UNet and the text encoders, () for none; None
+            leaves the model as it stands.
         denoise_from: noise the image to this timestep and denoise it from there to each timestep asked for, instead of
             noising it to those timesteps.
         denoise_steps: network calls of the way down to each timestep; None: one way through every timestep for all.

@@ -32,13 +32,13 @@ class Matcher:
     A pair's score depends on the pair, the model and the configuration alone: not on what else is scored, nor on
     the order. Images may be any number: they are streamed. Of the captions the text states are held in host memory.
     The network's activations and the texts' keys stay within the configuration's budget; one image in the VAE may need
-    more.
+    more. Several threads may score at once, with this matcher or with others of the model under other adapters.
 
     Args:
         model: from :func:`dsd_fast.load` or :func:`dsd_fast.from_pipeline`.
         config: see :class:`MatchConfig`.
-        adapter: names of LoRA adapters active while this matcher scores, in the UNet and the text encoders, () for
-            none; None leaves the model as it stands.
+        adapter: names of adapters, PEFT's of any kind, active while this matcher scores, in the UNet and the text
+            encoders, () for none; None leaves the model as it stands.
 
     Raises:
         ValueError: a setting that does not fit the model.

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_une
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
 from dsd_fast.models.prompts import PromptStates, encode_prompts
+from dsd_fast.models.tuners import standing
 
 
 class Model:
@@ -180,7 +182,10 @@ class Model:
         Raises:
             ValueError: `prompts` is a str or holds something else than str, or a prompt is longer than the limit.
         """
-        with own_types(self.device):
+        with ExitStack() as entered:
+            entered.enter_context(own_types(self.device))
+            for encoder in self.text_encoders:
+                entered.enter_context(standing(encoder))
             return encode_prompts(self.tokenizers, self.text_encoders, prompts)
 
     def encode_unconditional(self) -> PromptStates:

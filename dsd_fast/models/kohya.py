@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsd_fast.models.errors import ModelError
+from dsd_fast.models.tuners import tuner_layers
 
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 _UNET = "lora_unet_"
@@ -137,6 +138,9 @@ def _text_names(encoder: Any) -> Iterator[tuple[str, str]]:
 
 def _layer_paths(network: Any) -> Iterator[str]:
     """Paths of the linear layers and convolutions; of one with an adapter that of the adapted whole."""
+    layers = dict(tuner_layers(network))
     for path, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in path:
-            yield path.removesuffix(".base_layer")
+        bare = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        inside = any(path[:end] in layers for end, sign in enumerate(path) if sign == ".")
+        if isinstance(bare, nn.Linear | nn.Conv2d) and not inside:
+            yield path

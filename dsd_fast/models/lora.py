@@ -17,6 +17,7 @@ from dsd_fast.models.errors import ModelError, first_line
 from dsd_fast.models.hub import download_file
 from dsd_fast.models.kohya import KohyaLora, from_kohya, is_kohya
 from dsd_fast.models.private import private
+from dsd_fast.models.tuners import adapter_names
 
 _DEFAULT_NAME = "pytorch_lora_weights.safetensors"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -47,7 +48,7 @@ def load_lora(
     if not name or "." in name:
         raise ModelError(f"adapter name is {name!r}, expected a non-empty name without a dot")
     networks = (unet, *text_encoders)
-    if any(name in getattr(network, "peft_config", {}) for network in networks):
+    if any(name in adapter_names(network) for network in networks):
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
     file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
     what = f"LoRA {str(file)!r}"
@@ -151,7 +152,7 @@ def lora_layers(unet: Any, name: str) -> dict[str, Any]:
     if name not in configs:
         raise ModelError(f"the UNet has no adapter {name!r}; it has {', '.join(sorted(configs)) or 'none'}")
     found = {path: layer for path, layer in unet.named_modules() if name in getattr(layer, "lora_A", ())}
-    plain = found and not getattr(configs[name], "modules_to_save", None)
+    plain = found and configs[name].peft_type == "LORA" and not getattr(configs[name], "modules_to_save", None)
     if not plain or any(name in layer.lora_variant or layer.lora_B[name].bias is not None for layer in found.values()):
         raise ModelError(f"adapter {name!r} is of another kind than plain LoRA, such as DoRA or LoRA with biases")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dsd_fast.models.prompts import tokenize
+from dsd_fast.models.prompts import as_tokens, tokenize
 
 Span = tuple[int, int]
 
@@ -43,7 +43,7 @@ def token_offsets(tokenizers: Sequence[Any], text: str, limit: int) -> list[Span
 
 def _spelled_out(tokenizer: Any, text: str) -> tuple[list[int], list[Span | None]]:
     """Ids and offsets of the text as written, learned tokens of several vectors repeated vector by vector."""
-    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    encoded = as_tokens(tokenizer, text, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids: list[int] = []
     offsets: list[Span | None] = []
     parts = zip(encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)

@@ -1,5 +1,6 @@
 """Prompts to the text states that a UNet attends to, as the stock pipelines compute them."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from dsd_fast.models.errors import ModelError
 
 # Bounds the activations of the text encoders for long lists of prompts.
 _PROMPTS_AT_ONCE = 256
+# transformers keeps the padding of a call in the tokenizer, so that two threads would mix theirs.
+_TOKENIZING = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +98,22 @@ def tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tens
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    # Spells a learned token of several vectors out into its several tokens, as stock pipelines do.
-    texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
-    encoded = tokenizer(texts, padding="max_length", max_length=limit, truncation=False, verbose=False)
+    with _TOKENIZING:
+        # Spells a learned token of several vectors out into its several tokens, as stock pipelines do.
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
+        encoded = as_tokens(tokenizer, texts, padding="max_length", max_length=limit, truncation=False)
     for index, mask in enumerate(encoded["attention_mask"]):
         if sum(mask) > limit:
             raise ModelError(
                 f"prompts[{index}] has {sum(mask)} tokens, expected at most {limit}, start and end tokens included"
             )
     return torch.tensor(encoded["input_ids"], device="cpu"), torch.tensor(encoded["attention_mask"], device="cpu")
+
+
+def as_tokens(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
+    """What a tokenizer makes of texts, one thread at a time."""
+    with _TOKENIZING:
+        return tokenizer(texts, verbose=False, **options)
 
 
 def _encode(text_encoders: Sequence[Any], tokens: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:

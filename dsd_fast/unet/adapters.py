@@ -1,16 +1,28 @@
-"""Adapters (LoRA through PEFT) that belong to a plan and are active only during its calls."""
+"""Adapters (PEFT's, of every kind) that belong to a plan and are active only during its calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import Tensor
+
+from dsd_fast.models.tuners import (
+    LayerSetting,
+    Setting,
+    adapter_names,
+    is_wrapper,
+    kinds,
+    put,
+    standing,
+    strengths_of,
+    tuner_layers,
+)
+
 Signature = tuple[Any, ...]
-# An adapted layer, its active adapters, whether they are disabled, strengths.
-LayerSetting = tuple[Any, str | list[str], bool, dict[str, float]]
-Setting = list[LayerSetting]
+# Ways to make a LoRA that take its matrices out of the weights.
+_TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterScope:
@@ -28,8 +40,8 @@ class AdapterScope:
     def __init__(self, network: Any, names: str | Sequence[str] | None) -> None:
         self._network = network
         self.names = None if names is None else (names,) if isinstance(names, str) else tuple(names)
-        self._scaling: dict[Any, dict[str, float]] = {}
-        if self.names is None:
+        self._strengths: dict[Any, dict[str, dict[str, float]]] = {}
+        if not self.names:
             return
         known = adapter_names(network)
         for name in self.names:
@@ -37,84 +49,75 @@ class AdapterScope:
                 raise ValueError(
                     f"adapter: the network has no adapter {name!r}; it has {', '.join(sorted(known)) or 'none'}"
                 )
-        for layer in _tuner_layers(network):
-            self._scaling[layer] = {name: layer.scaling[name] for name in self.names if name in layer.scaling}
+        for _, layer in tuner_layers(network):
+            self._strengths[layer] = {
+                attribute: {name: numbers[name] for name in self.names if name in numbers}
+                for attribute, numbers in strengths_of(layer).items()
+            }
 
     @property
     def identity(self) -> Signature:
         """Equal for scopes of one network that make the same adapters active, equally strong."""
-        return self.names, tuple(tuple(sorted(each.items())) for each in self._scaling.values())
+        strengths = (numbers for own in self._strengths.values() for numbers in own.values())
+        return self.names, tuple(tuple(sorted(numbers.items())) for numbers in strengths)
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """The chosen adapters inside the ``with`` block, the network's own again after it, whatever happens.
 
+        Other threads' calls see nothing of it; see :func:`dsd_fast.models.tuners.standing`.
+
         Raises:
-            ValueError: an adapter is fused into the weights, so that it cannot be switched.
+            ValueError: an adapter that cannot be switched: it is fused into the weights, or was taken out of them.
         """
         if self.names is None:
-            yield
-            return
-        layers = _unfused_layers(self._network)
-        names = self.names
-        with under([(layer, list(names), not names, self._scaling.get(layer, {})) for layer in layers]):
-            yield
+            return standing(self._network)
+        return standing(self._network, _chosen(self._network, self.names, self._strengths))
 
 
-def setting(network: Any) -> Setting:
-    """How a network's adapters are set now."""
-    return [_setting(layer) for layer in _tuner_layers(network)]
+def activate(network: Any, names: Sequence[str]) -> None:
+    """From now on exactly these adapters are active, at the strength they have.
 
-
-@contextmanager
-def under(wanted: Setting) -> Iterator[None]:
-    """Adapters set as they were or shall be inside the ``with`` block, and as they are after it, whatever happens."""
-    before = [_setting(layer) for layer, *_ in wanted]
-    # Most often all stand as they shall, and writing to a module is slow.
-    changed = [(given, now) for given, now in zip(wanted, before, strict=True) if given != now]
-    try:
-        for given, _ in changed:
-            _put(*given)
-        yield
-    finally:
-        for _, now in changed:
-            _put(*now)
+    Raises:
+        ValueError: as :meth:`AdapterScope.active`.
+    """
+    put(_chosen(network, names, {}))
 
 
 def active_names(network: Any) -> tuple[str, ...]:
     """The adapters active on a network, in order; what single layers have besides is not told apart."""
-    layers = [layer for layer in _tuner_layers(network) if not layer.disable_adapters]
+    layers = [layer for _, layer in tuner_layers(network) if not layer.disable_adapters]
     return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
 
-def active_strengths(network: Any) -> list[tuple[str, float]]:
-    """The active adapters and, of the first layer that has it, the strength of each."""
-    found: dict[str, float] = {}
-    for layer in _tuner_layers(network):
-        if not layer.disable_adapters:
-            for name in layer.active_adapters:
-                if name in layer.scaling:
-                    found.setdefault(name, float(layer.scaling[name]))
-    return list(found.items())
+def acting(layer: Any) -> list[str]:
+    """The adapters that count in a layer of PEFT's now, in order; of those fused into the weights none."""
+    if layer.disable_adapters or layer.merged_adapters:
+        return []
+    own, active = layer._get_available_adapters(), layer.active_adapters
+    if is_wrapper(layer):
+        # It takes the first, and none where one is active that it does not have.
+        return list(active[:1]) if own.issuperset(active) else []
+    return [name for name in active if name in own]
 
 
 def adapter_strengths(*networks: Any) -> Signature:
     """The strengths of all adapters of networks, layer by layer, active or not."""
-    return tuple(tuple(sorted(layer.scaling.items())) for network in networks for layer in _tuner_layers(network))
+    layers = (layer for network in networks for _, layer in tuner_layers(network))
+    return tuple(tuple(sorted(numbers.items())) for layer in layers for numbers in strengths_of(layer).values())
 
 
 def strengths_by_layer(network: Any) -> dict[str, list[tuple[str, float]]]:
-    """Path of each layer → the adapters that act there now, in order, and the strength of each.
+    """Path of each adapted module → the adapters that act there now, in order, and the strength of each.
 
-    Layers where none acts are left out, and so is what is fused into the weights.
+    An adapter of a kind without a strength has 1. Modules where none acts are left out, and so is what is fused into
+    the weights.
     """
-    found = {}
-    for path, layer in _named_tuner_layers(network):
-        if not layer.disable_adapters and not layer.merged:
-            found[path] = [
-                (name, float(layer.scaling[name])) for name in layer.active_adapters if name in layer.scaling
-            ]
-    return {path: strengths for path, strengths in found.items() if strengths}
+    found: dict[str, list[tuple[str, float]]] = {}
+    for path, layer in tuner_layers(network):
+        for name in acting(layer):
+            numbers = (own[name] for own in strengths_of(layer).values() if name in own)
+            found.setdefault(path.replace(".base_layer", ""), []).append((name, float(next(numbers, 1.0))))
+    return found
 
 
 def strengths_summary(layers: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, list[float]]:
@@ -126,51 +129,69 @@ def strengths_summary(layers: Mapping[str, Sequence[tuple[str, float]]]) -> dict
     return {name: sorted(each) for name, each in found.items()}
 
 
-def acting_tensors(network: Any) -> Iterator[tuple[str, Any]]:
+def acting_tensors(network: Any) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers that count now, by the names that they have without adapters.
 
     Those of adapters that do not act are left out: a network that has such adapters gives what it gave without them.
     """
-    layers = {path for path, _ in _named_tuner_layers(network)}
-    acting = strengths_by_layer(network)
-    named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-    for name, tensor in chain(*named):
-        # As "to_q.lora_A.<adapter>.weight" and "to_q.base_layer.weight", where it was "to_q.weight".
-        path, _, rest = name.partition(".lora_")
-        if path in layers and rest.split(".")[1] not in dict(acting.get(path, ())):
+    return _acting_tensors(network, "", kinds())
+
+
+def _acting_tensors(module: Any, prefix: str, layers: tuple[type, ...]) -> Iterator[tuple[str, Tensor]]:
+    names = acting(module) if isinstance(module, layers) else None
+    if names is None or names:
+        yield from _tensors(module, prefix)
+    for key, child in module._modules.items():
+        if child is None:
             continue
-        path, _, rest = name.partition(".base_layer.")
-        yield f"{path}.{rest}" if path in layers else name, tensor
+        if names is None:
+            yield from _acting_tensors(child, f"{prefix}{key}.", layers)
+        elif hasattr(child, "keys"):
+            # As "to_q.lora_A.<adapter>.weight".
+            for name in names:
+                yield from _entry(child, name, f"{prefix}{key}.{name}")
+        else:
+            # As "to_q.base_layer.weight", where it was "to_q.weight".
+            yield from _acting_tensors(child, prefix, layers)
 
 
-def activate(network: Any, names: Sequence[str]) -> None:
-    """From now on exactly these adapters are active, at the strength they have.
-
-    Raises:
-        ValueError: an adapter is fused into the weights, so that it cannot be switched.
-    """
-    for layer in _unfused_layers(network):
-        _put(layer, list(names), not names, {})
+def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """A module's own, those of its children aside."""
+    for tensors in (module._parameters, module._buffers):
+        yield from ((f"{prefix}{name}", tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
-def adapter_names(network: Any) -> set[str]:
-    """The names of the adapters a network has."""
-    return set(getattr(network, "peft_config", None) or {})
+def _entry(container: Any, name: str, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors that a dictionary of modules, parameters or buffers has of an adapter."""
+    if name not in container:
+        return
+    held = container[name]
+    if isinstance(held, Tensor):
+        yield path, held
+        return
+    for key, module in held.named_modules(prefix=path):
+        yield from _tensors(module, f"{key}.")
+
+
+def stack(module: Any) -> Iterator[Any]:
+    """The layers of PEFT's that stand around a module, from without: adapters of two kinds make two."""
+    while isinstance(module, kinds()):
+        layer: Any = module
+        yield layer
+        if not is_wrapper(layer):
+            module = layer.get_submodule("base_layer")
+        elif hasattr(layer, "modules_to_save") and (names := acting(layer)):
+            module = layer.modules_to_save[names[0]]
+        else:
+            module = layer.original_module
 
 
 def signature(modules: Sequence[Any]) -> Signature:
     """What adapters do to ``modules`` now: equal signatures mean equally adapted layers, down to the weights' state."""
-    result: list[Signature] = []
-    for module in modules:
-        merged: Signature = ()
-        active: Signature = ()
-        if hasattr(module, "lora_A"):
-            merged = tuple(module.merged_adapters)
-            if not module.disable_adapters:
-                names = [name for name in module.active_adapters if name in module.lora_A]
-                active = tuple((name, module.scaling[name], *_state(module, name)) for name in names)
-        result.append((merged, active))
-    return tuple(result)
+    return tuple(
+        tuple((tuple(layer.merged_adapters), tuple(_state(layer, name) for name in acting(layer))) for layer in layers)
+        for layers in map(stack, modules)
+    )
 
 
 def version(tensor: Any) -> tuple[int, int]:
@@ -178,39 +199,35 @@ def version(tensor: Any) -> tuple[int, int]:
     return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
-def _state(module: Any, name: str) -> Signature:
-    """Identity and version of an adapter's weights: another file or an optimiser's step changes one of them."""
-    return version(module.lora_A[name].weight), version(module.lora_B[name].weight)
+def _state(layer: Any, name: str) -> Signature:
+    """An adapter's strength in a layer and the state of its weights: another file or an optimiser's step changes it."""
+    strengths = tuple(numbers.get(name) for numbers in strengths_of(layer).values())
+    containers = (child for child in layer._modules.values() if hasattr(child, "keys"))
+    return name, strengths, tuple(version(tensor) for child in containers for _, tensor in _entry(child, name))
 
 
-def _setting(layer: Any) -> LayerSetting:
-    return layer, layer._active_adapter, layer._disable_adapters, dict(layer.scaling)
-
-
-def _put(layer: Any, adapter: str | list[str], disabled: bool, scaling: Mapping[str, float]) -> None:
-    # Not layer.set_adapter(): that also changes which parameters are trainable.
-    layer._active_adapter = adapter
-    layer._disable_adapters = disabled
-    layer.scaling.update(scaling)
-
-
-def _unfused_layers(network: Any) -> list[Any]:
-    layers = list(_tuner_layers(network))
+def _chosen(network: Any, names: Sequence[str], strengths: Mapping[Any, Mapping[str, Mapping[str, float]]]) -> Setting:
+    """Exactly these adapters, as strong as is said."""
+    layers = [layer for _, layer in tuner_layers(network)]
     fused = sorted({name for layer in layers for name in layer.merged_adapters})
     if fused:
         raise ValueError(f"adapter: {', '.join(fused)} is fused into the weights; call unfuse_lora() first")
-    return layers
+    for name, config in (getattr(network, "peft_config", None) or {}).items():
+        made = getattr(config, "init_lora_weights", None)
+        if name not in names and isinstance(made, str) and made.startswith(_TAKEN_OUT):
+            raise ValueError(
+                f"adapter: {name!r} was made with init_lora_weights={made!r}, which takes it out of the weights, so "
+                "that it cannot be switched off; name it, or convert it to a plain LoRA as PEFT's documents say"
+            )
+    return [_of_layer(layer, names, strengths.get(layer, {})) for layer in layers]
 
 
-def _tuner_layers(network: Any) -> Iterator[Any]:
-    return (layer for _, layer in _named_tuner_layers(network))
-
-
-def _named_tuner_layers(network: Any) -> Iterator[tuple[str, Any]]:
-    if not adapter_names(network):
-        return
-    from peft.tuners.lora import LoraLayer
-
-    for path, module in network.named_modules():
-        if isinstance(module, LoraLayer):
-            yield path, module
+def _of_layer(layer: Any, names: Sequence[str], strengths: Mapping[str, Mapping[str, float]]) -> LayerSetting:
+    own = layer._get_available_adapters()
+    active = [name for name in names if name in own]
+    if len(active) > 1 and is_wrapper(layer):
+        raise ValueError(
+            f"adapter: {' and '.join(map(repr, active))} each replace a whole module ({type(layer).__name__} around "
+            f"{type(layer.original_module).__name__}), expected one of them"
+        )
+    return LayerSetting(layer, active, not active, strengths)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dsd_fast.unet.adapters import setting, under
+from dsd_fast.models.tuners import own_backward, setting, standing
 from dsd_fast.unet.network import Network
 
 # Runs a function of tensors: call(function, *arguments).
@@ -31,10 +31,11 @@ class Checkpoints:
     """
 
     def __init__(self, network: Network) -> None:
-        self._weights = network.weights
+        self._module, self._weights = network.module, network.weights
         self._written = self._weights.written()
-        self._adapters = setting(network.module)
+        self._adapters = setting(self._module)
         self._checked: int | None = None
+        own_backward()
 
     def around(self, call: Call | None) -> Call:
         """``call`` with a checkpoint around it; None: the function is simply called."""
@@ -72,5 +73,5 @@ class Checkpoints:
                 "and its backward pass, which computes activations again; do so after it"
             )
         self._checked = current
-        with under(self._adapters):
+        with standing(self._module, self._adapters):
             yield

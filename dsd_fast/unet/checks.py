@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common.host import as_tensor
+from dsd_fast.kernels.common.library import traced
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.network import Network
@@ -26,7 +27,7 @@ def index(name: str, value: Index, count: int | None, limit: int, device: torch.
         raise ValueError(f"{name}: got {tuple(given.shape)} {given.dtype}, expected a list of integers")
     if count is not None and len(given) != count:
         raise ValueError(f"{name}: got {len(given)} entries, expected {count}")
-    if not torch.compiler.is_compiling() and len(given):
+    if not traced() and len(given):
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= limit:
             raise ValueError(f"{name}: values from {low} to {high}, expected 0 to {limit - 1}")
@@ -112,7 +113,7 @@ def text(cut: Cut, value: TextKV | None) -> None:
     missing += [name for name in cut.value_layers if name not in value.v]
     if missing:
         raise ValueError(f"text: encoded by a plan that does not run {missing[0]!r}; use this plan's encode_text")
-    if not torch.compiler.is_compiling():
+    if not traced():
         given = value.signature or {}
         if any(given.get(name, now) != now for name, now in cut.signatures().items()):
             raise ValueError(

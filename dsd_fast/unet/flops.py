@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dsd_fast.models.tuners import is_wrapper
+from dsd_fast.unet.adapters import acting, stack
 from dsd_fast.unet.step import Size, area
 
 
@@ -14,15 +16,27 @@ def base_layer(module: Any) -> Any:
 
 
 def _adapters(module: Any) -> Iterator[tuple[Any, Any]]:
-    """The (down, up) layers of the adapters that are active and not merged into the weight."""
-    if hasattr(module, "lora_A") and not module.disable_adapters and not module.merged:
-        for name in module.active_adapters:
-            if name in module.lora_A:
-                yield module.lora_A[name], module.lora_B[name]
+    """The (down, up) layers of the adapters that act; those that only multiply values one by one count as nothing.
+
+    Raises:
+        ValueError: an adapter of a kind whose cost is not known.
+    """
+    for layer in stack(module):
+        # A module that replaces another costs what base_layer, which looks through to it, does.
+        for name in () if is_wrapper(layer) else acting(layer):
+            kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
+            if kind == "lora" and name in layer.lora_A and name not in layer.lora_variant:
+                yield layer.lora_A[name], layer.lora_B[name]
+            elif kind != "ia3":
+                kind = type(layer.lora_variant[name]).__name__ if kind == "lora" else kind
+                raise ValueError(
+                    f"adapter: what {name!r} costs is not known, an adapter of the kind {kind!r}; count without it, by "
+                    "a plan with adapter=()"
+                )
 
 
 def linear_flops(module: Any, positions: int) -> int:
-    """A linear layer at ``positions`` positions, with its active LoRA."""
+    """A linear layer at ``positions`` positions, with the LoRA that acts."""
     layer = base_layer(module)
     total: int = 2 * positions * layer.in_features * layer.out_features
     for down, up in _adapters(module):
@@ -31,7 +45,7 @@ def linear_flops(module: Any, positions: int) -> int:
 
 
 def conv_flops(module: Any, size: Size) -> int:
-    """A convolution that writes an image of ``size``, with its active LoRA."""
+    """A convolution that writes an image of ``size``, with the LoRA that acts."""
     layer = base_layer(module)
     total = _conv(layer, size)
     for down, up in _adapters(module):

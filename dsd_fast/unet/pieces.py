@@ -18,6 +18,7 @@ from torch.nn.modules import module as every
 
 from dsd_fast.kernels.add_layer_norm import add_layer_norm
 from dsd_fast.kernels.common.elementwise import prefers_native
+from dsd_fast.kernels.common.library import traced
 from dsd_fast.kernels.geglu import geglu
 from dsd_fast.kernels.geglu.op import NAME as GATE
 from dsd_fast.kernels.geglu.op import native as native_gate
@@ -119,7 +120,7 @@ CALLED, _DIRECT, _NATIVE = Layers(False), Layers(True), Layers(True, True)
 
 def layers_of(weights: Weights, device: torch.device) -> Layers:
     """The fastest for an eager run of a network now."""
-    if torch.compiler.is_compiling() or not (_functions_serve() and weights.plain()):
+    if traced() or not (_functions_serve() and weights.plain()):
         return CALLED
     if device.type == "cpu" and not torch.is_grad_enabled() and prefers_native(NORM) and prefers_native(GATE):
         return _NATIVE
@@ -143,7 +144,7 @@ def side_by_side(x: Tensor, modules: Mapping[str, Any], names: Sequence[str]) ->
     Only in compiled code on a GPU: on a CPU it gains nothing. The weights are joined in every call: a joined copy that
     is kept would miss what is written to them past torch's notice, as PEFT does when it merges an adapter.
     """
-    if not (_fuses(x) and torch.compiler.is_compiling()):
+    if not (_fuses(x) and traced()):
         return None
     layers = [modules[name] for name in names]
     if not all(_is(layer, nn.Linear) and layer.bias is None for layer in layers):

@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.library import traced
 from dsd_fast.unet import checks
 from dsd_fast.unet.adapters import AdapterScope
 from dsd_fast.unet.checks import Index, Residuals
@@ -73,7 +74,7 @@ class Plan(Cut):
         return self._adapter.names
 
     def active(self) -> AbstractContextManager[None]:
-        """Inside the ``with`` block the network is under the plan's adapters."""
+        """Inside the ``with`` block the network is under the plan's adapters; threads that want others wait."""
         return self._adapter.active()
 
     def compile(self, runtime: str = "inductor") -> Plan:
@@ -163,7 +164,7 @@ class Plan(Cut):
             RuntimeError: in the backward pass of a run with ``checkpoint``, when a weight was written to, or an adapter
                 was added, deleted, fused or unfused since the run.
         """
-        if torch.compiler.is_compiling():
+        if traced():
             checks.not_checkpointed(checkpoint)
         else:
             self.network.check()

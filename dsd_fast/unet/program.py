@@ -40,8 +40,8 @@ class UNetProgram(Network):
             noise_pred: whether the model's output is returned.
             pool: how a score is pooled over positions: "mean", "max", or a temperature τ > 0 for
                 τ·log mean exp(score/τ).
-            adapter: names of the adapters active during the plan's calls; () for none; None leaves the network as
-                it stands at each call.
+            adapter: names of the adapters active during the plan's calls, PEFT's of any kind; () for none; None leaves
+                the network as it stands at each call. Calls of several threads see nothing of each other's.
 
         Raises:
             ValueError: an unknown id (with the nearest legal ones), nothing asked for, a bad ``pool`` or ``adapter``.

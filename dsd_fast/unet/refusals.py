@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as every_module
 
+from dsd_fast.models.tuners import is_wrapper
 from dsd_fast.unet.flops import base_layer
 from dsd_fast.unet.shipped import CALLS, is_shipped, of_library, reached, told
 
@@ -188,6 +189,12 @@ class Bypassed:
     def _know(self, path: str, module: Any, names: tuple[str, ...]) -> None:
         """Refuse a module that is not what one of diffusers' classes makes of a supported configuration."""
         stock = next((kind for kind in _classes(*names) if isinstance(module, kind)), None)
+        if stock is None and is_wrapper(module):
+            raise UnsupportedNetworkError(
+                f"{path}: an adapter replaces the whole {type(module.original_module).__name__} (PEFT's "
+                "modules_to_save), which the program would not see come and go; expected one that replaces layers inside "
+                "of it"
+            )
         if stock is None:
             expected = " or ".join(names)
             raise UnsupportedNetworkError(f"{path}: {told(module)} is not supported, expected diffusers' {expected}")

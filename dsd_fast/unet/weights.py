@@ -7,8 +7,9 @@ from itertools import chain, repeat
 from operator import contains
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dsd_fast.models.tuners import kinds, strengths_of
 from dsd_fast.unet.adapters import version
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,12 +46,13 @@ class Weights:
                 layer.disable_adapters,
                 tuple(layer.active_adapters),
                 tuple(layer.merged_adapters),
-                tuple(layer.scaling.items()),
+                tuple(tuple(numbers.items()) for numbers in strengths_of(layer).values()),
             )
             for layer in self._adapted
         )
         assert self._tree is not None
-        return tuple(self._tree), tuple(p.data_ptr() for p in self._tensors()), adapters, self._network.training
+        addresses = tuple(tensor.data_ptr() for tensor in self._tensors(buffers=True))
+        return tuple(self._tree), addresses, adapters, self._network.training
 
     def written(self) -> Hashable:
         """Equal while the same weights are there, none was written to, and the same adapters are merged into them."""
@@ -82,16 +84,20 @@ class Weights:
     def _walk(self) -> None:
         modules = list(self._network.modules())
         self._parents = [module._modules for module in modules if module._modules]
-        self._parameters = [module._parameters for module in modules if module._parameters]
+        # Adapters of some kinds are entries of dictionaries, which are empty before the first.
+        self._parameters = [m._parameters for m in modules if m._parameters or isinstance(m, nn.ParameterDict)]
         self._count = sum(map(len, self._parameters))
+        self._buffers = [module._buffers for module in modules if module._buffers]
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
         self._own = [module.__dict__ for module in modules]
-        self._adapted = [module for module in modules if hasattr(module, "lora_A")]
+        sought = kinds()
+        self._adapted: list[Any] = [module for module in modules if isinstance(module, sought)]
         self._tree = self._children()
 
     def _children(self) -> list[Any]:
         # The modules, not their ids, which others would be given once these are gone.
         return list(chain.from_iterable([children.values() for children in self._parents]))
 
-    def _tensors(self) -> Iterator[Tensor]:
-        return (p for parameters in self._parameters for p in parameters.values() if p is not None)
+    def _tensors(self, buffers: bool = False) -> Iterator[Tensor]:
+        held = chain(self._parameters, self._buffers) if buffers else self._parameters
+        return (p for tensors in held for p in tensors.values() if p is not None)

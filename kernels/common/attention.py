@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common import backend
+from dsd_fast.kernels.common.library import traced
 
 # Logits held at once. On a CPU 4 MiB of float32, a core's share of the last-level cache; a GPU needs far more of them
 # to be busy.
@@ -136,7 +137,7 @@ def check_index(name: str, index: Tensor, shape: tuple[int, ...], limit: int) ->
     if index.shape != shape or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}: got {tuple(index.shape)} {index.dtype}, expected {shape} of int32 or int64")
     # Values on the GPU were checked on the host before their upload; reading them here would stall the stream.
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+    if index.device.type == "cpu" and index.numel() and not traced():
         low, high = (int(x) for x in torch.aminmax(index))
         if low < 0 or high >= limit:
             raise ValueError(f"{name}: values from {low} to {high}, expected 0 to {limit - 1}")

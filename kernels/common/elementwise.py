@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common import backend, native
-from dsd_fast.kernels.common.library import unseen
+from dsd_fast.kernels.common.library import traced, unseen
 
 
 def runs_triton(device: str, dtype: torch.dtype) -> bool:
@@ -36,7 +36,7 @@ def runs_native(operator: str, *inputs: Tensor | None) -> bool:
     """
     return (
         all(x is None or (x.dtype is torch.float32 and x.is_cpu) for x in inputs)
-        and not torch.compiler.is_compiling()
+        and not traced()
         and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
         and unseen(*inputs)
         and prefers_native(operator)

@@ -58,3 +58,11 @@ def without_none(results: Sequence[Tensor | None], wanted: Sequence[bool], like:
         result if asked and result is not None else like.new_empty(0)
         for result, asked in zip(results, wanted, strict=True)
     )
+
+
+def traced() -> bool:
+    """Whether torch.compile or torch.export traces this call: torch's own flag is up in every thread meanwhile."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    # An export without Dynamo runs the call itself, under modes that are the thread's.
+    return torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0

@@ -24,7 +24,7 @@ from dsd_fast.kernels.common.attention import (
     rows_texts,
 )
 from dsd_fast.kernels.common.autograd import check_transforms
-from dsd_fast.kernels.common.library import operator, unseen, without_none
+from dsd_fast.kernels.common.library import operator, traced, unseen, without_none
 from dsd_fast.kernels.cross_attention_score import reference
 
 NAME = "cross_attention_score"
@@ -252,7 +252,7 @@ def cross_attention_score(
         scale = width**-0.5 if width else 1.0
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias))
     inputs = (q, k, v, text_index, text_length, key_bias, score_mask, heads, float(scale), mean, save)
-    if torch.compiler.is_compiling():
+    if traced():
         out, score, _ = _FORWARD(*inputs)
     elif save:
         out, score, _ = _Differentiable.apply(*inputs)

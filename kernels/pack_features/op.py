@@ -8,7 +8,7 @@ from torch import Tensor
 from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import check_index
 from dsd_fast.kernels.common.autograd import check_transforms
-from dsd_fast.kernels.common.library import operator
+from dsd_fast.kernels.common.library import operator, traced
 from dsd_fast.kernels.pack_features import reference
 
 NAME = "pack_features"
@@ -83,6 +83,6 @@ def _check(x: Tensor, out: Tensor, rows: Tensor, mode: str) -> Tensor:
     if rows.device not in (x.device, torch.device("cpu")):
         raise ValueError(f"rows: on {rows.device}, expected {x.device} like x, or the CPU")
     rows = check_index("rows", rows, (x.shape[0],), out.shape[0])
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows.unique()) < len(rows):
+    if rows.device.type == "cpu" and not traced() and len(rows.unique()) < len(rows):
         raise ValueError(f"rows: got {rows.tolist()}, expected no row twice")
     return rows

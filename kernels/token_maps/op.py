@@ -21,7 +21,7 @@ from dsd_fast.kernels.common.attention import (
     rows_texts,
 )
 from dsd_fast.kernels.common.autograd import check_transforms
-from dsd_fast.kernels.common.library import operator, without_none
+from dsd_fast.kernels.common.library import operator, traced, without_none
 from dsd_fast.kernels.token_maps import reference
 
 NAME = "token_maps"
@@ -180,7 +180,7 @@ def token_maps(
     check_per_key("key_bias", key_bias, k, real_dtype(q))
     check_transforms(NAME, q, k, key_bias)
     inputs = (q, k, tokens, text_index, text_length, key_bias, heads, float(scale))
-    if torch.compiler.is_compiling():
+    if traced():
         maps: Tensor = _FORWARD(*inputs)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, key_bias)):
         maps = _Differentiable.apply(*inputs)

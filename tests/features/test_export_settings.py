@@ -12,8 +12,11 @@ import dsd_fast as dsd
 from dsd_fast.features.export import extract_to, job_settings
 from dsd_fast.images.canny import canny
 from dsd_fast.models.controlnet import Control, load_controlnet
+from dsd_fast.models.errors import ModelError
+from dsd_fast.models.tuners import tuner_layers
 from dsd_fast.unet.adapters import activate
 from tests.features.test_export import LAYERS
+from tests.tiny import put_adapter
 
 
 @pytest.fixture
@@ -179,3 +182,17 @@ def test_a_condition_without_a_lasting_name_is_refused_in_a_job(model, tmp_path)
         with pytest.raises(ValueError, match=r"controls\[1\]: condition is .*, which a later run could not tell"):
             extract_to(extractor, tmp_path / "out", [])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["loha", "ia3", "modules_to_save"])
+def test_an_adapter_of_any_kind_counts_where_it_acts(model, kind):
+    plain = settings(model)
+    put_adapter(model.unet, kind)
+    on = settings(model)
+    assert differing(plain, on) == {"weights", "adapters", "adapter_strengths"}
+    assert on["adapters"]["unet"] == {"x": {"loha": [4.0], "ia3": [1.0]}.get(kind, [1.0, 4.0])}
+    for _, layer in tuner_layers(model.unet):
+        layer._disable_adapters = True
+    assert settings(model) == plain
+    with pytest.raises(ModelError, match="adapter name 'x' is taken"):
+        model.load_lora("mini", "x")

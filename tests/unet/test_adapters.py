@@ -1,15 +1,20 @@
-"""LoRA through PEFT: equal to diffusers, and active only during the calls of the plan it belongs to."""
+"""Adapters through PEFT: equal to diffusers, and active only during the calls of the plan they belong to."""
 
 import copy
+import threading
+import warnings
 
+import peft
 import pytest
 import torch
 
 from dsd_fast.jobs.ids import all_tensors
+from dsd_fast.models.tuners import tuner_layers
 from dsd_fast.unet import UNetProgram
-from dsd_fast.unet.adapters import acting_tensors, strengths_by_layer
+from dsd_fast.unet.adapters import acting_tensors, stack, strengths_by_layer
+from dsd_fast.unet.refusals import UnsupportedNetworkError
 from dsd_fast.unet.stream import HEADROOM
-from tests.tiny import CROSS_ATTENTION_DIM, POOLED_DIM, load_tiny_lora, tiny_pipeline
+from tests.tiny import ADAPTERS, CROSS_ATTENTION_DIM, POOLED_DIM, load_tiny_lora, put_adapter, tiny_pipeline, tiny_unet
 
 
 class Adapted:
@@ -236,3 +241,129 @@ def test_tensors_that_act_are_those_of_the_plain_network_and_of_active_adapters(
     fused = dict(acting_tensors(case.unet))
     assert fused.keys() == want.keys()
     assert all(not torch.equal(fused[f"{path}.weight"], want[f"{path}.weight"]) for path in layers)
+
+
+SIZE = {"latents": 1, "texts": 1, "rows": 1, "height": 16, "width": 16, "tokens": 5}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.newest
+def test_an_adapter_of_any_kind_is_switched_and_noticed(kind):
+    unet = tiny_unet("sd15").eval()
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=g)
+    states = torch.randn(2, 5, CROSS_ATTENTION_DIM["sd15"], generator=g)
+    plain = {name: tensor.clone() for name, tensor in all_tensors(unet)}
+    with torch.no_grad():
+        bare = unet(latents, 300, states).sample
+        new = put_adapter(unet, kind)
+        adapted = unet(latents, 300, states).sample
+        program = UNetProgram(unet)
+        free, x, off = (program.plan(noise_pred=True, adapter=names) for names in (None, "x", ()))
+        for plan, want in ((free, adapted), (x, adapted), (off, bare), (free, adapted)):
+            got = plan.run(latents, 300, plan.encode_text(states)).noise_pred
+            assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max())
+    assert float((adapted - bare).abs().max()) > 1e-2
+    # What it costs is known, or refused by the kind; products of single values are not counted.
+    count = off.flops(**SIZE)
+    if kind in ("ia3", "modules_to_save"):
+        assert x.flops(**SIZE) - count == (0 if kind == "ia3" else 2 * 4 * 2 * (32 + 32))
+    else:
+        with pytest.raises(ValueError, match=f"(?i)adapter: what 'x' costs is not known, .*{kind}"):
+            x.flops(**SIZE)
+    # By name and value, what counts without the adapter is the plain network.
+    with off.active():
+        acting = dict(acting_tensors(unet))
+        assert strengths_by_layer(unet) == {}
+    assert acting.keys() == plain.keys()
+    assert all(torch.equal(acting[name], tensor) for name, tensor in plain.items())
+    acting = dict(acting_tensors(unet))
+    assert new.keys() <= acting.keys()
+    strengths = strengths_by_layer(unet)
+    assert {name for layer in strengths.values() for name, _ in layer} == {"x"}
+    # Keys are of the adapter as it was.
+    key = next(name for name in new if f"{paths(unet)[program.attention(x.key_layers[0])]}.to_k." in name)
+    text = x.encode_text(states)
+    x.run(latents, 300, text)
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        off.run(latents, 300, text)
+    before = program.weights.written()
+    with torch.no_grad():
+        new[key].add_(0.01)
+    assert program.weights.written() != before
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        x.run(latents, 300, text)
+
+
+def paths(network):
+    return {module: path for path, module in network.named_modules()}
+
+
+def test_adapters_of_two_kinds_around_one_layer():
+    unet = tiny_unet("sd15").eval()
+    latents, states = torch.randn(1, 4, 16, 16), torch.randn(1, 5, CROSS_ATTENTION_DIM["sd15"])
+    inner = put_adapter(unet, "oft", "a")
+    with torch.no_grad():
+        want = unet(latents, 300, states).sample
+        outer = put_adapter(unet, "loha", "x")
+        program = UNetProgram(unet)
+        both, a = (program.plan(noise_pred=True, adapter=names) for names in (("a", "x"), "a"))
+        assert len(list(stack(program.attention(both.key_layers[0]).to_k))) == 2
+        close(a.run(latents, 300, a.encode_text(states)).noise_pred, want)
+        with both.active():
+            close(both.run(latents, 300, both.encode_text(states)).noise_pred, unet(latents, 300, states).sample)
+            strengths = strengths_by_layer(unet)
+            layers = {path.replace(".base_layer", "") for path, _ in tuner_layers(unet)}
+    assert strengths.keys() == layers
+    assert {tuple(name for name, _ in layer) for layer in strengths.values()} == {("x", "a"), ("x",)}
+    # Either's weights count in what was encoded.
+    for new in (inner, outer):
+        text = both.encode_text(states)
+        with torch.no_grad():
+            next(tensor for name, tensor in new.items() if "attn2.to_k" in name).add_(1)
+        with pytest.raises(ValueError, match="text: encoded under another adapter"):
+            both.run(latents, 0, text)
+
+
+def test_what_cannot_be_switched_is_refused_by_name():
+    def adapted(config):
+        unet = tiny_unet("sd15").eval()
+        peft.inject_adapter_in_model(config, unet, "x")
+        return unet
+
+    whole = adapted(peft.LoraConfig(target_modules=["to_q"], modules_to_save=["attn2"]))
+    with pytest.raises(UnsupportedNetworkError, match=r"attn2: an adapter replaces the whole Attention"):
+        UNetProgram(whole)
+    taken_out = adapted(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="pissa"))
+    plan = UNetProgram(taken_out).plan(noise_pred=True, adapter=())
+    with pytest.raises(ValueError, match="adapter: 'x' was made with init_lora_weights='pissa'"):
+        plan.flops(**SIZE)
+    unet = adapted(ADAPTERS["modules_to_save"]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(ADAPTERS["modules_to_save"](), unet, "y")
+    program = UNetProgram(unet)
+    with pytest.raises(ValueError, match="adapter: 'x' and 'y' each replace a whole module"):
+        program.plan(noise_pred=True, adapter=("x", "y")).flops(**SIZE)
+
+
+def test_what_another_thread_compiles_changes_no_call(monkeypatch):
+    unet = tiny_unet("sd15").eval()
+    put_adapter(unet, "loha")
+    latents, states = torch.randn(2, 4, 16, 16), torch.randn(2, 5, CROSS_ATTENTION_DIM["sd15"])
+    a, b = (UNetProgram(unet).plan(features=["down-level0-repeat0-vit-out"], adapter=names) for names in ("x", ()))
+    text = a.encode_text(states)
+    # Of the process: torch puts it up for as long as any thread compiles.
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    with pytest.raises(ValueError, match="text: encoded under another adapter"):
+        b.run(latents, 0, text)
+    with pytest.raises(ValueError, match="text_index: values from 0 to 2"):
+        a.run(latents, 0, text, text_index=[0, 2])
+    a.run(latents, 0, text, checkpoint=True)
+    with a.active():
+        alone = threading.Thread(target=b.encode_text, args=(states,), daemon=True)
+        alone.start()
+        alone.join(0.1)
+        assert alone.is_alive()
+    alone.join(60)
+    assert not alone.is_alive()

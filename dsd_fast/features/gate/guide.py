@@ -23,7 +23,7 @@ from dsd_fast.features.shift_result import Floats
 from dsd_fast.features.technique import Technique
 from dsd_fast.images import to_picture
 from dsd_fast.metrics import bootstrap
-from dsd_fast.unet.adapters import adapter_names
+from dsd_fast.models.tuners import adapter_names
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.shift import Anchor, ShiftMeter, inputs_of
 from dsd_fast.features.technique import Technique
 from dsd_fast.jobs import weights_hash
-from dsd_fast.unet.adapters import strengths_by_layer, strengths_summary
+from dsd_fast.unet.adapters import strengths_summary
 
 if TYPE_CHECKING:
     from dsd_fast.images import ImageSource
@@ -104,8 +104,8 @@ def gate(
 
 def _settings(model: Model, technique: Technique) -> dict[str, Any]:
     """A technique's settings with the identity of its networks: the ControlNets' weights, the adapters' strengths."""
-    with Adapters(model.unet, model.text_encoders, technique.adapter).active():
-        strengths = [strengths_summary(strengths_by_layer(part)) for part in (model.unet, *model.text_encoders)]
+    adapters = Adapters(model.unet, model.text_encoders, technique.adapter)
+    strengths = [strengths_summary(layers) for layers in adapters.strengths()]
     found = technique.settings()
     controls = [
         {**control, "name": str(each.net.config.get("_name_or_path") or ""), "weights": weights_hash([each.net])}

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsd_fast.jobs import read_tensors, remove_stale, replacing, write_tensors
+from dsd_fast.jobs import read_tensors, remove_stale, replacing, row_id, write_tensors
 from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.learned import own_model, put_lora
 from dsd_fast.matching.score import PairScorer
+from dsd_fast.unet.adapters import strengths_summary
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -52,11 +53,13 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
         save_lora(model.unet, lora, folder / LORA)
     if scorer.prompt is not None:
         write_tensors(folder / PROMPT, {"prompt": scorer.prompt})
+    acting = others(scorer, lora)
     about = {
         "format": 1,
         "model": {"name": model.name, "revision": model.revision, "family": model.family},
         "adapter": adapter,
-        "strengths": others(scorer, lora),
+        "strengths": [strengths_summary(layers) for layers in acting],
+        "strengths_by_layer": row_id(json.dumps(acting)),
         "lora": lora is not None,
         "prompt": scorer.prompt is not None,
         # The budget is of the device that scores.
@@ -66,11 +69,13 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
         file.write(json.dumps(about, indent=2, allow_nan=False, default=plain).encode() + b"\n")
 
 
-def others(scorer: PairScorer, lora: str | None) -> list[list[list[str | float]]]:
-    """The adapters besides the matcher's own that its UNet and its text encoders are under: [name, strength] each."""
-    return [
-        [[name, strength] for name, strength in found if name != lora] for found in scorer.engine.adapters.strengths()
-    ]
+def others(scorer: PairScorer, lora: str | None) -> list[dict[str, list[tuple[str, float]]]]:
+    """Which adapters besides the matcher's own act where in its UNet and its text encoders, and how strongly."""
+    parts = []
+    for layers in scorer.engine.adapters.strengths():
+        kept = {path: [each for each in layers[path] if each[0] != lora] for path in sorted(layers)}
+        parts.append({path: strengths for path, strengths in kept.items() if strengths})
+    return parts
 
 
 def plain(value: Any) -> Any:
@@ -96,9 +101,12 @@ def load(
     adapter = about["adapter"]
     adapter = tuple(adapter) if isinstance(adapter, list) else adapter
     base = PairScorer.of(model, replace(_config(about["config"]), memory_budget=memory_budget), adapter)
-    found = others(base, None)
-    if found != about["strengths"]:
-        warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {found}", stacklevel=3)
+    acting = others(base, None)
+    same = row_id(json.dumps(acting)) == about.get("strengths_by_layer")
+    if not same and any((*about["strengths"], *acting)):
+        now = [strengths_summary(layers) for layers in acting]
+        where = ", in other layers" if now == about["strengths"] else ""
+        warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {now}{where}", stacklevel=3)
     prompt = None
     if about["prompt"]:
         prompt, width = (

@@ -15,7 +15,8 @@ from torch.nn import Parameter
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.models.private import private
-from dsd_fast.unet.adapters import activate, active_names, adapter_names
+from dsd_fast.models.tuners import adapter_names
+from dsd_fast.unet.adapters import activate, active_names
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import dsd_fast as dsd
+from dsd_fast.jobs.ids import all_tensors
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
+from dsd_fast.unet.adapters import strengths_summary
 from tests.matching.fitting.parts import TEXTS, groups, learned, matcher, pictures, pipeline
-from tests.tiny import load_tiny_lora
+from tests.tiny import load_tiny_lora, put_adapter
 
 # Steps too small to be seen beside any number of float32.
 STILL = FitConfig(steps=1, learning_rate=1e-40, weight_decay=0.0)
@@ -44,7 +46,7 @@ def test_an_adapter_counts_as_strong_as_the_matcher_has_it(adapted, adapter, met
         own.fit(groups(), method, config=STILL, progress=False)
         if adapter is None:
             assert torch.equal(own._scorer.prompt, vectors)
-        assert own._scorer.engine.adapters.strengths() == [[("x", 0.5)], [("x", 0.5)]]
+        assert [strengths_summary(layers) for layers in own._scorer.engine.adapters.strengths()] == [{"x": [0.5]}] * 2
         return
     own.fit(groups(), method, config=STILL, progress=False)
     # Weights of heads come back from a quotient: to a unit in the last place.
@@ -124,3 +126,31 @@ def test_a_loss_that_is_no_number_ends_the_fit_by_its_step(tmp_path):
         )
     assert torch.equal(own.score(pictures(1), TEXTS), before)
     assert not (tmp_path / "matcher.json").exists()
+
+
+def test_a_fit_beside_an_adapter_of_another_kind(tmp_path):
+    pipe = pipeline()
+    put_adapter(pipe.unet, "loha", "y")
+    kept = {name: tensor.clone() for name, tensor in all_tensors(pipe.unet)}
+    own = matcher(pipe, "y")
+    want = own.score(pictures(1), TEXTS)
+    own.fit(groups(), config=STILL, progress=False)
+    assert torch.equal(own.score(pictures(1), TEXTS), want)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in all_tensors(pipe.unet))
+    own.save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = dsd.Matcher.load(tmp_path, dsd.from_pipeline(pipe))
+    assert torch.equal(again.score(pictures(1), TEXTS), want)
+
+
+def test_loading_where_an_adapter_acts_in_other_layers_warns(adapted, tmp_path):
+    parts = [{"unet": {"down": 1.0, "mid": one, "up": other}} for one, other in ((0.5, 0.25), (0.25, 0.5))]
+    adapted.set_adapters("x", [parts[0]])
+    own = matcher(adapted)
+    own.fit(groups(), "heads", config=STILL, progress=False)
+    own.save(tmp_path / "saved")
+    # The first layer is as strong as it was, and so are as many as were.
+    adapted.set_adapters("x", [parts[1]])
+    with pytest.warns(UserWarning, match="fitted under the adapters .*, in other layers"):
+        dsd.Matcher.load(tmp_path / "saved", dsd.from_pipeline(adapted))
