@@ -192,8 +192,7 @@ class Bypassed:
         if stock is None and is_wrapper(module):
             raise UnsupportedNetworkError(
                 f"{path}: an adapter replaces the whole {type(module.original_module).__name__} (PEFT's "
-                "modules_to_save), which the program would not see come and go; expected one that replaces layers inside "
-                "of it"
+                "modules_to_save), which the program would not see come and go; expected one that replaces layers in it"
             )
         if stock is None:
             expected = " or ".join(names)
