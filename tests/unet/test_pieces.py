@@ -166,19 +166,6 @@ def test_what_leaf_modules_are_is_computed(change, monkeypatch):
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
-def test_hooks_on_all_modules_of_the_process_are_called():
-    unet = tiny_unet("sd15")
-    convolutions = []
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda m, args: convolutions.append(m) if isinstance(m, torch.nn.Conv2d) else None
-    )
-    try:
-        run("sd15", unet)
-    finally:
-        handle.remove()
-    assert [convolutions[0], convolutions[-1]] == [unet.conv_in, unet.conv_out]
-
-
 @pytest.mark.parametrize(("backend_name", "native"), [("reference", False), ("cpu", True)])
 def test_the_compiled_library_serves_where_no_gradient_is_wanted(backend_name, native, monkeypatch):
     if not elementwise.prefers_native("geglu"):
