@@ -11,15 +11,18 @@ _UNITS = {
 """Type → what of :func:`torch.cpu.get_capabilities` multiplies and adds in it, on x86 and on ARM."""
 
 
+def units(dtype: torch.dtype) -> list[str]:
+    """Name the instructions of this processor that multiply and add in a type of 16 bits; none for other types."""
+    found = torch.cpu.get_capabilities()
+    return [unit for unit in _UNITS.get(dtype, ()) if found.get(unit, False)]
+
+
 def slow_on(dtype: torch.dtype, device: torch.device) -> str | None:
     """Say in a sentence that a network of that type is slow on that device; None where nothing is to be said.
 
     A CPU without units for a type of 16 bits converts every number to float32 and back.
     """
-    if device.type != "cpu" or dtype not in _UNITS:
-        return None
-    found = torch.cpu.get_capabilities()
-    if any(found.get(unit, False) for unit in _UNITS[dtype]):
+    if device.type != "cpu" or dtype not in _UNITS or units(dtype):
         return None
     name = str(dtype).removeprefix("torch.")
     return f"this processor has no {name} units: float32 is faster on it, and more exact"

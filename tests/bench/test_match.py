@@ -9,6 +9,7 @@ from dsd_fast.bench.measure import count_flops
 from dsd_fast.bench.suites import match, match_rungs
 from dsd_fast.bench.suites.shared import middles, mini, rivals
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+from dsd_fast.models.processor import units
 from dsd_fast.reference import matching as reference
 
 
@@ -132,9 +133,11 @@ def test_quality_is_how_often_the_reference_puts_the_true_caption_first(context,
 
 def test_types_are_compared_on_the_same_call(context):
     work = match._rows_types(2, context)
+    by = " and ".join(units(torch.bfloat16))
     assert [(side.name, side.dtype) for side in work.sides] == [
-        ("plan, keys made anew, float32", "float32"), ("plan, keys made anew, bfloat16", "bfloat16"),
-    ]  # fmt: skip
+        ("plan, keys made anew, float32", "float32"),
+        ("plan, keys made anew, bfloat16" + (f" by {by}" if by else ""), "bfloat16"),
+    ]
     right, result = (side.run() for side in work.sides)
     assert (right.dtype, result.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(right, match._latency(2, False, context).sides[1].run(), rtol=0, atol=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dsd_fast.bench.case import Context, Side, Work
 from dsd_fast.models import Model, load
 from dsd_fast.models.mini.scenes import Scene
+from dsd_fast.models.processor import units
 
 __all__ = [
     "BFLOAT16_TOLERANCE",
@@ -47,11 +48,16 @@ def mini(context: Context, dtype: str = "float32") -> Model:
 def of_types(side: Callable[[str], Side], **rest: Any) -> Work:
     """A job in each of :data:`DTYPES`: the side that is made for a type beside float32's, whose result is right.
 
+    A side on a CPU names the instructions that it has for its type.
+
     Args:
         side: makes it.
         rest: of the :class:`Work`.
     """
-    sides = [replace(each, name=f"{each.name}, {dtype}", dtype=dtype) for dtype in DTYPES for each in [side(dtype)]]
+    sides = []
+    for dtype in DTYPES:
+        made, by = side(dtype), " and ".join(units(getattr(torch, dtype)))
+        sides.append(replace(made, name=f"{made.name}, {dtype}" + (f" by {by}" if by else ""), dtype=dtype))
     return Work(sides=sides, oracle_name=sides[0].name, **rest)
 
 
