@@ -7,6 +7,7 @@ from functools import partial
 
 from benchmarks.suites import fit_ablation as ablation
 from benchmarks.suites import fit_batches as batches
+from benchmarks.suites import fit_dtype as dtypes
 from benchmarks.suites import fit_heads as heads
 from benchmarks.suites import fit_quality as quality
 from dsd_fast.bench.case import Group, Quality
@@ -59,6 +60,10 @@ GROUPS = [
         heads.GROUP,
         "How often a head's attention term by itself puts the caption above a negative of new scenes, zero-shot",
     ),
+    Group(
+        dtypes.GROUP,
+        f"bfloat16 beside float32: right answers after a fit of {dtypes.FIT.steps} steps to {dtypes.COUNT} examples",
+    ),
     Group("batch-mean", "Right answers of the official score, zero-shot, by convention"),
 ]
 CASES = [
@@ -66,6 +71,7 @@ CASES = [
     *_adapted(),
     *_ablation(),
     Quality("single-heads", heads.GROUP, heads.single_heads, long=True),
+    Quality("dtype/quality", dtypes.GROUP, dtypes.fits, long=True),
     Quality("batch-mean", "batch-mean", batches.batch_means, long=True),
 ]
 """What the suite ``fit`` has beside its speeds."""

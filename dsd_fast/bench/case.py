@@ -63,6 +63,7 @@ class Side:
         sizes: whatever else sets the cost, by name.
         bytes: that one run moves, where that is known.
         flops: of one run, where torch's counter cannot see them (compiled and replayed code); None has them counted.
+        dtype: of the bulk of its arithmetic, where that is not the work's.
         against: names of the sides that it is measured against, a record for each, with what it is meant to reach
             there. Empty: it is a baseline alone. None: against the side before it, so that sides form a ladder.
     """
@@ -73,6 +74,7 @@ class Side:
     sizes: Mapping[str, int] = field(default_factory=dict)
     bytes: int | None = None
     flops: int | None = None
+    dtype: str | None = None
     against: Mapping[str, Sequence[Target]] | None = None
 
 

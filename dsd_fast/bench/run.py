@@ -91,12 +91,12 @@ class Runner:
     def _speeds(self, case: Case) -> list[Record]:
         work = case.prepare(self.context)
         flops, differences = checked(work)
-        peaks = self._peaks_of(work.dtype)
+        peaks = [self._peaks_of(side.dtype or work.dtype) for side in work.sides]
         # The second call of each side; the first has paid for what later ones do not.
         memory = [measure.peak_memory(self.context.device, side.run) for side in work.sides]
         runs = [side.run for side in work.sides]
         samples = interleave(runs, self.repeats or case.repeats, self._timer_of(work.launches))
-        sides = [self._side(*each, peaks) for each in zip(work.sides, samples, flops, memory, strict=True)]
+        sides = [self._side(*each) for each in zip(work.sides, samples, flops, memory, peaks, strict=True)]
         comparisons, records = work.comparisons(), []
         for place, against, targets in comparisons:
             found = ratio(samples[against], samples[place])
@@ -117,7 +117,7 @@ class Runner:
                 subject=sides[place],
                 baseline=sides[against],
                 ratio=asdict(found),
-                peaks=peaks,
+                peaks=peaks[place],
             )
             if targets:
                 record["targets"] = _reached(targets, record)

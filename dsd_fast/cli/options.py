@@ -77,6 +77,9 @@ def parse_layers(given: Sequence[str] | None) -> str | tuple[str, ...]:
 
 # Those that a command may have without the rest of their group.
 Device = Annotated[str, typer.Option(rich_help_panel=MODEL_PANEL, help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(rich_help_panel=MODEL_PANEL, help="Of the networks: float32, float16, bfloat16 or float64.")
+]
 Timesteps = Annotated[
     str,
     typer.Option(
@@ -100,7 +103,7 @@ class ModelOptions(Options, panel=MODEL_PANEL):
 
     model: Annotated[str, typer.Option(help='"mini", a hub id, or a diffusers folder.')] = "mini"
     device: Device = "cpu"
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or float64.")] = "float32"
+    dtype: Dtype = "float32"
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, e.g. fp16.")] = None
     local_files_only: Annotated[
@@ -110,18 +113,22 @@ class ModelOptions(Options, panel=MODEL_PANEL):
     def load(self) -> "Model":
         """Calls :func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`.
 
+        A type that the processor has no units for is told there, too.
+
         Raises:
             CommandError: a file that cannot be read.
             ModelError, ValueError: no such model, or a setting that is not allowed.
         """
         from dsd_fast.models import load
+        from dsd_fast.models.processor import slow_on
 
         quiet_transformers()
         exact_products()
+        console = Console(stderr=True, style="dim", markup=False, highlight=False, soft_wrap=True)
         # Not a live display: the hub's own progress bars may follow.
-        Console(stderr=True).print(f"loading {printable(self.model)}", style="dim", markup=False, highlight=False)
+        console.print(f"loading {printable(self.model)}")
         try:
-            return load(
+            model = load(
                 self.model,
                 device=self.device,
                 dtype=self.dtype,
@@ -131,6 +138,10 @@ class ModelOptions(Options, panel=MODEL_PANEL):
             )
         except OSError as error:
             raise CommandError(f"model {self.model!r} cannot be read: {error}") from error
+        slow = slow_on(model.dtype, model.device)
+        if slow is not None:
+            console.print(f"{slow} (--dtype float32)")
+        return model
 
 
 class AdaptedModelOptions(ModelOptions):

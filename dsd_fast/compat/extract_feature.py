@@ -65,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--layer", help="JSON file of layer ids and booleans")
     add("--version", help="1-5, 2-1, xl (the default), pgv2 or mini; with --model it is found out")
     add("--model", help="instead of a version: mini, a folder in diffusers' layout, or a hub id")
-    add("--dtype", default="float16", choices=("float16", "float32"), help="of the networks; features are float16")
+    add(
+        "--dtype",
+        default="float16",
+        choices=("float16", "bfloat16", "float32"),
+        help="of the networks; features are float16",
+    )
     add("--device", help="cuda where there is one, else cpu")
     add("--offline_lora", help="folder or hub id of a LoRA; without a file name a whole model")
     add("--offline_lora_filename", help="file of the LoRA")
@@ -97,6 +102,7 @@ def _extractor(args: argparse.Namespace) -> FeatureExtractor:
     from dsd_fast.compat.feature_extractor import official_layers
     from dsd_fast.compat.versions import check_family, load_controls, load_other, load_version, version_of
     from dsd_fast.features import FeatureExtractor, Technique
+    from dsd_fast.models.processor import slow_on
     from dsd_fast.unet import UNetProgram
 
     for name in ("feature_resize", "batch_size"):
@@ -114,6 +120,9 @@ def _extractor(args: argparse.Namespace) -> FeatureExtractor:
         version = args.version or version_of(args.model, model)
         check_family(version, model)
         size = model.image_size if args.img_size is None else (args.img_size, args.img_size)
+    slow = slow_on(model.dtype, model.device)
+    if slow is not None:
+        print(f"{slow} (--dtype float32)", file=sys.stderr)
     return FeatureExtractor(
         model,
         official_layers(None if args.show_all_layers else args.layer, UNetProgram(model.unet)),

@@ -49,7 +49,7 @@ class FeatureExtractor:
         layer: id → whether it is wanted, or the path of such a JSON file; None or {}: every layer.
         version: "1-5", "2-1", "xl", "pgv2", or "mini", the model shipped with this package.
         device: where the model is loaded to, and for an external model where it must be.
-        dtype: "float16" or "float32", of the networks that are loaded; an external model keeps its own.
+        dtype: "float16", "bfloat16" or "float32", of the networks that are loaded; an external model keeps its own.
         img_size: side in pixels that images are resized to; 512 is usual for "1-5" and "2-1", 64 for "mini".
         offline_lora, offline_lora_filename: folder and file name of a LoRA; the folder alone is a whole model.
         feature_resize: features are made that many times smaller by adaptive average pooling, "attn" is not.

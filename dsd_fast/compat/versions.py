@@ -40,7 +40,7 @@ VERSIONS = {
 _UNSUPPORTED = ("pixart-sigma", "pixart-sigma-512", "pixart-alpha", "if", "hunyuan", "flux")
 
 _CONTROLS = {"canny": "lllyasviel/sd-controlnet-canny", "canny-xl": "diffusers/controlnet-canny-sdxl-1.0"}
-_DTYPES = ("float16", "float32")
+_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def version_named(name: str) -> Version:
@@ -60,7 +60,7 @@ def load_version(name: str, device: Device, dtype: str, lora: str | None, lora_f
     """A model by its official name, with the LoRA active.
 
     Args:
-        dtype: "float16" or "float32".
+        dtype: "float16", "bfloat16" or "float32".
         lora: with ``lora_filename`` the folder or hub id of a LoRA; without it a whole model that is loaded instead.
 
     Raises:

@@ -193,10 +193,14 @@ def guided(predict: Predict, scale: float) -> Predict:
         predict: given (2B, C, h, w), the same B latents twice, answers with the B unconditional outputs first and the B
             conditional ones after them, as diffusers orders them.
         scale: 1 is the conditional output alone; then the plain prediction of B rows is cheaper.
+
+    Returns:
+        A prediction in float32 at least: the scale would magnify what a rounded difference has lost.
     """
 
     def predict_guided(latents: Tensor, t: float) -> Tensor:
-        unconditional, conditional = predict(torch.cat([latents, latents]), t).chunk(2)
+        outputs = predict(torch.cat([latents, latents]), t)
+        unconditional, conditional = outputs.to(working_dtype(outputs)).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
     return predict_guided

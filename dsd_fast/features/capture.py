@@ -39,7 +39,8 @@ class Exit:
     def pack(self, x: Tensor, out: Tensor, rows: Tensor) -> None:
         """``x`` (B, C, h, w) into the rows of ``out`` (R, C', H, W)."""
         if self.pca is not None:
-            x = self.pca.transform(x)
+            # Rounded once, as it is written.
+            x = self.pca.transform(x.to(torch.promote_types(x.dtype, torch.float32)))
         pack_features(x, out, rows, mode=self.mode, normalize=self.normalize)
 
 

@@ -148,6 +148,7 @@ class Model:
         with own_types(weight.device):
             posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
         latents: Tensor = posterior.sample(generator) if sample else posterior.mean
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         shift, scale = self._latent_affine(latents)
         return ((latents - shift) * scale).to(self.dtype)
 
@@ -167,10 +168,10 @@ class Model:
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected (N, {self.latent_channels}, h, w)")
         vae = self._precise_vae()
         weight = next(vae.parameters())
-        latents = latents.to(weight.device, weight.dtype)
+        latents = latents.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         shift, scale = self._latent_affine(latents)
         with own_types(weight.device):
-            pixels: Tensor = vae.decode(latents / scale + shift).sample
+            pixels: Tensor = vae.decode((latents / scale + shift).to(weight.dtype)).sample
         return pixels.clamp(-1, 1).to(self.dtype)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:

@@ -139,6 +139,21 @@ def test_early_exit(block):
     assert work.comparisons() == [(2, 0, target), (2, 1, target)]
 
 
+def test_types_are_compared_layer_by_layer(monkeypatch):
+    monkeypatch.setattr(features, "IMAGES", 2)
+    monkeypatch.setattr(features, "TIMESTEPS", 2)
+    work = features._types(Context())
+    right, result = (side.run() for side in work.sides)
+    each = [
+        float((result[name].double() - right[name].double()).norm() / right[name].double().norm()) for name in right
+    ]
+    assert work.difference(result, right) == pytest.approx(max(each))
+    assert 1e-3 < max(each) <= work.tolerance
+    assert {value.dtype for value in result.values()} == {torch.bfloat16}
+    assert work.difference({}, right) == float("inf")
+    assert [side.dtype for side in work.sides] == ["float32", "bfloat16"]
+
+
 def test_the_share_of_writing_that_overlaps(job, monkeypatch):
     """By an own count of the spans that the timeline files hold."""
     shares, written = [], features.extract_to

@@ -4,18 +4,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 
-from benchmarks.suites import fit_ablation, fit_batches, fit_heads, fit_quality
+from benchmarks.suites import fit_ablation, fit_batches, fit_dtype, fit_heads, fit_quality
 from benchmarks.suites.intervals import interval
 from dsd_fast.bench import Context, Quality
-from dsd_fast.bench.suites import fit
+from dsd_fast.bench.run import checked
+from dsd_fast.bench.suites import fit, fit_steps
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import evaluate
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+from dsd_fast.models.processor import units
 
 # Two steps at rates at which they change answers.
 QUICK = FitConfig(steps=2, batch_size=3, learning_rate={"lora": 0.1, "heads": 2.0}, warmup=0)
@@ -220,6 +223,36 @@ def test_the_interval_draws_fits():
     assert interval(np.ones((3, 7), bool))[1:] == pytest.approx((1.0, 1.0))
 
 
+def test_fits_in_two_types_are_the_public_calls(context, monkeypatch):
+    monkeypatch.setattr(fit_dtype, "COUNT", 4)
+    figures = fit_dtype.fits(context, n=3, fit=QUICK)
+    values = []
+    for dtype in ("float32", "bfloat16"):
+        matcher = Matcher(mini(context, dtype), MatchConfig(timesteps=[500]))
+        matcher.fit(groups(800_000_000, 4, TRAINED), config=QUICK, progress=False)
+        assert matcher.model.dtype == getattr(torch, dtype)
+        values.append(evaluate(matcher, groups(EVAL_SEED, 3, TRAINED), resamples=1).figures["accuracy"].value)
+    assert [figure.value for figure in figures[:2]] == values
+    assert [(figure.n, figure.sizes) for figure in figures] == [(3, {"examples": 4, "steps": 2})] * 3
+    assert [figure.name.rpartition(", ")[2] for figure in figures[:2]] == ["float32", "bfloat16"]
+    # What is right in one alone is at least the difference of the shares.
+    assert figures[2].value <= 1 - abs(values[0] - values[1]) + 1e-9
+
+
+def test_a_step_in_bfloat16_is_held_against_float32s(context):
+    work = fit_steps.types(context)
+    by = " and ".join(units(torch.bfloat16))
+    assert [(side.name, side.dtype) for side in work.sides] == [
+        ("our step, float32", "float32"),
+        ("our step, bfloat16" + (f" by {by}" if by else ""), "bfloat16"),
+    ]
+    flops, (none, difference) = checked(work)
+    assert flops[0] == flops[1] > 0
+    assert none == 0.0
+    # That of bfloat16 and no more: a float32 network's would be below 1e-3.
+    assert 0.01 < difference <= work.tolerance
+
+
 def test_batch_means_are_those_of_evaluate(context):
     n = 8
     figures = {figure.name: figure for figure in fit_batches.batch_means(context, n=n)}
@@ -265,7 +298,7 @@ def test_the_suite_has_what_it_promises():
     trials += ["heads/attention", "lora/attention", "lora/noise"]
     adapted = [f"{trial}/{count}" for trial in trials for count in (16, 64, 256, 1024)]
     ablation = [f"ablation/{change.name}" for change in fit_ablation.CHANGES]
-    assert names == ["zero-shot", *adapted, *ablation, "single-heads", "batch-mean"]
+    assert names == ["zero-shot", *adapted, *ablation, "single-heads", "dtype/quality", "batch-mean"]
     # A run of all that is short does not wait for them.
     assert all(case.long for case in fit.suite.cases if isinstance(case, Quality))
     assert fit_quality.N >= 1000

@@ -9,6 +9,7 @@ from dsd_fast.bench.measure import count_flops
 from dsd_fast.bench.suites import match, match_rungs
 from dsd_fast.bench.suites.shared import middles, mini, rivals
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+from dsd_fast.models.processor import units
 from dsd_fast.reference import matching as reference
 
 
@@ -130,6 +131,46 @@ def test_quality_is_how_often_the_reference_puts_the_true_caption_first(context,
     assert figure.sizes == {"timesteps": 2}
 
 
+def test_types_are_compared_on_the_same_call(context):
+    work = match._rows_types(2, context)
+    by = " and ".join(units(torch.bfloat16))
+    assert [(side.name, side.dtype) for side in work.sides] == [
+        ("plan, keys made anew, float32", "float32"),
+        ("plan, keys made anew, bfloat16" + (f" by {by}" if by else ""), "bfloat16"),
+    ]
+    right, result = (side.run() for side in work.sides)
+    assert (right.dtype, result.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(right, match._latency(2, False, context).sides[1].run(), rtol=0, atol=0)
+    # Half a place of bfloat16 is 2e-3 of a value: more is the network's, less would be another type's.
+    assert 1e-3 < work.difference(result, right) <= work.tolerance
+
+
+def test_scores_of_types_are_compared(context, monkeypatch):
+    job = match._job
+    monkeypatch.setattr(match, "_job", lambda context, images, captions, *rest: job(context, 2, 3, *rest))
+    work = match._matcher_types(context)
+    right, result = (side.run() for side in work.sides)
+    wanted = dsd.Matcher(mini(context), dsd.MatchConfig(timesteps=4, official=True)).score(*pictures(2, 3))
+    assert torch.equal(right, wanted)
+    assert 1e-3 < work.difference(result, right) <= work.tolerance
+    assert [side.dtype for side in work.sides] == ["float32", "bfloat16"]
+
+
+def test_quality_in_two_types(context, monkeypatch):
+    monkeypatch.setattr(match, "SCENES", 6)
+    figures = match._quality_types(context)
+    first = []
+    for dtype in ("float32", "bfloat16"):
+        matcher = dsd.Matcher(mini(context, dtype), dsd.MatchConfig(timesteps=[250, 750]))
+        drawn = [scene(EVAL_SEED + i) for i in range(6)]
+        first.append([int(matcher.score([s.image], [s.caption, *rivals(s).values()]).argmax()) for s in drawn])
+    wanted = [*(places.count(0) / 6 for places in first), sum(map(int.__eq__, *first)) / 6]
+    assert [figure.value for figure in figures] == wanted
+    assert [figure.name for figure in figures] == [
+        "new scenes, float32", "new scenes, bfloat16", "new scenes, the same answer in both",
+    ]  # fmt: skip
+
+
 def test_the_suite_has_what_it_promises():
     cases = {case.name: case for case in match.suite.cases}
     assert {"headline", "headline-batched", "waterfall"} <= cases.keys()
@@ -140,7 +181,7 @@ def test_the_suite_has_what_it_promises():
     assert match.SCENES >= 1000
     # From 6 repeats on the interval of a ratio covers 95 %.
     assert all(case.repeats >= 6 for case in cases.values() if isinstance(case, Case))
-    assert all(isinstance(case, Quality) == name.startswith("quality/") for name, case in cases.items())
+    assert all(isinstance(case, Quality) == ("quality" in name.split("/")) for name, case in cases.items())
 
 
 def test_middles_are_those_of_equal_parts():

@@ -62,6 +62,22 @@ def test_a_record_of_speed_by_hand():
     assert record["versions"]["torch"] == torch.__version__
 
 
+def test_a_side_of_another_type_has_its_own_peak():
+    work = product()
+    own = dataclasses.replace(work, sides=[work.sides[0], dataclasses.replace(work.sides[1], dtype="bfloat16")])
+    made = Runner(
+        suite(case=Case("case", "product", lambda context: own)),
+        Context(),
+        repeats=1,
+        timer=lambda run: 1.0,
+        peaks=lambda dtype: {**PEAKS, "dtype": dtype, "matmul_flops": {"float32": 1e6, "bfloat16": 4e6}[dtype]},
+    )
+    ((record, _),) = made.run(made.suite.cases[-1])
+    assert record["peaks"]["dtype"] == "bfloat16"
+    assert record["baseline"]["matmul_share"] == pytest.approx(record["baseline"]["flops"] / 1e6)
+    assert record["subject"]["matmul_share"] == pytest.approx(record["subject"]["flops"] / 4e6)
+
+
 def test_each_rung_of_a_ladder_is_measured_against_the_one_before():
     records = run(suite(), "ladder", seconds=[8.0, 4.0, 1.0] * 2, repeats=2)
     assert [record["name"] for record in records] == ["ladder, in two halves", "ladder, at once"]

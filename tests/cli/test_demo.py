@@ -122,6 +122,24 @@ def test_words_that_point_and_the_page(cli, tmp_path, monkeypatch):
     assert f"{content['images'][2]['ranked'][0]['score']:.4f}" in page.text
 
 
+def test_another_type_is_told_beside_float32(cli, tmp_path):
+    done = cli("demo", "--scenes", 1, "--reference-scenes", 1, "--timesteps", "500,", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads((tmp_path / "demo/results.json").read_text())
+    assert content["settings"]["dtype"] == "bfloat16"
+    own = scene(EVAL_SEED)
+    captions = [own.caption, *own.negatives().values()]
+    wanted = reference.score(dsd.load("mini").to_pipeline(), [own.image], captions, timesteps=[500])[0]
+    rows = pq.read_table(tmp_path / "demo/scores.parquet").to_pylist()
+    scores, judged = (torch.tensor([row[name] for row in rows]) for name in ("score", "reference_score"))
+    torch.testing.assert_close(judged, wanted, rtol=1e-6, atol=1e-6)
+    compared = content["reference"]
+    assert compared["max_difference"] == pytest.approx(float((scores - judged).abs().max()))
+    # 16 bits show, and stay within what they explain.
+    assert 1e-4 < compared["max_difference"] <= compared["tolerance"]
+    assert f"differ by at most {compared['max_difference']:.1e}" in done.stdout
+
+
 def test_a_difference_from_the_reference_fails(cli, tmp_path, monkeypatch):
     right = reference.score
     monkeypatch.setattr(reference, "score", lambda *args, **kwargs: right(*args, **kwargs) + 1e-2)

@@ -1,10 +1,13 @@
 """`dsd-fast info`: its numbers are the program's own."""
 
 import json
+from inspect import signature
 
 import pytest
+import torch
 
 import dsd_fast as dsd
+from dsd_fast.cli.app import app
 from dsd_fast.matching import official_layers
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.unet import UNetProgram
@@ -122,3 +125,18 @@ def test_usage_errors_are_one_sentence(cli, arguments, message):
     done = cli("info", *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float16", True), ("float32", False)])
+def test_a_type_that_the_processor_lacks_is_told_in_a_sentence(cli, monkeypatch, dtype, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    done = cli("info", "--json", "--dtype", dtype)
+    assert json.loads(done.stdout)["components"]["unet"]["dtype"] == dtype
+    sentence = f"this processor has no {dtype} units: float32 is faster on it, and more exact (--dtype float32)"
+    assert done.stderr.splitlines() == ["loading mini", *([sentence] if said else [])]
+
+
+def test_every_command_that_loads_a_model_takes_its_type():
+    for command in app.registered_commands:
+        names = signature(command.callback).parameters
+        assert ("dtype" in names) == (command.callback.__name__ not in ("bench", "bench_docs"))

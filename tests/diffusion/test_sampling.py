@@ -200,6 +200,16 @@ def test_guidance_is_linear():
     torch.testing.assert_close(guided(predict, 3.0)(latents, 5), 4 * latents)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_guidance_magnifies_no_rounding(dtype):
+    latents, noise = (each.to(dtype) for each in batch())
+    found = guided(lambda both, t: torch.cat([latents, noise]), 7.5)(latents, 5)
+    assert found.dtype == torch.float32
+    right = latents.double() + 7.5 * (noise.double() - latents.double())
+    # Three roundings of float32 of numbers up to 7.5 (|u| + |c|).
+    torch.testing.assert_close(found.double(), right, rtol=0, atol=3 * 2**-24 * 7.5 * 8)
+
+
 def test_half_precision_stays_half_precision():
     z0, noise = (each.half() for each in batch())
     seen = []

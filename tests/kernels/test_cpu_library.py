@@ -8,6 +8,7 @@ import torch
 
 from dsd_fast.kernels.common import native
 from tests.kernels.attention import maps_written_out, written_out
+from tests.memory import allocations
 from tests.repository.processes import run_python
 
 if not native.load():
@@ -190,6 +191,30 @@ def test_the_output_is_rounded_to_the_nearest_even(dtype):
     out = ops.cross_attention_score(q, k, v, torch.arange(64), None, None, None, 1, 1.0, True, False)[0]
     want = ((v[:, :1].float() + v[:, 1:].float()) * 0.5).to(dtype)
     assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", ["forward", "backward", "maps"])
+def test_no_operand_of_16_bits_is_copied_to_32(call, dtype):
+    """What is allocated are the results: operands become floats a block at a time, in scratch that stays in cache."""
+    q, k, v, index, *_ = problem((2, 512, 2, 77, 2, 40), dtype, strided=True)
+    rest, chosen = (2, 0.16, True), torch.zeros(2, 3, dtype=torch.int64)
+    out, score, saved = ops.cross_attention_score(q, k, v, index, None, None, None, *rest, True)
+    calls = {
+        "forward": lambda: ops.cross_attention_score(q, k, v, index, None, None, None, *rest, True),
+        "backward": lambda: ops.cross_attention_score_backward(
+            out, score, q, k, v, index, None, None, None, saved, *rest
+        ),
+        "maps": lambda: ops.token_maps(q, k, chosen, index, None, None, 2, 0.16),
+    }
+    results = calls[call]()
+    results = (results,) if isinstance(results, torch.Tensor) else results
+    allocated = [size for size in allocations(calls[call]) if size > 0]
+    assert {value.dtype for value in results[:1]} == {torch.float32 if call == "maps" else dtype}
+    # Of each result what the allocator rounds it up by.
+    assert sum(allocated) <= sum(value.nbytes for value in results) + 64 * len(results)
+    # A copy would be seen.
+    assert 4 * q.numel() > 64 * len(results)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 3000.0])

@@ -193,6 +193,36 @@ def test_latents_are_shifted(config, shift, scale):
     torch.testing.assert_close(model.decode_latents(model.encode_images(x)), decoded, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"shift_factor": 0.3},
+        {"latents_mean": [0.1, -0.7, 0.3, 0.4], "latents_std": [1.1, 2.3, 0.7, 5.3]},
+    ],
+    ids=lambda config: next(iter(config), "scale"),
+)
+@torch.no_grad()
+def test_latents_of_16_bits_are_rounded_once(config, dtype):
+    pipe = tiny_pipeline("sd15")
+    pipe.to(dtype)
+    pipe.vae.register_to_config(**config)
+    model = dsd.from_pipeline(pipe)
+    x = pixels(pipe).to(dtype)
+    shift, std = (
+        torch.tensor(config.get(name) or default, dtype=torch.float64).view(1, -1, 1, 1)
+        for name, default in (("latents_mean", [config.get("shift_factor", 0.0)]), ("latents_std", [1.0]))
+    )
+    mean = pipe.vae.encode(x).latent_dist.mean.double()
+    found = model.encode_images(x)
+    # The nearest number of the type, but for what float32 cannot tell to be nearer.
+    half_a_place = torch.finfo(dtype).eps / 2 * (1 + 1e-3)
+    torch.testing.assert_close(found.double(), (mean - shift) * 0.18215 / std, rtol=half_a_place, atol=1e-6)
+    latents = found.double() / 0.18215 * std + shift
+    assert torch.equal(model.decode_latents(found), pipe.vae.decode(latents.to(dtype)).sample.clamp(-1, 1))
+
+
 @torch.no_grad()
 def test_sdxl_vae_runs_in_float32_where_float16_overflows():
     pipe = tiny_pipeline("sdxl")

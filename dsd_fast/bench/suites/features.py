@@ -14,7 +14,7 @@ from dsd_fast.bench.suites import features_exit as exits
 from dsd_fast.bench.suites import features_gpu as gpu
 from dsd_fast.bench.suites import features_rungs as rungs
 from dsd_fast.bench.suites.features_rungs import Job
-from dsd_fast.bench.suites.shared import middles, mini
+from dsd_fast.bench.suites.shared import BFLOAT16_TOLERANCE, middles, mini, of_types
 from dsd_fast.bench.timing import median_interval, quantile
 from dsd_fast.features.export import extract_to
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
@@ -35,14 +35,14 @@ TARGETS = {1: 4.0, 32: 1.5}
 """Images in a call of the reference → times faster than it."""
 
 
-def _job(context: Context, images: int, timesteps: int) -> Job:
+def _job(context: Context, images: int, timesteps: int, dtype: str = "float32") -> Job:
     """The first evaluation scenes on the mini model."""
 
     def make() -> Job:
         pictures = [scene(EVAL_SEED + i).image for i in range(images)]
-        return Job(mini(context), pictures, middles(timesteps))
+        return Job(mini(context, dtype), pictures, middles(timesteps))
 
-    return context.shared(f"features of {images}, {timesteps}", make)
+    return context.shared(f"features of {images}, {timesteps}, {dtype}", make)
 
 
 def _work(job: Job, sides: list[Side], oracle: Callable[[], Any] | None = None) -> Work:
@@ -86,6 +86,17 @@ def _waterfall(context: Context) -> Work:
     return _work(job, rungs.ladder(job))
 
 
+def _types(context: Context) -> Work:
+    return of_types(
+        lambda dtype: rungs.extractor_side(_job(context, IMAGES, TIMESTEPS, dtype)),
+        difference=rungs.relative_norm,
+        tolerance=BFLOAT16_TOLERANCE,
+        accuracy="largest relative difference of a layer",
+        item="image",
+        items=IMAGES,
+    )
+
+
 def overlap(job: Job) -> list[Figure]:
     """How much of the writing of features goes on while others are computed, the median share over a few runs.
 
@@ -119,6 +130,7 @@ suite = Suite(
     groups=[
         Group("extract", f"{IMAGES} images at {TIMESTEPS} timesteps, the practical layers of the mini model"),
         Group("waterfall", f"Where the speed comes from: 8 images, {TIMESTEPS} timesteps", plot="waterfall"),
+        Group("dtype", f"bfloat16 beside float32: {IMAGES} images at {TIMESTEPS} timesteps, the practical layers"),
         Group("early-exit", f"SD 1.5's network up to each up block, one row of {exits.SIDE} × {exits.SIDE} latents"),
         Group(
             "export",
@@ -137,6 +149,7 @@ suite = Suite(
             for batch in TARGETS
         ),
         Case("waterfall", "waterfall", _waterfall, devices=("cpu",)),
+        Case("dtype/extract", "dtype", _types),
         *(
             Case(f"early-exit/sd15/{block}", "early-exit", partial(exits.work, block), repeats=9, devices=("cpu",))
             for block in exits.LEVELS

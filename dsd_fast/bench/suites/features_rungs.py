@@ -150,6 +150,14 @@ def difference(result: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> flo
     return float(torch.stack(each).amax())
 
 
+def relative_norm(result: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """The largest norm of a feature's difference, relative to the feature's norm; infinite if ids differ."""
+    if result.keys() != right.keys():
+        return float("inf")
+    each = [(result[name].double() - value.double()).norm() / value.double().norm() for name, value in right.items()]
+    return float(torch.stack(each).amax())
+
+
 @torch.no_grad()
 def _stock(job: Job, batch: int) -> Features:
     text, found = states(job), Rows(job)

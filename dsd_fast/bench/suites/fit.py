@@ -38,7 +38,10 @@ suite = Suite(
             "step",
             "A step of adaptation to an image and five texts, a LoRA on all attention layers or on cross-attention",
         ),
+        Group(
+            "dtype", "bfloat16 beside float32: a step of adaptation to an image and five texts, all attention layers"
+        ),
         *_GROUPS,
     ],
-    cases=[*_steps(), *_CASES],
+    cases=[*_steps(), Case("dtype/step", "dtype", steps.types, repeats=15), *_CASES],
 )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dsd_fast.bench.case import Context, Side, Target, Work
-from dsd_fast.bench.suites.shared import mini
+from dsd_fast.bench.suites.shared import BFLOAT16_TOLERANCE, mini, of_types
 from dsd_fast.bench.suites.unet_networks import random_pipeline
 from dsd_fast.diffusion import NoiseSchedule
 from dsd_fast.matching import FitConfig, Group, MatchConfig
@@ -30,6 +30,8 @@ GRADIENT_TOLERANCE = 5e-4
 """A float32 prediction is off by some 1e-5 of its norm. The loss is a difference of nearly equal scores, whose
 gradients cancel but for a tenth: 1e-4 of what is left, on either side, which is how far both are from float64. That
 makes 2e-4, and as much again for other batches and memory layouts."""
+BFLOAT16_GRADIENT_TOLERANCE = 20 * BFLOAT16_TOLERANCE
+"""The same tenfold loss, beside float32's gradient, and as much again for what each batch rounds its own way."""
 RANK = 4
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LAYERS: Mapping[str, Sequence[str]] = {"all": ("attn1", "attn2"), "cross": ("attn2",)}
@@ -187,6 +189,18 @@ def work(make: Callable[[Context], Step], context: Context) -> Work:
     )
 
 
+def types(context: Context) -> Work:
+    """Our step in bfloat16, a float32 LoRA on all attention layers of such a network, beside float32's."""
+    return of_types(
+        lambda dtype: our_side(mini_step(context, dtype), "our step", True),
+        difference=gradient_difference,
+        tolerance=BFLOAT16_GRADIENT_TOLERANCE,
+        accuracy="relative difference of the gradient",
+        item="step",
+        items=1,
+    )
+
+
 def gradient_difference(result: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """Norm of the difference of two gradients relative to that of the right one; infinite if their names differ."""
     if result.keys() != right.keys():
@@ -196,11 +210,11 @@ def gradient_difference(result: Mapping[str, Tensor], right: Mapping[str, Tensor
     return norm
 
 
-def mini_step(context: Context, **settings: Any) -> Step:
+def mini_step(context: Context, dtype: str = "float32", **settings: Any) -> Step:
     """The embedded model on an evaluation scene of two objects, its caption and its four hard negatives."""
     drawn = scene(EVAL_SEED, objects=2)
     texts = [drawn.caption, *drawn.negatives().values()]
-    return Step(mini(context).to_pipeline(), drawn.image, texts, **settings)
+    return Step(mini(context, dtype).to_pipeline(), drawn.image, texts, **settings)
 
 
 def sd21_step(context: Context, dtype: torch.dtype = torch.float32, **settings: Any) -> Step:

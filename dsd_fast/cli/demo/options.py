@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dsd_fast.cli.groups import Options
-from dsd_fast.cli.options import Device, Timesteps
+from dsd_fast.cli.options import Device, Dtype, Timesteps
 
 LABELS = {
     "true": "true",
@@ -27,3 +27,4 @@ class DemoRequest(Options):
     timesteps: Timesteps = "4"
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
     device: Device = "cpu"
+    dtype: Dtype = "float32"

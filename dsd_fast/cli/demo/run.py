@@ -30,7 +30,7 @@ from dsd_fast.models.mini.scenes import EVAL_SEED, NEGATIVE_KINDS, Scene, scene
 from dsd_fast.reference import matching as reference
 
 TOLERANCE = 1e-4
-"""How far scores may be from the reference's."""
+"""How far float32 scores may be from the reference's."""
 
 SHOWN = 16
 """Scenes that the report shows."""
@@ -60,7 +60,7 @@ def run(request: DemoRequest, timesteps: int | Sequence[int]) -> dict[str, Any]:
         replacing(out / "scores.parquet") as table,
         replacing(out / "report.html") as page,
     ):
-        model = ModelOptions(device=request.device, local_files_only=True).load()
+        model = ModelOptions(device=request.device, dtype=request.dtype, local_files_only=True).load()
         matcher = Matcher(model, MatchConfig(timesteps=timesteps, seed=seed, official=True))
         noise_matcher = Matcher(model, MatchConfig(timesteps=timesteps, seed=seed, attention_weight=0))
         maps: list[list[Heatmap]] = []
@@ -69,7 +69,11 @@ def run(request: DemoRequest, timesteps: int | Sequence[int]) -> dict[str, Any]:
             noise_scores = _score(display, "noise term", noise_matcher, scenes, captions)
             points = pointing(scenes, _maps(display, matcher, scenes, maps))
         compared = min(request.reference_scenes, count)
-        wanted, comparison = _compare(matcher, scenes[:compared], captions[:compared])
+        judge = model
+        if model.dtype != torch.float32:
+            # What the type costs is told beside what float32 gives.
+            judge = ModelOptions(device=request.device, local_files_only=True).load()
+        wanted, comparison = _compare(matcher, judge.to_pipeline(), scenes[:compared], captions[:compared])
         summary = {
             "command": "demo",
             "settings": settings_of(matcher),
@@ -123,11 +127,15 @@ def _predict(matcher: Matcher, scenes: Sequence[Scene], captions: Sequence[dict[
     return [part.numpy() for part in torch.split(flat, [len(texts) for texts in captions])]
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """How far scores may be from the float32 reference's: rounding errors are in proportion to the type's epsilon."""
+    return TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+
+
 def _compare(
-    matcher: Matcher, scenes: Sequence[Scene], captions: Sequence[dict[str, str]]
+    matcher: Matcher, pipe: Any, scenes: Sequence[Scene], captions: Sequence[dict[str, str]]
 ) -> tuple[Scores, dict[str, Any]]:
-    """The reference's scores of the scenes, and both sides' seconds for the same pairs."""
-    pipe = matcher.model.to_pipeline()
+    """The reference's scores of the scenes by a float32 pipeline, and both sides' seconds for the same pairs."""
     options: dict[str, Any] = {"timesteps": matcher.timesteps, "seed": matcher.config.seed}
     # The first calls of either side pay for what later ones do not.
     _predict(matcher, scenes[:1], captions[:1])
@@ -146,6 +154,7 @@ def _compare(
         "scenes": len(scenes),
         "pairs": sum(len(texts) for texts in captions),
         "max_difference": float(np.abs(np.concatenate(found) - np.concatenate(wanted)).max()),
+        "tolerance": tolerance(matcher.model.dtype),
         "seconds": seconds,
         "reference_seconds": time.perf_counter() - start,
         "threads": torch.get_num_threads(),

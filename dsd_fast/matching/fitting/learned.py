@@ -70,7 +70,7 @@ class Learned:
             _check_lora(unet, self.lora, fit)
         self._dropouts = _set_dropout(unet, self.lora, fit.lora_dropout)
         for path, parameter in _lora_parameters(unet, self.lora).items():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.data = _widened(parameter.data)
             parameter.requires_grad_(True)
             self.parameters[f"lora.{path}"] = parameter
 
@@ -178,6 +178,8 @@ def _add_lora(unet: Any, name: str, fit: FitConfig) -> None:
                 if down
                 else torch.zeros((), dtype=torch.float32, device="cpu")
             )
+            # Before they are drawn: a network of 16 bits would round them.
+            parameter.data = _widened(parameter.data)
             parameter.copy_(drawn)
 
 
@@ -187,6 +189,11 @@ def _adding() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         yield
+
+
+def _widened(x: Tensor) -> Tensor:
+    """``x`` in float32, or in its own type where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_lora(unet: Any, name: str, fit: FitConfig) -> None:
