@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import NoiseSchedule
-from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of
+from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of, latent_sides
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
+from dsd_fast.models.private import uncompiled
 from dsd_fast.models.prompts import PromptStates, encode_prompts
 
 
 class Model:
     """The parts of a diffusers pipeline, by reference: nothing is copied, patched or moved.
+
+    Of a part that `torch.compile` wrapped, the module inside is taken.
 
     Made by `load` and `from_pipeline`. No method disables gradients: wrap calls in `torch.no_grad()` where none are
     wanted and the weights require them.
@@ -32,7 +35,8 @@ class Model:
         family: "sd1", "sd2" or "sdxl".
         name: "mini", a hub id or a folder; for a pipeline where it says it was loaded from.
         revision: commit of a model from the hub, else None.
-        image_size: (height, width) in pixels the UNet was made for.
+        image_size: (height, width) in pixels the UNet was made for; what is usual for its family where its config has
+            no sample_size (`latent_sides`).
         vae_scale_factor: pixels per latent position along one side.
         latent_channels: C of the latents.
         text_width: E, the width of the text states.
@@ -58,13 +62,14 @@ class Model:
         Raises:
             ModelError: they do not, or they are no SD 1.x, 2.x or SDXL.
         """
+        unet, vae = uncompiled(unet), uncompiled(vae)
         self.unet = unet
         self.vae = vae
         # A float32 copy of a VAE that overflows in float16; this model and its copies have one.
         self._float32_vae: dict[str, Any] = {}
-        self.text_encoders = tuple(text_encoders)
+        self.text_encoders = tuple(uncompiled(encoder) for encoder in text_encoders)
         self.tokenizers = tuple(tokenizers)
-        self.clip = clip
+        self.clip = uncompiled(clip)
         self.name = name
         self.revision = revision
         label = name or "model"
@@ -76,9 +81,8 @@ class Model:
         self.text_width: int = sum(widths)
         self._set_scheduler(scheduler)
         self.vae_scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
-        sample = unet.config.sample_size
-        sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
-        self.image_size: tuple[int, int] = (sides[0] * self.vae_scale_factor, sides[1] * self.vae_scale_factor)
+        height, width = latent_sides(unet.config, self.schedule.prediction_type, label)
+        self.image_size: tuple[int, int] = (height * self.vae_scale_factor, width * self.vae_scale_factor)
         self._force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self._local_files_only = local_files_only
         self._cache_dir = cache_dir
@@ -226,7 +230,7 @@ class Model:
     def with_unet(self, unet: Any) -> "Model":
         """This model with another UNet of the same configuration; all other parts are shared."""
         other = copy.copy(self)
-        other.unet = unet
+        other.unet = uncompiled(unet)
         return other
 
     def with_scheduler(self, scheduler: Any) -> "Model":

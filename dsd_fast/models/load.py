@@ -14,6 +14,7 @@ from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
 from dsd_fast.models.bundle import Model
 from dsd_fast.models.errors import ModelError, first_line
 from dsd_fast.models.hub import find_folder
+from dsd_fast.models.private import uncompiled
 
 _DTYPES = {
     "float64": torch.float64,
@@ -108,7 +109,7 @@ def from_pipeline(pipe: Any, clip: Any = None) -> Model:
     sdxl = components.get("text_encoder_2") is not None
     names = PIPELINES["StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"]
     for name in names:
-        component = components.get(name)
+        component = uncompiled(components.get(name))
         if component is None:
             raise ModelError(f"{label} has no component {name!r}, expected {', '.join(names)}")
         kinds = {cls.__name__ for cls in type(component).__mro__}
@@ -239,7 +240,7 @@ def _resolve_clip(
         return None
     from transformers import CLIPModel
 
-    if isinstance(clip, CLIPModel):
+    if isinstance(uncompiled(clip), CLIPModel):
         return clip
     if not isinstance(clip, str | os.PathLike):
         raise ModelError(f"clip is of type {type(clip).__name__}, expected a CLIPModel, a folder or a hub id")

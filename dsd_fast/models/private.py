@@ -1,4 +1,4 @@
-"""A network of one's own on weights that others use too."""
+"""A network of one's own on weights that others use too; the network inside a compiled one."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def private(network: Any, copied: Callable[[str], bool] = lambda name: False) ->
     for buffer in network.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(network, memo)
+
+
+def uncompiled(network: Any) -> Any:
+    """The module that ``torch.compile`` wrapped, on the same weights; any other object itself.
+
+    What is compiled is the forward method of the whole, which a plan goes around. A module that compiles itself in
+    place (``module.compile()``) is called by its parts just as well, and needs nothing.
+    """
+    while isinstance(network, nn.Module) and "_orig_mod" in network._modules:
+        network = network._modules["_orig_mod"]
+    return network

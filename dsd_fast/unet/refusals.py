@@ -20,7 +20,7 @@ PLAIN_PROCESSORS = frozenset({"AttnProcessor", "AttnProcessor2_0", "XFormersAttn
 CONFIG: dict[str, tuple[Any, ...]] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
