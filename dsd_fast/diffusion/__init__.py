@@ -3,6 +3,7 @@
 from dsd_fast.diffusion.ddim import CLEAN, Predict, ddim_step, denoise, inversion_grid, invert
 from dsd_fast.diffusion.noise import noise
 from dsd_fast.diffusion.sampling import (
+    guidance_embedding,
     guided,
     img2img,
     official_denoising,
@@ -20,6 +21,7 @@ __all__ = [
     "Predict",
     "ddim_step",
     "denoise",
+    "guidance_embedding",
     "guided",
     "img2img",
     "img2img_timestep",

@@ -37,3 +37,9 @@ def uncompiled(network: Any) -> Any:
     while isinstance(network, nn.Module) and "_orig_mod" in network._modules:
         network = network._modules["_orig_mod"]
     return network
+
+
+def compiled_forward(module: nn.Module) -> bool:
+    """Whether the forward put on a module is its class's own, compiled: ``m.forward = torch.compile(m.forward)``."""
+    inside = getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+    return getattr(inside, "__func__", None) is type(module).forward and getattr(inside, "__self__", None) is module

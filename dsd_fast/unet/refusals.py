@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from dsd_fast.models.private import compiled_forward
 from dsd_fast.unet.flops import base_layer
 
 # Processors that compute softmax(q kᵀ·scale) v and nothing else.
@@ -106,7 +107,7 @@ def check_attachments(unet: Any, attentions: Iterable[tuple[str, Any]], bypassed
         what = ""
         if module._forward_hooks or module._forward_pre_hooks:
             what = "a forward hook is registered on"
-        elif "forward" in module.__dict__:
+        elif "forward" in module.__dict__ and not compiled_forward(module):
             what = "another forward was put on"
         if what:
             raise UnsupportedNetworkError(f"{path}: {what} a module whose forward the program does not call; remove it")

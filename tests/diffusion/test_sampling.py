@@ -6,6 +6,7 @@ import dsd_fast as dsd
 from dsd_fast.diffusion import (
     CLEAN,
     NoiseSchedule,
+    guidance_embedding,
     guided,
     img2img,
     img2img_timestep,
@@ -198,6 +199,18 @@ def test_guidance_is_linear():
 
     # u + s (c - u) with u = z and c = 2 z.
     torch.testing.assert_close(guided(predict, 3.0)(latents, 5), 4 * latents)
+
+
+@pytest.mark.parametrize("width", [256, 13])
+def test_guidance_embedding_is_that_of_diffusers(width):
+    scales = [1.0, 7.5, 8.1]
+    theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, torch.tensor([scale - 1 for scale in scales]), embedding_dim=width
+    )
+    assert torch.equal(guidance_embedding(scales, width), theirs)
+    assert torch.equal(guidance_embedding(8.1, width), theirs[2:])
+    with pytest.raises(ValueError, match="width is 3, expected at least 4"):
+        guidance_embedding(1.0, 3)
 
 
 def test_half_precision_stays_half_precision():
