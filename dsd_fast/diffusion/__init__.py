@@ -13,14 +13,17 @@ from dsd_fast.diffusion.sampling import (
     scheduler_timesteps,
 )
 from dsd_fast.diffusion.schedule import NoiseSchedule
-from dsd_fast.diffusion.timesteps import img2img_timestep, official_timesteps, resolve_timesteps, scheduler_from_config
+from dsd_fast.diffusion.schedulers import changed_in_place, fresh_scheduler
+from dsd_fast.diffusion.timesteps import img2img_timestep, official_timesteps, resolve_timesteps
 
 __all__ = [
     "CLEAN",
     "NoiseSchedule",
     "Predict",
+    "changed_in_place",
     "ddim_step",
     "denoise",
+    "fresh_scheduler",
     "guidance_embedding",
     "guided",
     "img2img",
@@ -32,7 +35,6 @@ __all__ = [
     "official_timesteps",
     "resolve_timesteps",
     "sample",
-    "scheduler_from_config",
     "scheduler_noised",
     "scheduler_steps",
     "scheduler_timesteps",

@@ -52,7 +52,8 @@ def layer_weights(program: UNetProgram, layers: Layers) -> dict[str, Tensor]:
             ids = program.score_ids if layers == "all" else official_layers(program)
             missing = parts_without(program)
             if missing and layers == "official":
-                log.warning("layers: 'official' takes none of the part %s: no cross-attention there", " and ".join(missing))
+                where = " and ".join(missing)
+                log.warning("layers: 'official' takes none of the part %s: no cross-attention there", where)
             if not ids:
                 raise ValueError(f"layers: got {layers!r}, but this network has no cross-attention")
         given = dict.fromkeys(ids, 1.0 / len(ids))

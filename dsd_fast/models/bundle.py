@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.diffusion import NoiseSchedule, fresh_scheduler
 from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of, latent_sides
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
@@ -247,9 +247,8 @@ class Model:
         return other
 
     def new_scheduler(self) -> Any:
-        """A fresh diffusers scheduler like the one the model came with."""
-        config = {key: value for key, value in self.scheduler_config.items() if key != "_class_name"}
-        return self._scheduler_class.from_config(copy.deepcopy(config))
+        """A fresh diffusers scheduler like the one the model came with, what was changed on that in place included."""
+        return fresh_scheduler(self._scheduler)
 
     def to_pipeline(self) -> Any:
         """A stock StableDiffusionPipeline or StableDiffusionXLPipeline on the same weights, with a fresh scheduler."""
@@ -270,7 +269,7 @@ class Model:
             self.schedule = NoiseSchedule.from_scheduler(scheduler)
         except ValueError as error:
             raise ModelError(f"{self.name or 'model'}: {error}") from error
-        self._scheduler_class = type(scheduler)
+        self._scheduler = fresh_scheduler(scheduler)
         self.scheduler_config = {**copy.deepcopy(dict(scheduler.config)), "_class_name": type(scheduler).__name__}
 
     def _precise_vae(self) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsd_fast.diffusion import scheduler_from_config
+from dsd_fast.diffusion import fresh_scheduler
 from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
 from dsd_fast.models.bundle import Model
 from dsd_fast.models.errors import ModelError, first_line
@@ -161,7 +161,7 @@ def _load_components(folder: Path, name: str, dtype: torch.dtype, variant: str |
 
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", name)
     with reported(f"component 'scheduler' of model {name!r}"):
-        scheduler = scheduler_from_config({"_class_name": index["scheduler"][1], **scheduler_config})
+        scheduler = fresh_scheduler({"_class_name": index["scheduler"][1], **scheduler_config})
     return {
         "unet": network("unet"),
         "vae": network("vae"),

@@ -27,11 +27,20 @@ GUIDANCE = 12
 FEATURE = "down-level0-repeat0-res-out"
 # The last block with cross-attention of each part, of each of its transformers the last block.
 OFFICIAL = {
-    "bk-sdm-base": ["down-level2-repeat0-vit-block0", "mid-vit-block0"]
-    + [f"up-level3-repeat{n}-vit-block0" for n in range(2)],
-    "tiny-sd": ["down-level2-repeat0-vit-block0"] + [f"up-level2-repeat{n}-vit-block0" for n in range(2)],
-    "ssd-1b": ["down-level2-repeat0-vit-block0", "down-level2-repeat1-vit-block2"]
-    + ["up-level1-repeat0-vit-block1", "up-level1-repeat1-vit-block0", "up-level1-repeat2-vit-block0"],
+    "bk-sdm-base": (
+        "down-level2-repeat0-vit-block0",
+        "mid-vit-block0",
+        "up-level3-repeat0-vit-block0",
+        "up-level3-repeat1-vit-block0",
+    ),
+    "tiny-sd": ("down-level2-repeat0-vit-block0", "up-level2-repeat0-vit-block0", "up-level2-repeat1-vit-block0"),
+    "ssd-1b": (
+        "down-level2-repeat0-vit-block0",
+        "down-level2-repeat1-vit-block2",
+        "up-level1-repeat0-vit-block1",
+        "up-level1-repeat1-vit-block0",
+        "up-level1-repeat2-vit-block0",
+    ),
 }
 
 
