@@ -152,8 +152,8 @@ def _sigmas(alphas_cumprod: Any) -> Tensor:
 
 def _agree(scheduler: Any) -> bool:
     """Whether σ of all timesteps, in whatever order, are those of ᾱ; one of the end and repeated ones aside."""
-    wanted, own = _sigmas(scheduler.alphas_cumprod).unique(), torch.as_tensor(scheduler.sigmas).detach().cpu()
-    own = own.double().unique()[-len(wanted) :]
+    wanted, own = torch.unique(_sigmas(scheduler.alphas_cumprod)), torch.as_tensor(scheduler.sigmas).detach().cpu()
+    own = torch.unique(own.double())[-len(wanted) :]
     return own.shape == wanted.shape and torch.allclose(own, wanted, rtol=1e-3, atol=1e-6)
 
 

@@ -114,7 +114,11 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
     if taken < 1:
         raise ValueError(f"strength is {strength}, too small for any of {steps} steps")
     fresh = fresh_scheduler(scheduler)
-    fresh.set_timesteps(steps)
+    try:
+        fresh.set_timesteps(steps)
+    except ValueError as error:
+        # LCM and its kin know the few steps that they were distilled for.
+        raise ValueError(f"steps is {steps}, which {type(fresh).__name__} refuses: {error}") from error
     start = (steps - taken) * fresh.order
     if hasattr(fresh, "set_begin_index"):
         fresh.set_begin_index(start)

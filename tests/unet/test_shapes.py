@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dsd_fast as dsd
 from dsd_fast.cli.info.costs import describe
+from dsd_fast.diffusion import guidance_embedding, img2img_timestep, sample
 from dsd_fast.features.layers import layer_set
 from dsd_fast.matching import official_layers
 from dsd_fast.matching.layers import layer_weights, parts_without
@@ -142,6 +143,36 @@ def test_flops_are_those_of_diffusers(shape):
         unet(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, TOKENS, CROSS_ATTENTION_DIM[family]), **arguments)
     got = plan.flops(latents=1, texts=1, rows=1, height=16, width=16, tokens=TOKENS)
     assert got == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_an_lcm_samples_as_its_stock_pipeline(tmp_path):
+    parts = tiny_pipeline("sd15").components | {"unet": tiny_unet("lcm"), "scheduler": diffusers.LCMScheduler()}
+    parts["unet"].register_to_config(sample_size=16)
+    diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    model = dsd.load(tmp_path)
+    pipe = model.to_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    want = pipe("a dog", guidance_scale=7.5, generator=torch.Generator().manual_seed(0), **options).images
+    program = UNetProgram(model.unet)
+    plan = program.plan(noise_pred=True)
+    text, cond = (
+        plan.encode_text(model.encode_prompts(["a dog"]).states),
+        guidance_embedding(7.5, program.guidance_width),
+    )
+    generator = torch.Generator().manual_seed(0)
+    got = sample(
+        model.new_scheduler(),
+        lambda z, t: plan.run(z, [t], text, timestep_cond=cond).noise_pred,
+        torch.randn(1, 4, 16, 16, generator=generator),
+        steps=3,
+        generator=generator,
+    )
+    # Float32 sums in another order, divided by √ᾱ at the last timestep, 0.07.
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    with pytest.raises(ValueError, match="steps is 1000, which LCMScheduler refuses"):
+        img2img_timestep(model.new_scheduler(), 50)
 
 
 @torch.no_grad()
