@@ -29,7 +29,7 @@ class Model:
         unet: diffusers UNet2DConditionModel.
         vae: diffusers AutoencoderKL.
         text_encoders, tokenizers: one each for SD 1.x and 2.x, two for SDXL.
-        schedule: the noise schedule, with the prediction type.
+        schedule: the noise schedule, with the prediction type: the scheduler's own numbers when the model was made.
         scheduler_config: config of the scheduler the model came with, "_class_name" included.
         clip: transformers CLIPModel, or None.
         family: "sd1", "sd2" or "sdxl".
