@@ -68,8 +68,9 @@ def check_scheduler(scheduler: Any, alphas_cumprod: Tensor) -> None:
     kind, config = type(scheduler).__name__, scheduler.config
     _check_methods(scheduler)
     stock = _stock(scheduler)
-    steps = len(stock.alphas_cumprod)
-    if steps != len(alphas_cumprod):
+    betas = config.get("trained_betas")
+    steps = config.get("num_train_timesteps") if betas is None else len(betas)
+    if steps not in (None, len(alphas_cumprod)):
         raise ValueError(
             f"scheduler: the {kind}'s alphas_cumprod has {len(alphas_cumprod)} entries, expected {steps} by its config"
         )
@@ -123,8 +124,15 @@ def _from_config(config: Mapping[str, Any]) -> Any:
 
 
 def _stock(scheduler: Any) -> Any:
-    """What the class makes of the config."""
-    return type(scheduler).from_config(copy.deepcopy(dict(scheduler.config)))
+    """What the class makes of the config; of a class that takes what its config does not hold, a copy."""
+    config = copy.deepcopy(scheduler.config)
+    try:
+        stock = type(scheduler).from_config(dict(config))
+    except TypeError:
+        return copy.deepcopy(scheduler)
+    # A class of one's own may pass over what its arguments do not name.
+    stock._internal_dict = config
+    return stock
 
 
 def _changed(scheduler: Any, stock: Any) -> set[str]:

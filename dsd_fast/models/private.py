@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,10 @@ def uncompiled(network: Any) -> Any:
     What is compiled is the forward method of the whole, which a plan goes around. A module that compiles itself in
     place (``module.compile()``) is called by its parts just as well, and needs nothing.
     """
-    while isinstance(network, nn.Module) and "_orig_mod" in network._modules:
-        network = network._modules["_orig_mod"]
+    # Importing Dynamo takes longer than the rest of the package, and where nobody has, nothing is compiled.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    while dynamo is not None and isinstance(network, dynamo.OptimizedModule):
+        network = network._orig_mod
     return network
 
 
