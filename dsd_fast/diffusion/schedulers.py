@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What set_timesteps and steps write to, in any of diffusers' schedulers; names that begin with "_" besides.
+# What set_timesteps and steps write to, in any of diffusers' schedulers; and the config, which goes its own way.
 _WALK = frozenset(
     {
         *("num_inference_steps", "timesteps", "prk_timesteps", "plms_timesteps", "custom_timesteps", "timestep_list"),
@@ -16,6 +16,7 @@ _WALK = frozenset(
         *("ets", "counter", "cur_model_output", "cur_sample", "derivatives", "prev_derivative", "dt", "sample"),
         *("model_outputs", "lower_order_nums", "last_noise", "last_sample", "is_scale_input_called"),
         *("this_order", "this_corrector_order", "this_predictor_order", "noise_sampler"),
+        *("_internal_dict", "_timesteps", "_step_index", "_begin_index"),
     }
 )
 # What is done here by one formula instead of a scheduler's own method.
@@ -41,7 +42,7 @@ def fresh_scheduler(scheduler: Any) -> Any:
     fresh = copy.deepcopy(stock)
     memo: dict[int, Any] = {id(scheduler): fresh}
     for name, value in vars(scheduler).items():
-        if not name.startswith("_") and name not in _WALK:
+        if name not in _WALK:
             vars(fresh)[name] = copy.deepcopy(value, memo)
     if not _walked(scheduler, stock) and "sigmas" in vars(scheduler):
         fresh.sigmas = copy.deepcopy(scheduler.sigmas)
@@ -137,7 +138,7 @@ def _stock(scheduler: Any) -> Any:
 
 def _changed(scheduler: Any, stock: Any) -> set[str]:
     """The attributes that differ, those that a walk writes to aside; σ counts before one."""
-    names = {name for name in vars(scheduler) if not name.startswith("_") and name not in _WALK}
+    names = vars(scheduler).keys() - _WALK
     if "sigmas" in vars(scheduler) and not _walked(scheduler, stock):
         names.add("sigmas")
     return {name for name in names if not _same(vars(scheduler)[name], vars(stock).get(name))}
