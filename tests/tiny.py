@@ -4,6 +4,8 @@ The classes, topologies and file layouts are the real ones; only the widths are 
 about ten milliseconds. Weights have the scale of trained ones (unit-variance activations, no zero layer): a zero
 `conv_out` or `proj_out` would hide errors. Everything depends on the family and the seed alone.
 
+Shapes of other published UNets (`SHAPES`) are a family's with some settings changed.
+
 Families: "sd15" (PNDM, factor-4 VAE, conv projections), "sd21" (Euler, factor-8 VAE, linear projections, heads per
 level), "sdxl" (Euler with leading spacing, factor-2 VAE, two text encoders, pooled text in the time embedding).
 """
@@ -38,12 +40,40 @@ CROSS_ATTENTION_DIM = {"sd15": 24, "sd21": 32, "sdxl": 24 + 32}
 POOLED_DIM = 20
 ADDITION_TIME_EMBED_DIM = 8
 
+# Shape → its family, and what it has otherwise.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bk-sdm-base": ("sd15", {"layers_per_block": 1}),
+    "bk-sdm-small": ("sd15", {"layers_per_block": 1, "mid_block_type": None}),
+    "tiny-sd": (
+        "sd15",
+        {
+            "layers_per_block": 1,
+            "mid_block_type": None,
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        },
+    ),
+    "ssd-1b": (
+        "sdxl",
+        {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [2, 2], [1, 3]],
+            "reverse_transformer_layers_per_block": [[1, 2, 3], [2, 1, 1], 1],
+        },
+    ),
+    "uneven": ("sd21", {"layers_per_block": (2, 1, 2, 1), "sample_size": None, "mid_block_type": "UNetMidBlock2D"}),
+    "lcm": ("sd15", {"time_cond_proj_dim": 12, "sample_size": None}),
+    "lcm-sdxl": ("sdxl", {"time_cond_proj_dim": 12, "time_embedding_dim": 40}),
+}
+
 _MERGES = ("r e", "a re", "re d</w>", "c i", "b l", "d o", "do g</w>", "c a", "ca t</w>", "a r")
 
 
 def tiny_unet(family: str, seed: int = 0) -> diffusers.UNet2DConditionModel:
-    """UNet of a family on 16 × 16 latents, float32, in eval mode."""
-    common = {
+    """UNet of a family, or of one of `SHAPES`, on 16 × 16 latents, float32, in eval mode."""
+    family, changed = SHAPES.get(family, (family, {}))
+    config: dict[str, Any] = {
         "sample_size": 16,
         "in_channels": 4,
         "out_channels": 4,
@@ -52,27 +82,26 @@ def tiny_unet(family: str, seed: int = 0) -> diffusers.UNet2DConditionModel:
         "cross_attention_dim": CROSS_ATTENTION_DIM[family],
     }
     if family == "sdxl":
-        unet = diffusers.UNet2DConditionModel(
-            **common,
-            block_out_channels=(16, 32, 32),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4, 4),
-            transformer_layers_per_block=(1, 2, 3),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=ADDITION_TIME_EMBED_DIM,
-            projection_class_embeddings_input_dim=6 * ADDITION_TIME_EMBED_DIM + POOLED_DIM,
-        )
+        config |= {
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (2, 4, 4),
+            "transformer_layers_per_block": (1, 2, 3),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": ADDITION_TIME_EMBED_DIM,
+            "projection_class_embeddings_input_dim": 6 * ADDITION_TIME_EMBED_DIM + POOLED_DIM,
+        }
     else:
-        unet = diffusers.UNet2DConditionModel(
-            **common,
-            block_out_channels=(16, 32, 32, 32),
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            attention_head_dim=(2, 4, 4, 4) if family == "sd21" else 4,
-            use_linear_projection=family == "sd21",
-        )
+        config |= {
+            "block_out_channels": (16, 32, 32, 32),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            "attention_head_dim": (2, 4, 4, 4) if family == "sd21" else 4,
+            "use_linear_projection": family == "sd21",
+        }
+    unet = diffusers.UNet2DConditionModel(**{**config, **changed})
     return trained_like(unet, seed)
 
 

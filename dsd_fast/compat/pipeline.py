@@ -139,7 +139,7 @@ class DSDPipeline:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler, whose betas and prediction type the score depends on. Setting it checks it.
+        """The scheduler, whose ᾱ and prediction type at a call the score depends on. Setting it checks it.
 
         The official code reads its list of timesteps too, as it is before any `set_timesteps`. So a scheduler of a
         higher order, which has more entries, or one that has been given a shorter list is a ValueError, and so is one
@@ -281,6 +281,8 @@ class DSDPipeline:
             raise ValueError("generator: samples the posterior, so it needs sample_posterior=True; noise has seed=")
         if image is None:
             raise ValueError("image: got none, expected one image or more")
+        # What the scheduler holds at the call counts, as in the official code.
+        self.scheduler = self._scheduler
         model = comparing_with_v(self.model) if compare_noise_with_v else self.model
         total = model.schedule.num_train_timesteps
         grid = timestep_grid(total, sampling_steps, strength, num_inference_steps, sampled_timestep)

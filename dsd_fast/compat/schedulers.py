@@ -42,4 +42,5 @@ def comparing_with_v(model: Model) -> Model:
     if kind != "v_prediction":
         raise ValueError(f"compare_noise_with_v: the model's prediction_type is {kind!r}, expected 'v_prediction'")
     scheduler = model.new_scheduler()
-    return model.with_scheduler(type(scheduler).from_config(scheduler.config, prediction_type="epsilon"))
+    scheduler.register_to_config(prediction_type="epsilon")
+    return model.with_scheduler(scheduler)

@@ -3,6 +3,7 @@
 from dsd_fast.diffusion.ddim import CLEAN, Predict, ddim_step, denoise, inversion_grid, invert
 from dsd_fast.diffusion.noise import noise
 from dsd_fast.diffusion.sampling import (
+    guidance_embedding,
     guided,
     img2img,
     official_denoising,
@@ -12,14 +13,18 @@ from dsd_fast.diffusion.sampling import (
     scheduler_timesteps,
 )
 from dsd_fast.diffusion.schedule import NoiseSchedule
-from dsd_fast.diffusion.timesteps import img2img_timestep, official_timesteps, resolve_timesteps, scheduler_from_config
+from dsd_fast.diffusion.schedulers import changed_in_place, fresh_scheduler
+from dsd_fast.diffusion.timesteps import img2img_timestep, official_timesteps, resolve_timesteps
 
 __all__ = [
     "CLEAN",
     "NoiseSchedule",
     "Predict",
+    "changed_in_place",
     "ddim_step",
     "denoise",
+    "fresh_scheduler",
+    "guidance_embedding",
     "guided",
     "img2img",
     "img2img_timestep",
@@ -30,7 +35,6 @@ __all__ = [
     "official_timesteps",
     "resolve_timesteps",
     "sample",
-    "scheduler_from_config",
     "scheduler_noised",
     "scheduler_steps",
     "scheduler_timesteps",

@@ -10,7 +10,7 @@ hold. Gradients flow, so wrap calls in `torch.no_grad()` where none are wanted.
 
 import inspect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -204,6 +204,33 @@ def guided(predict: Predict, scale: float) -> Predict:
         return unconditional + scale * (conditional - unconditional)
 
     return predict_guided
+
+
+def guidance_embedding(scale: float | Sequence[float] | Tensor, width: int) -> Tensor:
+    """Make the embedding of guidance scales that a network distilled with them reads (LCM), for `Plan.run`.
+
+    Sines, then cosines, of 1000 · w at width // 2 frequencies, w = scale − 1, and a zero where the width is odd. Luo et
+    al. 2023, "Latent Consistency Models", section 4.2; diffusers' `get_guidance_scale_embedding` of the same w, in the
+    order in which it computes it, because float32 shows at these angles.
+
+    Args:
+        scale: diffusers' guidance_scale, one or (n,).
+        width: of the embedding, the network's time_cond_proj_dim.
+
+    Returns:
+        (n, width) float32 on the CPU, n = 1 for one scale.
+
+    Raises:
+        ValueError: a width below 4.
+    """
+    if width < 4:
+        raise ValueError(f"width is {width}, expected at least 4")
+    w = (torch.as_tensor(scale, dtype=torch.float64, device="cpu").reshape(-1) - 1.0).float()
+    half = width // 2
+    step = torch.log(torch.tensor(10000.0, dtype=torch.float32, device="cpu")) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device="cpu") * -step)
+    angles = (w * 1000.0)[:, None] * frequencies  # (n, width // 2)
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 def _run(

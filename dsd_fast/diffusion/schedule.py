@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.schedulers import check_scheduler
 from dsd_fast.kernels.common.host import as_tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -55,24 +56,33 @@ class NoiseSchedule:
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
         """Reads the schedule of a diffusers scheduler or of its config, without changing it.
 
-        Betas "linear", "scaled_linear" and "squaredcos_cap_v2" (Nichol & Dhariwal 2021, eq. 17), `trained_betas`, and
-        `rescale_betas_zero_snr` (Lin et al. 2023, algorithm 1; ᾱ of the last timestep is then exactly 0, where some
-        diffusers schedulers put 2⁻²⁴) are understood.
+        A scheduler's own ᾱ counts. diffusers holds it in float32; where it is, to that rounding, what the config's
+        betas give, it is computed from them in float64. Betas "linear", "scaled_linear" and "squaredcos_cap_v2" (Nichol
+        & Dhariwal 2021, eq. 17), `trained_betas`, and `rescale_betas_zero_snr` (Lin et al. 2023, algorithm 1; ᾱ of the
+        last timestep is then exactly 0, where some diffusers schedulers put 2⁻²⁴) are understood.
 
         Raises:
-            ValueError: the config has no betas (a flow-matching scheduler), or betas or a prediction type of another
-                kind.
+            ValueError: no scheduler of a discrete diffusion process (a flow-matching one); a prediction type of another
+                kind; a config with betas of another kind; a scheduler whose ᾱ does not say how it adds noise
+                (:func:`dsd_fast.diffusion.schedulers.check_scheduler`).
         """
         if not isinstance(scheduler, Mapping) and not hasattr(scheduler, "alphas_cumprod"):
             # Such a scheduler may carry beta_start and the like over from another one's config.
             raise ValueError(f"scheduler is a {type(scheduler).__name__}, expected one of a discrete diffusion process")
-        config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
-        betas = _betas(config)
-        abar = torch.cumprod(1.0 - betas, dim=0)
-        if config.get("rescale_betas_zero_snr"):
-            root = abar.sqrt()
-            abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        return cls(abar, config.get("prediction_type") or "epsilon")
+        if isinstance(scheduler, Mapping):
+            return cls(_alphas_cumprod(scheduler), scheduler.get("prediction_type") or "epsilon")
+        own = torch.as_tensor(scheduler.alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
+        try:
+            exact = _alphas_cumprod(scheduler.config)
+        except ValueError:
+            # Betas that are not known here; the numbers are there all the same.
+            exact = own
+        # A product of S factors in float32, each rounded, which cancels about as a random walk does; 2⁻²⁴ as above.
+        eps = torch.finfo(torch.float32).eps
+        close = own.shape == exact.shape and torch.allclose(own, exact, rtol=4 * len(own) ** 0.5 * eps, atol=eps)
+        schedule = cls(exact if close else own, scheduler.config.get("prediction_type") or "epsilon")
+        check_scheduler(scheduler, schedule.alphas_cumprod)
+        return schedule
 
     @property
     def num_train_timesteps(self) -> int:
@@ -179,6 +189,15 @@ class NoiseSchedule:
         if bool(bad.any()):
             raise ValueError(f"timesteps holds {int(index[bad][0])}, expected 0 to {self.num_train_timesteps - 1}")
         return index.long()
+
+
+def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """ᾱ of a diffusers scheduler config, (S,) float64."""
+    abar = torch.cumprod(1.0 - _betas(config), dim=0)
+    if config.get("rescale_betas_zero_snr"):
+        root = abar.sqrt()
+        abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return abar
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

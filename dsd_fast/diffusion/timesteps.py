@@ -1,10 +1,10 @@
 """Which timesteps a request uses: the official DSD grid, the img2img mapping of diffusers, or a list as given."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
-from dsd_fast.kernels.common.host import ordinary
+from dsd_fast.diffusion.schedulers import fresh_scheduler
 
 # The official pipeline runs img2img's get_timesteps with 50 steps and strength 0.8 on the unspaced list of all
 # timesteps: t_start = 50 - 40, counted in entries of that list and cut from both of its ends.
@@ -55,7 +55,7 @@ def img2img_timestep(scheduler: Any, t: int) -> int:
     Raises:
         ValueError: `t` outside that range, or a scheduler whose timesteps are not integers in that range.
     """
-    total = int(scheduler_from_config(scheduler).config.num_train_timesteps)
+    total = int(fresh_scheduler(scheduler).config.num_train_timesteps)
     asked = _as_int("t", t)
     if not 0 <= asked < total:
         raise ValueError(f"t is {asked}, expected 0 to {total - 1}")
@@ -113,33 +113,16 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
     taken = min(int(steps * strength), steps)
     if taken < 1:
         raise ValueError(f"strength is {strength}, too small for any of {steps} steps")
-    fresh = scheduler_from_config(scheduler)
-    fresh.set_timesteps(steps)
+    fresh = fresh_scheduler(scheduler)
+    try:
+        fresh.set_timesteps(steps)
+    except ValueError as error:
+        # LCM and its kin know the few steps that they were distilled for.
+        raise ValueError(f"steps is {steps}, which {type(fresh).__name__} refuses: {error}") from error
     start = (steps - taken) * fresh.order
     if hasattr(fresh, "set_begin_index"):
         fresh.set_begin_index(start)
     return fresh, start
-
-
-@ordinary()
-def scheduler_from_config(config: Any) -> Any:
-    """Make a fresh diffusers scheduler from its config.
-
-    Args:
-        config: with "_class_name", or a scheduler that has the config, which is left as it is.
-
-    Raises:
-        ValueError: the config names no scheduler class that diffusers has.
-    """
-    if not isinstance(config, Mapping):
-        return type(config).from_config(config.config)
-    import diffusers
-
-    name = config.get("_class_name")
-    cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if cls is None or diffusers.SchedulerMixin not in getattr(cls, "__mro__", ()):
-        raise ValueError(f'scheduler config has "_class_name": {name!r}, expected the name of a diffusers scheduler')
-    return cls.from_config(dict(config))
 
 
 def _as_int(name: str, value: Any) -> int:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from dsd_fast.diffusion import changed_in_place
 from dsd_fast.engine.changes import FLEETING, changes
 from dsd_fast.engine.engine import Engine
 from dsd_fast.jobs import row_id, tensors_hash, weights_hash
 from dsd_fast.unet.adapters import acting_tensors, strengths_by_layer, strengths_summary
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
 
 # Of a network's config: how its file was made. The weights' hash knows the types.
 _OF_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -51,6 +57,25 @@ def model_settings(engine: Engine) -> dict[str, Any]:
         "prediction_type": model.schedule.prediction_type,
         "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
     }
+
+
+def scheduler_settings(model: Model) -> dict[str, Any]:
+    """Tell what of a model's scheduler changes its own steps, as JSON: class, config, what was changed in place."""
+    scheduler = model.new_scheduler()
+    kind = type(scheduler)
+    settings: dict[str, Any] = json.loads(json.dumps(model.scheduler_config, default=str))
+    if not kind.__module__.startswith("diffusers."):
+        settings["_class_name"] = f"{kind.__module__}.{kind.__qualname__}"
+    changed = {name: _number(value) for name, value in sorted(changed_in_place(scheduler).items())}
+    return {**settings, "changed_in_place": changed} if changed else settings
+
+
+def _number(value: Any) -> str:
+    if hasattr(value, "__array__"):
+        return tensors_hash({"": torch.as_tensor(value)})
+    return (
+        repr(value) if isinstance(value, bool | int | float | str | list | tuple | dict) else type(value).__qualname__
+    )
 
 
 def _config_hash(network: Any) -> str:

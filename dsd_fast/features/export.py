@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from dsd_fast.engine.fingerprint import model_settings
+from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
 from dsd_fast.engine.items import COLUMNS, Item, Items, Names, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
 from dsd_fast.features.extraction import Extracted, Extraction
@@ -189,10 +188,9 @@ def job_settings(
         ValueError: a ControlNet's condition that has no lasting name; an adapter that is fused into the weights.
     """
     config = extractor.settings()
-    scheduler = json.loads(json.dumps(extractor.model.scheduler_config, default=str))
     return {
         **model_settings(extractor.engine.under(technique.adapter, technique.controls)),
-        "scheduler": scheduler if config["official_timesteps"] else {},
+        "scheduler": scheduler_settings(extractor.model) if config["official_timesteps"] else {},
         **config,
         "technique": {**config["technique"], "prompts": None},
         "prompts": prompts if isinstance(prompts, str) else None,

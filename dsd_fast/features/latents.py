@@ -36,7 +36,8 @@ def used_timesteps(model: Model, timesteps: Sequence[int], official: bool) -> li
             raise ValueError(f"timesteps holds {t!r}, expected integers")
         if not 0 <= t < model.schedule.num_train_timesteps:
             raise ValueError(f"timesteps holds {t}, expected 0 to {model.schedule.num_train_timesteps - 1}")
-    return [img2img_timestep(model.scheduler_config, t) if official else int(t) for t in timesteps]
+    scheduler = model.new_scheduler()
+    return [img2img_timestep(scheduler, t) if official else int(t) for t in timesteps]
 
 
 def told_timesteps(model: Model, technique: Technique, timesteps: Sequence[int], official: bool) -> list[float]:
@@ -98,7 +99,7 @@ class Way:
 
     def _inverted(self, inputs: Inputs, prompts: Sequence[str]) -> Tensor:
         model = self.engine.model
-        grid = inversion_grid(model.scheduler_config) if self.official else None
+        grid = inversion_grid(model.new_scheduler()) if self.official else None
         # The official walk leaves the ControlNets out.
         predict = predictor(self.engine, inputs, prompts, controlled=not self.official)
         walk = invert(
@@ -137,8 +138,8 @@ class Way:
                 stood.append(0)
                 continue
             steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
-            _, start = scheduler_noised(model.scheduler_config, clean, epsilon, steps, strength)
-            *_, (last, z) = scheduler_steps(model.scheduler_config, predict, start, steps, strength, until=t)
+            _, start = scheduler_noised(model.new_scheduler(), clean, epsilon, steps, strength)
+            *_, (last, z) = scheduler_steps(model.new_scheduler(), predict, start, steps, strength, until=t)
             result[:, position] = z.view(images, draws, *z.shape[1:])
             stood.append(last)
         return result, stood
@@ -159,4 +160,4 @@ def _ways(top: int, low: Sequence[int], steps: int | None) -> list[tuple[list[in
 def _last_of_walk(model: Model, top: int, t: int) -> float:
     """Where the official walk from one timestep to another ends."""
     steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
-    return [each for each in scheduler_timesteps(model.scheduler_config, steps, strength) if each >= t][-1]
+    return [each for each in scheduler_timesteps(model.new_scheduler(), steps, strength) if each >= t][-1]

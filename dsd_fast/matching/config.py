@@ -23,7 +23,8 @@ class MatchConfig:
 
     Attributes:
         timesteps: a count on the official grid (50 gives 49 steps, as there), or the timesteps themselves.
-        layers: "official" (of the down, middle and up part the last block with cross-attention), "all" (every
+        layers: "official" (of the down, middle and up part the last block with cross-attention; a part without any
+            gives none, and a warning says so), "all" (every
             cross-attention), or score ids, with equal weights; or a mapping from score id to its weight or to one per
             head.
         attention_weight: weight of the attention term; 0 leaves it out.

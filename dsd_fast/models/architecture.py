@@ -1,9 +1,12 @@
 """Which networks are Stable Diffusion 1.x, 2.x or SDXL, told from their configs before any weight is read."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dsd_fast.models.errors import ModelError
+
+log = logging.getLogger("dsd_fast")
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -12,6 +15,8 @@ _XL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "toke
 PIPELINES: dict[str, tuple[str, ...]] = {
     "StableDiffusionPipeline": _PARTS,
     "StableDiffusionImg2ImgPipeline": _PARTS,
+    "LatentConsistencyModelPipeline": _PARTS,
+    "LatentConsistencyModelImg2ImgPipeline": _PARTS,
     "StableDiffusionXLPipeline": _XL_PARTS,
     "StableDiffusionXLImg2ImgPipeline": _XL_PARTS,
 }
@@ -55,7 +60,7 @@ def check_unet(config: Mapping[str, Any], latent_channels: int, model: str) -> N
         raise ModelError(
             f"{model}: the UNet has out_channels = {config.get('out_channels')}, expected {latent_channels}"
         )
-    for key in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim"):
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim"):
         if config.get(key) is not None:
             raise ModelError(f"{model}: the UNet has {key} = {config[key]!r}, expected none as in SD 1.x, 2.x and SDXL")
     if config.get("addition_embed_type") not in (None, "text_time"):
@@ -63,6 +68,26 @@ def check_unet(config: Mapping[str, Any], latent_channels: int, model: str) -> N
             f"{model}: the UNet has addition_embed_type = {config['addition_embed_type']!r}, "
             "expected none (SD 1.x, 2.x) or 'text_time' (SDXL)"
         )
+
+
+def latent_sides(config: Mapping[str, Any], prediction_type: str, model: str) -> tuple[int, int]:
+    """Height and width of the latents that a UNet was made for, from its config's sample_size.
+
+    Where the config names none: 128 for SDXL, 96 for SD 2.x that predicts v, else 64, as diffusers' conversion of
+    checkpoints has it.
+
+    Raises:
+        ModelError: a size that is neither an integer nor two.
+    """
+    size = config.get("sample_size")
+    if size is None:
+        family = family_of(config)
+        size = 128 if family == "sdxl" else 96 if family == "sd2" and prediction_type == "v_prediction" else 64
+        log.warning("%s: the UNet's config has no sample_size; latents are taken as %d x %d", model, size, size)
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ModelError(f"{model}: the UNet has sample_size = {size!r}, expected an integer, or height and width")
+    return sides[0], sides[1]
 
 
 def check_text(unet_config: Mapping[str, Any], widths: Sequence[int], pooled: int | None, model: str) -> None:

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.diffusion import NoiseSchedule, fresh_scheduler
 from dsd_fast.kernels.common.host import ordinary, own_types
-from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of
+from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of, latent_sides
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
+from dsd_fast.models.private import uncompiled
 from dsd_fast.models.prompts import PromptStates, encode_prompts
 from dsd_fast.models.tuners import standing
 
 
 class Model:
     """The parts of a diffusers pipeline, by reference: nothing is copied, patched or moved.
+
+    Of a part that `torch.compile` wrapped, the module inside is taken.
 
     Made by `load` and `from_pipeline`. No method disables gradients: wrap calls in `torch.no_grad()` where none are
     wanted and the weights require them.
@@ -29,13 +32,14 @@ class Model:
         unet: diffusers UNet2DConditionModel.
         vae: diffusers AutoencoderKL.
         text_encoders, tokenizers: one each for SD 1.x and 2.x, two for SDXL.
-        schedule: the noise schedule, with the prediction type.
+        schedule: the noise schedule, with the prediction type: the scheduler's own numbers when the model was made.
         scheduler_config: config of the scheduler the model came with, "_class_name" included.
         clip: transformers CLIPModel, or None.
         family: "sd1", "sd2" or "sdxl".
         name: "mini", a hub id or a folder; for a pipeline where it says it was loaded from.
         revision: commit of a model from the hub, else None.
-        image_size: (height, width) in pixels the UNet was made for.
+        image_size: (height, width) in pixels the UNet was made for; what is usual for its family where its config has
+            no sample_size (`latent_sides`).
         vae_scale_factor: pixels per latent position along one side.
         latent_channels: C of the latents.
         text_width: E, the width of the text states.
@@ -61,13 +65,14 @@ class Model:
         Raises:
             ModelError: they do not, or they are no SD 1.x, 2.x or SDXL.
         """
+        unet, vae = uncompiled(unet), uncompiled(vae)
         self.unet = unet
         self.vae = vae
         # A float32 copy of a VAE that overflows in float16; this model and its copies have one.
         self._float32_vae: dict[str, Any] = {}
-        self.text_encoders = tuple(text_encoders)
+        self.text_encoders = tuple(uncompiled(encoder) for encoder in text_encoders)
         self.tokenizers = tuple(tokenizers)
-        self.clip = clip
+        self.clip = uncompiled(clip)
         self.name = name
         self.revision = revision
         label = name or "model"
@@ -79,9 +84,8 @@ class Model:
         self.text_width: int = sum(widths)
         self._set_scheduler(scheduler)
         self.vae_scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
-        sample = unet.config.sample_size
-        sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
-        self.image_size: tuple[int, int] = (sides[0] * self.vae_scale_factor, sides[1] * self.vae_scale_factor)
+        height, width = latent_sides(unet.config, self.schedule.prediction_type, label)
+        self.image_size: tuple[int, int] = (height * self.vae_scale_factor, width * self.vae_scale_factor)
         self._force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self._local_files_only = local_files_only
         self._cache_dir = cache_dir
@@ -242,7 +246,7 @@ class Model:
     def with_unet(self, unet: Any) -> "Model":
         """This model with another UNet of the same configuration; all other parts are shared."""
         other = copy.copy(self)
-        other.unet = unet
+        other.unet = uncompiled(unet)
         return other
 
     def with_scheduler(self, scheduler: Any) -> "Model":
@@ -260,9 +264,8 @@ class Model:
 
     @ordinary()
     def new_scheduler(self) -> Any:
-        """A fresh diffusers scheduler like the one the model came with."""
-        config = {key: value for key, value in self.scheduler_config.items() if key != "_class_name"}
-        return self._scheduler_class.from_config(copy.deepcopy(config))
+        """A fresh diffusers scheduler like the one the model came with, what was changed on that in place included."""
+        return fresh_scheduler(self._scheduler)
 
     @ordinary()
     def to_pipeline(self) -> Any:
@@ -284,7 +287,7 @@ class Model:
             self.schedule = NoiseSchedule.from_scheduler(scheduler)
         except ValueError as error:
             raise ModelError(f"{self.name or 'model'}: {error}") from error
-        self._scheduler_class = type(scheduler)
+        self._scheduler = fresh_scheduler(scheduler)
         self.scheduler_config = {**copy.deepcopy(dict(scheduler.config)), "_class_name": type(scheduler).__name__}
 
     def _precise_vae(self) -> Any:

@@ -33,6 +33,7 @@ from dsd_fast.models.load import (
     resolve_dtype,
     weight_patterns,
 )
+from dsd_fast.models.private import uncompiled
 
 if TYPE_CHECKING:
     from dsd_fast.models.bundle import Model
@@ -43,7 +44,7 @@ class Control:
     """A ControlNet and what it is shown.
 
     Attributes:
-        net: diffusers ControlNetModel, as `load_controlnet` gives it.
+        net: diffusers ControlNetModel, as `load_controlnet` gives it; of a compiled one, the module inside.
         condition: from the picture, at the network's input size, to what the net sees; None: the picture itself.
         scale: factor on the net's residuals, "conditioning_scale".
     """
@@ -54,6 +55,8 @@ class Control:
 
     def __post_init__(self) -> None:
         """Raises ModelError or ValueError for what is no ControlNet, no function or no number."""
+        # Past the guard of a frozen dataclass.
+        object.__setattr__(self, "net", uncompiled(self.net))
         if "ControlNetModel" not in (cls.__name__ for cls in type(self.net).__mro__):
             raise ModelError(f"net is of type {type(self.net).__name__}, expected a diffusers ControlNetModel")
         if self.net.config.global_pool_conditions:

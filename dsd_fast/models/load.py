@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from dsd_fast.diffusion import scheduler_from_config
+from dsd_fast.diffusion import fresh_scheduler
 from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
 from dsd_fast.models.bundle import Model
 from dsd_fast.models.errors import ModelError, first_line
 from dsd_fast.models.hub import find_folder
+from dsd_fast.models.private import uncompiled
 
 _DTYPES = {
     "float64": torch.float64,
@@ -111,7 +112,7 @@ def from_pipeline(pipe: Any, clip: Any = None) -> Model:
     sdxl = components.get("text_encoder_2") is not None
     names = PIPELINES["StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"]
     for name in names:
-        component = components.get(name)
+        component = uncompiled(components.get(name))
         if component is None:
             raise ModelError(f"{label} has no component {name!r}, expected {', '.join(names)}")
         kinds = {cls.__name__ for cls in type(component).__mro__}
@@ -163,7 +164,7 @@ def _load_components(folder: Path, name: str, dtype: torch.dtype, variant: str |
 
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", name)
     with reported(f"component 'scheduler' of model {name!r}"):
-        scheduler = scheduler_from_config({"_class_name": index["scheduler"][1], **scheduler_config})
+        scheduler = fresh_scheduler({"_class_name": index["scheduler"][1], **scheduler_config})
     return {
         "unet": network("unet"),
         "vae": network("vae"),
@@ -242,7 +243,7 @@ def _resolve_clip(
         return None
     from transformers import CLIPModel
 
-    if isinstance(clip, CLIPModel):
+    if isinstance(uncompiled(clip), CLIPModel):
         return clip
     if not isinstance(clip, str | os.PathLike):
         raise ModelError(f"clip is of type {type(clip).__name__}, expected a CLIPModel, a folder or a hub id")

@@ -1,8 +1,9 @@
-"""A network of one's own on weights that others use too."""
+"""A network of one's own on weights that others use too; the network inside a compiled one."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,3 +27,22 @@ def private(network: Any, copied: Callable[[str], bool] = lambda name: False) ->
     for buffer in network.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(network, memo)
+
+
+def uncompiled(network: Any) -> Any:
+    """The module that ``torch.compile`` wrapped, on the same weights; any other object itself.
+
+    What is compiled is the forward method of the whole, which a plan goes around. A module that compiles itself in
+    place (``module.compile()``) is called by its parts just as well, and needs nothing.
+    """
+    # Importing Dynamo takes longer than the rest of the package, and where nobody has, nothing is compiled.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    while dynamo is not None and isinstance(network, dynamo.OptimizedModule):
+        network = network._orig_mod
+    return network
+
+
+def compiled_forward(module: nn.Module) -> bool:
+    """Whether the forward put on a module is its class's own, compiled: ``m.forward = torch.compile(m.forward)``."""
+    inside = getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+    return getattr(inside, "__func__", None) is type(module).forward and getattr(inside, "__self__", None) is module

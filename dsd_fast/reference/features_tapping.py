@@ -146,9 +146,11 @@ def _places(unet: UNet2DConditionModel) -> dict[str, tuple[Register, nn.Module]]
                     vit(f"{part}-level{level}-repeat{repeat}-vit", stage.attentions[repeat])
             for module in getattr(stage, f"{sampler}s", None) or ():
                 found[f"{part}-level{level}-{sampler}-out"] = (_after, module)
-    for repeat, block in enumerate(unet.mid_block.resnets):
+    for repeat, block in enumerate(getattr(unet.mid_block, "resnets", ())):
         res(f"mid-repeat{repeat}-res", block)
-    vit("mid-vit", unet.mid_block.attentions[0])
+    for transformer in getattr(unet.mid_block, "attentions", ()):
+        vit("mid-vit", transformer)
+        break
     found["unet-out"] = (_after, unet.conv_out)
     return found
 

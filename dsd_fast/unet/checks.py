@@ -62,6 +62,23 @@ def time_ids(cut: Cut, value: Tensor | None, count: int, device: torch.device) -
     return upload(given, device).expand(count, TIME_IDS)
 
 
+def timestep_cond(cut: Cut, value: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+    """(count, E) on ``device`` in the network's type; None where none is given or no step reads the time."""
+    if value is None:
+        return None
+    width = cut.network.guidance_width
+    if not width:
+        raise ValueError("timestep_cond: given, expected None: this network reads no guidance embedding")
+    given = torch.as_tensor(value)
+    if given.shape not in ((width,), (count, width)) or not given.dtype.is_floating_point:
+        raise ValueError(
+            f"timestep_cond: got {tuple(given.shape)} {given.dtype}, expected ({width},) or ({count}, {width}) float"
+        )
+    if not cut.reads_time:
+        return None
+    return upload(given.to(cut.network.dtype), device).expand(count, width)
+
+
 def latents(network: Network, value: Tensor, device: torch.device) -> None:
     channels = network.latent_channels
     if value.ndim != 4 or value.shape[1] != channels:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dsd_fast.models.architecture import TIME_IDS
+from dsd_fast.models.private import uncompiled
 from dsd_fast.unet import blocks
-from dsd_fast.unet.flops import linear_flops
+from dsd_fast.unet.flops import base_layer, linear_flops
 from dsd_fast.unet.inductor import Inductor
 from dsd_fast.unet.refusals import Bypassed, check_architecture
 from dsd_fast.unet.step import Size, Step
@@ -35,6 +36,7 @@ class Network:
         time_blocks: the residual blocks, each with the name of the step that reads the time embedding for it.
         latent_channels: C of the latents that it is given.
         time_width: E of the time embedding.
+        guidance_width: E of the guidance embedding that the time embedding may read (LCM); 0 where it reads none.
         text_width: E of the text states.
         reads_pooled_text: whether the time embedding reads the pooled text, and with it image sizes (SDXL).
         pooled_width: E of the pooled text states; 0 where none are read.
@@ -46,11 +48,13 @@ class Network:
     """
 
     def __init__(self, unet: Any) -> None:
+        unet = uncompiled(unet)
         check_architecture(unet)
         self.module = unet
         config = unet.config
         self.latent_channels: int = config.in_channels
-        self.time_width: int = 4 * config.block_out_channels[0]
+        self.time_width: int = base_layer(unet.time_embedding.linear_2).out_features
+        self.guidance_width: int = config.get("time_cond_proj_dim") or 0
         widths = config.cross_attention_dim
         self.text_width: int = widths if isinstance(widths, int) else widths[0]
         self.reads_pooled_text: bool = config.addition_embed_type == "text_time"
@@ -132,6 +136,8 @@ class Network:
             return 0
         embedding, read = self.module.time_embedding, latents
         total = linear_flops(embedding.linear_1, latents) + linear_flops(embedding.linear_2, latents)
+        if self.guidance_width:
+            total += linear_flops(embedding.cond_proj, latents)
         if self.reads_pooled_text:
             added, read = self.module.add_embedding, rows
             total += linear_flops(added.linear_1, rows) + linear_flops(added.linear_2, rows)
@@ -143,13 +149,14 @@ class Network:
         unet: Any,
         times: Tensor,
         dtype: torch.dtype,
+        timestep_cond: Tensor | None,
         time_ids: Tensor | None,
         pooled: Tensor | None,
         latent_index: Tensor | None,
         text_index: Tensor | None,
     ) -> Tensor:
         """Make the time embedding before its activation: (P, E), or (B, E) where it reads the pooled text."""
-        embedding = unet.time_embedding(unet.time_proj(times).to(dtype))
+        embedding = unet.time_embedding(unet.time_proj(times).to(dtype), timestep_cond)
         if time_ids is not None:
             assert pooled is not None
             # (P, 6) → (P, 6·e), e sines and cosines of each number.
@@ -170,7 +177,10 @@ class Network:
                 self._downsamplers.append(module)
                 yield blocks.downsample_step(module, f"down-level{level}-downsampler-out", level + 1)
         level = len(self._downsamplers)
-        yield from self._middle(unet.mid_block, level)
+        if unet.mid_block is not None:
+            yield from self._middle(unet.mid_block, level)
+        # diffusers adds a ControlNet's middle residual where there is no middle block too.
+        yield blocks.mid_residual_step(level)
         for index, block in enumerate(unet.up_blocks):
             yield from self._stage(block, f"up-level{index}", level, pops=True)
             for module in block.upsamplers or ():
@@ -189,11 +199,11 @@ class Network:
 
     def _middle(self, block: Any, level: int) -> Iterator[Step]:
         for repeat, resnet in enumerate(block.resnets):
-            # The grammar names one transformer in the middle, between the residual blocks.
+            # The grammar names one transformer in the middle, between the residual blocks; UNetMidBlock2D has one
+            # residual block alone.
             if repeat:
                 yield from self._vit(block.attentions[repeat - 1], "mid-vit", level)
             yield from self._res(resnet, f"mid-repeat{repeat}-res", level)
-        yield blocks.mid_residual_step(level)
 
     def _res(self, resnet: Any, prefix: str, level: int, *, pops: bool = False, push: bool = False) -> Iterator[Step]:
         self.time_blocks.append((f"{prefix}-increment", resnet))

@@ -135,6 +135,7 @@ class Plan(Cut):
         *,
         latent_index: Index | None = None,
         text_index: Index | None = None,
+        timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
@@ -150,6 +151,8 @@ class Plan(Cut):
             timesteps: (P,) or one for all.
             text: M texts encoded by this plan or one with the same layers; None if no step of the plan reads text.
             latent_index, text_index: (B,); without them B = P and B = M.
+            timestep_cond: (P, E) or (E,) guidance embeddings (:func:`dsd_fast.diffusion.guidance_embedding`) for a
+                network that reads them (LCM); None leaves them out, as diffusers does.
             time_ids: (P, 6) or (6,) original size, crop and target size in pixels (SDXL).
             residuals: a ControlNet's (down, mid) residuals, one row per requested row.
             map_tokens: (n,) or (B, n) token positions for ``maps``.
@@ -170,7 +173,7 @@ class Plan(Cut):
             self.network.check()
             checkpoint = checkpoint or (torch.is_grad_enabled() and self.network.checkpointing)
         with self._adapter.active():
-            rows = (latent_index, text_index, time_ids, residuals, map_tokens)
+            rows = (latent_index, text_index, timestep_cond, time_ids, residuals, map_tokens)
             return self._answer(Request(self, latents, timesteps, text, *rows, checkpoint=checkpoint), out)
 
     @overload
@@ -182,6 +185,7 @@ class Plan(Cut):
         *,
         latent_index: Index | None = None,
         text_index: Index | None = None,
+        timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
@@ -198,6 +202,7 @@ class Plan(Cut):
         *,
         latent_index: Index | None = None,
         text_index: Index | None = None,
+        timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
@@ -213,6 +218,7 @@ class Plan(Cut):
         *,
         latent_index: Index | None = None,
         text_index: Index | None = None,
+        timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
@@ -243,7 +249,7 @@ class Plan(Cut):
         self.network.check()
         # The arguments are checked here, so under the plan's adapters; each micro-batch switches to them itself.
         with self._adapter.active():
-            rows = (latent_index, text_index, time_ids, residuals, map_tokens)
+            rows = (latent_index, text_index, timestep_cond, time_ids, residuals, map_tokens)
             request = Request(self, latents, timesteps, text, *rows, device=HOST)
             tokens = request.index.tokens
             size = rows_at_once(

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as every_module
 
+from dsd_fast.models.private import compiled_forward
 from dsd_fast.models.tuners import is_wrapper
 from dsd_fast.unet.flops import base_layer
 from dsd_fast.unet.shipped import CALLS, is_shipped, of_library, reached, told
@@ -26,7 +27,7 @@ PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor"
 CONFIG: dict[str, tuple[Any, ...]] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
@@ -247,7 +248,7 @@ class Bypassed:
         for path, module in self.modules.items():
             hooks = [kind for name, kind in _HOOKS.items() if vars(module)[name]]
             what = f"a {hooks[0]} hook is registered on" if hooks else ""
-            if "forward" in vars(module):
+            if "forward" in vars(module) and not compiled_forward(module):
                 what = "another forward was put on"
             if what:
                 raise UnsupportedNetworkError(

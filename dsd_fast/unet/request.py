@@ -27,6 +27,7 @@ class Request:
         times: (P,).
         text: M texts, of the cut's layers alone, or None.
         index: which latent, text and tokens each row has.
+        timestep_cond: (P, E) guidance embeddings, or None.
         time_ids: (P, 6), or None for a network that does not read image sizes.
         residuals: a ControlNet's, B rows, or None.
         checkpoint: whether gradients are computed with the activations of one region at a time.
@@ -40,6 +41,7 @@ class Request:
         text: TextKV | None,
         latent_index: Index | None,
         text_index: Index | None,
+        timestep_cond: Tensor | None,
         time_ids: Tensor | None,
         residuals: Residuals | None,
         map_tokens: Tensor | Sequence[int] | None,
@@ -71,6 +73,7 @@ class Request:
         if text is not None:
             texts = checks.text_index(text_index, len(text), self.rows, device)
         self.times = checks.timesteps(timesteps, count, device)
+        self.timestep_cond = checks.timestep_cond(cut, timestep_cond, count, device)
         self.time_ids = checks.time_ids(cut, time_ids, count, device)
         self.residuals = residuals
         if residuals is not None:
@@ -123,6 +126,8 @@ class Request:
         changed = copy.copy(self)
         changed.rows = rows
         changed.latents, changed.times = of_latents(self.latents), of_latents(self.times)
+        if self.timestep_cond is not None:
+            changed.timestep_cond = of_latents(self.timestep_cond)
         if self.time_ids is not None:
             changed.time_ids = of_latents(self.time_ids)
         changed.index = RowIndex(*(None if index is None else of_rows(index) for index in self.index))
@@ -131,10 +136,13 @@ class Request:
             changed.residuals = [of_rows(value) for value in down], of_rows(mid)
         return changed
 
-    def embedded(self) -> tuple[Tensor, torch.dtype, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def embedded(
+        self,
+    ) -> tuple[Tensor, torch.dtype, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Give what the time embedding is made from, in the order of :meth:`Network.embed`."""
         pooled = None if self.text is None else self.text.pooled
-        return self.times, self.latents.dtype, self.time_ids, pooled, self.index.latent, self.index.text
+        index = self.index
+        return self.times, self.latents.dtype, self.timestep_cond, self.time_ids, pooled, index.latent, index.text
 
     @property
     def key(self) -> Hashable:
@@ -147,6 +155,7 @@ class Request:
             self.text_key,
             (self.index.latent is None, self.index.text is None),
             self.times.dtype,
+            self.timestep_cond is None,
             None if self.time_ids is None else self.time_ids.dtype,
             None if self.residuals is None else self.residuals[1].dtype,
             None if tokens is None else tokens.shape[1],
@@ -165,7 +174,7 @@ class Request:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors save the texts', in a fixed order."""
-        rest = (*self.index, self.time_ids, *self.every_residual)
+        rest = (*self.index, self.timestep_cond, self.time_ids, *self.every_residual)
         return (x for x in (self.latents, self.times, *rest) if x is not None)
 
     @property

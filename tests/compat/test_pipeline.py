@@ -459,6 +459,12 @@ def test_a_given_scheduler_counts(stock):
     pipe.scheduler = tiny_scheduler("sd15")
     assert pipe.scheduler.config.num_train_timesteps == 1000
     assert float((pipe(**options) - want).abs().max()) > 1e-2
+    # Changed in place it counts at the next call.
+    for given in (pipe, other):
+        given.scheduler = diffusers.DDPMScheduler(**betas)
+        given.scheduler.alphas_cumprod = given.scheduler.alphas_cumprod**2
+    want = official(other, pixels, timesteps=[40, 300])
+    torch.testing.assert_close(pipe(**options), want, **NEAR)
 
 
 @pytest.mark.parametrize(

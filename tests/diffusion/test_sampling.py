@@ -6,6 +6,7 @@ import dsd_fast as dsd
 from dsd_fast.diffusion import (
     CLEAN,
     NoiseSchedule,
+    guidance_embedding,
     guided,
     img2img,
     img2img_timestep,
@@ -208,6 +209,18 @@ def test_guidance_magnifies_no_rounding(dtype):
     right = latents.double() + 7.5 * (noise.double() - latents.double())
     # Three roundings of float32 of numbers up to 7.5 (|u| + |c|).
     torch.testing.assert_close(found.double(), right, rtol=0, atol=3 * 2**-24 * 7.5 * 8)
+
+
+@pytest.mark.parametrize("width", [256, 13])
+def test_guidance_embedding_is_that_of_diffusers(width):
+    scales = [1.0, 7.5, 8.1]
+    theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, torch.tensor([scale - 1 for scale in scales]), embedding_dim=width
+    )
+    assert torch.equal(guidance_embedding(scales, width), theirs)
+    assert torch.equal(guidance_embedding(8.1, width), theirs[2:])
+    with pytest.raises(ValueError, match="width is 3, expected at least 4"):
+        guidance_embedding(1.0, 3)
 
 
 def test_half_precision_stays_half_precision():

@@ -83,7 +83,7 @@ def test_from_scheduler_refuses():
     with pytest.raises(ValueError, match="scheduler config lacks beta_start, beta_end, beta_schedule, expected a sch"):
         NoiseSchedule.from_scheduler(flow.config)
     with pytest.raises(ValueError, match="beta_schedule is 'sigmoid', expected linear"):
-        NoiseSchedule.from_scheduler(diffusers.DDPMScheduler(beta_schedule="sigmoid"))
+        NoiseSchedule.from_scheduler(diffusers.DDPMScheduler(beta_schedule="sigmoid").config)
     with pytest.raises(ValueError, match="prediction_type is 'flow', expected one of"):
         NoiseSchedule(torch.ones(3, dtype=torch.float64), "flow")
     with pytest.raises(ValueError, match=r"alphas_cumprod has shape .* expected a non-empty 1-D float64 CPU tensor"):

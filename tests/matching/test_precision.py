@@ -127,7 +127,7 @@ def test_timesteps_and_sizes_keep_their_digits(family):
     hooks = [module.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for module in modules]
     pooled = torch.zeros(3, 20, dtype=torch.bfloat16)
     given = (sizes, pooled) if family == "sdxl" else (None, None)
-    Network.embed(unet, times, torch.bfloat16, *given, None, None)
+    Network.embed(unet, times, torch.bfloat16, None, *given, None, None)
     for hook in hooks:
         hook.remove()
     expected = [sinusoid(times, unet.config.block_out_channels[0])]

@@ -386,7 +386,6 @@ def test_scheduler_config_is_a_copy():
         ({"in_channels": 8}, "in_channels = 8 .an image-editing UNet., expected the VAE's 4"),
         ({"out_channels": 8}, "out_channels = 8, expected 4"),
         ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep', expected none as in SD 1.x"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256, expected none"),
         ({"addition_embed_type": "text"}, "addition_embed_type = 'text', expected none .* or 'text_time'"),
         ({"addition_embed_type": "text_time"}, "1 text encoders, expected 2 for this UNet"),
         ({"cross_attention_dim": 99}, "cross_attention_dim = 99, expected 24, the width of the text states"),

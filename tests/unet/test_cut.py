@@ -55,7 +55,7 @@ def test_a_cut_is_run_and_counted_without_a_plan():
     cut = Cut(case.program, scores=(FIRST,), noise_pred=True)
     with torch.no_grad():
         text = plan.encode_text(request["states"])
-        rows = (request["latent_index"], request["text_index"], None, None, None)
+        rows = (request["latent_index"], request["text_index"], None, None, None, None)
         got = run_eager(cut, Request(cut, request["latents"], request["timesteps"], text, *rows))
         want = plan.run(request["latents"], request["timesteps"], text, latent_index=rows[0], text_index=rows[1])
     assert torch.equal(got.noise_pred, want.noise_pred)

@@ -7,7 +7,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from dsd_fast.unet import TextKV, UNetProgram
-from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, tiny_unet, trained_like
+from tests.tiny import CROSS_ATTENTION_DIM, FAMILIES, POOLED_DIM, SHAPES, tiny_unet, trained_like
 
 TOLERANCE = 1e-5
 TOKENS = 11
@@ -24,7 +24,8 @@ class Case:
 
     def __init__(self, family, size=(16, 16), latents=2, texts=3, seed=0):
         g = torch.Generator().manual_seed(seed)
-        self.family, self.unet = family, tiny_unet(family)
+        self.unet, family = tiny_unet(family), SHAPES.get(family, (family,))[0]
+        self.family = family
         self.unet.requires_grad_(False)
         self.program = UNetProgram(self.unet)
         self.latents = torch.randn(latents, 4, *size, generator=g)
@@ -32,6 +33,8 @@ class Case:
         self.states = torch.randn(texts, TOKENS, CROSS_ATTENTION_DIM[family], generator=g)
         self.pooled = torch.randn(texts, POOLED_DIM, generator=g) if family == "sdxl" else None
         self.ids = torch.randint(0, 64, (latents, 6), generator=g).float() if family == "sdxl" else None
+        width = self.unet.config.time_cond_proj_dim
+        self.guidance = None if width is None else torch.randn(latents, width, generator=g)
         self.latent_index = torch.tensor([0, 1, 1, 0, 1])
         self.text_index = torch.tensor([2, 0, 1, 1, 2])
 
@@ -44,6 +47,7 @@ class Case:
             self.latents[self.latent_index],
             self.times[self.latent_index],
             self.states[self.text_index],
+            timestep_cond=None if self.guidance is None else self.guidance[self.latent_index],
             added_cond_kwargs=added,
             **kwargs,
         ).sample
@@ -56,6 +60,7 @@ class Case:
             text,
             latent_index=self.latent_index,
             text_index=self.text_index,
+            timestep_cond=self.guidance,
             time_ids=self.ids,
             **kwargs,
         )
@@ -106,9 +111,11 @@ def hooked(unet, call):
                 keep(f"down-level{level}-downsampler-out", module)
             for module in getattr(block, "upsamplers", None) or ():
                 keep(f"up-level{level}-upsampler-out", module)
-    for repeat, resnet in enumerate(unet.mid_block.resnets):
-        unit(f"mid-repeat{repeat}", resnet, None)
-    transformer("mid-vit", unet.mid_block.attentions[0])
+    if unet.mid_block is not None:
+        for repeat, resnet in enumerate(unet.mid_block.resnets):
+            unit(f"mid-repeat{repeat}", resnet, None)
+        for vit in unet.mid_block.attentions:
+            transformer("mid-vit", vit)
     try:
         call()
     finally:
@@ -123,8 +130,13 @@ def logits(values, block, kind, attention):
     return q @ k.transpose(-1, -2) * attention.scale
 
 
-@pytest.mark.parametrize("size", [(16, 16), (13, 11), (9, 24)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [(family, size) for family in FAMILIES for size in ((16, 16), (13, 11), (9, 24))]
+    + [(shape, (16, 16)) for shape in SHAPES]
+    + [("tiny-sd", (13, 11)), ("ssd-1b", (9, 24))],
+    ids=str,
+)
 @pytest.mark.newest
 def test_every_layer_score_and_the_output_equal_diffusers(family, size):
     case = Case(family, size)

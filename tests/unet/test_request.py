@@ -17,7 +17,8 @@ def case():
 def whole(case, plan, **change):
     asked = case.request() | {"map_tokens": torch.arange(10).view(5, 2) % TOKENS, "residuals": None} | change
     text = plan.encode_text(asked.pop("states"), **asked.pop("text"))
-    rows = [asked[name] for name in ("latent_index", "text_index", "time_ids", "residuals", "map_tokens")]
+    names = ("latent_index", "text_index", "timestep_cond", "time_ids", "residuals", "map_tokens")
+    rows = [asked.get(name) for name in names]
     return Request(plan, asked["latents"], asked["timesteps"], text, *rows, device=HOST), asked, text
 
 
@@ -60,7 +61,7 @@ def test_without_indices_row_b_is_latent_b_with_text_b():
     plan = case.program.plan(scores=[SCORE])
     with torch.no_grad():
         text = plan.encode_text(case.request()["states"])
-        request = Request(plan, torch.randn(3, 4, 16, 16), 5, text, *[None] * 5, device=HOST)
+        request = Request(plan, torch.randn(3, 4, 16, 16), 5, text, *[None] * 6, device=HOST)
     part = request.take(torch.tensor([1, 2]), HOST)
     assert torch.equal(part.latents, request.latents[1:])
     assert (part.index.latent.tolist(), part.index.text.tolist(), part.index.tokens) == ([0, 1], [1, 2], None)

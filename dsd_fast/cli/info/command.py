@@ -68,7 +68,8 @@ def _show(content: dict[str, Any], layers: bool) -> None:
     console.print(_components(content))
     console.print(_blocks(content))
     official = ", ".join(name for name, score in content["scores"].items() if score["official"])
-    console.print(Text(f"official score ids: {official}"))
+    without = "".join(f"; none in {part}, which has no cross-attention" for part in content["without_scores"])
+    console.print(Text(f"official score ids: {official}{without}"))
     console.print(_costs(content))
     if "job" in content:
         console.print(_job(content["job"]))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsd_fast.matching import MatchConfig, official_layers
+from dsd_fast.matching.layers import parts_without
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.models import Model
 from dsd_fast.models.prompts import token_limit
@@ -85,7 +86,9 @@ def _layers(program: UNetProgram, shape: Sequence[int], tokens: int) -> dict[str
         for name, value in (("sizes", list(sizes[step.level])), ("heads", step.heads)):
             if value and value not in block[name]:
                 block[name].append(value)
-    return {"layers": layers, "scores": scores, "blocks": blocks}
+    # The step that adds a ControlNet's middle residual is there without a middle block too.
+    blocks = {name: block for name, block in blocks.items() if block["layer_ids"]}
+    return {"layers": layers, "scores": scores, "blocks": blocks, "without_scores": parts_without(program)}
 
 
 def _block(name: str) -> str:

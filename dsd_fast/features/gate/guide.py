@@ -174,7 +174,7 @@ class Guide:
         if self._guidance != 1:
             predict = guided(predictor(engine, inputs, [*[None] * len(inputs), *prompts]), self._guidance)
         latents = img2img(
-            self._model.scheduler_config,
+            self._model.new_scheduler(),
             predict,
             inputs.latents,
             inputs.noise[:, 0, 0],
