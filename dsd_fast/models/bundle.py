@@ -214,7 +214,6 @@ class Model:
         load_lora(
             self.unet,
             self.text_encoders,
-            self.to_pipeline,
             self.name,
             source,
             name,

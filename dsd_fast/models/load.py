@@ -12,7 +12,7 @@ import torch
 from dsd_fast.diffusion import scheduler_from_config
 from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
 from dsd_fast.models.bundle import Model
-from dsd_fast.models.errors import ModelError, first_line
+from dsd_fast.models.errors import ModelError, reason
 from dsd_fast.models.hub import find_folder
 
 _DTYPES = {
@@ -321,7 +321,7 @@ def reported(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"{what} cannot be loaded: {reason(error)}") from error
 
 
 @contextlib.contextmanager
