@@ -78,9 +78,7 @@ def load(
         checkpoint = read_checkpoint(Path(model))
         folder = _find_config(config, checkpoint, f"model {name!r}", hub)
     elif config is not None:
-        raise ModelError(
-            f"config is {os.fspath(config)!r}, but model {name!r} has its own; expected a .safetensors file"
-        )
+        raise ModelError(f"config is {os.fspath(config)!r}, but model {name!r} has its own, expected None")
     else:
         folder, commit = _find_model(model, variant, revision, hub)
     parts = _load_components(folder, name, torch_dtype, variant, checkpoint)

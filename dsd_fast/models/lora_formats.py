@@ -145,7 +145,7 @@ def read_lora(
         if "alpha" in values:
             alpha = float(values.pop("alpha"))
         elif settings.get(part):
-            alpha = _alpha(settings[part], name.removeprefix(f"{part}."), len(values["down"]))
+            alpha = _alpha(settings[part], (name.removeprefix(f"{part}."), path), len(values["down"]))
         elif PEFT in there["down"]:
             raise ModelError(
                 f"{what} is PEFT's, but its strength is nowhere, expected an adapter_config.json beside it"
@@ -266,10 +266,10 @@ def _weight(module: Any) -> Tensor:
     return weight
 
 
-def _alpha(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """The alpha by PEFT's rules of a layer that the file's settings know by that name."""
-    patterns = config.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+def _alpha(config: Mapping[str, Any], names: Sequence[str], rank: int) -> float:
+    """The alpha by PEFT's rules of a layer that the settings know by one of the names."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = (alpha for key, alpha in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
     alpha = float(next(matching, config.get("lora_alpha", _ALPHA)))
     # rsLoRA (Kalajdzievski, arXiv 2312.03732) divides by the root.
     return alpha * rank**0.5 if config.get("use_rslora") else alpha
