@@ -63,9 +63,10 @@ def _local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
     if path.exists():
         raise ModelError(f"{what} {str(source)!r} is a file, expected a folder in diffusers' layout or a hub id")
     # A hub id is a str of the form "owner/name" (a few old ones: "name"); anything else was meant as a path.
+    is_file = text.endswith(".safetensors")
     looks_local = not isinstance(source, str) or text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text
-    if looks_local:
-        raise ModelError(f"{what} {text!r} is a folder that does not exist")
+    if looks_local or is_file:
+        raise ModelError(f"{what} {text!r} is a {'file' if is_file else 'folder'} that does not exist")
     return None
 
 

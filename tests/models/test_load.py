@@ -95,6 +95,7 @@ def test_load_missing_folder(tmp_path):
     refused("model 'nowhere' is a folder that does not exist", Path("nowhere"))
     refused("model 'a/b/c' is a folder that does not exist", "a/b/c")
     refused("model is an empty string, expected a folder or a hub id", "")
+    refused("model 'sd.safetensors' is a file that does not exist", "sd.safetensors")
 
 
 def test_load_folder_without_index(folder):
@@ -167,8 +168,14 @@ def test_load_refuses_broken_weights(folder):
     error = refused("component 'unet' of model '.*' cannot be loaded: ", folder)
     assert error.__cause__ is not None
     file.write_bytes(whole)
+    edit(folder / "text_encoder" / "config.json", intermediate_size=40)
+    refused(
+        r"'text_encoder' .* cannot be loaded: 9 of its tensors .* the first, 'encoder.layers.0.mlp.fc1.bias', \(48,\), "
+        r"expected \(40,\)",
+        folder,
+    )
     edit(folder / "unet" / "config.json", block_out_channels=[16, 32, 32, 48])
-    refused("component 'unet' of model '.*' cannot be loaded: ", folder)
+    refused(r"component 'unet' of model '.*' cannot be loaded: .*_blocks\.\d\..*\[(48|32)", folder)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline", None])
@@ -277,8 +284,8 @@ def hub_error(kind):
         (hub_errors.RevisionNotFoundError, "the repository has no such revision; expected a branch, tag or commit"),
         (hub_errors.LocalEntryNotFoundError, "nor in the hub cache"),
         (hub_errors.HfHubHTTPError, "cannot be downloaded"),
-        (OSError, "cannot be downloaded: from the hub"),
-        (RuntimeError, "cannot be downloaded: from the hub"),
+        (OSError, "cannot be downloaded: from the hub and more"),
+        (RuntimeError, "cannot be downloaded: from the hub and more"),
     ],
 )
 def test_load_hub_errors(kind, message, monkeypatch):
