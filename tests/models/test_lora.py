@@ -109,6 +109,25 @@ def test_load_lora_refuses(lora, folders, tmp_path):
     refused("adapter name 'style' is taken, expected a new one", lora["sd15"])
 
 
+def test_load_lora_from_the_cache_of_the_hub(lora, folders, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--style"
+    snapshot = repo / "snapshots" / commit
+    (snapshot / "sub").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    model = dsd.load(folders["sd15"], cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(ModelError, match=r"LoRA 'someone/style' has no \.safetensors file"):
+        model.load_lora("someone/style", "a")
+    for name in ("pytorch_lora_weights.safetensors", "sub/other.safetensors"):
+        (snapshot / name).write_bytes(lora["sd15"].read_bytes())
+    model.load_lora("someone/style", "a")
+    model.load_lora("someone/style", "b", "sub/other.safetensors")
+    assert list(model.unet.peft_config) == ["a", "b"]
+    with pytest.raises(ModelError, match=r"LoRA 'someone/style' has no file 'third\.safetensors'"):
+        model.load_lora("someone/style", "c", "third.safetensors")
+
+
 @torch.no_grad()
 def test_load_lora_that_does_not_fit_leaves_nothing(lora, folders, tmp_path):
     model = dsd.load(folders["sd15"])
