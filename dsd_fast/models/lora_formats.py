@@ -231,7 +231,8 @@ def _value(
 ) -> Tensor:
     """A tensor of a file in the shape that it has in a :class:`LoraLayer`."""
     tensor, weight = tensors[key], _weight(module)
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+    # kohya's scripts write an alpha that was given as an integer as one.
+    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or kind == "alpha"):
         given = f"of {tensor.dtype}" if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
         raise ModelError(f"{what}: {key!r} is {given}, expected a floating-point tensor")
     down = tensors[there["down"]]

@@ -286,7 +286,7 @@ def test_kohyas_dora_by_hand(family, magnitudes, tmp_path):
             continue
         names, (down, up) = kohya(part, path), draw(layer, 2, generator)
         stem = names[0].removesuffix(".lora_down.weight")
-        tensors |= {**dict(zip(names, (down, up), strict=True)), f"{stem}.alpha": torch.tensor(1.0)}
+        tensors |= {**dict(zip(names, (down, up), strict=True)), f"{stem}.alpha": torch.tensor(1)}
         if magnitudes == "some" and number % 2:
             added(layer, down, up, 0.5)
             continue
