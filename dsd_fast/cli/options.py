@@ -101,7 +101,10 @@ MemoryBudget = Annotated[
 class ModelOptions(Options, panel=MODEL_PANEL):
     """A model, and how it is loaded."""
 
-    model: Annotated[str, typer.Option(help='"mini", a hub id, or a diffusers folder.')] = "mini"
+    model: Annotated[str, typer.Option(help='"mini", a hub id, a diffusers folder, or a .safetensors file.')] = "mini"
+    model_config: Annotated[
+        str | None, typer.Option(help="Hub id or folder with the configuration of a model of one file.")
+    ] = None
     device: Device = "cpu"
     dtype: Dtype = "float32"
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
@@ -134,6 +137,7 @@ class ModelOptions(Options, panel=MODEL_PANEL):
                 dtype=self.dtype,
                 revision=self.revision,
                 variant=self.variant,
+                config=self.model_config,
                 local_files_only=self.local_files_only,
             )
         except OSError as error:
@@ -147,7 +151,9 @@ class ModelOptions(Options, panel=MODEL_PANEL):
 class AdaptedModelOptions(ModelOptions):
     """A model, and perhaps a LoRA, which is active in it under the name "adapter"."""
 
-    adapter: Annotated[str | None, typer.Option(help='A LoRA: "mini", a .safetensors file, folder or hub id.')] = None
+    adapter: Annotated[
+        str | None, typer.Option(help='A LoRA: "mini", a .safetensors file, folder (PEFT\'s too) or hub id.')
+    ] = None
     adapter_file: Annotated[str | None, typer.Option(help="Which file, where --adapter has several.")] = None
 
     def load(self) -> "Model":

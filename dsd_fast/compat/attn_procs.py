@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.models import ModelError
-from dsd_fast.models.attn_procs import from_official
-from dsd_fast.models.errors import first_line
+from dsd_fast.models.attn_procs import check_official
 from dsd_fast.models.lora import put_unet_lora, save_official_lora
 
 ADAPTER = "dsd"
@@ -50,7 +50,8 @@ def load_attn_procs(
     else:
         file = _find(Path(source), weight_name)
         weights, what = _read(file), f"LoRA {str(file)!r}"
-    put_unet_lora(unet, from_official(weights, unet, what), ADAPTER, what)
+    check_official(weights, unet, what)
+    put_unet_lora(unet, weights, ADAPTER, what)
 
 
 def save_attn_procs(
@@ -99,7 +100,8 @@ def _read(file: Path) -> Mapping[str, Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # Its advice to read the file without weights_only=True is not for passing on.
-        text = first_line(error).split(". ")[0]
+        text = str(error).rpartition("WeightsUnpickler error: ")[2]
+        text = " ".join(re.split(r"Please use|Check the documentation", text)[0].split())
         raise ModelError(f"LoRA {str(file)!r} cannot be read as tensors alone (weights_only=True): {text}") from error
     if not isinstance(weights, Mapping):
         raise ModelError(f"LoRA {str(file)!r} holds a {type(weights).__name__}, expected a mapping of names to tensors")

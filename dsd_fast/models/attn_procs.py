@@ -8,7 +8,7 @@ one: 256 float32 matrices of rank 4 for SD 1.x and 2.x, at scale 1, without alph
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,23 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.models.errors import ModelError
+from dsd_fast.models.lora_formats import read_lora
 
 _ATTENTION = r"(?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]"
-_KEY = re.compile(rf"(?:unet\.)?({_ATTENTION})\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 _MODULES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
-_SIDES = {"down": "lora_A", "up": "lora_B"}
 
 
-def is_official(keys: Iterable[Any]) -> bool:
-    """Whether keys of a file are those of an official checkpoint, be it one that does not fit."""
-    return any(isinstance(key, str) and _KEY.fullmatch(key) for key in keys)
-
-
-def from_official(weights: Mapping[str, Tensor], unet: Any, what: str) -> dict[str, Tensor]:
-    """An official checkpoint under diffusers' present names, "<module>.lora_A.weight" and "<module>.lora_B.weight".
+def check_official(weights: Mapping[Any, Any], unet: Any, what: str) -> None:
+    """Refuses a mapping that is not an official checkpoint of the UNet, with every matrix and no other.
 
     Args:
-        weights: the mapping.
+        weights: the mapping; a name may have "unet." before it.
         unet: the UNet that it shall fit.
         what: its name in errors.
 
@@ -40,37 +34,22 @@ def from_official(weights: Mapping[str, Tensor], unet: Any, what: str) -> dict[s
         ModelError: names the key that is missing, unknown or given twice, or whose matrix does not fit.
     """
     wanted = {
-        _official_key(path, projection, side): (f"{path}.{module}", side)
+        _official_key(path, projection, side)
         for path in _attentions(unet)
-        for projection, module in _MODULES.items()
-        for side in _SIDES
+        for projection in _MODULES
+        for side in ("down", "up")
     }
-    result: dict[str, Tensor] = {}
-    for given, matrix in weights.items():
-        match = _KEY.fullmatch(given) if isinstance(given, str) else None
-        if match is None:
-            raise ModelError(
-                f"{what} holds {given!r}, expected matrices named '<attention>.processor.to_q_lora.down.weight' and so "
-                f"on"
-            )
-        key = _official_key(*match.groups())
-        if key not in wanted:
-            raise ModelError(f"{what} holds {given!r}, but the UNet has no attention layer {match[1]!r}")
-        path, side = wanted[key]
-        name = f"{path}.{_SIDES[side]}.weight"
-        if name in result:
-            raise ModelError(f"{what} holds {key!r} twice, with and without 'unet.' before it")
-        _check_matrix(matrix, side, unet.get_submodule(path), f"{what}: {given!r}")
-        result[name] = matrix
-    missing = next((key for key, (path, side) in wanted.items() if f"{path}.{_SIDES[side]}.weight" not in result), None)
+    names = {key: key.removeprefix("unet.") if isinstance(key, str) else key for key in weights}
+    other = next((key for key, name in names.items() if name not in wanted), None)
+    if other is not None:
+        raise ModelError(
+            f"{what} holds {other!r}, expected matrices named '<attention>.processor.to_q_lora.down.weight' and so on, "
+            f"for attention layers that the UNet has"
+        )
+    missing = min(wanted.difference(names.values()), default=None)
     if missing is not None:
-        raise ModelError(f"{what} has {len(result)} matrices, expected {len(wanted)}; {missing!r} is missing")
-    for key, (path, _) in wanted.items():
-        ranks = [result[f"{path}.lora_A.weight"].shape[0], result[f"{path}.lora_B.weight"].shape[1]]
-        if ranks[0] != ranks[1]:
-            up = key.replace("_lora.down.", "_lora.up.")
-            raise ModelError(f"{what}: {key!r} has rank {ranks[0]} and {up!r} rank {ranks[1]}, expected equal ones")
-    return result
+        raise ModelError(f"{what} has {len(weights)} matrices, expected {len(wanted)}; {missing!r} is missing")
+    read_lora(weights, unet, (), what)
 
 
 def to_official(unet: Any, name: str, layers: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -111,7 +90,7 @@ def to_official(unet: Any, name: str, layers: Mapping[str, Any]) -> dict[str, Te
             missing = rank - len(down)
             result[_official_key(path, projection, "down")] = F.pad(down, (0, 0, 0, missing))
             result[_official_key(path, projection, "up")] = F.pad(up, (0, missing))
-    from_official(result, unet, f"adapter {name!r}")
+    check_official(result, unet, f"adapter {name!r}")
     return result
 
 
@@ -124,22 +103,6 @@ def _matrices(layer: Any, name: str, by_root: bool) -> tuple[Tensor, Tensor]:
     down, up = (side[name].weight.detach().cpu().float() for side in (layer.lora_A, layer.lora_B))
     # rsLoRA (Kalajdzievski, arXiv 2312.03732) divides by the root.
     return down, up * (layer.lora_alpha[name] / layer.r[name] ** (0.5 if by_root else 1))
-
-
-def _check_matrix(matrix: Any, side: str, layer: Any, what: str) -> None:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2:
-        shaped = isinstance(matrix, Tensor)
-        given = f"{matrix.dtype} of shape {tuple(matrix.shape)}" if shaped else type(matrix).__name__
-        raise ModelError(f"{what} is {given}, expected a floating-point matrix")
-    (rank, width), expected = (
-        (matrix.shape, layer.in_features) if side == "down" else (matrix.T.shape, layer.out_features)
-    )
-    if width != expected:
-        raise ModelError(f"{what} has width {width}, expected the UNet's {expected}")
-    if not rank:
-        raise ModelError(f"{what} has rank 0, expected at least 1")
-    if not matrix.float().isfinite().all():
-        raise ModelError(f"{what} has values that are not finite")
 
 
 def _official_key(path: str, projection: str, side: str) -> str:

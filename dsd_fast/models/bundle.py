@@ -36,7 +36,7 @@ class Model:
         scheduler_config: config of the scheduler the model came with, "_class_name" included.
         clip: transformers CLIPModel, or None.
         family: "sd1", "sd2" or "sdxl".
-        name: "mini", a hub id or a folder; for a pipeline where it says it was loaded from.
+        name: "mini", a hub id, a folder or a file; for a pipeline where it says it was loaded from.
         revision: commit of a model from the hub, else None.
         image_size: (height, width) in pixels the UNet was made for; what is usual for its family where its config has
             no sample_size (`latent_sides`).
@@ -218,23 +218,25 @@ class Model:
 
     @ordinary()
     def load_lora(self, source: str | os.PathLike[str], name: str, weight_name: str | None = None) -> None:
-        """Adds a LoRA to the UNet and the text encoders by diffusers and PEFT, and makes it the active adapter.
+        """Adds a LoRA to the UNet and the text encoders by PEFT, and makes it the active adapter.
 
         A model made from a pipeline shares its networks, so that pipeline gets the adapter too.
 
         Args:
-            source: "mini", the LoRA of the shipped model; a .safetensors file, a folder, or a hub id; of diffusers, of
-                kohya's scripts (LoCon included), or of the official DSD code.
+            source: "mini", the LoRA of the shipped model; a .safetensors file, a folder, or a hub id. LoRA, or DoRA
+                with a norm for each output, of diffusers (files of 2023 too), of PEFT (with its adapter_config.json;
+                its folders may be "unet", "text_encoder" and "text_encoder_2" inside), of kohya's scripts and LyCORIS
+                (LoCon included), or of the official DSD code.
             name: of the adapter.
             weight_name: file inside the folder or repository; needed when there are several.
 
         Raises:
-            ModelError: no such file, a pickle (.bin, .pt, .ckpt), a name already taken, or weights that do not fit.
+            ModelError: no such file, a pickle (.bin, .pt, .ckpt), a name already taken, weights that do not fit or are
+                of another kind (as LoHa, LoKr, DoRA with a norm for each input), or embeddings of words among them.
         """
         load_lora(
             self.unet,
             self.text_encoders,
-            self.to_pipeline,
             self.name,
             source,
             name,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsd_fast.models.errors import ModelError, first_line
+from dsd_fast.models.errors import ModelError, reason
 
 
 def find_folder(
@@ -52,25 +52,6 @@ def find_folder(
     return folder, folder.name
 
 
-def download_file(
-    repo: str,
-    filename: str,
-    *,
-    what: str,
-    local_files_only: bool,
-    cache_dir: str | os.PathLike[str] | None,
-) -> Path:
-    """One file of a hub repository; errors as `find_folder`, and ModelError when the repository lacks it."""
-    import huggingface_hub
-
-    with _downloading(f"{what} {f'{repo}/{filename}'!r}"):
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repo, filename, local_files_only=local_files_only, cache_dir=_path(cache_dir)
-            )
-        )
-
-
 def _local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
     """The folder that `source` names, or None when it can only be a hub id."""
     text = os.fspath(source)
@@ -82,9 +63,10 @@ def _local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
     if path.exists():
         raise ModelError(f"{what} {str(source)!r} is a file, expected a folder in diffusers' layout or a hub id")
     # A hub id is a str of the form "owner/name" (a few old ones: "name"); anything else was meant as a path.
+    is_file = text.endswith(".safetensors")
     looks_local = not isinstance(source, str) or text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text
-    if looks_local:
-        raise ModelError(f"{what} {text!r} is a folder that does not exist")
+    if looks_local or is_file:
+        raise ModelError(f"{what} {text!r} is a {'file' if is_file else 'folder'} that does not exist")
     return None
 
 
@@ -108,10 +90,9 @@ def _downloading(given: str) -> Iterator[None]:
             errors.RepositoryNotFoundError: " is neither a folder nor a repository on the hub (a private one needs a "
             "login)",
             errors.RevisionNotFoundError: ": the repository has no such revision; expected a branch, tag or commit",
-            errors.RemoteEntryNotFoundError: ": the repository has no such file",
             errors.LocalEntryNotFoundError: f" is {offline} (local_files_only, HF_HUB_OFFLINE, or no connection)",
             errors.OfflineModeIsEnabled: f" is {offline} (local_files_only, HF_HUB_OFFLINE, or no connection)",
             # Whatever the network and the disk may do; the hub's own messages have several lines.
-            Exception: f" cannot be downloaded: {first_line(error)}",
+            Exception: f" cannot be downloaded: {reason(error)}",
         }
         raise ModelError(given + next(text for kind, text in reasons.items() if isinstance(error, kind))) from error

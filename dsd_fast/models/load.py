@@ -13,9 +13,10 @@ from dsd_fast.diffusion import fresh_scheduler
 from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.models.architecture import CLASSES, PIPELINES, check_unet
 from dsd_fast.models.bundle import Model
-from dsd_fast.models.errors import ModelError, first_line
+from dsd_fast.models.errors import ModelError, reason
 from dsd_fast.models.hub import find_folder
 from dsd_fast.models.private import uncompiled
+from dsd_fast.models.single_file import check_config, check_tensors, load_component, published_config, read_checkpoint
 
 _DTYPES = {
     "float64": torch.float64,
@@ -30,6 +31,7 @@ _DTYPES = {
 # File stems of weights: diffusers' networks, transformers' networks.
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _STEMS = {"unet": DIFFUSERS_STEM, "vae": DIFFUSERS_STEM}
 
 
@@ -41,6 +43,7 @@ def load(
     dtype: str | torch.dtype = "float32",
     revision: str | None = None,
     variant: str | None = None,
+    config: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     clip: Any = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -51,13 +54,16 @@ def load(
     or HF_HUB_OFFLINE set nothing is downloaded.
 
     Args:
-        model: "mini", the model shipped in this package; a folder in diffusers' layout; or a hub id.
+        model: "mini", the model shipped in this package; a folder in diffusers' layout; a hub id; or a checkpoint of
+            one .safetensors file in the original code's naming, with all networks.
         device: "cpu", "cuda", "cuda:1", …
         dtype: "float32", "float16", "bfloat16", "float64", or that torch.dtype; of all networks.
         revision: branch, tag or commit of a hub id.
-        variant: of the weight files, e.g. "fp16".
+        variant: of the weight files, e.g. "fp16"; networks that have none of it are loaded without.
+        config: for a checkpoint of one file: a folder or hub id of a model with its configuration, tokenizers and
+            scheduler, whose weights are not read; None: the published SD 1.5 or SDXL that it is shaped like.
         local_files_only: take hub ids from the cache alone.
-        clip: a CLIPModel, or a folder or hub id of one; None: the model folder's clip/ if it has one.
+        clip: a CLIPModel, or a folder or hub id of one; None: the model folder's clip/ if it has one (not `config`'s).
         cache_dir: of the hub's files; None: the usual one.
 
     Raises:
@@ -66,21 +72,22 @@ def load(
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     name = os.fspath(model)
-    folder, commit = find_folder(
-        model,
-        _patterns(variant),
-        what="model",
-        shipped="",
-        revision=revision,
-        local_files_only=local_files_only,
-        cache_dir=cache_dir,
-    )
-    parts = _load_components(folder, name, torch_dtype, variant)
+    hub = {"local_files_only": local_files_only, "cache_dir": cache_dir}
+    checkpoint, commit = None, None
+    if name != "mini" and Path(model).is_file():
+        for argument, value in (("revision", revision), ("variant", variant)):
+            if value is not None:
+                raise ModelError(f"{argument} is {value!r}, but model {name!r} is a file; expected None")
+        checkpoint = read_checkpoint(Path(model))
+        folder = _find_config(config, checkpoint, f"model {name!r}", hub)
+    elif config is not None:
+        raise ModelError(f"config is {os.fspath(config)!r}, but model {name!r} has its own, expected None")
+    else:
+        folder, commit = _find_model(model, variant, revision, hub)
+    parts = _load_components(folder, name, torch_dtype, variant, checkpoint)
+    own_clip = folder / "clip" if checkpoint is None and (folder / "clip").is_dir() else None
     clip_model = _resolve_clip(
-        clip if clip is not None else folder / "clip" if (folder / "clip").is_dir() else None,
-        torch_dtype,
-        local_files_only=local_files_only,
-        cache_dir=cache_dir,
+        clip if clip is not None else own_clip, torch_dtype, local_files_only=local_files_only, cache_dir=cache_dir
     )
     for network in (parts["unet"], parts["vae"], *parts["text_encoders"], clip_model):
         if network is not None:
@@ -135,8 +142,43 @@ def from_pipeline(pipe: Any, clip: Any = None) -> Model:
     )
 
 
-def _load_components(folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> dict[str, Any]:
-    """Arguments of `Model` from a folder; every check that needs no weights comes first."""
+def _find_model(
+    model: str | os.PathLike[str], variant: str | None, revision: str | None, hub: Mapping[str, Any]
+) -> tuple[Path, str | None]:
+    """A model's folder, and its commit if it is the hub's."""
+    folder, commit = find_folder(model, _patterns(variant), what="model", shipped="", revision=revision, **hub)
+    if commit is not None and variant is not None:
+        # Which files the hub has is known only now.
+        lacking = [network for network in _NETWORKS if not _has_weights(folder / network, _stem(network), variant)]
+        if len(lacking) < len(_NETWORKS):
+            plain = [pattern for network in lacking for pattern in _weight_patterns(network, None)]
+            find_folder(model, plain, what="model", revision=commit, **hub)
+    return folder, commit
+
+
+def _find_config(
+    config: str | os.PathLike[str] | None, checkpoint: Mapping[str, torch.Tensor], what: str, hub: Mapping[str, Any]
+) -> Path:
+    """The folder with the configuration of a checkpoint of one file."""
+    source = published_config(checkpoint, what) if config is None else config
+    try:
+        return find_folder(source, _settings_patterns(), what=f"config of {what},", shipped="", **hub)[0]
+    except ModelError as error:
+        raise ModelError(f"{error}; give config=, a folder in diffusers' layout or a hub id") from error
+
+
+def _load_components(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    checkpoint: Mapping[str, torch.Tensor] | None,
+) -> dict[str, Any]:
+    """Arguments of `Model` from a folder; every check that needs no weights comes first.
+
+    Args:
+        checkpoint: of one file, instead of the folder's weights.
+    """
     import diffusers
     import transformers
 
@@ -148,21 +190,30 @@ def _load_components(folder: Path, name: str, dtype: torch.dtype, variant: str |
     if pipeline not in PIPELINES:
         raise ModelError(f"model {name!r} is a {pipeline}, expected {' or '.join(PIPELINES)}")
     names = PIPELINES[pipeline]
+    variants = {part: variant if _has_weights(folder / part, _stem(part), variant) else None for part in names}
+    if variant is not None and not any(variants.values()):
+        variants = dict.fromkeys(names, variant)
     for component in names:
-        _check_component(folder, name, index, component, variant)
+        _check_component(folder, name, index, component, variants[component], weights=checkpoint is None)
     unet_config = read_json(folder / "unet" / "config.json", name)
     vae_config = read_json(folder / "vae" / "config.json", name)
     check_unet(unet_config, vae_config.get("latent_channels", 4), f"model {name!r}")
 
     def network(component: str) -> Any:
         cls = getattr(diffusers if component in _STEMS else transformers, CLASSES[component][0])
-        return load_network(cls, folder / component, dtype, variant, f"component {component!r} of model {name!r}")
+        what = f"component {component!r} of model {name!r}"
+        if checkpoint is None:
+            return load_network(cls, folder / component, dtype, variants[component], what)
+        with reported(what), _no_progress_bars():
+            return load_component(cls, component, folder / component, checkpoint, dtype)
 
     def tokenizer(component: str) -> Any:
         with reported(f"component {component!r} of model {name!r}"):
             return transformers.CLIPTokenizer.from_pretrained(folder / component, local_files_only=True)
 
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", name)
+    if checkpoint is not None:
+        check_config(checkpoint, "text_encoder_2" in names, scheduler_config, f"model {name!r}")
     with reported(f"component 'scheduler' of model {name!r}"):
         scheduler = fresh_scheduler({"_class_name": index["scheduler"][1], **scheduler_config})
     return {
@@ -175,7 +226,9 @@ def _load_components(folder: Path, name: str, dtype: torch.dtype, variant: str |
     }
 
 
-def _check_component(folder: Path, name: str, index: Mapping[str, Any], component: str, variant: str | None) -> None:
+def _check_component(
+    folder: Path, name: str, index: Mapping[str, Any], component: str, variant: str | None, *, weights: bool
+) -> None:
     entry = index.get(component)
     where = folder / component
     if not entry or entry[-1] is None:
@@ -194,15 +247,15 @@ def _check_component(folder: Path, name: str, index: Mapping[str, Any], componen
     elif component == "scheduler":
         if not (where / "scheduler_config.json").is_file():
             raise ModelError(f"model {name!r}: component 'scheduler' has no scheduler_config.json")
+    elif weights:
+        check_weights(where, _stem(component), variant, f"model {name!r}: component {component!r}")
     else:
-        stem = _STEMS.get(component, TRANSFORMERS_STEM)
-        check_weights(where, stem, variant, f"model {name!r}: component {component!r}")
+        _check_config(where, f"model {name!r}: component {component!r}")
 
 
 def check_weights(where: Path, stem: str, variant: str | None, what: str) -> None:
-    if not (where / "config.json").is_file():
-        raise ModelError(f"{what} has no config.json")
-    if any(any(where.glob(pattern)) for pattern in weight_patterns(stem, variant)):
+    _check_config(where, what)
+    if _has_weights(where, stem, variant):
         return
     others = sorted(file.name for file in where.glob("*.safetensors"))
     if others:
@@ -217,6 +270,15 @@ def check_weights(where: Path, stem: str, variant: str | None, what: str) -> Non
     raise ModelError(f"{what} has no .safetensors weights")
 
 
+def _check_config(where: Path, what: str) -> None:
+    if not (where / "config.json").is_file():
+        raise ModelError(f"{what} has no config.json")
+
+
+def _has_weights(where: Path, stem: str, variant: str | None) -> bool:
+    return any(any(where.glob(pattern)) for pattern in weight_patterns(stem, variant))
+
+
 def load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None, what: str) -> Any:
     """A network in eval mode; weights that are missing from the file are an error, not random numbers."""
     from diffusers.utils import is_accelerate_available
@@ -226,12 +288,11 @@ def load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None,
         # Its default warns where accelerate is not installed.
         options |= {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
     else:
-        options["dtype"] = dtype
+        # Otherwise it says which tensors do not fit in its log alone.
+        options |= {"dtype": dtype, "ignore_mismatched_sizes": True}
     with reported(what), _no_progress_bars():
         network, info = cls.from_pretrained(where, output_loading_info=True, **options)
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ModelError(f"its weights lack {len(missing)} tensors, the first {missing[0]!r}")
+        check_tensors(info["missing_keys"], (), info["mismatched_keys"])
     return network.eval()
 
 
@@ -259,14 +320,24 @@ def _resolve_clip(
 
 def _patterns(variant: str | None) -> list[str]:
     """Files of a hub repository that a model needs, and no other precision or format of the same weights."""
-    patterns = ["model_index.json", "scheduler/*.json", "clip/*.json", "clip/merges.txt"]
-    for component in ("unet", "vae", "text_encoder", "text_encoder_2", "clip"):
-        stem = _STEMS.get(component, TRANSFORMERS_STEM)
-        patterns.append(f"{component}/config.json")
-        patterns += [f"{component}/{pattern}" for pattern in weight_patterns(stem, variant)]
-    for component in ("tokenizer", "tokenizer_2"):
-        patterns += [f"{component}/*.json", f"{component}/merges.txt"]
+    patterns = [*_settings_patterns(), "clip/*.json", "clip/merges.txt", *_weight_patterns("clip", None)]
+    return patterns + [pattern for network in _NETWORKS for pattern in _weight_patterns(network, variant)]
+
+
+def _settings_patterns() -> list[str]:
+    """Files of a hub repository that a model needs beside its weights."""
+    patterns = ["model_index.json", "scheduler/*.json"]
+    patterns += [f"{network}/config.json" for network in _NETWORKS]
+    patterns += [f"{part}/{file}" for part in ("tokenizer", "tokenizer_2") for file in ("*.json", "merges.txt")]
     return patterns
+
+
+def _weight_patterns(network: str, variant: str | None) -> list[str]:
+    return [f"{network}/{pattern}" for pattern in weight_patterns(_stem(network), variant)]
+
+
+def _stem(network: str) -> str:
+    return _STEMS.get(network, TRANSFORMERS_STEM)
 
 
 def weight_patterns(stem: str, variant: str | None) -> list[str]:
@@ -325,7 +396,7 @@ def reported(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"{what} cannot be loaded: {reason(error)}") from error
 
 
 @contextlib.contextmanager

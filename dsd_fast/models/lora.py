@@ -4,22 +4,24 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsd_fast.jobs import replacing
-from dsd_fast.models.attn_procs import from_official, is_official, to_official
-from dsd_fast.models.errors import ModelError, first_line
-from dsd_fast.models.hub import download_file
-from dsd_fast.models.kohya import KohyaLora, from_kohya, is_kohya
-from dsd_fast.models.private import private
+from dsd_fast.models.attn_procs import to_official
+from dsd_fast.models.errors import ModelError, reason
+from dsd_fast.models.hub import find_folder
+from dsd_fast.models.lora_formats import PARTS, LoraLayer, read_lora
 from dsd_fast.models.tuners import adapter_names
 
 _DEFAULT_NAME = "pytorch_lora_weights.safetensors"
+# Of a folder that PEFT writes.
+_PEFT_NAME, _PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -27,7 +29,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def load_lora(
     unet: Any,
     text_encoders: Sequence[Any],
-    pipeline: Callable[[], Any],
     label: str,
     source: str | os.PathLike[str],
     name: str,
@@ -40,37 +41,24 @@ def load_lora(
 
     Args:
         unet, text_encoders: the model's.
-        pipeline: makes a stock pipeline on them.
         label: the model's name in errors.
     """
-    from safetensors.torch import load_file
-
     if not name or "." in name:
         raise ModelError(f"adapter name is {name!r}, expected a non-empty name without a dot")
-    networks = (unet, *text_encoders)
-    if any(name in adapter_names(network) for network in networks):
+    networks = dict(zip(PARTS, (unet, *text_encoders), strict=False))
+    if any(name in adapter_names(network) for network in networks.values()):
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
-    file = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
-    what = f"LoRA {str(file)!r}"
-    kind = _kind(file)
-    if kind == "official":
-        put_unet_lora(unet, from_official(load_file(file), unet, what), name, what)
-        return
-    pipe = pipeline()
-    kohya = from_kohya(load_file(file), unet, text_encoders, what) if kind == "kohya" else None
-    with _adding(name, networks, pipe.delete_adapters, f"{what} cannot be loaded into {label!r}"):
-        if kohya is not None:
-            _put_kohya(pipe, text_encoders, *kohya, name)
-        else:
-            pipe.load_lora_weights(
-                str(file.parent),
-                weight_name=file.name,
-                adapter_name=name,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-    if not any(name in getattr(network, "peft_config", {}) for network in networks):
+    parts: dict[str, dict[str, LoraLayer]] = {}
+    for file in find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir):
+        what = f"LoRA {str(file)!r}"
+        tensors, settings, home = _read(file, what)
+        for part, layers in read_lora(tensors, unet, text_encoders, f"{what} for {label!r}", settings, home).items():
+            if layers and part in parts:
+                raise ModelError(f"{what} is for the {part}, for which its folder has another file")
+            parts |= {part: layers} if layers else {}
+    if not parts:
         raise ModelError(f"{what} has no weights for the UNet or the text encoders of {label!r}")
+    _put([(networks[part], layers) for part, layers in parts.items()], name, what)
 
 
 def put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str) -> None:
@@ -78,29 +66,76 @@ def put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str
 
     Args:
         unet: a diffusers UNet2DConditionModel.
-        weights: "<module>.lora_A.weight" (rank, in) and "<module>.lora_B.weight" (out, rank).
+        weights: "<module>.lora_A.weight" (rank, in) and "<module>.lora_B.weight" (out, rank), or under another name
+            that :func:`dsd_fast.models.lora_formats.read_lora` knows.
         name: of the adapter.
         what: the LoRA's name in errors.
 
     Raises:
         ModelError: weights that do not fit; the UNet then has the adapters that it had.
     """
-    ranks = {key.removesuffix(_DOWN): len(matrix) for key, matrix in weights.items() if key.endswith(_DOWN)}
-    if not ranks:
+    layers = read_lora(weights, unet, (), what)["unet"]
+    if not layers:
         raise ModelError(f"{what} cannot be loaded into the UNet: it has no matrices named '<module>{_DOWN}'")
-    settings = lora_settings({path: (rank, rank) for path, rank in ranks.items()})
     if name in getattr(unet, "peft_config", {}):
-        # First on a copy: weights that do not fit must not cost the adapter that is there.
-        trial = private(unet)
-        trial.delete_adapters(name)
-        _put_unet_lora(trial, weights, name, what, settings)
         unet.delete_adapters(name)
-    _put_unet_lora(unet, weights, name, what, settings)
+    _put([(unet, layers)], name, what)
 
 
-def _put_unet_lora(unet: Any, weights: Mapping[str, Tensor], name: str, what: str, settings: Mapping[str, Any]) -> None:
-    with _adding(name, (unet,), unet.delete_adapters, f"{what} cannot be loaded into the UNet"):
-        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name, metadata=dict(settings))
+def _put(parts: Sequence[tuple[Any, Mapping[str, LoraLayer]]], name: str, what: str) -> None:
+    """Makes layers that fit the active adapter of their networks."""
+    from peft import LoraConfig
+
+    with _adding(name, [network for network, _ in parts], f"{what} cannot be loaded"):
+        for network, layers in parts:
+            config = LoraConfig(
+                **lora_settings({path: (layer.rank, layer.alpha) for path, layer in layers.items()}),
+                use_dora=any(layer.magnitude is not None for layer in layers.values()),
+                lora_bias=any(layer.bias is not None for layer in layers.values()),
+                init_lora_weights=False,
+            )
+            network.add_adapter(config, name)
+            for path, layer in layers.items():
+                _fill(network.get_submodule(path), layer, name)
+
+
+@contextmanager
+def _adding(name: str, networks: Sequence[Any], failed: str) -> Iterator[None]:
+    """Around the making of an adapter: modes and gradient flags are kept, and of a failed one nothing stays."""
+    from diffusers.utils.peft_utils import delete_adapter_layers
+
+    before = {id(parameter): parameter.requires_grad for network in networks for parameter in network.parameters()}
+    frozen = not any(before.values())
+    modes = [network.training for network in networks]
+    try:
+        yield
+    except Exception as error:
+        for network in networks:
+            if name in getattr(network, "peft_config", {}):
+                delete_adapter_layers(network, name)
+        raise ModelError(f"{failed}: {reason(error)}") from error
+    for network, training in zip(networks, modes, strict=True):
+        if not training:
+            network.eval()
+        for parameter in network.parameters():
+            parameter.requires_grad_(before.get(id(parameter), not frozen))
+
+
+@torch.no_grad()
+def _fill(module: Any, layer: LoraLayer, name: str) -> None:
+    """Copies a layer's values into PEFT's module, in its type and on its device."""
+    up = module.lora_B[name]
+    module.lora_A[name].weight.copy_(layer.down)
+    up.weight.copy_(layer.up)
+    if up.bias is not None:
+        up.bias.copy_(torch.zeros_like(up.bias) if layer.bias is None else layer.bias)
+    if name in module.lora_magnitude_vector:
+        norms, target = layer.magnitude, module.lora_magnitude_vector[name].weight
+        if norms is None:
+            # Those that the rows have, which leave a layer of plain LoRA as it is.
+            added = layer.alpha / layer.rank * (layer.up.flatten(1).float() @ layer.down.flatten(1).float())
+            norms = (module.base_layer.weight.flatten(1).float() + added.to(target.device)).norm(dim=1)
+        target.copy_(norms.view_as(target))
 
 
 def save_lora(unet: Any, name: str, file: str | os.PathLike[str]) -> None:
@@ -160,14 +195,27 @@ def lora_layers(unet: Any, name: str) -> dict[str, Any]:
 
 def lora_settings(ranks: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """The arguments of PEFT's LoraConfig for a LoRA of such ranks and alphas, by the paths of the adapted modules."""
-    rank, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True))
+    (rank, rank_pattern), (alpha, alpha_pattern) = (
+        _common({path: values[place] for path, values in ranks.items()}) for place in (0, 1)
+    )
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(path)}": r for path, (r, _) in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(path)}": a for path, (_, a) in ranks.items() if a != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "target_modules": sorted(ranks),
     }
+
+
+def _common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The most frequent value, and by a pattern of PEFT each other one.
+
+    PEFT tries the patterns one by one for each layer, so that there is one for each value and not for each layer.
+    """
+    common = Counter(values.values()).most_common(1)[0][0]
+    others = sorted(set(values.values()) - {common})
+    paths = {other: [re.escape(path) for path, value in values.items() if value == other] for other in others}
+    return common, {f"^(?:{'|'.join(paths[other])})": other for other in others}
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
@@ -187,56 +235,31 @@ def _write(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] 
         stream.write(save(values, {"format": "pt", **(header or {})}))
 
 
-def _put_kohya(pipe: Any, text_encoders: Sequence[Any], unet: KohyaLora, texts: Sequence[KohyaLora], name: str) -> None:
-    if unet.ranks:
-        settings = lora_settings(unet.ranks)
-        pipe.unet.load_lora_adapter(dict(unet.weights), prefix=None, adapter_name=name, metadata=settings)
-    for encoder, part in zip(text_encoders, texts, strict=True):
-        if part.ranks:
-            pipe.load_lora_into_text_encoder(
-                {f"text_encoder.{key}": value for key, value in part.weights.items()},
-                None,
-                encoder,
-                prefix="text_encoder",
-                adapter_name=name,
-                metadata={f"text_encoder.{key}": value for key, value in lora_settings(part.ranks).items()},
-            )
-            # Early transformers 5 leave the layers of a text encoder with a projection as they were made.
-            for path, layer in lora_layers(encoder, name).items():
-                layer.lora_A[name].weight.data.copy_(part.weights[f"{path}{_DOWN}"])
-                layer.lora_B[name].weight.data.copy_(part.weights[f"{path}{_UP}"])
+def _read(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], str | None]:
+    """A file's tensors, what its header or PEFT's file beside it says of PEFT's settings by part, and its own part.
 
-
-def _kind(file: Path) -> Literal["official", "kohya", "diffusers"]:
-    """Whose file it is: the official DSD code's, kohya's, or what diffusers reads."""
-    from safetensors import SafetensorError, safe_open
+    Raises:
+        ModelError: not a safetensors file, or settings that cannot be read.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     try:
         with safe_open(file, framework="pt") as stream:
-            keys = list(stream.keys())
-    except SafetensorError:
-        # diffusers says what is wrong with it.
-        return "diffusers"
-    return "official" if is_official(keys) else "kohya" if is_kohya(keys) else "diffusers"
-
-
-@contextmanager
-def _adding(name: str, networks: Sequence[Any], delete: Callable[[str], None], failed: str) -> Iterator[None]:
-    """Around the loading of an adapter: modes and gradient flags are kept, and of a failed one nothing stays."""
-    before = {id(parameter): parameter.requires_grad for network in networks for parameter in network.parameters()}
-    frozen = not any(before.values())
-    modes = [network.training for network in networks]
-    try:
-        yield
+            header = stream.metadata() or {}
+        tensors = load_file(file)
+        beside = file.with_name(_PEFT_SETTINGS)
+        if file.name == _PEFT_NAME and beside.is_file():
+            found = {f".{key}": value for key, value in json.loads(beside.read_text(encoding="utf-8")).items()}
+        else:
+            found = json.loads(header.get("lora_adapter_metadata") or "{}")
     except Exception as error:
-        if any(name in getattr(network, "peft_config", {}) for network in networks):
-            delete(name)
-        raise ModelError(f"{failed}: {first_line(error)}") from error
-    for network, training in zip(networks, modes, strict=True):
-        if not training:
-            network.eval()
-        for parameter in network.parameters():
-            parameter.requires_grad_(before.get(id(parameter), not frozen))
+        raise ModelError(f"{what} cannot be read: {reason(error)}") from error
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in found.items():
+        part, _, setting = key.rpartition(".")
+        settings.setdefault(part, {})[setting] = value
+    return tensors, settings, file.parent.name if file.name == _PEFT_NAME and file.parent.name in PARTS else None
 
 
 def find_lora(
@@ -245,11 +268,13 @@ def find_lora(
     *,
     local_files_only: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
-    """The .safetensors file that "mini", a file, folder or hub id and an optional file name stand for.
+) -> list[Path]:
+    """The .safetensors files that "mini", a file, folder or hub id and an optional file name stand for.
+
+    They are one, or those of PEFT's folders "unet", "text_encoder" and "text_encoder_2" inside.
 
     Raises:
-        ModelError: none, several, or only pickles.
+        ModelError: none, several to choose from, or only pickles.
     """
     if weight_name is not None:
         _refuse_pickle(weight_name)
@@ -260,38 +285,44 @@ def find_lora(
     path = Path(source)
     if path.is_file():
         _refuse_pickle(path.name)
-        return path
-    if path.is_dir():
-        return _find_in_folder(path, weight_name)
+        return [path]
     text = os.fspath(source)
-    if isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "~", "/")):
+    if not path.is_dir():
+        if not isinstance(source, str) or text.count("/") != 1 or text.startswith((".", "~", "/")):
+            raise ModelError(f"LoRA {text!r} does not exist")
         _refuse_pickle(text)
-        return download_file(
+        places = ("", *(f"{part}/" for part in PARTS)) if weight_name is None else (f"{Path(weight_name).parent}/",)
+        names = [f"{place}{file}" for place in places for file in (_PEFT_NAME, _PEFT_SETTINGS)]
+        path, _ = find_folder(
             text,
-            weight_name or _DEFAULT_NAME,
+            [weight_name or _DEFAULT_NAME, *(name.removeprefix("./") for name in names)],
             what="LoRA",
             local_files_only=local_files_only,
             cache_dir=cache_dir,
         )
-    raise ModelError(f"LoRA {text!r} does not exist")
+    return _find_in_folder(path, weight_name, f"LoRA {text!r}")
 
 
-def _find_in_folder(folder: Path, weight_name: str | None) -> Path:
+def _find_in_folder(folder: Path, weight_name: str | None, what: str) -> list[Path]:
     if weight_name is not None:
         if not (folder / weight_name).is_file():
-            raise ModelError(f"LoRA folder {str(folder)!r} has no file {weight_name!r}")
-        return folder / weight_name
-    found = sorted(folder.glob("*.safetensors"))
-    if folder / _DEFAULT_NAME in found:
-        return folder / _DEFAULT_NAME
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(file.name for file in found)
-        raise ModelError(f"LoRA folder {str(folder)!r} has several files ({names}); choose one with weight_name")
-    for file in sorted(folder.iterdir()):
+            raise ModelError(f"{what} has no file {weight_name!r}")
+        return [folder / weight_name]
+    for name in (_DEFAULT_NAME, _PEFT_NAME):
+        if (folder / name).is_file():
+            return [folder / name]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelError(f"{what} has several files ({names}); choose one with weight_name")
+    files = files or [folder / part / _PEFT_NAME for part in PARTS if (folder / part / _PEFT_NAME).is_file()]
+    if files:
+        return files
+    for file in sorted(
+        (*folder.iterdir(), *(file for part in PARTS for file in folder.glob(f"{part}/adapter_model.*")))
+    ):
         _refuse_pickle(file.name)
-    raise ModelError(f"LoRA folder {str(folder)!r} has no .safetensors file")
+    raise ModelError(f"{what} has no .safetensors file")
 
 
 def _refuse_pickle(name: str) -> None:

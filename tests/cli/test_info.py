@@ -5,12 +5,14 @@ from inspect import signature
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dsd_fast as dsd
 from dsd_fast.cli.app import app
 from dsd_fast.matching import official_layers
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.unet import UNetProgram
+from tests.models.original import checkpoint
 from tests.tiny import tiny_pipeline
 
 SIZE = {"height": 16, "width": 16, "tokens": 24}
@@ -98,6 +100,17 @@ def test_tables_have_the_numbers(cli, program, monkeypatch):
     assert set(program.layer_ids) | set(program.score_ids) <= set(listed)
     assert listed["up-level0-upsampler-out"] == "128 x 8 x 8"
     assert listed["mid-vit-block0-cross"] == "score, 4 heads, official"
+
+
+def test_a_model_of_one_file(cli, model, tmp_path):
+    save_file(checkpoint(model.to_pipeline()), tmp_path / "one.safetensors")
+    done = cli("info", "one.safetensors", "--model-config", "mini", "--json")
+    assert done.exit_code == 0, done.stderr
+    content, want = (json.loads(each.stdout) for each in (done, cli("info", "mini", "--json")))
+    del want["components"]["clip"]
+    assert content == want | {"model": "one.safetensors"}
+    refused = cli("info", "mini", "--model-config", "mini")
+    assert (refused.exit_code, "config is 'mini', but model 'mini' has its own" in refused.stderr) == (2, True)
 
 
 def test_sdxl_has_two_text_encoders_and_shares_little(cli, tmp_path):

@@ -170,16 +170,23 @@ def test_what_is_no_plain_lora_is_refused(folders, tmp_path):
             model.load_lora(tmp_path, "style")
         assert not getattr(model.unet, "peft_config", {})
 
-    for kind in ("hada_w1_a", "lokr_w1", "dora_scale", "lora_mid.weight", "diff"):
-        refused(rf"'{name}.{kind}', which is of another kind than plain LoRA", {f"{name}.{kind}": torch.ones(2, 2)})
+    others = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lora_mid.weight": "LoCon in its Tucker", "diff": "differences"}
+    for kind, method in others.items():
+        message = rf"'{name}.{kind}', which is of another kind than plain LoRA and DoRA: {method}"
+        refused(message, {f"{name}.{kind}": torch.ones(2, 2)})
+    refused(f"'{name}.alphas', which is no part of a LoRA", {f"{name}.alphas": torch.ones(())})
     refused(
         "has weights for 'lora_unet_down_blocks_9_x', a layer that the model does not have",
         {"lora_unet_down_blocks_9_x.lora_down.weight": torch.ones(2, 2)},
     )
     refused("has weights for 'lora_te1_text_model_x'", {"lora_te1_text_model_x.alpha": torch.ones(())})
-    refused(
-        r"cannot be loaded into .*size mismatch|cannot be loaded into", {f"{name}.lora_down.weight": torch.ones(2, 7)}
-    )
+    down = weights[f"{name}.lora_down.weight"]
+    for changed, message in (
+        (torch.ones(3, 7), rf"'{name}.lora_down.weight' has shape \(3, 7\), expected \(3, 16, 1, 1\) for 'down_blocks"),
+        (down / 0, f"'{name}.lora_down.weight' has values that are not finite"),
+        (down.int(), f"'{name}.lora_down.weight' is of torch.int32, expected a floating-point tensor"),
+    ):
+        refused(message, {f"{name}.lora_down.weight": changed})
     for here, missing in (("lora_down", "lora_up"), ("lora_up", "lora_down")):
         half = {f"{name}.{kind}.weight": weights.pop(f"{name}.{kind}.weight") for kind in (here, missing)}
         refused(

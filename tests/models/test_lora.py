@@ -109,21 +109,45 @@ def test_load_lora_refuses(lora, folders, tmp_path):
     refused("adapter name 'style' is taken, expected a new one", lora["sd15"])
 
 
+def test_load_lora_from_the_cache_of_the_hub(lora, folders, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--someone--style"
+    snapshot = repo / "snapshots" / commit
+    (snapshot / "sub").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    model = dsd.load(folders["sd15"], cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(ModelError, match=r"LoRA 'someone/style' has no \.safetensors file"):
+        model.load_lora("someone/style", "a")
+    for name in ("pytorch_lora_weights.safetensors", "sub/other.safetensors"):
+        (snapshot / name).write_bytes(lora["sd15"].read_bytes())
+    model.load_lora("someone/style", "a")
+    model.load_lora("someone/style", "b", "sub/other.safetensors")
+    assert list(model.unet.peft_config) == ["a", "b"]
+    with pytest.raises(ModelError, match=r"LoRA 'someone/style' has no file 'third\.safetensors'"):
+        model.load_lora("someone/style", "c", "third.safetensors")
+
+
 @torch.no_grad()
 def test_load_lora_that_does_not_fit_leaves_nothing(lora, folders, tmp_path):
     model = dsd.load(folders["sd15"])
     before = unet_output(model.unet, model)
-    with pytest.raises(ModelError, match=r"LoRA '.*' cannot be loaded into"):
-        model.load_lora(lora["sd21"], "style")
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(ModelError, match=r"LoRA '.*broken.safetensors' cannot be loaded into"):
-        model.load_lora(tmp_path, "style")
-    # The UNet's part fits and goes in first, the text encoder's does not.
+    # The UNet's part fits, the text encoder's does not.
     fits, other = load_file(lora["sd15"]), load_file(lora["sd21"])
     mixed = {key: (other if key.startswith("text_encoder") else fits)[key] for key in fits}
     save_file(mixed, tmp_path / "mixed.safetensors")
-    with pytest.raises(ModelError, match=r"LoRA '.*mixed.safetensors' cannot be loaded into"):
-        model.load_lora(tmp_path / "mixed.safetensors", "style")
+    place = r"encoder\.layers\.\d\.self_attn\.\w_proj"
+    for source, message in (
+        (
+            lora["sd21"],
+            rf"'text_encoder.{place}\.lora_A\.weight' has shape \(2, 32\), expected \(2, 24\) for '.*{place}'",
+        ),
+        (tmp_path / "broken.safetensors", "broken.safetensors' cannot be read: .*header"),
+        (tmp_path / "mixed.safetensors", r"has shape \(2, 32\), expected \(2, 24\) for '.*' of the text_encoder"),
+    ):
+        with pytest.raises(ModelError, match=rf"LoRA '.*{message}"):
+            model.load_lora(source, "style")
     assert torch.equal(unet_output(model.unet, model), before)
     model.load_lora(lora["sd15"], "style")
 
@@ -197,7 +221,7 @@ def test_load_lora_reads_the_official_codes_file(folders, tmp_path):
     assert not any(parameter.requires_grad for parameter in model.unet.parameters())
     key = next(iter(weights))
     save_file({**weights, key: weights[key][:2]}, tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(ModelError, match=rf"LoRA '.*': '{key}' has rank 2 and '.*up\.weight' rank 4"):
+    with pytest.raises(ModelError, match=r"LoRA '.*up\.weight' has shape \(\d+, 4\), expected \(\d+, 2\) for '.*to_q'"):
         model.load_lora(tmp_path, "wrong")
     assert list(model.unet.peft_config) == ["official"]
 
@@ -215,7 +239,7 @@ def test_a_lora_takes_the_place_of_another_only_if_it_fits(folders):
     want = unet_output(unet, model)
     key = next(iter(before))
     for wrong in ({**before, key: before[key][:, 1:]}, matrices(peft_unet("sd21", target_modules=["to_k"]), "mine")):
-        with pytest.raises(ModelError, match="LoRA 'x' cannot be loaded into the UNet"):
+        with pytest.raises(ModelError, match=r"LoRA 'x': .* has shape .*, expected \(.*\) for '.*to_.' of the unet"):
             put_unet_lora(unet, wrong, "mine", "LoRA 'x'")
         assert torch.equal(unet_output(unet, model), want)
     second = matrices(peft_unet("sd15", r=2, target_modules=["to_k"]), "mine")
@@ -231,9 +255,10 @@ def test_a_lora_takes_the_place_of_another_only_if_it_fits(folders):
 
 def test_what_has_no_matrices_of_a_lora_is_refused_by_name():
     unet = tiny_unet("sd15")
-    for weights in ({}, {"mid_block.resnets.0.conv1.weight": torch.zeros(4, 4)}):
-        with pytest.raises(
-            ModelError, match=r"LoRA 'x' cannot be loaded .* no matrices named '<module>\.lora_A\.weight'"
-        ):
+    for weights, message in (
+        ({}, r"cannot be loaded into the UNet: it has no matrices named '<module>\.lora_A\.weight'"),
+        ({"mid_block.resnets.0.conv1.weight": torch.zeros(4, 4)}, "has '.*conv1.weight', which is no part of a LoRA"),
+    ):
+        with pytest.raises(ModelError, match=f"LoRA 'x' {message}"):
             put_unet_lora(unet, weights, "mine", "LoRA 'x'")
     assert not getattr(unet, "peft_config", {})

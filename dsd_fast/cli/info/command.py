@@ -16,7 +16,7 @@ from dsd_fast.cli.terminal import CommandError, counted, printable, table
 class InfoSource(ModelOptions):
     """The model, which is what is asked about."""
 
-    model: Annotated[str, typer.Argument(help='"mini", a hub id, or a diffusers folder.')] = "mini"
+    model: Annotated[str, typer.Argument(help='"mini", a hub id, a diffusers folder, or a .safetensors file.')] = "mini"
 
 
 class InfoRequest(Options):

@@ -201,6 +201,6 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{file}, row {number}", values)
     except pa.ArrowException as error:
-        raise ValueError(f"{file} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file} is not a Parquet file that can be read: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
