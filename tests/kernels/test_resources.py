@@ -102,10 +102,9 @@ def test_a_launch_says_how_many_of_its_programs_are_resident():
     }
     checked = 0
     for row in TABLE:
-        kind, width, _ = (*row.build.split(", "), "")[:3]
-        width = int(width.removeprefix("D ")) if width.startswith("D ") else 0
-        if row.operator == "cross_attention_score" and width in tables.get(kind, {}):
-            programs = tables[kind][width].resident[row.capability]
+        match = re.fullmatch(r"(.*), D (\d+), \w+", row.build)
+        if match and match[1] in tables and int(match[2]) in tables[match[1]]:
+            programs = tables[match[1]][int(match[2])].resident[row.capability]
             assert row.programs == programs if row.triton == PINNED else row.programs >= programs, row
             checked += 1
     assert checked > 80
