@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsd_fast.kernels.common.transfer import upload
+
 if TYPE_CHECKING:
     from dsd_fast.models import Model
 
@@ -41,7 +43,9 @@ class ClipSpace:
         self._side = int(self._clip.config.vision_config.image_size)
         mean, std = _statistics(self._clip)
         weight = next(self._clip.parameters())
-        self._mean, self._std = (torch.tensor(each, device=weight.device).view(1, 3, 1, 1) for each in (mean, std))
+        self._mean, self._std = (
+            upload(torch.tensor(each), weight.device).view(1, 3, 1, 1) for each in (mean, std)
+        )
         self._dtype = weight.dtype
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
@@ -51,7 +55,7 @@ class ClipSpace:
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """Resize and normalise (n, 3, H, W) in [−1, 1] to what CLIP takes, (n, 3, S, S) in its type."""
-        x, side = (pixels.to(self._mean) + 1) / 2, self._side
+        x, side = (upload(pixels, self._mean.device, self._mean.dtype) + 1) / 2, self._side
         height, width = x.shape[-2:]
         size = (side, side)
         if self._crop:

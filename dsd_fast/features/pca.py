@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.jobs import read_tensors, write_tensors
 
 __all__ = ["PCA", "Moments", "picture"]
@@ -83,14 +84,14 @@ class PCA:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, h, w)")
         _check(x, len(self.mean), "x")
         kind = torch.promote_types(x.dtype, torch.float32)
-        mean, components = (value.to(x.device, kind) for value in (self.mean, self.components))
+        mean, components = (upload(value, x.device, kind) for value in (self.mean, self.components))
         # Rows, and not a 1 × 1 convolution, which cuDNN may round to TF32.
         rows = x.permute(0, 2, 3, 1).to(kind) - mean
         return (rows @ components.T).to(x.dtype).permute(0, 3, 1, 2)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return type(self)(*(getattr(self, name).to(device) for name in _NAMES))
+        return type(self)(*(upload(getattr(self, name), torch.device(device)) for name in _NAMES))
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all.

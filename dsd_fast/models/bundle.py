@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
@@ -137,7 +138,7 @@ class Model:
             raise ValueError(f"pixels has dtype {pixels.dtype}, expected floating point in [-1, 1]")
         vae = self._precise_vae()
         weight = next(vae.parameters())
-        posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        posterior = vae.encode(upload(pixels, weight.device, weight.dtype)).latent_dist
         latents: Tensor = posterior.sample(generator) if sample else posterior.mean
         shift, scale = self._latent_affine(latents)
         return ((latents - shift) * scale).to(self.dtype)
@@ -158,7 +159,7 @@ class Model:
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected (N, {self.latent_channels}, h, w)")
         vae = self._precise_vae()
         weight = next(vae.parameters())
-        latents = latents.to(weight.device, weight.dtype)
+        latents = upload(latents, weight.device, weight.dtype)
         shift, scale = self._latent_affine(latents)
         pixels: Tensor = vae.decode(latents / scale + shift).sample
         return pixels.clamp(-1, 1).to(self.dtype)
@@ -283,6 +284,8 @@ class Model:
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
-            shift, spread = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+            shift, spread = (
+                upload(torch.tensor(values, dtype=like.dtype), like.device).view(1, -1, 1, 1) for values in (mean, std)
+            )
             return shift, config.scaling_factor / spread
         return config.get("shift_factor") or 0.0, config.scaling_factor

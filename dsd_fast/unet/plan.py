@@ -257,8 +257,7 @@ class Plan(Cut):
         batches = micro_batches(request, size, self.network.device, self._run_rows)
         if out is None:
             return batches
-        for chosen, result in batches:
-            out.fill(result, chosen)
+        out.fill(batches)
         return out
 
     def _run_rows(self, request: Request) -> Output:

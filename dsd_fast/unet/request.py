@@ -8,8 +8,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.unet import checks
-from dsd_fast.unet.checks import Index, Residuals, upload
+from dsd_fast.unet.checks import Index, Residuals
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.step import RowIndex
 from dsd_fast.unet.text import TextKV

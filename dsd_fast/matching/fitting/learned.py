@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.models.private import private
@@ -173,7 +174,7 @@ def _add_lora(unet: Any, name: str, fit: FitConfig) -> None:
         for path, parameter in _lora_parameters(unet, name).items():
             down = ".lora_A." in path
             drawn = torch.randn(parameter.shape, generator=generator) / fit.rank if down else torch.zeros(())
-            parameter.copy_(drawn)
+            parameter.copy_(upload(drawn, parameter.device))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.engine import Noised
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples, Query
 from dsd_fast.matching.score import PairScorer, Terms
@@ -124,7 +125,7 @@ def scores(
     texts = scorer.texts(examples.states(used.tolist()), examples.unconditional if len(free_latents) else None)
     rows = torch.cat([batch.latent_of, free_latents])  # (R + free,)
     text_index = torch.cat([text_index, torch.full_like(free_latents, len(used))])
-    clean = examples.latents[batch.image_of].to(device, model.dtype)
+    clean = upload(examples.latents[batch.image_of], device, model.dtype)
     noised = Noised.rows(model.schedule, clean, batch.noise, batch.times)
     mixed = torch.autocast(device.type, autocast, enabled=autocast is not None)
     with torch.set_grad_enabled(through_network), mixed:
@@ -142,7 +143,7 @@ def scores(
     if len(free_latents):
         place = torch.full((len(batch.free),), -1)
         place[free_latents] = torch.arange(len(free_latents))
-        own = place[batch.latent_of].to(device)
+        own = upload(place[batch.latent_of], device)
         free = [torch.where(own >= 0, value[pairs:][own.clamp(min=0)], 0) for value in terms]
     attention, noise = Terms(*(value[:pairs] for value in terms), *free).parts(scorer.config)
     return attention + noise
@@ -161,4 +162,4 @@ def group_loss(values: Tensor, label: int, fit: FitConfig) -> Tensor:
     if fit.loss == "margin":
         wrong = torch.cat([values[:label], values[label + 1 :]])
         return F.relu(fit.margin + wrong.amax() - values[label])
-    return F.cross_entropy(values / fit.temperature, torch.tensor(label, device=values.device))
+    return F.cross_entropy(values / fit.temperature, upload(torch.tensor(label), values.device))
