@@ -2,15 +2,15 @@
 
 Inside :func:`pretended` a copy to the device that blocks, a read of a value from it, an index that has to be counted,
 and an event with nothing queued behind it are noted as waits of the host. What is copied to the host without blocking
-lies there only after an event that was recorded behind it has been waited for; until then the memory holds NaN. Autograd
-runs through such tensors. An operator of the package is one launch: what it does inside is its own tests' business.
+lies there only after an event that was recorded behind it has been waited for; until then the memory holds NaN.
+Autograd runs through such tensors. An operator of the package is one launch: what it does inside is its own tests' business.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 MEMORY = 1 << 33
@@ -120,26 +119,28 @@ class Device:
     def dispatch(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator of aten, or of the package, with tensors of the device among its arguments."""
         name = function.overloadpacket.__name__
-        leaves = tree_leaves((args, kwargs))
-        there = [x for x in leaves if isinstance(x, OnDevice)]
+        leaves = [*_leaves(args), *_leaves(kwargs.values())]
         self.launches += 1
-        if name in READS | COUNTS:
+        if name in READS or name in COUNTS:
             self.wait(name)
         if name == "copy_" and isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice):
             return self._copy(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if name in INDEXING:
-            for index in tree_leaves(args[1]):
+            for index in _leaves(args[1]):
                 if isinstance(index, Tensor) and not isinstance(index, OnDevice):
                     self.wait("an index in host memory")
                 if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
                     self.wait("a mask as an index")
-        elif any(isinstance(x, Tensor) and x.ndim and not isinstance(x, OnDevice) for x in leaves):
+        elif any(isinstance(x, Tensor) and not isinstance(x, OnDevice) and x.ndim for x in leaves):
             raise RuntimeError(f"{_caller()}: {function} of tensors on {CUDA} and on the CPU")
-        results = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        results = function(*map(_inner, args), **{key: _inner(value) for key, value in kwargs.items()})
         if name in READS:
             return results
-        known = {id(x.inner): x for x in there}
-        return tree_map(lambda x: known.get(id(x), OnDevice(x)) if isinstance(x, Tensor) else x, results)
+        if isinstance(results, Tensor):
+            return _known(results, leaves)
+        if isinstance(results, list | tuple):
+            return type(results)(_known(x, leaves) if isinstance(x, Tensor) else x for x in results)
+        return results
 
     def upload(self, value: Tensor, *, blocking: bool) -> None:
         """Note how a tensor comes to the device."""
@@ -220,7 +221,7 @@ class _Calls(TorchFunctionMode):
             return args[0] if _now().pinned(args[0]) else _now().pin(args[0].clone())
         pinned, device = kwargs.pop("pin_memory", False), kwargs.get("device")
         if pinned:
-            return _now().pin(function(*tree_map(_inner, args), **kwargs))
+            return _now().pin(function(*map(_inner, args), **kwargs))
         if device is None or torch.device(device).type != "cuda":
             return function(*args, **kwargs)
         kwargs["device"] = CPU
@@ -231,7 +232,7 @@ class _Calls(TorchFunctionMode):
             _now().upload(result, blocking=True)
             return OnDevice(result.clone())
         _now().launches += 1
-        result = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        result = function(*map(_inner, args), **kwargs)
         return OnDevice(result.detach()).requires_grad_(result.requires_grad)
 
 
@@ -327,7 +328,25 @@ def to_device(value: Any) -> Any:
 
 
 def _inner(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_inner, value))
     return value.inner if isinstance(value, OnDevice) else value
+
+
+def _known(result: Tensor, arguments: list[Any]) -> OnDevice:
+    """The argument that was written to, or a new tensor."""
+    for value in arguments:
+        if isinstance(value, OnDevice) and value.inner is result:
+            return value
+    return OnDevice(result)
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
 
 
 def _caller() -> str:

@@ -238,7 +238,8 @@ def _noised(scheduler: Any, start: int, latents: Tensor, noise: Tensor) -> Tenso
     one, none = torch.ones(1, dtype=real, device="cpu"), torch.zeros(1, dtype=real, device="cpu")
     factors = (scheduler.add_noise(one, none, first), scheduler.add_noise(none, one, first))
     signal, sigma = upload(torch.stack(factors), latents.device)  # (2, 1)
-    return signal * latents.to(real) + sigma * upload(noise, latents.device, real)
+    state: Tensor = signal * latents.to(real) + sigma * upload(noise, latents.device, real)
+    return state
 
 
 def _last(trajectory: Iterator[tuple[float, Tensor]]) -> Tensor:

@@ -43,9 +43,7 @@ class ClipSpace:
         self._side = int(self._clip.config.vision_config.image_size)
         mean, std = _statistics(self._clip)
         weight = next(self._clip.parameters())
-        self._mean, self._std = (
-            upload(torch.tensor(each), weight.device).view(1, 3, 1, 1) for each in (mean, std)
-        )
+        self._mean, self._std = (upload(torch.tensor(each), weight.device).view(1, 3, 1, 1) for each in (mean, std))
         self._dtype = weight.dtype
 
     def of_pixels(self, pixels: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.jobs import read_tensors, write_tensors
+from dsd_fast.kernels.common.transfer import upload
 
 __all__ = ["PCA", "Moments", "picture"]
 

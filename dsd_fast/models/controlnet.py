@@ -223,9 +223,7 @@ def control_residuals(
     }
     lengths = [count if index is None else len(index) for index, count in given.values()]
     rows = next((length for length in lengths if length != 1), 1)
-    of_latent, of_text, of_condition = (
-        _index(name, index, count, rows) for name, (index, count) in given.items()
-    )
+    of_latent, of_text, of_condition = (_index(name, index, count, rows) for name, (index, count) in given.items())
     of_latent, of_text = upload(of_latent, device), upload(of_text, device)
     added = None
     if pooled is not None and time_ids is not None:

@@ -46,8 +46,8 @@ class PromptStates:
         return PromptStates(upload(self.states, device), pooled, self.lengths, self.token_ids)
 
     def followed_by(self, other: "PromptStates") -> "PromptStates":
-        """These prompts and then those of ``other``, of the same model."""
-        pooled = None
+        """These prompts and then those of ``other``, of the same model, where these are."""
+        pooled, other = None, other.to(self.states.device)
         if self.pooled is not None and other.pooled is not None:
             pooled = torch.cat([self.pooled, other.pooled])
         return PromptStates(

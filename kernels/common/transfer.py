@@ -70,7 +70,8 @@ class Beside(Protocol):
         ...
 
 
-_About, _Copy = TypeVar("_About"), TypeVar("_Copy", bound=Beside)
+_About = TypeVar("_About")
+_Copy = TypeVar("_Copy", bound=Beside)
 
 
 def one_behind(copies: Iterable[tuple[_About, _Copy]]) -> Iterator[tuple[_About, _Copy]]:
