@@ -3,7 +3,7 @@
 Inside :func:`pretended` a copy to the device that blocks, a read of a value from it, an index that has to be counted,
 and an event with nothing queued behind it are noted as waits of the host. What is copied to the host without blocking
 lies there only after an event that was recorded behind it has been waited for; until then the memory holds NaN.
-Autograd runs through such tensors. An operator of the package is one launch: what it does inside is its own tests' business.
+Autograd runs through such tensors. An operator of the package is one launch: what it does inside is not looked at.
 """
 
 from __future__ import annotations

@@ -315,6 +315,9 @@ class Plan(Cut):
         """Bytes alive at the peak of a run of ``rows`` rows, weights and text keys aside (an upper estimate)."""
         return Memory(self, self.network.sizes(height, width), tokens, map_tokens).of(rows)
 
+    def room(self, available: int) -> int:
+        return available if self._runtime is None else self._runtime.room(available)
+
     def text_bytes(self, text: TextKV) -> int:
         """Bytes of ``text`` and of the copy that a compiled runtime keeps beside it."""
         if self._runtime is None:

@@ -236,9 +236,7 @@ def test_samplers_wait_for_nothing(name):
     for move in (lambda x: x, to_device):
         with pretended() as device:
             noise = torch.ones(4, 8, 8)
-            walked = img2img(
-                scheduler, lambda x, t: x * 0.1, move(z), noise, strength=0.5, steps=10, generator=generator
-            )
+            walked = img2img(scheduler, lambda x, t: x * 0.1, move(z), noise, strength=0.5, steps=10)
             sampled = sample(scheduler, lambda x, t: x * 0.1, move(z), steps=5)
             waits = set(device.waits)
             results.append([walked.cpu(), sampled.cpu()])
