@@ -51,13 +51,25 @@ def measure(build: Build, capability: int) -> Resources:
     )
     options = {"num_warps": build.warps, "num_stages": build.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack = usage(compiled.asm["cubin"])
+    return Resources(registers, stack, int(compiled.metadata.shared))
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, of the kernel of a compiled binary.
+
+    Raises:
+        RuntimeError: the assembler's report is not understood.
+    """
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         # LOCAL is 0 in this report even where registers are spilled: spills lie in STACK.
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     match = _USAGE.search(report)
     if match is None:
-        raise RuntimeError(f"{build.name}: no register count in cuobjdump's report: {report.strip()}")
-    return Resources(int(match["registers"]), int(match["stack"]), int(compiled.metadata.shared))
+        raise RuntimeError(f"no register count in cuobjdump's report: {report.strip()}")
+    return int(match["registers"]), int(match["stack"])
