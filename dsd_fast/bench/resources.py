@@ -1,7 +1,8 @@
 """The table of what every tuned Triton kernel uses on every architecture, made by compiling, without a GPU.
 
-``python -m dsd_fast.bench.resources --write`` makes ``benchmarks/results/resources.csv`` and the tables of
-``docs/kernels.md`` anew; without ``--write`` it says what differs.
+``python -m dsd_fast.bench.resources --write`` makes the installed Triton's part of
+``benchmarks/results/resources.csv`` and the tables of ``docs/kernels.md`` anew; without ``--write`` it says what
+differs. The pinned Triton has all rows, the oldest those of bfloat16 on Hopper.
 """
 
 from __future__ import annotations
@@ -31,24 +32,39 @@ CAPABILITIES = (80, 90, 100)
 
 PROCESSES = 2
 
+HOPPER = 90
+
 TABLE = Path("benchmarks/results/resources.csv")
 DOCUMENT = Path("docs/kernels.md")
 
-_NUMBERS = ("capability", "warps", "registers", "stack", "shared")
+CONSTRAINTS = (Path("constraints.txt"), Path("constraints-oldest.txt"))
+"""Where the versions of Triton stand that the table is of: the pinned one, and the oldest."""
+
+_TEXTS = ("operator", "build", "triton", "source")
+_PIN = re.compile(r"^triton==(\S+)", re.MULTILINE)
 _BLOCK = re.compile(r"(<!-- resources:(\w+) -->\n)(.*?)(<!-- /resources -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture; sizes in bytes, registers and stack of a thread; what it was compiled from."""
+    """One kernel on one architecture: what Resources and HotLoop say, by which Triton, and of which source."""
 
     operator: str
     build: str
+    triton: str
     capability: int
     warps: int
     registers: int
     stack: int
     shared: int
+    programs: int
+    slots: int
+    barriers: int
+    warpgroup: int
+    warp: int
+    wide: int
+    narrow: int
+    local: int
     source: str
 
 
@@ -64,21 +80,42 @@ def builds(operator: str) -> list[Build]:
     return found
 
 
-def source_digest(operator: str) -> str:
+def versions(root: Path = Path()) -> list[str]:
+    """The versions of Triton that the table is of: the pinned one, and the oldest."""
+    return [_PIN.findall((root / file).read_text())[0] for file in CONSTRAINTS]
+
+
+def source_digest(operator: str, triton: str) -> str:
     """Tells the kernels of an operator, and Triton's version, from others: 12 digits; comments do not count."""
     folder = Path(next(iter(kernels.__path__)))
     files = [*sorted((folder / operator).glob("*kernel.py")), folder / "common" / "kernel.py"]
     parsed = [ast.dump(ast.parse(file.read_text())) for file in files]
-    return hashlib.sha256("\n".join([version("triton"), *parsed]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join([triton, *parsed]).encode()).hexdigest()[:12]
+
+
+def listed(build: Build, capability: int, pinned: bool) -> bool:
+    """Whether the table has a row of the pinned Triton, or of the oldest."""
+    return pinned or (capability == HOPPER and "*bf16" in build.signature.values())
+
+
+def measured(operator: str, build: Build, capability: int) -> Row:
+    """The row that the installed Triton gives."""
+    used = asdict(measure(build, capability))
+    loop, triton = used.pop("loop"), version("triton")
+    return Row(
+        operator, build.name, triton, capability, build.warps, **used, **loop, source=source_digest(operator, triton)
+    )
 
 
 def table_rows() -> list[Row]:
-    """Compiles every tuned configuration for every architecture; some minutes, seconds with Triton's cache."""
+    """Compiles the table's configurations with the installed Triton; some minutes, seconds with Triton's cache."""
+    pinned = version("triton") == versions()[0]
     jobs = [
         (operator, number, capability)
         for operator in operators()
-        for number in range(len(builds(operator)))
+        for number, build in enumerate(builds(operator))
         for capability in CAPABILITIES
+        if listed(build, capability, pinned)
     ]
     # A fork of a process whose torch has threads can hang.
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
@@ -87,9 +124,7 @@ def table_rows() -> list[Row]:
 
 def _row(job: tuple[str, int, int]) -> Row:
     operator, number, capability = job
-    build = builds(operator)[number]
-    used = measure(build, capability)
-    return Row(operator, build.name, capability, build.warps, **asdict(used), source=source_digest(operator))
+    return measured(operator, builds(operator)[number], capability)
 
 
 def csv_text(rows: Iterable[Row]) -> str:
@@ -105,7 +140,8 @@ def read_table(path: Path) -> list[Row]:
     """The rows of a CSV file."""
     with path.open(newline="") as file:
         lines: list[dict[str, Any]] = list(csv.DictReader(file))
-    return [Row(**(line | {name: int(line[name]) for name in _NUMBERS})) for line in lines]
+    numbers = [{name: int(value) for name, value in line.items() if name not in _TEXTS} for line in lines]
+    return [Row(**(line | known)) for line, known in zip(lines, numbers, strict=True)]
 
 
 def filled(text: str, rows: Iterable[Row]) -> str:
@@ -115,14 +151,22 @@ def filled(text: str, rows: Iterable[Row]) -> str:
 
 
 def _table(operator: str, rows: list[Row]) -> Iterator[str]:
-    """Registers and shared memory of an operator's builds, a column for each architecture."""
-    yield "| build | warps | " + " | ".join(f"sm_{capability}" for capability in CAPABILITIES) + " |"
-    yield "|---|---|" + "---|" * len(CAPABILITIES)
-    used = {(row.build, row.capability): row for row in rows if row.operator == operator}
+    """What an operator's builds use, a column for each architecture and Triton, and what their hot loops issue."""
+    pinned, *others = dict.fromkeys(row.triton for row in rows)
+    columns = [*((pinned, capability) for capability in CAPABILITIES), *((other, HOPPER) for other in others)]
+    titles = [f"sm_{capability}" + ("" if triton == pinned else f", Triton {triton}") for triton, capability in columns]
+    yield "| build | warps | " + " | ".join(titles) + " | slots | matrix products | accesses |"
+    yield "|---|---|" + "---|" * (len(columns) + 3)
+    used = {(row.build, row.triton, row.capability): row for row in rows if row.operator == operator}
     for build in dict.fromkeys(row.build for row in rows if row.operator == operator):
-        cells = [used[build, capability] for capability in CAPABILITIES]
-        shown = " | ".join(f"{row.registers}, {row.shared / 1024:.1f} KiB" for row in cells)
-        yield f"| {build} | {cells[0].warps} | {shown} |"
+        cells = [used.get((build, *column)) for column in columns]
+        shown = [
+            "–" if row is None else f"{row.registers}, {row.shared / 1024:.1f} KiB, {row.programs}" for row in cells
+        ]
+        hopper = used[build, pinned, HOPPER]
+        products = f"{hopper.warpgroup} + {hopper.warp}" if hopper.warp else f"{hopper.warpgroup}"
+        shown += [f"{hopper.slots}", products, f"{hopper.wide} + {hopper.narrow}"]
+        yield f"| {build} | {hopper.warps} | " + " | ".join(shown) + " |"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,7 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the table and the document")
     write = parser.parse_args(arguments).write
-    rows = table_rows()
+    kept = read_table(TABLE) if TABLE.exists() else []
+    rows = sorted(
+        [*table_rows(), *(row for row in kept if row.triton != version("triton") and row.triton in versions())],
+        key=lambda row: versions().index(row.triton),
+    )
     contents = {TABLE: csv_text(rows), DOCUMENT: filled(DOCUMENT.read_text(), rows)}
     stale = [path for path, content in contents.items() if not path.exists() or path.read_text() != content]
     for path in stale:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsd_fast.kernels.common.build import Build
 from dsd_fast.kernels.common.elementwise import as_rows, dense
-from dsd_fast.kernels.common.kernel import on
+from dsd_fast.kernels.common.kernel import architecture, on
 
 # Elements of a program's tile, 16 a thread of four warps, where rows are narrower than it.
 TILE = 2048
@@ -133,6 +133,11 @@ def tiles(width: int) -> tuple[int, int, int]:
     return max(1, TILE // columns), columns, min(16, max(4, columns // 512))
 
 
+def bound(width: int) -> dict[int, int]:
+    """The most registers of a thread of the backward kernel, by architecture: with them five programs are resident."""
+    return {90: 96} if tiles(width)[1] == 1024 else {}
+
+
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -211,6 +216,7 @@ def backward(
             BLOCK_M=block_m,
             BLOCK_C=block_c,
             num_warps=warps,
+            maxnreg=bound(width).get(architecture(total.device)),
         )
         if parameters:
             sums = sums.sum(1)
@@ -243,5 +249,8 @@ def builds() -> list[Build]:
             ):
                 constants = {"BLOCK_M": block_m, "BLOCK_C": block_c}
                 divisible = frozenset(signature) - {"M", "part", "eps"}
-                found.append(Build(f"{name} C{width} {dtype}", kernel, signature, constants, divisible, warps))
+                most = bound(width) if name == "backward" else {}
+                found.append(
+                    Build(f"{name} C{width} {dtype}", kernel, signature, constants, divisible, warps, registers=most)
+                )
     return found

@@ -23,12 +23,12 @@ def real_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def choose(operator: str, q: Tensor, heads: int) -> str:
-    """The implementation of ``operator`` to run now; Triton's takes heads of 1 to 256 numbers."""
+def choose(operator: str, q: Tensor, heads: int, earlier: str | None = None) -> str:
+    """As backend.choose; Triton's implementation takes heads of 1 to 256 numbers."""
     names = backend.available(q.device.type, q.dtype)
     if not 1 <= q.shape[2] // heads <= 256:
         names = tuple(name for name in names if name != "triton")
-    return backend.choose(operator, names)
+    return backend.choose(operator, names, earlier)
 
 
 def chunk_elements(device: torch.device) -> int:

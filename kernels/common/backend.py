@@ -3,6 +3,9 @@
 ``DSD_FAST_BACKEND`` forces one implementation for every operator, ``DSD_FAST_BACKEND_<OPERATOR>`` for one, and
 :func:`force` for the length of a ``with`` block; the narrowest wins. Without any of them each operator takes its
 own default. Asking for an implementation that an operator does not have is an error, never a silent fallback.
+
+What is forced in a forward pass is forced in its backward pass too, whatever thread that runs in: torch differentiates
+what is on a GPU in a thread of its own, which no ``with`` block reaches.
 """
 
 from __future__ import annotations
@@ -27,24 +30,24 @@ _forced: ContextVar[str | None] = ContextVar("dsd_fast_backend", default=None)
 _last: dict[str, str] = {}
 
 
-def choose(operator: str, available: Sequence[str]) -> str:
+def choose(operator: str, available: Sequence[str], earlier: str | None = None) -> str:
     """The implementation of ``operator`` to run now: the forced one, or the first of ``available``.
+
+    Args:
+        operator: its name.
+        available: what it has for these inputs.
+        earlier: in a backward pass what :func:`forced_for` gave in the forward pass: it comes before all else.
 
     Raises:
         ValueError: the forced name is unknown, or ``operator`` has no such implementation for these inputs.
     """
-    _last[operator] = name = choice(operator, available)
+    _last[operator] = name = choice(operator, available, earlier)
     return name
 
 
-def choice(operator: str, available: Sequence[str]) -> str:
+def choice(operator: str, available: Sequence[str], earlier: str | None = None) -> str:
     """What :func:`choose` would answer, for those who only want to know."""
-    name, source = _forced.get(), "force()"
-    if name is None:
-        for source in (f"DSD_FAST_BACKEND_{operator.upper()}", "DSD_FAST_BACKEND"):
-            name = os.environ.get(source) or None
-            if name is not None:
-                break
+    name, source = _forcing(operator) if earlier is None else (earlier, "in the forward pass")
     if name is None:
         return available[0]
     if name not in BACKENDS:
@@ -55,6 +58,22 @@ def choice(operator: str, available: Sequence[str]) -> str:
             f"{', '.join(available)}"
         )
     return name
+
+
+def forced_for(operator: str) -> str | None:
+    """The implementation of ``operator`` that is forced now; None where it takes its default."""
+    return _forcing(operator)[0]
+
+
+def _forcing(operator: str) -> tuple[str | None, str]:
+    """The forced name, and what forces it."""
+    name, source = _forced.get(), "force()"
+    if name is None:
+        for source in (f"DSD_FAST_BACKEND_{operator.upper()}", "DSD_FAST_BACKEND"):
+            name = os.environ.get(source) or None
+            if name is not None:
+                break
+    return name, source
 
 
 def forced() -> Hashable:
@@ -97,7 +116,10 @@ def last(operator: str) -> str | None:
 
 @contextmanager
 def force(name: str) -> Iterator[None]:
-    """Force the implementation ``name`` for every operator inside the ``with`` block (this thread or task only)."""
+    """Force the implementation ``name`` for every operator inside the ``with`` block (this thread or task only).
+
+    And for the gradients of what was computed in the block, wherever they are computed.
+    """
     if name not in BACKENDS:
         raise ValueError(f"name: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     token = _forced.set(name)

@@ -18,6 +18,7 @@ class Build:
         constants: the constexpr arguments.
         divisible: names of the arguments that are multiples of 16, as a launch finds of pointers and strides.
         warps, stages: of the launch.
+        registers: the most that a thread may have, by architecture; none: the compiler's choice.
     """
 
     name: str
@@ -27,3 +28,4 @@ class Build:
     divisible: frozenset[str] = field(default_factory=frozenset)
     warps: int = 4
     stages: int = 2
+    registers: Mapping[int, int] = field(default_factory=dict)

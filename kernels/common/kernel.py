@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,8 +28,8 @@ INF = tl.constexpr(float("inf"))
 SIZES = ["B", "L", "T", "H", "span"]
 """Arguments whose value is no reason to compile anew: 1, or a multiple of 16, is as good as any other."""
 
-PROGRAMS_PER_PROCESSOR = 16
-"""Programs wanted for each multiprocessor: a few waves of those that are resident, so that the last costs little."""
+START = 0.8
+"""What a program takes before its first block, in blocks."""
 
 WIDTHS = (40, 64, 80, 128, 160)
 """Head widths of SD 1.5 (40, 80, 160), SD 2.x and SDXL (64), and of others that take 128."""
@@ -64,11 +64,25 @@ L = TypeVar("L", bound="Launch")
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: positions a block, warps, and stages of the pipeline of its loads."""
+    """How a kernel is launched.
+
+    Attributes:
+        block: positions.
+        warps: of a program.
+        stages: of the pipeline of its loads.
+        resident: the programs that a multiprocessor holds at once, by architecture; None: as many as have 128
+            registers a thread.
+        alone: the blocks that a full multiprocessor goes through while a program that has it for itself goes through
+            one; None: as many as are resident, which is so where waiting is what takes the time.
+        registers: the most that a thread may have, by architecture, where one less lets one more program in.
+    """
 
     block: int
     warps: int
     stages: int
+    resident: Mapping[int, int] | None = field(default=None, compare=False, kw_only=True)
+    alone: float | None = field(default=None, compare=False, kw_only=True)
+    registers: Mapping[int, int] = field(default_factory=dict, compare=False, kw_only=True)
 
 
 def widest(launches: Mapping[int, L], width: int) -> L:
@@ -76,13 +90,14 @@ def widest(launches: Mapping[int, L], width: int) -> L:
     return next(launch for limit, launch in launches.items() if width <= limit)
 
 
-def options(launch: Launch) -> dict[str, int]:
-    """The arguments of a launch that it decides."""
+def options(launch: Launch, device: torch.device) -> dict[str, int | None]:
+    """The arguments of a launch on ``device`` that it decides."""
     return {
         "BLOCK": launch.block,
         "STAGES": launch.stages,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
+        "maxnreg": launch.registers.get(architecture(device)),
     }
 
 
@@ -142,10 +157,46 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def span_count(device: torch.device, programs: int, blocks: int, wanted: int = PROGRAMS_PER_PROCESSOR) -> int:
-    """In how many spans ``blocks`` blocks are worked through, so that ``programs`` times as many fill the GPU."""
-    wanted = triton.cdiv(wanted * processors(device), programs)
-    return max(1, min(blocks, wanted))
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The one of the architectures 80, 90 and 100, which launches are tuned for, that a device is most like."""
+    # What came after Blackwell's first has multiprocessors and matrix units of Ampere's kind.
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_properties(device).major, 80) if device.type == "cuda" else 90
+
+
+def blocks_of_span(
+    device: torch.device, launch: Launch, programs: int, blocks: int, most: int | None = None, start: float = START
+) -> int:
+    """How many of ``blocks`` blocks a program works through, so that all programs end as early as they can.
+
+    Args:
+        device: of the launch.
+        launch: of the kernel.
+        programs: how many there are for each span of blocks.
+        blocks: of all spans together.
+        most: programs wanted for each multiprocessor, where more cost something else; None: as many as there are.
+        start: what a program takes besides its blocks, in blocks.
+    """
+    resident = launch.resident[architecture(device)] if launch.resident else max(1, 16 // launch.warps)
+    alone = launch.alone or float(resident)
+    count = processors(device)
+    spans = blocks if most is None else min(blocks, triton.cdiv(most * count, programs))
+    return _blocks_of_span(count, resident, alone, programs, blocks, spans, start)
+
+
+@functools.lru_cache(4096)
+def _blocks_of_span(
+    processors: int, resident: int, alone: float, programs: int, blocks: int, spans: int, start: float
+) -> int:
+    def time(count: int) -> float:
+        # In blocks of a full processor: whole waves of programs, and the last, whose few may each be as slow as alone.
+        span: int = triton.cdiv(blocks, count)
+        waves, rest = divmod(triton.cdiv(blocks, span) * programs, processors * resident)
+        last = max(alone, triton.cdiv(rest, processors)) if rest else 0.0
+        return float((waves * resident + last) * (span + start))
+
+    best: int = triton.cdiv(blocks, min(range(1, spans + 1), key=time))
+    return best
 
 
 def build(
@@ -178,7 +229,7 @@ def build(
     # Storage is aligned, and neighbouring rows are a multiple of 16 elements apart.
     divisible = frozenset(n for n in signature if n.startswith(("p_", "stride_")))
     chosen = {n: values[n] for n in names if n in values}
-    return Build(name, kernel, signature, chosen, divisible, launch.warps, launch.stages)
+    return Build(name, kernel, signature, chosen, divisible, launch.warps, launch.stages, launch.registers)
 
 
 def _argument_type(name: str, dtype: str) -> str:
@@ -368,12 +419,3 @@ def add_exp(b_max, b_sum, b_s):
 def finite(b_x):
     """0 instead of −inf, so that exp2(−inf − x) is 0 where no key exists."""
     return tl.where(b_x == -INF, 0.0, b_x)
-
-
-@triton.jit
-def store_sum(p_sum, b_x, b_keep, SIZE: tl.constexpr):
-    """Stores the sum of what is kept of a vector."""
-    # The last of the running sums: a sum over a vector that comes of row-wise sums does not compile for sm_100.
-    b_sum = tl.cumsum(tl.where(b_keep, b_x, 0.0), 0)
-    i_x = tl.arange(0, SIZE)
-    tl.store(p_sum + i_x * 0, b_sum, mask=i_x == SIZE - 1)

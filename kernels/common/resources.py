@@ -1,4 +1,4 @@
-"""Compiles a kernel for a GPU that need not be there, and reads what it uses: registers, stack and shared memory."""
+"""Compiles a kernel for a GPU that need not be there, and reads what it uses: registers, memory, and its hot loop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import tempfile
 from dataclasses import dataclass
 
 from dsd_fast.kernels.common.build import Build
+from dsd_fast.kernels.common.sass import HotLoop, hot_loop
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory of a block, bytes, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+REGISTERS = 64 * 1024
+SHARED_OF_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+WARPS = 64
+TENSOR_COLUMNS = 512
+"""What a multiprocessor has: registers, bytes of shared memory, warps, and on Blackwell columns of tensor memory."""
 
 _USAGE = re.compile(r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
 
@@ -23,11 +30,15 @@ class Resources:
         registers: of a thread.
         stack: bytes of a thread, in memory: more than 0 means that registers did not suffice.
         shared: bytes of shared memory.
+        programs: that a multiprocessor holds at once.
+        loop: what its hot loop issues.
     """
 
     registers: int
     stack: int
     shared: int
+    programs: int
+    loop: HotLoop
 
 
 def measure(build: Build, capability: int) -> Resources:
@@ -49,10 +60,28 @@ def measure(build: Build, capability: int) -> Resources:
         constexprs=dict(build.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(build.divisible)},
     )
-    options = {"num_warps": build.warps, "num_stages": build.stages}
+    options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.registers.get(capability)}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = usage(compiled.asm["cubin"])
-    return Resources(registers, stack, int(compiled.metadata.shared))
+    shared, columns = int(compiled.metadata.shared), int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+    programs = resident(registers, shared, build.warps, capability, columns)
+    return Resources(registers, stack, shared, programs, hot_loop(compiled.asm["cubin"]))
+
+
+def resident(registers: int, shared: int, warps: int, capability: int, columns: int = 0) -> int:
+    """The programs that a multiprocessor holds at once (CUDA C++ Programming Guide, technical specifications).
+
+    Args:
+        registers: of a thread.
+        shared: bytes of shared memory of a program.
+        warps: of a program.
+        capability: 80, 90 or 100.
+        columns: of tensor memory of a program.
+    """
+    # Warps get registers by 256, programs a KiB of shared memory that is not theirs.
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    by_memory = SHARED_OF_PROCESSOR[capability] // (shared + 1024)
+    return min(by_registers, by_memory, WARPS // warps, TENSOR_COLUMNS // columns if columns else WARPS)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

@@ -33,7 +33,6 @@ from dsd_fast.kernels.common.kernel import (
     logits,
     row_max,
     store_rows,
-    store_sum,
     text_of,
     zero_rows,
 )
@@ -79,7 +78,6 @@ def forward_kernel(
     stride_vm,
     stride_vt,
     scale,
-    MEAN: tl.constexpr,
     D: tl.constexpr,
     T0: tl.constexpr,
     T1: tl.constexpr,
@@ -88,8 +86,8 @@ def forward_kernel(
 ):
     """T ≤ T0 + T1: all keys in one tile of two parts. Program (span, row, head), heads fastest: they share cache lines.
 
-    p_out (B, L, H·D) contiguous, or None with p_v; p_score (B, H, L), or with MEAN (B, H, blocks) of sums / L;
-    p_saved (1 or 2, B, H, L) or None. The rest as in reference.forward, with text_index None for row b → text b.
+    p_out (B, L, H·D) contiguous, or None with p_v; p_score (B, H, L) or None; p_saved (1 or 2, B, H, L) or None. The
+    rest as in reference.forward, with text_index None for row b → text b.
     """
     i_p = tl.program_id(0)
     i_h, i_b, i_s = (i_p % H).to(tl.int64), (i_p // H % B).to(tl.int64), i_p // H // B
@@ -148,10 +146,7 @@ def forward_kernel(
             tl.store(p_saved + i_at, b_lse, mask=b_keep)
             if p_mask is not None:
                 tl.store(p_saved + B.to(tl.int64) * H * L + i_at, b_score, mask=b_keep)
-        if MEAN:
-            blocks = tl.cdiv(L, BLOCK)
-            store_sum(p_score + i_row * blocks + i_l // BLOCK, b_score / L, b_keep, BLOCK)
-        else:
+        if p_score is not None:
             tl.store(p_score + i_at, b_score, mask=b_keep)
 
 
@@ -178,7 +173,6 @@ def forward_loop_kernel(
     stride_vm,
     stride_vt,
     scale,
-    MEAN: tl.constexpr,
     D: tl.constexpr,
     T0: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -226,18 +220,16 @@ def forward_loop_kernel(
         tl.store(p_saved + i_at, b_lse, mask=b_keep)
         if p_mask is not None:
             tl.store(p_saved + B.to(tl.int64) * H * L + i_at, b_score, mask=b_keep)
-    if MEAN:
-        store_sum(p_score + i_row * tl.cdiv(L, BLOCK) + i_n, b_score / L, b_keep, BLOCK)
-    else:
+    if p_score is not None:
         tl.store(p_score + i_at, b_score, mask=b_keep)
 
 
 @triton.jit(do_not_specialize=["n"])
-def sum_kernel(p_sum, p_x, n, BLOCK: tl.constexpr):
-    """Sums of the rows of (·, n) float32, always in the same order."""
+def mean_kernel(p_mean, p_x, n, BLOCK: tl.constexpr):
+    """Means of the rows of (·, n) float32, always added in the same order."""
     i_row = tl.program_id(0).to(tl.int64)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for i_n in range(0, n, BLOCK):
         i_at = i_n + tl.arange(0, BLOCK)
         b_sum += tl.load(p_x + i_row * n + i_at, mask=i_at < n, other=0.0)
-    tl.store(p_sum + i_row, tl.sum(b_sum, 0))
+    tl.store(p_mean + i_row, tl.sum(b_sum, 0) / n)

@@ -22,16 +22,16 @@ from dsd_fast.kernels.common.kernel import (
     WHOLE,
     WIDTHS,
     Launch,
+    blocks_of_span,
     build,
     inputs,
     on,
     options,
     packed,
-    span_count,
     split,
     widest,
 )
-from dsd_fast.kernels.cross_attention_score.forward_kernel import forward_kernel, forward_loop_kernel, sum_kernel
+from dsd_fast.kernels.cross_attention_score.forward_kernel import forward_kernel, forward_loop_kernel, mean_kernel
 from dsd_fast.kernels.cross_attention_score.query_kernel import query_kernel, query_loop_kernel
 from dsd_fast.kernels.cross_attention_score.text_kernel import segment_sum_kernel, text_kernel
 
@@ -44,14 +44,24 @@ TILE_FLOAT32 = 16
 """Keys of a tile of forward_loop_kernel."""
 
 LAUNCHES = {
-    40: Launch(block=64, warps=4, stages=2),
-    64: Launch(block=64, warps=4, stages=2),
-    80: Launch(block=64, warps=4, stages=2),
-    128: Launch(block=64, warps=4, stages=2),
-    160: Launch(block=64, warps=4, stages=1),
+    40: Launch(block=64, warps=4, stages=2, resident={80: 3, 90: 5, 100: 2}, alone=3.7),
+    64: Launch(block=64, warps=4, stages=2, resident={80: 3, 90: 5, 100: 2}, alone=2.5),
+    80: Launch(block=64, warps=4, stages=2, resident={80: 2, 90: 4, 100: 2}, alone=2.2, registers={90: 128}),
+    128: Launch(block=64, warps=4, stages=2, resident={80: 2, 90: 2, 100: 2}, alone=1.0),
+    160: Launch(block=64, warps=4, stages=1, resident={80: 2, 90: 2, 100: 1}, alone=0.95),
     256: Launch(block=32, warps=8, stages=1),
 }
 """Launch of the 16-bit kernels by the largest width that it serves."""
+
+SCORE_LAUNCHES = {
+    40: Launch(block=64, warps=4, stages=2, resident={80: 6, 90: 7, 100: 4}, alone=5.4),
+    64: Launch(block=64, warps=4, stages=2, resident={80: 4, 90: 7, 100: 7}, alone=4.2),
+    80: Launch(block=64, warps=4, stages=2, resident={80: 4, 90: 6, 100: 4}, alone=3.5),
+    128: Launch(block=64, warps=4, stages=2, resident={80: 4, 90: 4, 100: 4}, alone=2.4),
+    160: Launch(block=64, warps=4, stages=1, resident={80: 3, 90: 4, 100: 4}, alone=2.4),
+    256: Launch(block=32, warps=8, stages=1),
+}
+"""The same for the score alone."""
 
 LAUNCH_FLOAT32 = Launch(block=32, warps=8, stages=1)
 
@@ -65,10 +75,10 @@ class TextLaunch(Launch):
 
 
 QUERY_LAUNCHES = {
-    40: Launch(block=64, warps=4, stages=1),
-    64: Launch(block=64, warps=4, stages=1),
-    80: Launch(block=64, warps=4, stages=1),
-    128: Launch(block=32, warps=4, stages=1),
+    40: Launch(block=64, warps=4, stages=2, resident={80: 2, 90: 2, 100: 2}, alone=1.7),
+    64: Launch(block=64, warps=4, stages=3, resident={80: 2, 90: 2, 100: 2}, alone=1.5),
+    80: Launch(block=64, warps=4, stages=1, resident={80: 2, 90: 2, 100: 1}, alone=1.7),
+    128: Launch(block=32, warps=4, stages=1, resident={80: 2, 90: 2, 100: 2}),
 }
 """Launch of query_kernel by the largest width that it serves; keys of wider heads are streamed."""
 
@@ -78,11 +88,20 @@ LOOP_TILE = 16
 """Launches of query_loop_kernel, and the keys of its tiles."""
 
 TEXT_LAUNCHES = {
-    40: TextLaunch(block=64, warps=4, stages=1, tile=64, together=True),
-    64: TextLaunch(block=32, warps=4, stages=1, tile=64, together=True),
-    80: TextLaunch(block=32, warps=4, stages=1, tile=32, together=True),
-    128: TextLaunch(block=32, warps=4, stages=1, tile=64, together=True),
-    256: TextLaunch(block=32, warps=4, stages=1, tile=32, together=False),
+    40: TextLaunch(
+        block=32,
+        warps=4,
+        stages=2,
+        tile=64,
+        together=True,
+        resident={80: 2, 90: 4, 100: 2},
+        alone=3.0,
+        registers={90: 128},
+    ),
+    64: TextLaunch(block=64, warps=4, stages=2, tile=64, together=True, resident={80: 2, 90: 2, 100: 2}, alone=1.7),
+    80: TextLaunch(block=32, warps=4, stages=2, tile=32, together=True, resident={80: 2, 90: 2, 100: 2}, alone=1.3),
+    128: TextLaunch(block=32, warps=4, stages=2, tile=64, together=True, resident={80: 2, 90: 2, 100: 2}, alone=1.5),
+    256: TextLaunch(block=32, warps=4, stages=1, tile=32, together=False, resident={80: 2, 90: 2, 100: 2}),
 }
 """Launch of text_kernel in 16 bits by the largest width it serves."""
 
@@ -92,10 +111,13 @@ TUNING_CANDIDATES: Mapping[str, Sequence[Launch]] = {
     "LAUNCHES": [
         Launch(block, warps, stages) for block, warps in ((64, 4), (128, 4), (128, 8)) for stages in (1, 2, 3)
     ],
-    "QUERY_LAUNCHES": [Launch(block, warps, 1) for block, warps in ((32, 4), (64, 4), (64, 8), (128, 8))],
+    "QUERY_LAUNCHES": [
+        Launch(block, warps, stages) for block, warps in ((32, 4), (64, 4), (64, 8), (128, 8)) for stages in (1, 2, 3)
+    ],
     "TEXT_LAUNCHES": [
-        TextLaunch(block, warps, 1, tile, together)
+        TextLaunch(block, warps, stages, tile, together)
         for block, warps in ((32, 4), (64, 4), (64, 8))
+        for stages in (1, 2, 3)
         for tile in (32, 64)
         for together in (True, False)
     ],
@@ -103,9 +125,13 @@ TUNING_CANDIDATES: Mapping[str, Sequence[Launch]] = {
 """What to time on a GPU, by the table that an entry would change; those with a stack frame cannot be taken."""
 
 SUM_BLOCK = 1024
+MEAN_BLOCK = 1024
 
 TEXT_PROGRAMS = 4
-"""Programs of text_kernel wanted for each multiprocessor: each span more is a part more of dk and dv to add."""
+"""The most programs of text_kernel for each multiprocessor: each span more is a part more of dk and dv to hold."""
+
+TEXT_START = 2.4
+"""What a program of text_kernel takes besides its blocks, in blocks: its part of dk and dv is written and added."""
 
 
 def forward(
@@ -124,40 +150,39 @@ def forward(
     """As reference.forward; ``text_index`` None: row b has text b. Float32, float16 and bfloat16, D from 1 to 256."""
     rows, length, channels = q.shape
     tokens, width = k.shape[1], channels // heads
-    launch = launch_for(q.dtype, width)
+    launch = launch_for(q.dtype, width, output=v is not None)
     blocks = triton.cdiv(length, launch.block)
     out = q.new_empty(q.shape if v is not None else (0,))
-    score = q.new_empty((rows, heads, blocks) if mean else (rows, heads, length), dtype=torch.float32)
     kept = (1 if score_mask is None else 2) if save else 0
     saved = q.new_empty((kept, rows, heads, length), dtype=torch.float32)
+    # What is saved last is the score of each position: a mean is taken of it.
+    score = saved[-1] if mean and save else q.new_empty((rows, heads, length), dtype=torch.float32)
     if rows * length == 0:
-        return out, score.new_zeros(rows, heads) if mean else score, saved
+        return out, q.new_zeros((rows, heads), dtype=torch.float32) if mean else score, saved
     if scale < 0:
         q, scale = -q, -scale
     common = {
         **inputs(q, k, text_index, text_length, key_bias, heads, scale),
         **_values(v, score_mask),
-        **options(launch),
-        "MEAN": mean,
+        **options(launch, q.device),
         "p_out": out if v is not None else None,
-        "p_score": score,
+        "p_score": None if mean and save else score,
         "p_saved": saved if save else None,
     }
     with on(q.device):
         if whole(q.dtype, width, tokens):
-            spans = span_count(q.device, rows * heads, blocks)
             t0, t1 = split(tokens)
-            span = triton.cdiv(blocks, spans) * launch.block
+            span = blocks_of_span(q.device, launch, rows * heads, blocks) * launch.block
             grid = (triton.cdiv(length, span) * rows * heads,)
             forward_kernel[grid](**common, span=span, T0=t0, T1=t1)
         else:
             tile = TILE_FLOAT32 if q.dtype == torch.float32 else TILE
             forward_loop_kernel[(blocks * rows * heads,)](**common, T0=tile)
-        if mean and blocks > 1:
-            sums = score.new_empty(rows, heads)
-            sum_kernel[(rows * heads,)](sums, score, blocks, BLOCK=64)
-            score = sums
-    return out, score.view(rows, heads) if mean else score, saved
+        if mean:
+            means = score.new_empty(rows, heads)
+            mean_kernel[(rows * heads,)](means, score, length, BLOCK=MEAN_BLOCK)
+            score = means
+    return out, score, saved
 
 
 def backward(
@@ -239,12 +264,12 @@ def _launch_queries(dq: Tensor | None, delta: Tensor | None, arguments: dict[str
     q, width, tokens = arguments["p_q"], arguments["D"], arguments["T"]
     rows, length, heads = arguments["B"], arguments["L"], arguments["H"]
     launch = query_launch(q.dtype, width, tokens)
-    outputs = {"p_dq": dq, "p_new_delta": delta, **options(launch or loop_launch(q.dtype))}
+    outputs = {"p_dq": dq, "p_new_delta": delta, **options(launch or loop_launch(q.dtype), q.device)}
     blocks = triton.cdiv(length, outputs["BLOCK"])
     if launch is None:
         query_loop_kernel[(blocks * rows * heads,)](**outputs, **arguments, T0=LOOP_TILE)
         return
-    span = triton.cdiv(blocks, span_count(q.device, rows * heads, blocks)) * launch.block
+    span = blocks_of_span(q.device, launch, rows * heads, blocks) * launch.block
     t0, t1 = split(tokens)
     grid = (triton.cdiv(length, span) * rows * heads,)
     query_kernel[grid](**outputs, **arguments, span=span, T0=t0, T1=t1)
@@ -259,8 +284,8 @@ def _launch_texts(
     t1 = rest_tile(tokens, launch.tile)
     tiles = tokens // launch.tile + (t1 > 0)
     blocks = triton.cdiv(length, launch.block)
-    spans = span_count(q.device, rows * heads * tiles, blocks, TEXT_PROGRAMS)
-    span = triton.cdiv(blocks, spans) * launch.block
+    programs = rows * heads * tiles
+    span = blocks_of_span(q.device, launch, programs, blocks, TEXT_PROGRAMS, TEXT_START) * launch.block
     spans = triton.cdiv(length, span)
 
     # Where a text has one row and one span, its part is the sum.
@@ -270,7 +295,7 @@ def _launch_texts(
     dk = k.new_empty(shape, dtype=kind)
     dv = None if v is None else k.new_empty(shape, dtype=kind)
     dbias = None if arguments["p_bias"] is None else k.new_empty((rows, spans, heads, tokens), dtype=torch.float32)
-    common = {**arguments, **options(launch), "p_delta": delta, "span": span, "T0": launch.tile, "T1": t1}
+    common = {**arguments, **options(launch, q.device), "p_delta": delta, "span": span, "T0": launch.tile, "T1": t1}
     grid = (spans * rows * heads * tiles,)
     if launch.together or dv is None:
         text_kernel[grid](p_dk=dk, p_dv=dv, p_dbias=dbias, **common)
@@ -299,11 +324,11 @@ def segment_sum(part: Tensor, total: Tensor, parts: int, order: Tensor | None, s
     return total
 
 
-def launch_for(dtype: torch.dtype, width: int) -> Launch:
-    """The launch of the kernels for heads of ``width``."""
+def launch_for(dtype: torch.dtype, width: int, output: bool = True) -> Launch:
+    """The launch of the forward kernels for heads of ``width``, with an output or for the score alone."""
     if dtype == torch.float32:
         return LAUNCH_FLOAT32
-    return widest(LAUNCHES, width)
+    return widest(LAUNCHES if output else SCORE_LAUNCHES, width)
 
 
 def whole(dtype: torch.dtype, width: int, tokens: int) -> bool:
@@ -340,20 +365,18 @@ def builds() -> list[Build]:
     """What a launch with 77 tokens compiles, at the widths of SD 1.5, 2.x and SDXL, in both 16-bit types."""
     kinds = {
         "output and score": {"p_saved"},
-        "output and mean": {"p_saved"},
         "score alone": {"p_saved", "p_v", "p_out"},
-        "output and mean, kept for gradients": set[str](),
+        "output and score, kept for gradients": {"p_score"},
     }
     forward_builds = [
         build(
             f"{kind}, D {width}, {dtype}",
             forward_kernel,
             dtype,
-            launch_for(torch.float16, width),
+            launch_for(torch.float16, width, output="output" in kind),
             {"p_length", "p_bias", "p_mask"} | absent,
             width=width,
             tokens=77,
-            MEAN="mean" in kind,
         )
         for kind, absent in kinds.items()
         for width in WIDTHS

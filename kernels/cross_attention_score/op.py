@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import (
     check_per_key,
     check_projections,
@@ -84,8 +85,9 @@ def _backward(
     mean: bool,
     query: bool = True,
     text: bool = True,
+    forced: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    name = choose(NAME, q, heads)
+    name = choose(NAME, q, heads, forced)
     options = (text_length, key_bias, score_mask, saved, heads, scale, mean)
     found: Sequence[Tensor | None]
     if name == "triton":
@@ -121,6 +123,7 @@ def _backward_fake(
     mean,
     query=True,
     text=True,
+    forced=None,
 ):
     return (
         q.new_empty(q.shape if query else (0,)),
@@ -136,7 +139,7 @@ _BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, text_index, text_length, key_bias, score_mask, heads, scale, mean, _ = inputs
     ctx.save_for_backward(q, k, v, text_index, text_length, key_bias, score_mask, output[2])
-    ctx.heads, ctx.scale, ctx.mean = heads, scale, mean
+    ctx.heads, ctx.scale, ctx.mean, ctx.forced = heads, scale, mean, backend.forced_for(NAME)
     ctx.set_materialize_grads(False)
 
 
@@ -162,6 +165,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dscore: Tensor | None, _: Tens
         ctx.mean,
         query,
         text,
+        ctx.forced,
     )
     dbias = None if key_bias is None or not text else dbias.to(key_bias.dtype)
     dv = None if v is None or not text else dv

@@ -125,7 +125,7 @@ def forward(
             T0=TILE,
             N=MAPS,
             **inputs(q, k, text_index, text_length, key_bias, heads, scale),
-            **options(LAUNCH),
+            **options(LAUNCH, q.device),
         )
     return maps
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import (
     check_index,
     check_per_key,
@@ -70,8 +71,9 @@ def _backward(
     scale: float,
     query: bool = True,
     text: bool = True,
+    forced: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    name = choose(NAME, q, heads)
+    name = choose(NAME, q, heads, forced)
     options = (text_length, key_bias, heads, scale)
     found: Sequence[Tensor | None]
     if name == "triton":
@@ -87,7 +89,9 @@ def _backward(
     return gradients
 
 
-def _backward_fake(dmaps, q, k, tokens, text_index, text_length, key_bias, heads, scale, query=True, text=True):
+def _backward_fake(
+    dmaps, q, k, tokens, text_index, text_length, key_bias, heads, scale, query=True, text=True, forced=None
+):
     return (
         q.new_empty(q.shape if query else (0,)),
         k.new_empty(k.shape if text else (0,)),
@@ -101,13 +105,13 @@ _BACKWARD = operator(f"{NAME}_backward", _backward, _backward_fake)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, heads, scale = inputs
     ctx.save_for_backward(*tensors)
-    ctx.heads, ctx.scale = heads, scale
+    ctx.heads, ctx.scale, ctx.forced = heads, scale, backend.forced_for(NAME)
 
 
 def _differentiate(ctx: Any, dmaps: Tensor) -> tuple[Any, ...]:
     query, keys, _, _, _, bias, *_ = ctx.needs_input_grad
     text = keys or bias
-    dq, dk, dbias = _BACKWARD(dmaps, *ctx.saved_tensors, ctx.heads, ctx.scale, query, text)
+    dq, dk, dbias = _BACKWARD(dmaps, *ctx.saved_tensors, ctx.heads, ctx.scale, query, text, ctx.forced)
     return dq if query else None, dk if keys else None, None, None, None, dbias if bias else None, None, None
 
 

@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
+from dsd_fast.kernels.common import kernel
 from dsd_fast.kernels.common.resources import SHARED_LIMIT
-from tests.kernels.driver import absent_gpu
+from dsd_fast.kernels.cross_attention_score import kernel as attention
+from tests.kernels.driver import PROCESSORS, absent_gpu
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels are not compiled")
 
@@ -57,3 +59,27 @@ def test_each_gpu_begins_without_anything_compiled(tmp_path):
         with absent_gpu(capability, tmp_path) as gpu:
             double_kernel[(1,)](x, x, 16, BLOCK=16)
         assert [found.cached for found in gpu.compilations] == [number == 2]
+
+
+def test_an_operator_is_compiled_once_for_all_sizes_and_launched_in_the_spans_that_are_chosen(monkeypatch):
+    monkeypatch.setattr(kernel, "processors", lambda device: PROCESSORS)
+    text = torch.zeros(2, 77, 320, dtype=torch.bfloat16)
+    with absent_gpu() as gpu:
+        for rows, length in ((2, 4096), (3, 4000), (1, 64)):
+            q = torch.zeros(rows, length, 320, dtype=torch.bfloat16)
+            index = torch.zeros(rows, dtype=torch.int64)
+            options = (index, None, None, None, 8, 0.2, True, False)
+            out, score, _ = attention.forward(q, text, text, *options)
+            assert (out.shape, score.shape) == (q.shape, (rows, 8))
+    assert [found.kernel for found in gpu.compilations] == ["forward_kernel", "mean_kernel"]
+    assert [found.stack for found in gpu.compilations] == [0, 0]
+    blocks, programs = (64, 63, 1), (16, 24, 8)
+    launch = attention.LAUNCHES[40]
+    spans = [
+        triton.cdiv(n, kernel.blocks_of_span(text.device, launch, each, n))
+        for n, each in zip(blocks, programs, strict=True)
+    ]
+    grids = [launched.grid[0] for launched in gpu.launches if launched.kernel == "forward_kernel"]
+    assert grids == [n * each for n, each in zip(spans, programs, strict=True)]
+    assert [launched.grid[0] for launched in gpu.launches if launched.kernel == "mean_kernel"] == list(programs)
+    assert spans[2] == 1 < spans[1] < spans[0]

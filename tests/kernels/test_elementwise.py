@@ -16,7 +16,7 @@ pytest.importorskip("triton")
     [
         pytest.param(["geglu"], marks=pytest.mark.newest),
         # A process takes longer to start than to interpret most of them.
-        ["add_layer_norm", "group_norm_silu", "noise_latents", "pack_features"],
+        ["add_layer_norm", "group_norm_silu", "noise_latents", "pack_features", "forced"],
     ],
     ids="-".join,
 )

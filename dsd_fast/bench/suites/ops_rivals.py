@@ -93,7 +93,9 @@ def launches(shape: Shape, context: Context, table: str = "LAUNCHES") -> Work:
             if type(error).__name__ != "OutOfResources":
                 raise
             continue
-        name = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(launch).items())
+        # What a launch is told of its occupancy follows from what it is.
+        chosen = [field.name for field in dataclasses.fields(launch) if field.compare]
+        name = ", ".join(f"{key} {getattr(launch, key)}" for key in chosen)
         against = {sides[0].name: ()} if sides else {}
         sides.append(Side(name, run, shape.rows, shape.sizes, moved, against=against))
     return (
