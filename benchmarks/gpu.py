@@ -7,6 +7,7 @@ as each case ends. The short run ends within 8 minutes.
 
     python -m benchmarks.gpu                  # the steps of the plan
     python -m benchmarks.gpu --plan           # the plan: steps, seconds, what is in them; needs no device
+    python -m benchmarks.gpu --compile-ahead  # the smoke tests' kernels, packed to be shipped along; needs no device
     python -m benchmarks.gpu --cases 'tune/*' # the cases of all suites whose names fit, without a limit
     python -m benchmarks.gpu --full           # the suites' long grid; what has its record already is left out
     python -m benchmarks.gpu --sanitize       # the tests marked `sanitizer` under compute-sanitizer
@@ -16,6 +17,7 @@ as each case ends. The short run ends within 8 minutes.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -23,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -165,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plan:
         print(plan())
         return 0
+    if options.compile_ahead:
+        return compile_ahead(CACHE)
     if not torch.cuda.is_available():
         print(f"No CUDA device is here; {_would(options)} would have run.", file=sys.stderr)
         return 2
@@ -228,6 +233,18 @@ def unpack(archive: Path) -> str:
         packed.extractall(target, filter="data")
     os.environ["TRITON_CACHE_DIR"] = str(target)
     return f"{sum(1 for _ in target.rglob('*.cubin'))} kernels come from {archive.name}, if they fit"
+
+
+def compile_ahead(archive: Path) -> int:
+    """Compiles what the smoke tests launch, for an H200 that need not be there, and packs it for :func:`unpack`."""
+    smoke, driver = importlib.import_module("tests.gpu.smoke"), importlib.import_module("tests.kernels.driver")
+    with tempfile.TemporaryDirectory() as cache:
+        with driver.absent_gpu(90, Path(cache)) as there:
+            for problem in smoke.ATTENTION:
+                problem.launch("cpu")
+        pack(Path(cache), archive)
+    print(f"{len(there.compilations)} kernels in {archive}")
+    return 0
 
 
 def pack(cache: Path, archive: Path) -> None:
@@ -353,6 +370,7 @@ def _would(options: argparse.Namespace) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--plan", action="store_true", help="show the steps and their seconds, and run nothing")
+    parser.add_argument("--compile-ahead", action="store_true", help="pack the smoke tests' kernels, without a device")
     parser.add_argument("--cases", metavar="PATTERN", help="the suites' cases of such names instead of the plan")
     parser.add_argument("--full", action="store_true", help="the long grid instead of the plan; resumes")
     parser.add_argument("--sanitize", action="store_true", help="the tests marked sanitizer under compute-sanitizer")

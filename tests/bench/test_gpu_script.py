@@ -248,7 +248,6 @@ def test_the_smoke_tests_compile_what_their_step_has_time_for(monkeypatch):
     if triton.knobs.runtime.interpret:
         pytest.skip("interpreted kernels are not compiled")
     from dsd_fast.kernels.common import kernel as common
-    from dsd_fast.kernels.cross_attention_score import kernel
     from tests.gpu.smoke import ATTENTION
     from tests.kernels.driver import PROCESSORS, absent_gpu
 
@@ -266,12 +265,7 @@ def test_the_smoke_tests_compile_what_their_step_has_time_for(monkeypatch):
     with absent_gpu():
         for problem in ATTENTION:
             before = len(compiled)
-            q, k, v, index = problem.tensors("cpu")
-            options = (None, None, None, 4, problem.width**-0.5, True)
-            out, score, saved = kernel.forward(q, k, v, index, *options, problem.gradients)
-            if problem.gradients:
-                rest = (None, None, None, saved, *options[3:])
-                kernel.backward(out, score, q, k, v, index, *rest, query=True, text=True)
+            problem.launch("cpu")
             each.append(len(compiled) - before)
     smoke = next(step for step in gpu.PLAN if step.name == "smoke")
     # Each test is one process's; none compiles what another has, save where two begin at once.
