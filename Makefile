@@ -4,13 +4,14 @@
 #   TORCH_INDEX=URL     the package index torch comes from, remembered by the .venv; TORCH_INDEX= goes back to the default
 #   ARGS="-k matching"  further arguments for pytest, or for `make bench` of `dsd-fast bench`
 #   SUITE=match         the suite that `make bench` runs
+#   CASES='tune/*'       with `make gpu`: the suites' cases of such names instead of its steps
 #   PROCESSES=2         processes that share the tests, each with one thread
 #
 # One run has all tests: those marked `alone` (of memory, of time, of kills by the clock) make the other processes wait.
 # `make test-oldest` runs what computes under the oldest versions that pyproject.toml admits, in a .venv-oldest, and
 # `make test-newest` the main calls (marked `newest`) under the newest, in a .venv-newest as new as its making. Of the GPU
-# targets, `gpu` has checks and short benchmarks, `gpu-full` the long ones (interrupted, it goes on where it was), and
-# `gpu-sanitize` runs the tests marked `sanitizer` under compute-sanitizer.
+# targets, `gpu` has the steps that `python -m benchmarks.gpu --plan` shows, `gpu-full` all benchmarks (interrupted, it goes
+# on where it was), and `gpu-sanitize` runs the tests marked `sanitizer` under compute-sanitizer.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -76,7 +77,7 @@ gpu gpu-full gpu-sanitize: $(STAMP)
 endif
 
 gpu:
-	$(GPU) -m benchmarks.gpu -- $(ARGS)
+	$(GPU) -m benchmarks.gpu $(if $(CASES),--cases '$(CASES)') -- $(ARGS)
 
 gpu-full:
 	$(GPU) -m benchmarks.gpu --full

@@ -137,7 +137,7 @@ def score(scorer: PairScorer, scenes: Scenes) -> Scores:
     for start in range(0, len(scenes.latents), _SCENES_AT_ONCE):
         latents = scenes.latents[start : start + _SCENES_AT_ONCE]
         texts = torch.arange(len(latents) * each)
-        terms = scorer.terms(latents, scorer.texts(scenes.states[each * start + texts]), texts // each, texts)
+        terms = scorer.begin(latents, scorer.texts(scenes.states[each * start + texts]), texts // each, texts).done()
         attention.append(config.attention_weight * terms.attention.mean(1))
         noise.append(-config.noise_weight * terms.error.mean(1))
     found = {"attention": torch.cat(attention), "noise": torch.cat(noise)}

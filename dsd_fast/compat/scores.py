@@ -50,7 +50,7 @@ def terms(
             else:
                 latents = sampled[shown]
             rows = chosen[own]
-            part = scorer.terms(latents, encoded, places[own] - start, texts.of[rows], epsilon=epsilon)
+            part = scorer.begin(latents, encoded, places[own] - start, texts.of[rows], epsilon=epsilon).done()
             for name, value in whole.items():
                 value[rows] = getattr(part, name)
     return Terms(**whole)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dsd_fast.diffusion.ddim import CLEAN, Predict, working_dtype
 from dsd_fast.diffusion.schedule import check_noise
 from dsd_fast.diffusion.timesteps import started
+from dsd_fast.kernels.common.transfer import upload
 
 _SHORT_DENOISING = 50
 
@@ -264,8 +265,11 @@ def _noised(scheduler: Any, start: int, latents: Tensor, noise: Tensor) -> Tenso
     check_noise(noise, latents)
     real = working_dtype(latents)
     first = scheduler.timesteps[start : start + 1]
-    spread = noise.expand_as(latents).to(latents.device, real)
-    state: Tensor = scheduler.add_noise(latents.to(real), spread, first)
+    # Its rule, signal · z₀ + sigma · ε, is asked for on the host: on a device it would wait there for its own numbers.
+    one, none = torch.ones(1, dtype=real, device="cpu"), torch.zeros(1, dtype=real, device="cpu")
+    factors = (scheduler.add_noise(one, none, first), scheduler.add_noise(none, one, first))
+    signal, sigma = upload(torch.stack(factors), latents.device)  # (2, 1)
+    state: Tensor = signal * latents.to(real) + sigma * upload(noise, latents.device, real)
     return state
 
 

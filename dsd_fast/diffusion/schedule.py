@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsd_fast.diffusion.schedulers import check_scheduler
 from dsd_fast.kernels.common.host import as_tensor
+from dsd_fast.kernels.common.transfer import upload
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -105,7 +106,7 @@ class NoiseSchedule:
         check_noise(noise, latents)
         signal, sigma = self._coefficients(timesteps, latents)
         dtype = sigma.dtype
-        return (signal * latents.to(dtype) + sigma * noise.to(latents.device, dtype)).to(latents.dtype)
+        return (signal * latents.to(dtype) + sigma * upload(noise, latents.device, dtype)).to(latents.dtype)
 
     def coefficients(self, timesteps: int | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1 − ᾱ_t) of S timesteps, (S,) float64 on the CPU each.
@@ -178,7 +179,8 @@ class NoiseSchedule:
                 )
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
         shape = (-1,) + (1,) * (first.ndim - 1)
-        signal, sigma = (each.to(first.device, dtype).reshape(shape) for each in self.coefficients(index))
+        factors = upload(torch.stack(self.coefficients(index)), first.device, dtype)  # (2, 1 or N)
+        signal, sigma = (each.reshape(shape) for each in factors)
         return signal, sigma
 
     def _timestep_index(self, timesteps: int | Sequence[int] | Tensor) -> Tensor:

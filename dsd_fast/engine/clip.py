@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsd_fast.kernels.common.host import own_types
+from dsd_fast.kernels.common.transfer import upload
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -44,7 +45,8 @@ class ClipSpace:
         mean, std = _statistics(self._clip)
         weight = next(self._clip.parameters())
         self._mean, self._std = (
-            torch.tensor(each, dtype=torch.float32, device=weight.device).view(1, 3, 1, 1) for each in (mean, std)
+            upload(torch.tensor(each, dtype=torch.float32, device="cpu"), weight.device).view(1, 3, 1, 1)
+            for each in (mean, std)
         )
         self._dtype = weight.dtype
 
@@ -56,7 +58,7 @@ class ClipSpace:
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """Resize and normalise (n, 3, H, W) in [−1, 1] to what CLIP takes, (n, 3, S, S) in its type."""
-        x, side = (pixels.to(self._mean) + 1) / 2, self._side
+        x, side = (upload(pixels, self._mean.device, self._mean.dtype) + 1) / 2, self._side
         height, width = x.shape[-2:]
         size = (side, side)
         if self._crop:

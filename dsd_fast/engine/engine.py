@@ -15,10 +15,10 @@ from dsd_fast.diffusion import Predict
 from dsd_fast.engine.adapters import Adapters
 from dsd_fast.engine.texts import Texts
 from dsd_fast.kernels.common.host import as_tensor, own_types
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.unet import Output, Plan, UNetProgram
-from dsd_fast.unet.checks import upload
 from dsd_fast.unet.stream import default_budget, rows_at_once
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class Engine:
                 self.controls,
                 conditions,
                 latents,
-                timesteps.to(latents.device),
+                timesteps,
                 states.states,
                 pooled=states.pooled,
                 time_ids=ids,

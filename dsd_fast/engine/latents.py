@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dsd_fast.diffusion import NoiseSchedule, noise
 from dsd_fast.kernels.common.host import as_tensor
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.kernels.noise_latents import noise_latents
 from dsd_fast.unet import Output
-from dsd_fast.unet.checks import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Noised:
         """
         images = len(clean)
         times = as_tensor(timesteps).repeat(images)
-        epsilon = epsilon.to(clean.device, torch.promote_types(clean.dtype, torch.float32))
+        epsilon = upload(epsilon, clean.device, torch.promote_types(clean.dtype, torch.float32))
         every = epsilon.expand(images, -1, -1, -1, -1).flatten(0, 1)  # (n·S, C, h, w)
         if clean.ndim == 5:
             return cls.rows(schedule, clean.flatten(0, 1), every, times)
@@ -51,7 +51,7 @@ class Noised:
     @classmethod
     def rows(cls, schedule: NoiseSchedule, clean: Tensor, epsilon: Tensor, timesteps: Tensor) -> Noised:
         """Noise (P, C, h, w) clean latents in the network's type, each with its own noise to its own timestep."""
-        epsilon = epsilon.to(clean.device, torch.promote_types(clean.dtype, torch.float32))
+        epsilon = upload(epsilon, clean.device, torch.promote_types(clean.dtype, torch.float32))
         return cls(schedule, schedule.add_noise(clean, epsilon, timesteps), timesteps, epsilon)
 
     def error(self, out: Output, rows: Tensor) -> Tensor:
@@ -99,5 +99,5 @@ def noised(
         zero = as_tensor(timesteps) == 0
         signal, sigma = signal.masked_fill(zero, 1.0), sigma.masked_fill(zero, 0.0)
     real = torch.promote_types(clean.dtype, torch.float32)
-    epsilon, signal, sigma = (value.to(clean.device, real) for value in (epsilon, signal, sigma))
+    epsilon, signal, sigma = (upload(value, clean.device, real) for value in (epsilon, signal, sigma))
     return noise_latents(clean, epsilon, signal, sigma)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.unet import Plan, TextKV
 from dsd_fast.unet.stream import default_budget
@@ -62,17 +63,17 @@ class Texts:
         states = self.chosen(numbers)
         bare = len(states) - int(self.unconditional is not None and (numbers is None or int(numbers[-1]) == len(self)))
         device, dtype = plan.program.device, plan.program.dtype
-        values = states.states.to(device, dtype)
+        values = upload(states.states, device, dtype)
         count, length, _ = values.shape
         real = torch.arange(length, device="cpu") < states.lengths[:, None]
         lengths = None
         if self._vectors is not None:
             added = len(self._vectors)
-            values = torch.cat([values, self._vectors.to(device, dtype).expand(count, -1, -1)], dim=1)
+            values = torch.cat([values, upload(self._vectors, device, dtype).expand(count, -1, -1)], dim=1)
             real = torch.cat([real, real.new_ones(count, added)], dim=1)
             if bare < count:
                 lengths = torch.tensor([length + added] * bare + [length] * (count - bare), device="cpu")
-        pooled = None if states.pooled is None else states.pooled.to(device, dtype)
+        pooled = None if states.pooled is None else upload(states.pooled, device, dtype)
         scored = real if self._scored == "real" else None
         return plan.encode_text(values, pooled=pooled, score_mask=scored, lengths=lengths)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from dsd_fast.features.attention import KEY, AttentionTap
 from dsd_fast.features.config import FeatureConfig
 from dsd_fast.features.pca import PCA
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.kernels.pack_features import pack_features
 from dsd_fast.unet import Output, UNetProgram
-from dsd_fast.unet.checks import upload
 
 Shape = tuple[int, int, int]
 

@@ -12,6 +12,7 @@ from dsd_fast.diffusion import Predict
 from dsd_fast.engine import Engine, draw_noise
 from dsd_fast.features.technique import Technique
 from dsd_fast.images import to_picture
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import Control
 
 
@@ -72,7 +73,9 @@ class Inputs:
         for control in controls:
             if control.condition not in self._conditions:
                 prepared = [control.prepare(to_picture(each), (each.shape[1], each.shape[2])) for each in self.pixels]
-                self._conditions[control.condition] = torch.stack(prepared).to(self.latents.device, self.latents.dtype)
+                self._conditions[control.condition] = upload(
+                    torch.stack(prepared), self.latents.device, self.latents.dtype
+                )
         return [self._conditions[control.condition] for control in controls]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsd_fast.jobs import read_tensors, write_tensors
 from dsd_fast.kernels.common.host import own_types
+from dsd_fast.kernels.common.transfer import upload
 
 __all__ = ["PCA", "Moments", "picture"]
 
@@ -84,7 +85,7 @@ class PCA:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, C, h, w)")
         _check(x, len(self.mean), "x")
         kind = torch.promote_types(x.dtype, torch.float32)
-        mean, components = (value.to(x.device, kind) for value in (self.mean, self.components))
+        mean, components = (upload(value, x.device, kind) for value in (self.mean, self.components))
         # Rows, and not a 1 × 1 convolution, which cuDNN may round to TF32.
         rows = x.permute(0, 2, 3, 1).to(kind) - mean
         with own_types(rows.device):
@@ -92,7 +93,7 @@ class PCA:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return type(self)(*(getattr(self, name).to(device) for name in _NAMES))
+        return type(self)(*(upload(getattr(self, name), torch.device(device)) for name in _NAMES))
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all.

@@ -35,6 +35,7 @@ from dsd_fast.features.inputs import Inputs, Prompts
 from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.features.technique import Technique
 from dsd_fast.kernels.common.host import own_types
+from dsd_fast.kernels.common.transfer import upload
 
 if TYPE_CHECKING:
     from dsd_fast.images import ImageSource
@@ -60,7 +61,7 @@ def laplacian_norm(features: Tensor, *, normalize: bool = False) -> Tensor:
     x = features.to(torch.promote_types(features.dtype, torch.float32))
     if normalize:
         x = F.normalize(x, dim=-3)
-    kernel = torch.tensor(_KERNEL, dtype=x.dtype, device=x.device)[None, None]
+    kernel = upload(torch.tensor(_KERNEL, dtype=x.dtype), x.device)[None, None]
     padded = F.pad(x.reshape(-1, 1, *x.shape[-2:]), (1, 1, 1, 1), mode="reflect")
     with own_types(x.device):
         edges = F.conv2d(padded, kernel)
@@ -138,8 +139,9 @@ class ShiftMeter:
         shared = asked if anchor.technique in techniques else []
         self._strong = extractor.replaced(timesteps=(0, *shared, strong), technique=anchor.technique)
         self._names = tuple(names)
-        self._diffs: list[Floats] = []
-        self._anchor_diffs: list[Floats] = []
+        # On the model's device until all images have been measured.
+        self._diffs: list[Tensor] = []
+        self._anchor_diffs: list[Tensor] = []
 
     def add(self, inputs: Inputs, prompts: Prompts) -> None:
         """Measures some images more.
@@ -148,12 +150,12 @@ class ShiftMeter:
             prompts: of the request, for techniques without their own.
         """
         anchor = self._anchor.technique
-        *shared, strong = np.moveaxis(self._measure(self._strong, anchor, inputs, prompts), 1, 0)
+        *shared, strong = self._measure(self._strong, anchor, inputs, prompts).unbind(1)
         measured = [
-            np.stack(shared, 1) if technique == anchor else self._measure(self._main, technique, inputs, prompts)
+            torch.stack(shared, 1) if technique == anchor else self._measure(self._main, technique, inputs, prompts)
             for technique in self._techniques
         ]
-        self._diffs.append(np.stack(measured))
+        self._diffs.append(torch.stack(measured))
         self._anchor_diffs.append(strong)
 
     def result(self) -> ShiftResult:
@@ -168,12 +170,12 @@ class ShiftMeter:
             self._names,
             tuple(self._main.layers),
             tuple(self._main.timesteps[1:]),
-            np.concatenate(self._diffs, -1),
-            np.concatenate(self._anchor_diffs, -1),
+            _numbers(self._diffs),
+            _numbers(self._anchor_diffs),
             (self._anchor.technique.name, self._strong.timesteps[-1]),
         )
 
-    def _measure(self, extractor: FeatureExtractor, technique: Technique, inputs: Inputs, prompts: Prompts) -> Floats:
+    def _measure(self, extractor: FeatureExtractor, technique: Technique, inputs: Inputs, prompts: Prompts) -> Tensor:
         """(L, S, n): diff at every timestep but the first, which is 0."""
         features = extractor.features_of(inputs, prompts, technique)
         found = []
@@ -182,7 +184,11 @@ class ShiftMeter:
             norms = laplacian_norm(features[layer], normalize=self._normalize)
             diffs = (norms[:, :1] - norms[:, 1:]).abs().sum((-2, -1))
             found.append(diffs.flatten(2).mean(-1) if diffs.ndim > 2 else diffs)
-        return torch.stack(found).movedim(1, -1).double().cpu().numpy()
+        return torch.stack(found).movedim(1, -1).double()
+
+
+def _numbers(parts: Sequence[Tensor]) -> Floats:
+    return np.asarray(torch.cat(list(parts), -1).cpu().numpy())
 
 
 def measure_shift(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd_fast.engine import Noised, Texts, draw_noise
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.matching.words import Span, find_spans, positions, words
 from dsd_fast.models.offsets import token_offsets
@@ -113,17 +114,17 @@ def _token_maps(
     """(n, height, width) float32 on the CPU, the mean map of each token position of one text, at the image's size."""
     engine, steps = scorer.engine, len(scorer.timesteps)
     epsilon = draw_noise([scorer.config.seed], steps, latent.shape[1:])  # (1, S, C, h, w)
-    noised = Noised.grid(scorer.model.schedule, latent.to(scorer.model.device), epsilon, scorer.timesteps)
+    noised = Noised.grid(scorer.model.schedule, upload(latent, scorer.model.device), epsilon, scorer.timesteps)
     plan, one = _plan(scorer, layers), torch.zeros(steps, dtype=torch.int64, device="cpu")
     # Bilinear upsampling is linear: it may wait until maps of one size have been added up.
     sums: dict[Size, Tensor] = {}
+    device = scorer.model.device
     for _, out in engine.rows(plan, noised.latents, noised.timesteps, text, one, tokens=tokens):
         for value in out.maps.values():
             size: Size = (value.shape[2], value.shape[3])
-            sums[size] = sums.get(size, torch.zeros((), device=value.device, dtype=torch.float32)) + value.float().sum(
-                0
-            )
-    total = torch.zeros(len(tokens), *engine.size, dtype=torch.float32, device="cpu")
+            added = value.float().sum(0)
+            sums[size] = sums[size] + added if size in sums else added
+    total = torch.zeros(len(tokens), *engine.size, dtype=torch.float32, device=device)
     for value in sums.values():
-        total += F.interpolate(value[None].cpu(), size=engine.size, mode="bilinear", align_corners=False)[0]
-    return total / (len(plan.maps) * steps)
+        total += F.interpolate(value[None], size=engine.size, mode="bilinear", align_corners=False)[0]
+    return (total / (len(plan.maps) * steps)).cpu()

@@ -13,12 +13,13 @@ from torch import Tensor
 from dsd_fast.engine import Texts
 from dsd_fast.images import ImageError, ImageSource, load_image, to_tensor
 from dsd_fast.jobs import locked
+from dsd_fast.kernels.common.transfer import one_behind
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
 from dsd_fast.matching.fitting.files import LORA, Adapter, load, save
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
 from dsd_fast.matching.pairs import Pairs
-from dsd_fast.matching.score import PairScorer
+from dsd_fast.matching.score import PairScorer, TermsBehind
 from dsd_fast.matching.words import Span
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ class Matcher:
             out: folder for checkpoints, and for the matcher at the end, as :meth:`save` writes it. The same call with
                 the same folder goes on where a killed process stopped, to the same result; on a GPU as far as its
                 kernels repeat themselves.
-            callback: called after each step as callback(step, loss, None), and with each record as
-                callback(step, None, record).
+            callback: called for each step as callback(step, loss, None), on a GPU while the next one is computed, and
+                with each record as callback(step, None, record).
             progress: whether a bar with loss and held-out accuracy is shown.
 
         Raises:
@@ -216,13 +217,17 @@ class Matcher:
         """:meth:`score` one image at a time, in order: (index, (M,) scores) or (index, the image's error)."""
         texts = self._encode(captions)
         every = torch.arange(len(texts), device="cpu")
-        for numbers, latents, errors in self._scorer.latents(images, texts, len(texts)):
-            scores: dict[int, Tensor] = {}
-            if numbers:
+
+        def begun() -> Iterator[tuple[tuple[list[int], dict[int, ImageError]], TermsBehind]]:
+            for numbers, latents, errors in self._scorer.latents(images, texts, len(texts)):
                 image_of = torch.arange(len(numbers), device="cpu").repeat_interleave(len(texts))
                 chosen = None if seeds is None else [_seed(seeds, number) for number in numbers]
-                flat = self._scorer.score(latents, texts, image_of, every.repeat(len(numbers)), chosen)
-                scores = dict(zip(numbers, flat.view(len(numbers), len(texts)), strict=True))
+                text_of = every.repeat(len(numbers))
+                yield (numbers, errors), self._scorer.begin(latents, texts, image_of, text_of, chosen)
+
+        for (numbers, errors), terms in one_behind(begun()):
+            flat = self._scorer.sums(terms.done())
+            scores = dict(zip(numbers, flat.view(len(numbers), len(texts)), strict=True))
             for number in sorted([*numbers, *errors]):
                 yield number, errors[number] if number in errors else scores[number]
 

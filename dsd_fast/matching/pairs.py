@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dsd_fast.engine import Texts
 from dsd_fast.images import ImageError, ImageSource
-from dsd_fast.matching.score import PairScorer
+from dsd_fast.kernels.common.transfer import one_behind
+from dsd_fast.matching.score import PairScorer, TermsBehind
 
 
 class Pairs:
@@ -63,21 +64,23 @@ class Pairs:
         if not self._pairs:
             return
         image_of, text_of = torch.tensor(list(self._pairs), device="cpu").unbind(1)
-        pairs_of, done = side_by_side(image_of), 0
-        for numbers, latents, errors in scorer.latents(self.images, texts, -(-len(self) // len(self.images))):
-            first, done = done, done + len(numbers) + len(errors)
-            chosen = pairs_of(first, done)
-            # An image that failed has no latent.
-            place = torch.full((done - first,), -1, dtype=torch.int64, device="cpu")
-            place[torch.tensor(numbers, dtype=torch.int64, device="cpu") - first] = torch.arange(
-                len(numbers), device="cpu"
-            )
-            places = place[image_of[chosen] - first]
-            chosen, places = chosen[places >= 0], places[places >= 0]
-            parts = torch.empty(2, 0, dtype=torch.float64, device="cpu")
-            if len(chosen):
-                parts = torch.stack(scorer.parts(scorer.terms(latents, texts, places, text_of[chosen])))
-            yield done, chosen, parts, errors
+        pairs_of = side_by_side(image_of)
+
+        def begun() -> Iterator[tuple[tuple[int, Tensor, dict[int, ImageError]], TermsBehind]]:
+            done = 0
+            for numbers, latents, errors in scorer.latents(self.images, texts, -(-len(self) // len(self.images))):
+                first, done = done, done + len(numbers) + len(errors)
+                chosen = pairs_of(first, done)
+                # An image that failed has no latent.
+                place = torch.full((done - first,), -1, dtype=torch.int64, device="cpu")
+                usable = torch.tensor(numbers, dtype=torch.int64, device="cpu") - first
+                place[usable] = torch.arange(len(numbers), device="cpu")
+                places = place[image_of[chosen] - first]
+                chosen, places = chosen[places >= 0], places[places >= 0]
+                yield (done, chosen, errors), scorer.begin(latents, texts, places, text_of[chosen])
+
+        for (done, chosen, errors), terms in one_behind(begun()):
+            yield done, chosen, torch.stack(scorer.parts(terms.done())), errors
 
 
 def side_by_side(image_of: Tensor) -> Callable[[int, int], Tensor]:

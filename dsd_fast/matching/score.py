@@ -13,10 +13,10 @@ from dsd_fast.diffusion import resolve_timesteps
 from dsd_fast.engine import Engine, Noised, Texts, draw_noise
 from dsd_fast.images import ImageError, ImageSource, decode_chunks
 from dsd_fast.kernels.common.host import own_types
+from dsd_fast.kernels.common.transfer import Download, upload
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.layers import layer_weights
 from dsd_fast.unet import Output
-from dsd_fast.unet.checks import upload
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -51,6 +51,31 @@ class Terms:
         return attention, -config.noise_weight * error
 
 
+class TermsBehind:
+    """Terms of some pairs on their way to host memory, see :class:`Download`.
+
+    Args:
+        values: (2, B·S), and as many more as there are unconditional rows.
+        image_of: (B,) int64 on the CPU.
+        steps: S.
+        images: n, how many images' unconditional rows follow; None: there are none.
+    """
+
+    def __init__(self, values: Tensor, image_of: Tensor, steps: int, images: int | None) -> None:
+        self._download, self._image_of, self._steps, self._images = Download({"": values}), image_of, steps, images
+        self.beside = self._download.beside
+
+    def done(self) -> Terms:
+        """Give them, (B, S) float64 on the CPU."""
+        image_of, steps = self._image_of, self._steps
+        rows = len(image_of) * steps
+        attention, error = self._download.done()[""].double()
+        terms = [value[:rows].view(len(image_of), steps) for value in (attention, error)]
+        if self._images is not None:
+            terms += [value[rows:].view(self._images, steps)[image_of] for value in (attention, error)]
+        return Terms(*terms)
+
+
 class PairScorer:
     """One engine, one configuration: the plan, the timesteps and the noise of every score.
 
@@ -75,7 +100,7 @@ class PairScorer:
         self.images_at_once = engine.images_held(len(self.timesteps))
         weights = layer_weights(self.program, config.layers) if config.attention_weight else {}
         self.plan = engine.plan(scores=tuple(weights), noise_pred=config.noise_weight != 0, pool=config.pool)
-        self.weights = {name: value.to(self.model.device) for name, value in weights.items()}
+        self.weights = {name: upload(value, self.model.device) for name, value in weights.items()}
         self.needs_unconditional = config.noise_weight != 0 or config.official
 
     @classmethod
@@ -138,7 +163,11 @@ class PairScorer:
             image_of, text_of: (B,) int64.
             seeds: one per image; None: the configuration's for all.
         """
-        attention, noise = self.parts(self.terms(latents, texts, image_of, text_of, seeds))
+        return self.sums(self.begin(latents, texts, image_of, text_of, seeds).done())
+
+    def sums(self, terms: Terms) -> Tensor:
+        """Average (B, S) terms to the scores, (B,) float32."""
+        attention, noise = self.parts(terms)
         return (attention + noise).float()
 
     def parts(self, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -146,7 +175,7 @@ class PairScorer:
         attention, noise = terms.parts(self.config)
         return attention.mean(1), noise.mean(1)
 
-    def terms(
+    def begin(
         self,
         latents: Tensor,
         texts: Texts,
@@ -155,19 +184,22 @@ class PairScorer:
         seeds: Sequence[int] | None = None,
         *,
         epsilon: Tensor | None = None,
-    ) -> Terms:
-        """Compute what :meth:`score` is made of, (B, S) float64 on the CPU; unconditional terms where texts have them.
+    ) -> TermsBehind:
+        """Begin to compute what :meth:`score` is made of; unconditional terms where texts have them.
 
         Args:
             latents: as for :meth:`score`, or (n, S, C, h, w), one clean latent per timestep.
             epsilon: (S, C, h, w) noise, instead of the seeds'.
         """
-        images, steps, pairs = len(latents), len(self.timesteps), len(image_of)
+        if not len(image_of):
+            # Of images that failed there is nothing to noise.
+            return TermsBehind(torch.zeros(2, 0), image_of, len(self.timesteps), None)
+        images, steps = len(latents), len(self.timesteps)
         device, model = self.model.device, self.model
         if epsilon is None:
             epsilon = draw_noise([self.config.seed] if seeds is None else seeds, steps, latents.shape[-3:])
         epsilon = epsilon.view(-1, steps, *epsilon.shape[-3:])  # (1 or n, S, C, h, w)
-        noised = Noised.grid(model.schedule, latents.to(device, model.dtype), epsilon, self.timesteps)
+        noised = Noised.grid(model.schedule, upload(latents, device, model.dtype), epsilon, self.timesteps)
         # The pairs' steps first, then the unconditional rows, one per noised latent.
         latent_of = (image_of[:, None] * steps + torch.arange(steps, device="cpu")).flatten()  # (B·S,)
         text_rows = text_of.repeat_interleave(steps)
@@ -180,11 +212,7 @@ class PairScorer:
             self.plan, noised.latents, noised.timesteps, texts, text_rows, latent_of=latent_of
         ):
             values[:, upload(rows, device)] = torch.stack(self.row_terms(out, noised, latent_of[rows], self.weights))
-        attention, error = values.cpu().double()
-        terms = [value[: pairs * steps].view(pairs, steps) for value in (attention, error)]
-        if texts.unconditional is not None:
-            terms += [value[pairs * steps :].view(images, steps)[image_of] for value in (attention, error)]
-        return Terms(*terms)
+        return TermsBehind(values, image_of, steps, None if texts.unconditional is None else images)
 
     def row_terms(
         self, out: Output, noised: Noised, rows: Tensor, weights: Mapping[str, Tensor]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dsd_fast.diffusion import NoiseSchedule, fresh_scheduler
 from dsd_fast.kernels.common.host import ordinary, own_types
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of, latent_sides
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
@@ -150,7 +151,7 @@ class Model:
         vae = self._precise_vae()
         weight = next(vae.parameters())
         with own_types(weight.device):
-            posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+            posterior = vae.encode(upload(pixels, weight.device, weight.dtype)).latent_dist
         latents: Tensor = posterior.sample(generator) if sample else posterior.mean
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         shift, scale = self._latent_affine(latents)
@@ -172,7 +173,7 @@ class Model:
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected (N, {self.latent_channels}, h, w)")
         vae = self._precise_vae()
         weight = next(vae.parameters())
-        latents = latents.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        latents = upload(latents, weight.device, torch.promote_types(weight.dtype, torch.float32))
         shift, scale = self._latent_affine(latents)
         with own_types(weight.device):
             pixels: Tensor = vae.decode((latents / scale + shift).to(weight.dtype)).sample
@@ -306,6 +307,8 @@ class Model:
         config = self.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
-            shift, spread = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+            shift, spread = (
+                upload(torch.tensor(values, dtype=like.dtype), like.device).view(1, -1, 1, 1) for values in (mean, std)
+            )
             return shift, config.scaling_factor / spread
         return config.get("shift_factor") or 0.0, config.scaling_factor

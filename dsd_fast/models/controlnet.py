@@ -21,6 +21,7 @@ from torch import Tensor
 from dsd_fast.images.canny import canny
 from dsd_fast.images.load import load_image
 from dsd_fast.kernels.common.host import as_tensor, ordinary
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.hub import find_folder
@@ -201,7 +202,7 @@ def control_residuals(
     if not controls or len(controls) != len(conditions):
         raise ValueError(f"conditions: got {len(conditions)} for {len(controls)} controls, expected one for each")
     device, dtype = latents.device, latents.dtype
-    times = as_tensor(timesteps).to(device)
+    times = upload(as_tensor(timesteps), device)
     if times.ndim > 1 or (times.ndim == 1 and len(times) != len(latents)):
         raise ValueError(f"timesteps: got {tuple(times.shape)}, expected one or ({len(latents)},)")
     times = times.expand(len(latents))
@@ -219,7 +220,7 @@ def control_residuals(
                 f"time_ids: got {got}, expected ({TIME_IDS},) or ({len(latents)}, {TIME_IDS}): "
                 "a ControlNet reads image sizes"
             )
-        time_ids = time_ids.to(device).expand(len(latents), TIME_IDS)
+        time_ids = upload(time_ids, device).expand(len(latents), TIME_IDS)
     given = {
         "latent_index": (latent_index, len(latents)),
         "text_index": (text_index, len(states)),
@@ -227,15 +228,14 @@ def control_residuals(
     }
     lengths = [count if index is None else len(index) for index, count in given.values()]
     rows = next((length for length in lengths if length != 1), 1)
-    of_latent, of_text, of_condition = (
-        _index(name, index, count, rows, device) for name, (index, count) in given.items()
-    )
+    of_latent, of_text, of_condition = (_index(name, index, count, rows) for name, (index, count) in given.items())
+    of_latent, of_text = upload(of_latent, device), upload(of_text, device)
     added = None
     if pooled is not None and time_ids is not None:
         added = {"text_embeds": pooled[of_text], "time_ids": time_ids[of_latent]}
     total: list[Tensor] = []
     for control, condition in zip(controls, conditions, strict=True):
-        pictures = condition[of_condition.to(condition.device)].to(device, dtype)
+        pictures = upload(condition[upload(of_condition, condition.device)], device, dtype)
         down, mid = control.net(
             latents[of_latent],
             times[of_latent],
@@ -271,12 +271,12 @@ def _check_inputs(net: Any, number: int, condition: Tensor, latents: Tensor, sta
             )
 
 
-def _index(name: str, value: Sequence[int] | Tensor | None, count: int, rows: int, device: torch.device) -> Tensor:
-    """(rows,) int64 on ``device``, every value from 0 to count − 1."""
+def _index(name: str, value: Sequence[int] | Tensor | None, count: int, rows: int) -> Tensor:
+    """(rows,) int64 where ``value`` is, every value from 0 to count − 1."""
     if value is None:
         if count not in (1, rows):
             raise ValueError(f"{name}: needed when there are {count} for {rows} rows")
-        return torch.arange(count, device=device).expand(rows)
+        return torch.arange(count, device="cpu").expand(rows)
     index = as_tensor(value)
     if index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
         raise ValueError(f"{name}: got {tuple(index.shape)} {index.dtype}, expected a list of integers")
@@ -284,7 +284,7 @@ def _index(name: str, value: Sequence[int] | Tensor | None, count: int, rows: in
         raise ValueError(f"{name}: got {len(index)} entries, expected {rows}")
     if rows and not 0 <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(f"{name}: values from {int(index.min())} to {int(index.max())}, expected 0 to {count - 1}")
-    return index.long().to(device)
+    return index.long()
 
 
 def _residuals(network: Any) -> list[tuple[int, int]]:

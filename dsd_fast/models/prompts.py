@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.errors import ModelError
 
 # Bounds the activations of the text encoders for long lists of prompts.
@@ -37,17 +38,19 @@ class PromptStates:
 
     def __getitem__(self, rows: slice | Tensor) -> "PromptStates":
         """The prompts of a slice (views) or of a tensor of positions (copies)."""
-        pooled = None if self.pooled is None else self.pooled[rows]
-        return PromptStates(self.states[rows], pooled, self.lengths[rows], self.token_ids[rows])
+        own = rows if isinstance(rows, slice) else upload(rows, self.states.device)
+        pooled = None if self.pooled is None else self.pooled[own]
+        return PromptStates(self.states[own], pooled, self.lengths[rows], self.token_ids[rows])
 
     def to(self, device: torch.device | str) -> "PromptStates":
         """These prompts with the states on ``device``."""
-        pooled = None if self.pooled is None else self.pooled.to(device)
-        return PromptStates(self.states.to(device), pooled, self.lengths, self.token_ids)
+        device = torch.device(device)
+        pooled = None if self.pooled is None else upload(self.pooled, device)
+        return PromptStates(upload(self.states, device), pooled, self.lengths, self.token_ids)
 
     def followed_by(self, other: "PromptStates") -> "PromptStates":
-        """These prompts and then those of ``other``, of the same model."""
-        pooled = None
+        """These prompts and then those of ``other``, of the same model, where these are."""
+        pooled, other = None, other.to(self.states.device)
         if self.pooled is not None and other.pooled is not None:
             pooled = torch.cat([self.pooled, other.pooled])
         return PromptStates(
@@ -124,7 +127,8 @@ def _encode(text_encoders: Sequence[Any], tokens: list[tuple[Tensor, Tensor]]) -
         device = encoder.get_input_embeddings().weight.device
         # SDXL's pipeline never masks padding; that of SD 1.x and 2.x does where the encoder's config says so.
         masked = not two and getattr(encoder.config, "use_attention_mask", False)
-        output = encoder(ids.to(device), attention_mask=mask.to(device) if masked else None, output_hidden_states=two)
+        read = upload(mask, device) if masked else None
+        output = encoder(upload(ids, device), attention_mask=read, output_hidden_states=two)
         states.append(output.hidden_states[-2] if two else output[0])
         pooled = output[0] if two else None
     return torch.cat(states, dim=-1).to(text_encoders[-1].dtype), pooled

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.kernels.common.library import traced
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.network import Network
@@ -32,13 +33,6 @@ def index(name: str, value: Index, count: int | None, limit: int, device: torch.
         if low < 0 or high >= limit:
             raise ValueError(f"{name}: values from {low} to {high}, expected 0 to {limit - 1}")
     return upload(given.long(), device)
-
-
-def upload(value: Tensor, device: torch.device) -> Tensor:
-    """``value`` on ``device``, without waiting for what the device is doing."""
-    # From pageable memory the copy has read all when the call returns; pinned memory the caller could overwrite, and
-    # what comes from a device is not here before the copy has ended.
-    return value.to(device, non_blocking=value.device.type == "cpu" and not value.is_pinned())
 
 
 def timesteps(value: Tensor | Sequence[int] | int, count: int, device: torch.device) -> Tensor:
@@ -114,8 +108,8 @@ def states(
             )
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
     return (
-        None if key_bias is None else key_bias.to(device, real),
-        None if score_mask is None else score_mask.to(device),
+        None if key_bias is None else upload(key_bias, device, real),
+        None if score_mask is None else upload(score_mask, device),
         None if lengths is None else index("lengths", lengths, count, tokens + 1, device),
     )
 

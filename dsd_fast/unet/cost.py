@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -54,10 +54,14 @@ class Memory:
         tokens: T.
         maps: how many tokens' maps are asked for.
         extra: bytes that come with each row besides.
+
+    Attributes:
+        largest: no tensor has more elements of one row.
     """
 
     def __init__(self, cut: Cut, sizes: Sequence[Size], tokens: int, maps: int = 0, extra: int = 0) -> None:
         self._most = _chunk_bytes(cut.network)
+        self.largest = max(_elements(step, want, sizes[step.level], tokens, maps) for step, want in _taken(cut))
         self._alive = {(alive + extra, chunk) for alive, chunk in _alive(cut, sizes, tokens, maps)}
 
     def of(self, rows: int) -> int:
@@ -69,6 +73,17 @@ class Memory:
         return max(
             0, min(max(budget // (alive + chunk), (budget - self._most) // alive) for alive, chunk in self._alive)
         )
+
+
+def _taken(cut: Cut) -> Iterator[tuple[Step, Want]]:
+    return zip(cut.steps, cut.wants, strict=True)
+
+
+def _elements(step: Step, want: Want, size: Size, tokens: int, maps: int) -> int:
+    """Elements of one row that no tensor of a step exceeds: all that are alive at once, or what it gives."""
+    taken = math.prod(step.shape(size, tokens)) if want.feature and step.shape is not None else 1
+    drawn = step.keys(size, maps) * area(size) if want.maps else 1
+    return max(step.elements(size, tokens), taken, drawn)
 
 
 def _chunk_bytes(network: Network) -> int:
@@ -90,7 +105,7 @@ def _alive(cut: Cut, sizes: Sequence[Size], tokens: int, maps: int) -> set[tuple
     kept = pushed = 0
     stack: list[int] = []
     result = set()
-    for step, want in zip(cut.steps, cut.wants, strict=True):
+    for step, want in _taken(cut):
         size = sizes[step.level]
         if step.pops:
             held -= stack.pop()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from dsd_fast.unet.text import TextKV
 
 # The first run compiles; the others let libraries choose their algorithms and allocate their workspaces.
 WARM_UPS = 3
+# The last rows of a stream are replayed in a recording of at most so many times their bucket's, instead of compiled and
+# recorded for themselves.
+TAIL = 2
 
 
 class Recorder(Protocol):
@@ -38,34 +42,72 @@ class Recorder(Protocol):
 class CudaRecorder:
     """Records CUDA graphs that share one pool of memory.
 
-    What lives inside a run lies at the same addresses in all of them, so no two may run at once: each turn waits for
-    the one before, whatever stream it was on.
+    The allocator gives a free block of a pool to the stream alone that had it first, so all are recorded on one stream,
+    and warmed up there in the pool: together they take what the largest takes, if it comes first. What lives inside a
+    run lies at the same addresses in all of them, so no two may run at once: each turn waits for the one before,
+    whatever stream it was on.
+
+    Attributes:
+        index: of the device.
+        held: bytes of the pool, which nothing but recordings gets.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._keeper: torch.cuda.CUDAGraph | None = None
+        self.held = 0
         with torch.cuda.device(device):
+            self.index = torch.cuda.current_device()
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        _recorders.add(self)
 
     def record(self, work: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                work()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may go on with what would be refused inside a capture.
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                output = work()
-        except RuntimeError as error:
-            # Ending a capture that ran out of memory may fail in turn; callers go on with less if they know why.
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
-            raise
-        current.wait_stream(side)
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            try:
+                self._warm_up(work)
+                graph = torch.cuda.CUDAGraph()
+                with self._capturing(graph):
+                    output = work()
+            except RuntimeError as error:
+                # Ending a capture that ran out of memory may fail in turn; callers go on with less if they know why.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
+                raise
+            finally:
+                # Else a later user of that stream would compute in a workspace inside the pool.
+                torch._C._cuda_clearCublasWorkspaces()
+                self.held += max(0, torch.cuda.memory_reserved() - before)
+            current.wait_stream(self._stream)
         return graph.replay, output
+
+    def _warm_up(self, work: Callable[[], Output]) -> None:
+        if self._keeper is None:
+            # The pool lives as long as a graph that was recorded in it, and must live to be allocated in.
+            keeper = torch.cuda.CUDAGraph()
+            with warnings.catch_warnings(record=True), self._capturing(keeper):
+                pass
+            self._keeper = keeper
+        with torch.cuda.stream(self._stream):
+            # As Inductor's own graphs do it.
+            torch._C._cuda_beginAllocateCurrentThreadToPool(self.index, self._pool)
+            try:
+                for _ in range(WARM_UPS):
+                    work()
+            finally:
+                torch._C._cuda_endAllocateToPool(self.index, self._pool)
+                torch._C._cuda_releasePool(self.index, self._pool)
+        # A workspace from outside the pool would be written to by replays after another had been given its memory.
+        torch._C._cuda_clearCublasWorkspaces()
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
+        # Other threads may go on with what would be refused inside a capture.
+        return torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -75,6 +117,15 @@ class CudaRecorder:
                 yield
             finally:
                 self._done.record()
+
+
+_recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
+
+
+def held_by_recordings(device: torch.device) -> int:
+    """Count the bytes of a GPU that nothing but CUDA graphs recorded here gets."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(recorder.held for recorder in tuple(_recorders) if recorder.index == index)
 
 
 class StaticText:
@@ -136,9 +187,10 @@ class CudaGraph:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._recordings: dict[Hashable, Recording] = {}
+        self._recordings: dict[tuple[tuple[Any, ...], Hashable], Recording] = {}
         self._texts: dict[Hashable, StaticText] = {}
         self._state: Hashable = None
+        self._room = 0
         self._lock = threading.Lock()
 
     def run(self, cut: Cut, request: Request, out: Output | None) -> Output:
@@ -153,7 +205,7 @@ class CudaGraph:
                 self._texts.clear()
                 self._state = state
             key = (request.key, settings())
-            recording = self._recordings.get(key)
+            recording = self._recordings.get(key) or self._larger(key, request)
             if recording is None:
                 recording = self._recordings[key] = self._record(cut, request)
             recording.load(request)
@@ -163,6 +215,24 @@ class CudaGraph:
 
     def held(self, text: TextKV) -> int:
         return text.nbytes * bucket(len(text)) // max(1, len(text))
+
+    def room(self, available: int) -> int:
+        # What recordings hold is there for their sizes alone: another one would be recorded beside them.
+        if not self._recordings:
+            self._room = available
+        return self._room
+
+    def _larger(self, key: tuple[tuple[Any, ...], Hashable], request: Request) -> Recording | None:
+        """The recording that a stream's last rows are padded into rather than recorded: the smallest large enough."""
+        if not request.last:
+            return None
+        (rows, latents, *kind), state = key
+        fitting = [
+            (recording.inputs.rows, recording)
+            for (((known, count, *other), then), recording) in self._recordings.items()
+            if (other, then) == (kind, state) and rows <= known <= TAIL * rows and latents <= count
+        ]
+        return min(fitting, key=lambda each: each[0])[1] if fitting else None
 
     def _record(self, cut: Cut, request: Request) -> Recording:
         text = None

@@ -109,6 +109,10 @@ class Cut:
         """Whether runs are computed in buckets, as compiled runtimes do."""
         return False
 
+    def room(self, available: int) -> int:
+        """Tell the bytes that a stream's activations may take where so many are available."""
+        return available
+
     def signatures(self) -> dict[str, Signature]:
         """Tell what adapters do now to the key and value projections of each layer whose keys the steps read."""
         modules = {name: self.network.attention(name) for name in self.key_layers}

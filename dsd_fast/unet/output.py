@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from dsd_fast.kernels.common.transfer import Download, upload
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Output:
         """
         if out is None:
             return self
-        out.fill(self, slice(None))
+        out.fill([(None, self)])
         return out
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Output:
@@ -73,17 +75,40 @@ class Output:
             noise_pred=None if self.noise_pred is None else change(self.noise_pred),
         )
 
-    def fill(self, other: Output, rows: Tensor | slice) -> None:
-        """Copy ``other`` into the rows ``rows`` of this one.
+    def fill(self, parts: Iterable[tuple[Tensor | None, Output]]) -> None:
+        """Copy each (rows, output) of ``parts`` into those rows of this one; None: into all.
+
+        Host memory gets the output of a device while the next part is made.
 
         Raises:
-            ValueError: this one does not hold what ``other`` does, or has not that many rows.
+            ValueError: this one does not hold what an output does, or has not that many rows.
         """
-        mine, given = dict(self.tensors()), dict(other.tensors())
-        if mine.keys() != given.keys():
-            raise ValueError(f"out: holds {', '.join(mine) or 'nothing'}, expected {', '.join(given)}")
-        for name, value in given.items():
-            target = mine[name][rows]
-            if target.shape != value.shape:
-                raise ValueError(f"out: {name} has {tuple(target.shape)} for these rows, expected {tuple(value.shape)}")
-            mine[name][rows] = value.to(target.device, target.dtype)
+        mine, waiting = dict(self.tensors()), None
+        for rows, output in parts:
+            values = dict(output.tensors())
+            if mine.keys() != values.keys():
+                raise ValueError(f"out: holds {', '.join(mine) or 'nothing'}, expected {', '.join(values)}")
+            for name, value in values.items():
+                shape = (len(mine[name] if rows is None else rows), *mine[name].shape[1:])
+                if shape != value.shape:
+                    raise ValueError(f"out: {name} has {shape} for these rows, expected {tuple(value.shape)}")
+            # Of all rows there is no next part, and perhaps a gradient.
+            here = {} if rows is None else {name: x for name, x in values.items() if mine[name].device.type == "cpu"}
+            _write(mine, {name: value for name, value in values.items() if name not in here}, rows)
+            download = Download(here)
+            if waiting is not None:
+                _write(mine, waiting[0].done(), waiting[1])
+            waiting = (download, rows) if download.beside else None
+            if waiting is None:
+                _write(mine, download.done(), rows)
+        if waiting is not None:
+            _write(mine, waiting[0].done(), waiting[1])
+
+
+def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], rows: Tensor | None) -> None:
+    for name, value in values.items():
+        target = targets[name]
+        if rows is None:
+            target.copy_(value)
+        else:
+            target.index_copy_(0, upload(rows, target.device), value.to(target.device, target.dtype))

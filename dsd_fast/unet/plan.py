@@ -234,8 +234,8 @@ class Plan(Cut):
         Args:
             memory_budget: bytes for activations and text keys together, and for the copy of the keys that a compiled
                 runtime keeps; what "cudagraph" keeps of recordings for other buckets is not in it. None leaves
-                activations what :func:`dsd_fast.unet.stream.default_budget` says, or the bytes of one row if those are
-                more. All other arguments are those of :meth:`run`.
+                activations what :func:`dsd_fast.unet.stream.default_budget` says, on a GPU at most 8 GiB, or the bytes
+                of one row if those are more. All other arguments are those of :meth:`run`.
 
         Returns:
             ``out``, filled, if it is given; else an iterator of (rows, Output), ``rows`` (b,) int64 saying which
@@ -264,8 +264,7 @@ class Plan(Cut):
         batches = micro_batches(request, size, self.network.device, self._run_rows)
         if out is None:
             return batches
-        for chosen, result in batches:
-            out.fill(result, chosen)
+        out.fill(batches)
         return out
 
     def _run_rows(self, request: Request) -> Output:
@@ -322,6 +321,9 @@ class Plan(Cut):
     def run_bytes(self, rows: int, height: int, width: int, tokens: int, *, map_tokens: int = 0) -> int:
         """Bytes alive at the peak of a run of ``rows`` rows, weights and text keys aside (an upper estimate)."""
         return Memory(self, self.network.sizes(height, width), tokens, map_tokens).of(rows)
+
+    def room(self, available: int) -> int:
+        return available if self._runtime is None else self._runtime.room(available)
 
     def text_bytes(self, text: TextKV) -> int:
         """Bytes of ``text`` and of the copy that a compiled runtime keeps beside it."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.unet import checks
-from dsd_fast.unet.checks import Index, Residuals, upload
+from dsd_fast.unet.checks import Index, Residuals
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.step import RowIndex
 from dsd_fast.unet.text import TextKV
@@ -31,6 +33,7 @@ class Request:
         time_ids: (P, 6), or None for a network that does not read image sizes.
         residuals: a ControlNet's, B rows, or None.
         checkpoint: whether gradients are computed with the activations of one region at a time.
+        last: whether these are the last rows of a stream.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Request:
         """
         checks.latents(cut.network, latents, cut.network.device if device is None else latents.device)
         count, (height, width) = len(latents), latents.shape[-2:]
-        self.latents = latents
+        self.latents, self.last = latents, False
         if device is None:
             device = latents.device
             self.latents = latents.contiguous(memory_format=torch.channels_last)
@@ -83,8 +86,12 @@ class Request:
         self.text = None if text is None else text.narrowed(cut.key_layers, cut.value_layers)
         self.index = RowIndex(chosen, texts, tokens)
 
-    def take(self, rows: Tensor, device: torch.device) -> Request:
-        """Give the request for some of its rows and the latents that they use, on ``device``; ``rows`` on the host."""
+    def take(self, rows: Tensor, device: torch.device, *, last: bool = False) -> Request:
+        """Give the request for some of its rows and the latents that they use, on ``device``; ``rows`` on the host.
+
+        Args:
+            last: whether no rows come after them.
+        """
         latents, texts = (rows if index is None else index[rows] for index in self.index[:2])
         # (P',) the latents, ascending, and (B',) which of them each row has.
         used, local = torch.unique(latents, return_inverse=True)
@@ -93,6 +100,7 @@ class Request:
             return lambda value: upload(value[upload(chosen, value.device)], device)
 
         taken = copy.copy(self)
+        taken.last = last
         # Those of latents and texts are taken above.
         taken.index = RowIndex(None, None, self.index.tokens)
         taken = taken._map(len(rows), of(used), of(rows))
@@ -145,7 +153,7 @@ class Request:
         return self.times, self.latents.dtype, self.timestep_cond, self.time_ids, pooled, index.latent, index.text
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> tuple[Any, ...]:
         """Equal for requests of the same bucket: padded, their tensors have the same shapes and types."""
         tokens = self.index.tokens
         return (

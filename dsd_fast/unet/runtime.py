@@ -27,6 +27,10 @@ class Runtime(Protocol):
         """Count the bytes that runs with ``text``, of the cut's layers alone, keep beside it."""
         ...
 
+    def room(self, available: int) -> int:
+        """Tell the bytes that a stream's activations may take where so many are available."""
+        ...
+
 
 class Compiled:
     """The "inductor" runtime: each region of a cut compiled by itself."""
@@ -37,6 +41,9 @@ class Compiled:
     def held(self, text: TextKV) -> int:
         count = bucket(len(text))
         return 0 if count == len(text) else text.nbytes * count // max(1, len(text))
+
+    def room(self, available: int) -> int:
+        return available
 
 
 def make_runtime(name: str, device: torch.device) -> Runtime:

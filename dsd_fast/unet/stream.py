@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.unet.cost import Memory
+from dsd_fast.unet.cudagraph import held_by_recordings
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.output import Output
 from dsd_fast.unet.request import Request, full_bucket
@@ -18,6 +19,10 @@ log = logging.getLogger("dsd_fast")
 
 # Share of the free memory of a GPU that a stream may take; the rest is for the allocator's fragments and workspaces.
 GPU_SHARE = 0.8
+# On a GPU more activations than these gain nothing.
+GPU_BUDGET = 8 << 30
+# Library kernels may index with 32 bits.
+MOST_ELEMENTS = (1 << 31) - 1
 # On a CPU more rows than these hold gain nothing and fall out of the caches.
 CPU_BUDGET = 256 << 20
 # What a process holds for each byte that is in use. The CPU's heap keeps the gaps that tensors of other sizes leave.
@@ -25,7 +30,9 @@ HEADROOM = {"cpu": 4, "cuda": 1}
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that a stream's activations may take on ``device``: 80 % of what is free on a GPU, 256 MiB on a CPU.
+    """Bytes that texts and activations may take on ``device``: 80 % of what is free on a GPU, 256 MiB on a CPU.
+
+    What recorded CUDA graphs hold is not free.
 
     ``DSD_FAST_MEMORY_BUDGET`` (bytes) overrides both.
     """
@@ -39,7 +46,7 @@ def default_budget(device: torch.device) -> int:
         return CPU_BUDGET
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(GPU_SHARE * (free + unused))
+    return int(GPU_SHARE * (free + max(0, unused - held_by_recordings(device))))
 
 
 def rows_at_once(
@@ -62,21 +69,28 @@ def rows_at_once(
         keys: bytes of the texts' keys and values (:meth:`Plan.text_bytes`), which a given budget includes.
         map_tokens: tokens per row of attention maps.
         residuals: bytes of a ControlNet's residuals for one row.
-        memory_budget: bytes; None: the device's default, and one row at least.
+        memory_budget: bytes; None: the device's default, on a GPU at most 8 GiB, and one row at least.
 
     Raises:
         ValueError: a given budget that does not hold the keys and one row.
     """
     device = cut.network.device
     memory = Memory(cut, cut.network.sizes(height, width), tokens, map_tokens, residuals)
-    room = default_budget(device) if memory_budget is None else memory_budget - keys
+    gpu = device.type == "cuda"
+    if memory_budget is None:
+        room = cut.room(min(default_budget(device), GPU_BUDGET) if gpu else default_budget(device))
+    else:
+        room = memory_budget - keys
     row = memory.of(1)
     if memory_budget is not None and row > room:
         raise ValueError(
             f"memory_budget: {memory_budget:,} bytes cannot hold the texts' keys ({keys:,} bytes) and one row "
             f"({row:,} bytes)"
         )
-    rows = max(1, memory.rows_within(room // HEADROOM["cuda" if device.type == "cuda" else "cpu"]))
+    rows = memory.rows_within(room // HEADROOM["cuda" if gpu else "cpu"])
+    if gpu:
+        rows = min(rows, MOST_ELEMENTS // memory.largest)
+    rows = max(1, rows)
     # A micro-batch of a whole bucket is padded with nothing.
     return full_bucket(rows) if cut.compiled else rows
 
@@ -97,7 +111,7 @@ def micro_batches(
         try:
             # Not around the yield: the caller's own gradients are none of our business.
             with torch.no_grad():
-                result = run(request.take(rows, device))
+                result = run(request.take(rows, device, last=start + len(rows) == len(order)))
         except torch.OutOfMemoryError:
             if halved or len(rows) == 1:
                 raise

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.kernels.common.host import as_tensor
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.unet.adapters import Signature, version
 
 
@@ -60,7 +61,8 @@ class TextKV:
 
         if isinstance(index, slice):
             return self._map(lambda value: value[index], len(kept))
-        return self._map(lambda value: value[kept.to(value.device)], len(kept))
+        own = upload(kept, next((x.device for x in self.tensors()), kept.device))
+        return self._map(lambda value: value[own], len(kept))
 
     def layer(self, name: str) -> LayerText:
         """What the attention of that score id reads."""

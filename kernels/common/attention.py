@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -38,25 +38,52 @@ def chunk_elements(device: torch.device) -> int:
 
 
 class _IeeeProducts:
-    """Float32 products on GPUs without tf32. torch has one setting for all threads: the last to leave restores it."""
+    """Float32 products on GPUs without tf32. torch has one setting for all threads: the last to leave restores it.
+
+    There are two ways to set it, and torch refuses to multiply where one was set and then the other.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.inside = 0
-        self.before = ""
+        self.restore: Callable[[], None] = lambda: None
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.before = torch.backends.cuda.matmul.fp32_precision
-                torch.backends.cuda.matmul.fp32_precision = "ieee"
+                self.restore = _ieee_products_from_now()
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.inside -= 1
             if not self.inside:
-                torch.backends.cuda.matmul.fp32_precision = self.before
+                self.restore()
+
+
+def _ieee_products_from_now() -> Callable[[], None]:
+    """Switch tf32 off by the way that switched it on; what switches it on again."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        # It raises where the newer way was taken.
+        on = matmul.allow_tf32
+    except RuntimeError:
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        return lambda: setattr(matmul, "fp32_precision", before)
+    if not on:
+        return lambda: None
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        precision = "high"
+    matmul.allow_tf32 = False
+
+    def restore() -> None:
+        matmul.allow_tf32 = True
+        if precision == "medium":
+            torch.set_float32_matmul_precision(precision)
+
+    return restore
 
 
 _ieee_products = _IeeeProducts()

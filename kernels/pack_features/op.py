@@ -9,6 +9,7 @@ from dsd_fast.kernels.common import backend
 from dsd_fast.kernels.common.attention import check_index
 from dsd_fast.kernels.common.autograd import check_transforms
 from dsd_fast.kernels.common.library import operator, traced
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.kernels.pack_features import reference
 
 NAME = "pack_features"
@@ -58,7 +59,7 @@ def pack_features(x: Tensor, out: Tensor, rows: Tensor, *, mode: str = "bilinear
     """
     rows = _check(x, out, rows, mode)
     check_transforms(NAME, x)
-    _PACK(x, out, rows.to(x.device, non_blocking=True), mode, normalize)
+    _PACK(x, out, upload(rows, x.device), mode, normalize)
 
 
 def _check(x: Tensor, out: Tensor, rows: Tensor, mode: str) -> Tensor:

@@ -1,6 +1,13 @@
 """`make gpu`: what it says without a GPU, what its table shows, and when it fails."""
 
 import json
+import math
+import os
+import subprocess
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +20,13 @@ from tests.bench.tiny_suite import suite
 from tests.repository.processes import run_python
 from tests.repository.source import ROOT
 
-JUNIT = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10"/>
-<testsuite errors="0" failures="0" skipped="1" tests="4"/></testsuites>"""
-
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "the tests marked gpu and the short cases of the suites ops, unet, features and fit would have run"),
+        ([], "the 7 steps that --plan shows would have run"),
+        (["--cases", "tune/*"], "the cases 'tune/*' of the suites ops, unet, features and fit would have run"),
         (["--full"], "all cases of the suites ops, unet, features and fit would have run"),
         (["--sanitize", "--", "-k", "x"], "the tests marked sanitizer under compute-sanitizer would have run"),
     ],
@@ -45,10 +50,36 @@ print([case.name for case in SUITES["ops"]().cases][:1])
     assert run_python(["-c", code, str(ROOT)], cwd=tmp_path).stdout == "['cpu/forward/width-40']\n"
 
 
-def test_the_checks_are_counted():
-    checks = gpu.count(JUNIT)
-    assert (checks.passed, checks.failed, checks.skipped) == (7, 3, 4)
-    assert str(checks) == "checks: 7 passed, 3 failed, 4 skipped"
+OUTCOMES = """
+import pytest
+def test_good(): pass
+def test_wrong(): assert 1 == 2
+@pytest.mark.skip(reason="no CUDA device")
+def test_left_out(): pass
+@pytest.fixture
+def ends_badly():
+    yield
+    raise OSError("late")
+def test_ends_badly(ends_badly): pass
+def test_cut():
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_outcomes_are_on_disk_when_pytest_is_killed(tmp_path):
+    (tmp_path / "test_it.py").write_text(OUTCOMES)
+    (tmp_path / "test_broken.py").write_text("import nothing_of_that_name")
+    file, arguments = tmp_path / "lines", ["-m", "pytest", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider", "-q"]
+    arguments += ["--continue-on-collection-errors", f"--outcomes={file}", str(tmp_path)]
+    assert run_python(arguments, cwd=tmp_path, path=[ROOT], check=False).returncode == -9
+    checks = gpu.count(file.read_text())
+    assert (checks.passed, checks.failed, checks.skipped) == (1, 3, 1)
+    broken, wrong, late = checks.first
+    assert broken.startswith("failed: test_broken.py: ")
+    assert wrong == "failed: test_it.py::test_wrong: assert 1 == 2"
+    assert late == "failed: test_it.py::test_ends_badly: OSError: late"
+    assert str(checks).splitlines()[0] == "checks: 1 passed, 3 failed, 1 skipped"
     assert not checks.good
     assert gpu.Checks(passed=1).good
     trouble = gpu.Checks(trouble="pytest ended with 4")
@@ -128,23 +159,130 @@ def test_records_are_json_lines_in_the_folder_that_is_asked_for(tmp_path, monkey
     assert json.loads(json.dumps(speed(targets=TARGETS))) == speed(targets=TARGETS)
 
 
-def test_a_short_run_keeps_within_eight_minutes():
-    assert gpu.SHORT + gpu.GRACE <= 470
-
-
-def test_what_no_time_is_left_for_is_left_out(tmp_path, monkeypatch, capsys):
+def test_a_case_without_a_record_comes_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "SHORT", -1)
-    assert gpu.main([]) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[1:6] == [
-        "ops: left out, no time is left",
-        "unet: left out, no time is left",
-        "features: left out, no time is left",
-        "fit: left out, no time is left",
-        "checks: 0 passed, 0 failed, 0 skipped; they did not end in time",
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(measure, "_SIZES", {"cpu": (64, 1 << 16)})
+    monkeypatch.setitem(suites.SUITES, "tiny", lambda: suite(wrong=None, error=None, share=None))
+    assert gpu.measure("tiny", full=False, until=None, only=["product/8"]) == 0
+    assert gpu.measure("tiny", full=False, until=None, only=["product/*"]) == 0
+    names = [record["case"] for record in load(tmp_path / "tiny.jsonl")]
+    assert names == ["product/8", "product/4", "product/8"]
+
+
+def test_the_plan_is_shown_and_keeps_within_eight_minutes(capsys):
+    assert gpu.main(["--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[11:33].strip() for line in lines] == [step.name for step in gpu.PLAN]
+    assert lines[0].startswith("  0- 15 s  machine")
+    assert lines[-1].startswith(f"390-{sum(step.seconds for step in gpu.PLAN)} s")
+    assert sum(step.seconds for step in gpu.PLAN) <= gpu.MOST_SECONDS
+
+
+def test_the_plans_cases_are_there_and_compile_nothing_of_diffusers():
+    for step in gpu.PLAN:
+        for name, patterns in step.cases.items():
+            cases = [case.name for case in suites.SUITES[name]().cases]
+            chosen = {pattern: [case for case in cases if fnmatchcase(case, pattern)] for pattern in patterns}
+            assert all(chosen.values()), chosen
+            taken = [case for names in chosen.values() for case in names]
+            assert not any("against-" in case and "official" not in case for case in taken)
+
+
+def test_a_table_comes_after_each_step_and_what_one_leaves_the_next_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "CACHE", tmp_path / "none")
+    limits, now = [], time.monotonic()
+
+    def run(command, *, cwd, timeout):
+        limits.append(timeout)
+        code = 0
+        if "pytest" in command:
+            file = Path(next(part for part in command if part.startswith("--outcomes=")).removeprefix("--outcomes="))
+            lines = [{"test": f"{number}", "outcome": outcome, "why": ""} for number, outcome in enumerate(OUTCOME)]
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    steps = [
+        gpu.Step("machine", 10),
+        gpu.Step("smoke", 60, "gpu and smoke"),
+        gpu.Step("cases", 30, cases={"ops": ["*"], "unet": ["*"]}),
     ]
+    assert gpu.follow(steps) == 1
+    said = capsys.readouterr().out
+    tables = said.split("\n== ")[1:]
+    assert [table.splitlines()[0] for table in tables] == [
+        "machine, planned until 10 s",
+        "smoke, planned until 70 s",
+        "cases, planned until 100 s",
+    ]
+    assert "checks: 2 passed, 1 failed, 1 skipped; they did not end in time\nfailed: 2: " in tables[1]
+    assert "no case gave a record" in tables[2]
+    # Nothing took any time, so the first suite has half of all that is left and the second the rest.
+    spent = time.monotonic() - now
+    for limit, planned in zip(limits, (70, 50, 100), strict=True):
+        assert planned - spent <= limit <= planned
+
+
+OUTCOME = ("passed", "passed", "failed", "skipped")
+
+
+def test_kernels_compiled_elsewhere_are_shipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    (tmp_path / "cache/KEY").mkdir(parents=True)
+    (tmp_path / "cache/KEY/kernel.cubin").write_bytes(b"code")
+    archive = tmp_path / "cache.tar.gz"
+    assert gpu.unpack(archive) == "kernels are compiled here"
+    gpu.pack(tmp_path / "cache", archive)
+    assert gpu.unpack(archive) == "1 kernels come from cache.tar.gz, if they fit"
+    assert (Path(os.environ["TRITON_CACHE_DIR"]) / "KEY/kernel.cubin").read_bytes() == b"code"
+
+
+def test_the_smoke_tests_compile_what_their_step_has_time_for(monkeypatch):
+    """Triton's own JIT decides what to compile, for a GPU that is not there; the compiler itself is left out."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("interpreted kernels are not compiled")
+    from dsd_fast.kernels.common import kernel as common
+    from tests.gpu.smoke import ATTENTION
+    from tests.kernels.driver import PROCESSORS, absent_gpu
+
+    compiled = []
+
+    def compile(src, target=None, options=None, **_):
+        compiled.append(src.name)
+        return SimpleNamespace(
+            run=lambda *_: None, launch_metadata=lambda *_: None, function=None, packed_metadata=None, name=src.name
+        )
+
+    monkeypatch.setattr(triton.compiler, "compile", compile)
+    monkeypatch.setattr(common, "processors", lambda device: PROCESSORS)
+    each = []
+    with absent_gpu():
+        for problem in ATTENTION:
+            before = len(compiled)
+            problem.launch("cpu")
+            each.append(len(compiled) - before)
+    smoke = next(step for step in gpu.PLAN if step.name == "smoke")
+    # Each test is one process's; none compiles what another has, save where two begin at once.
+    assert 0 < max(each) <= 6
+    assert len(compiled) <= 26
+    assert max(each) * gpu.COMPILATION <= smoke.seconds
+    assert len(compiled) * gpu.COMPILATION / gpu.PROCESSES <= smoke.seconds
+
+
+def test_the_smoke_set_is_small():
+    from tests.gpu import test_smoke
+
+    marked = [file.name for file in (ROOT / "tests").rglob("test_*.py") if "mark.smoke" in file.read_text()]
+    assert set(marked) == {"test_smoke.py", Path(__file__).name}
+    tests = [value for name, value in vars(test_smoke).items() if name.startswith("test_")]
+    marks = [[mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"] for test in tests]
+    assert 10 <= sum(math.prod(len(mark.args[1]) for mark in own) for own in marks) <= 40
 
 
 def test_sanitizing_needs_the_tool(monkeypatch, tmp_path, capsys):

@@ -150,9 +150,9 @@ def test_both_terms_equal_official_numbers(oracle, t):
         epsilon = numbers["noise"][b : b + 1]
         clean = (numbers["latents"][b : b + 1] - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
         text = Texts(prompts(numbers["cond"][b : b + 1]), torch.zeros(1, dtype=torch.int64))
-        found = scorer.terms(
+        found = scorer.begin(
             clean, scorer.texts(text.states, prompts(numbers["uncond"])), text.of, text.of, epsilon=epsilon
-        )
+        ).done()
         got = combined(found, use_bias=True, free_attention=True, batch_mean=False, dtype=torch.float64)
         assert float(got) == pytest.approx(float(numbers[f"t{t}.all.bias1"][b]), abs=1e-4)
 

@@ -5,14 +5,15 @@ import torch
 from dsd_fast.features import host
 from dsd_fast.features.extraction import Extracted
 from dsd_fast.images import ImageError
+from dsd_fast.kernels.common.transfer import Download
 
 
-class Beside(host._Copy):
+class Beside(Download):
     """A copy that goes on by itself where there is anything to copy, as from a GPU."""
 
-    def __init__(self, chunk):
-        super().__init__(chunk)
-        self.beside = bool(chunk.numbers)
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.beside = bool(len(tensors[""]))
 
     def done(self):
         self.beside = False
@@ -20,7 +21,7 @@ class Beside(host._Copy):
 
 
 def test_chunks_keep_their_order_and_say_what_is_finite(monkeypatch):
-    monkeypatch.setattr(host, "_Copy", Beside)
+    monkeypatch.setattr(host, "Download", Beside)
     values = [
         torch.zeros(2, 1, 3, 2, 2),
         torch.ones(1, 1, 3, 2, 2),

@@ -89,17 +89,14 @@ def test_a_tight_budget_and_repeats(model):
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-def test_a_run_of_rows_waits_for_nothing(model):
-    extractor = FeatureExtractor(model, timesteps=TIMESTEPS)
-    runner, plan = extractor._run(extractor.technique)
-    (inputs, _), *_ = extractor.encode(IMAGES, Prompts(""))
-    rows = inputs.latents.repeat_interleave(3, 0)
-    times, image_of = torch.tensor(TIMESTEPS).repeat(6), torch.arange(6).repeat_interleave(3)
-    found = list(runner.run(plan, rows, times, image_of, inputs, PROMPTS))
+def test_an_extraction_waits_for_nothing(model):
+    extractor, prompts = FeatureExtractor(model, timesteps=TIMESTEPS), Prompts(PROMPTS)
+    (inputs, _), *_ = extractor.encode(IMAGES, prompts)
+    found = extractor.features_of(inputs, prompts)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = list(runner.run(plan, rows, times, image_of, inputs, PROMPTS))
+        again = extractor.features_of(inputs, prompts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(again) == len(found)
+    assert all(torch.equal(again[name], found[name]) for name in found)

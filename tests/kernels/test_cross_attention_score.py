@@ -15,6 +15,8 @@ from dsd_fast.kernels.common import attention, backend, native
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
 from tests.kernels.attention import INF, largest_logit, written_out
 from tests.memory import allocations
+from tests.repository.processes import run_python
+from tests.repository.source import ROOT
 
 IMPLEMENTATIONS = [
     "reference",
@@ -235,6 +237,46 @@ def test_threads_in_full_precision_leave_the_setting_as_it_was(tf32):
         seen.append(matmul.fp32_precision)
     thread.join()
     assert [*seen, matmul.fp32_precision] == ["ieee", "tf32"]
+
+
+TF32_WAYS = (
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "pass",
+)
+TF32_CHECK = """
+import functools, os, sys, torch
+from dsd_fast.kernels.common import attention
+
+def settings():
+    found = []
+    for name in ("cuda.matmul.allow_tf32", "cuda.matmul.fp32_precision", "mkldnn.matmul.fp32_precision"):
+        try:
+            found.append(functools.reduce(getattr, name.split("."), torch.backends))
+        except RuntimeError:
+            found.append("refused")
+    return found
+
+# What torch remembers of the ways taken cannot be taken back: a process each.
+for way in sys.argv[1:]:
+    if not os.fork():
+        exec(way)
+        before = settings()
+        with attention.full_precision(torch.device("cuda")):
+            inside = settings()
+        print(way, inside[0] is False and inside[1] != "tf32" and settings() == before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_tf32_is_switched_off_by_the_way_that_switched_it_on():
+    """torch refuses a product, and the reading of its settings, where one way was taken after the other."""
+    said = run_python(["-W", "ignore", "-c", TF32_CHECK, *TF32_WAYS], cwd=ROOT).stdout
+    assert said.splitlines() == [f"{way} True" for way in TF32_WAYS]
 
 
 @pytest.mark.parametrize("how", ["length", "bias"])

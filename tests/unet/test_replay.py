@@ -354,3 +354,32 @@ def test_gradients_are_not_replayed():
     assert case.recorder.records == 0
     case.check(request)
     assert case.recorder.records == 1
+
+
+def test_the_last_rows_of_a_stream_are_padded_into_a_recording_of_at_most_twice_as_many():
+    case = Recorded()
+    request = case.request(1, 3, 12, lengths=None)
+    states, options = request.pop("states"), request.pop("text")
+    with torch.no_grad():
+        text = case.plain.encode_text(states, **options)
+        budget = case.replayed.text_bytes(text) + HEADROOM["cpu"] * case.replayed.run_bytes(8, 16, 16, TOKENS)
+        # Micro-batches of eight rows, the last ones of four and of two.
+        for rows, records in ((12, 1), (10, 2)):
+            chosen = request | {name: request[name][:rows] for name in ("latent_index", "text_index")}
+            out = case.plain.empty_output(rows, 16, 16, tokens=TOKENS)
+            case.replayed.stream(text=text, **chosen, out=out, memory_budget=budget)
+            same(out, case.plain.run(text=text, **chosen))
+            assert case.recorder.records == records
+        # A run by itself is computed at its own size.
+        case.replayed.run(text=text, **request | {"latent_index": [0] * 4, "text_index": [0] * 4})
+        assert case.recorder.records == 3
+
+
+def test_recordings_keep_the_room_that_they_were_made_for():
+    case = Recorded()
+    runtime = case.replayed._runtime
+    assert (case.plain.room(7), case.replayed.room(7), case.replayed.room(8)) == (7, 7, 8)
+    case.check(case.request())
+    assert case.replayed.room(5) == 8
+    runtime._recordings.clear()
+    assert case.replayed.room(5) == 5

@@ -118,7 +118,8 @@ class Guide:
                 own.compile(runtime)
         self._strength, self._steps, self._guidance, self._shown = strength, steps, guidance, shown
         self._clip = None if model.clip is None else ClipSpace(model)
-        self._distances: list[Floats] = []
+        # On the model's device until all images are done.
+        self._distances: list[Tensor] = []
         self._unchanged = [True] * len(self._techniques)
         self._inputs: list[Image.Image] = []
         self._outputs: list[list[Image.Image]] = [[] for _ in techniques]
@@ -147,7 +148,7 @@ class Guide:
                 distances, pictures = made[key]
                 found.append(torch.stack(distances))
                 self._outputs[number] += pictures
-        self._distances.append(torch.stack(found).double().cpu().numpy())
+        self._distances.append(torch.stack(found).double())
 
     def result(self) -> GuideResult:
         """Of all images so far.
@@ -160,7 +161,7 @@ class Guide:
         return GuideResult(
             tuple(each.name for each in self._techniques),
             ("vae",) if self._clip is None else ("vae", "clip"),
-            np.concatenate(self._distances, -1),
+            torch.cat(self._distances, -1).cpu().numpy(),
             tuple(self._unchanged),
             list(self._inputs),
             [list(each) for each in self._outputs],

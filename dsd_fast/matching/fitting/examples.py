@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.images import ImageSource, decode_chunks
+from dsd_fast.kernels.common.transfer import Download, one_behind
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.pairs import Pairs
 from dsd_fast.matching.score import PairScorer
@@ -75,11 +76,14 @@ class Examples:
         return self._scorer.encode_texts([self._texts[i] for i in texts], unconditional=False).states
 
     def _encode_images(self, images: Sequence[ImageSource], digest: Any) -> Tensor:
-        engine, parts = self._scorer.engine, list[Tensor]()
-        for _, pixels, errors in decode_chunks(images, engine.size, _IMAGES_AT_ONCE):
-            if errors:
-                raise errors[min(errors)]
-            for image in pixels:
-                digest.update(image.numpy().tobytes())
-            parts.append(engine.encode_images(pixels).cpu())
-        return torch.cat(parts)
+        engine = self._scorer.engine
+
+        def begun() -> Iterator[tuple[None, Download]]:
+            for _, pixels, errors in decode_chunks(images, engine.size, _IMAGES_AT_ONCE):
+                if errors:
+                    raise errors[min(errors)]
+                for image in pixels:
+                    digest.update(image.numpy().tobytes())
+                yield None, Download({"latents": engine.encode_images(pixels)})
+
+        return torch.cat([download.done()["latents"] for _, download in one_behind(begun())])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.models.private import private
@@ -180,7 +181,7 @@ def _add_lora(unet: Any, name: str, fit: FitConfig) -> None:
             )
             # Before they are drawn: a network of 16 bits would round them.
             parameter.data = _widened(parameter.data)
-            parameter.copy_(drawn)
+            parameter.copy_(upload(drawn, parameter.device))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.jobs import read_tensors, write_tensors
+from dsd_fast.kernels.common.transfer import Download
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.learned import Learned
@@ -68,7 +70,10 @@ class FitHistory:
 
 
 Report = Callable[[int, float | None, FitRecord | None], None]
-"""Called after each step as report(step, its loss, None), and with each record as report(step, None, it)."""
+"""Called for each step as report(step, its loss, None), and with each record as report(step, None, it).
+
+A GPU computes one step more while the host reads the loss of the last.
+"""
 
 
 @dataclass
@@ -121,6 +126,10 @@ class Training:
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self._scaler = torch.amp.GradScaler(device.type, enabled=fit.autocast == "float16")
         self._device = device
+        # On the device: 1 from the first step on whose loss or gradient is not finite, and no step changes anything.
+        self._wrong = torch.zeros((), dtype=torch.float32, device=device)
+        # (step, its loss and its gradient's norm), of steps taken that the host has not read.
+        self._unread: deque[tuple[int, Download]] = deque()
         self._whole = True
         self.state = State()
         if self._file is not None and self._file.exists():
@@ -137,13 +146,18 @@ class Training:
                 if state.step >= fit.steps or self._stopped:
                     break
                 self._step()
+                self._read(left=int(self._device.type == "cuda"))
                 if time.monotonic() - saved >= fit.save_every:
+                    self._read()
                     self._save()
                     saved = time.monotonic()
         finally:
             # Half a step would be taken twice.
             if self._whole:
-                self._save()
+                try:
+                    self._read(report=False)
+                finally:
+                    self._save()
         if self._validation is None:
             state.best_step = state.step
         elif state.best is not None:
@@ -168,31 +182,53 @@ class Training:
     def _step(self) -> None:
         """One step of the optimiser."""
         fit, learned, state = self._fit, self._learned, self.state
-        value = self._gradient()
-        if not (math.isfinite(value) or self._scaler.is_enabled()):
-            raise FloatingPointError(f"step {state.step + 1}: the loss is {value}; {_ADVICE}")
+        loss = self._gradient()
         for group in self._optimizer.param_groups:
             group["lr"] = fit.rate(group["method"], state.step)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(list(learned.parameters.values()), fit.clip_norm, foreach=True)
-        if not (self._scaler.is_enabled() or bool(norm.isfinite())):
-            raise FloatingPointError(f"step {state.step + 1}: the gradient is not finite; {_ADVICE}")
+        told = torch.stack([loss, norm.to(loss)])
+        if not self._scaler.is_enabled():
+            self._wrong = torch.maximum(self._wrong, (~told.isfinite()).any().to(self._wrong))
+            # As a GradScaler asks the fused step to leave everything as it is.
+            self._optimizer.found_inf = self._wrong  # type: ignore[attr-defined]
         self._whole = False
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
-        state.losses.append(value)
         state.step += 1
+        self._unread.append((state.step, Download({"told": told})))
         self._whole = True
-        self._report(state.step, value, None)
 
-    def _gradient(self) -> float:
-        """Leaves the gradient of the mean loss of the step's groups in the parameters; the loss."""
+    def _read(self, left: int = 0, *, report: bool = True) -> None:
+        """Reads the losses of all steps taken but the last ``left``.
+
+        Raises:
+            FloatingPointError: of the first loss or gradient that is not finite; the state is that before its step.
+        """
+        state = self.state
+        while len(self._unread) > left:
+            step, download = self._unread[0]
+            loss, norm = download.done()["told"].tolist()
+            if not (self._scaler.is_enabled() or (math.isfinite(loss) and math.isfinite(norm))):
+                self._unread.clear()
+                state.step = step - 1
+                what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+                raise FloatingPointError(f"step {step}: the {what}; {_ADVICE}")
+            self._whole = False
+            self._unread.popleft()
+            state.losses.append(loss)
+            self._whole = True
+            if report:
+                self._report(step, loss, None)
+
+    def _gradient(self) -> Tensor:
+        """Leaves the gradient of the mean loss of the step's groups in the parameters; the loss, () float64."""
         fit, learned, examples, step = self._fit, self._learned, self._examples, self.state.step
         scorer = learned.scorer
         chosen = _groups(len(examples.queries), fit, step)
         each = fit.micro_batch or len(chosen)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         self._optimizer.zero_grad()
         learned.dropout(True)
         # Dropout draws from torch's own generators, which a step seeds and gives back as they were.
@@ -218,11 +254,12 @@ class Training:
                 )
                 mean = losses(values, batch, fit).sum() / len(chosen)
                 self._scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
-                total += float(mean.detach())
+                total += mean.detach()
         learned.dropout(False)
         return total
 
     def _record(self) -> None:
+        self._read()
         state = self.state
         accuracy = held_out = None
         if self._validation is not None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.engine import Noised
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples, Query
 from dsd_fast.matching.score import PairScorer, Terms
@@ -128,7 +129,7 @@ def scores(
     texts = scorer.texts(examples.states(used.tolist()), examples.unconditional if len(free_latents) else None)
     rows = torch.cat([batch.latent_of, free_latents])  # (R + free,)
     text_index = torch.cat([text_index, torch.full_like(free_latents, len(used))])
-    clean = examples.latents[batch.image_of].to(device, model.dtype)
+    clean = upload(examples.latents[batch.image_of], device, model.dtype)
     noised = Noised.rows(model.schedule, clean, batch.noise, batch.times)
     mixed = torch.autocast(device.type, autocast, enabled=autocast is not None)
     with torch.set_grad_enabled(through_network), mixed:
@@ -146,7 +147,7 @@ def scores(
     if len(free_latents):
         place = torch.full((len(batch.free),), -1, dtype=torch.int64, device="cpu")
         place[free_latents] = torch.arange(len(free_latents), device="cpu")
-        own = place[batch.latent_of].to(device)
+        own = upload(place[batch.latent_of], device)
         free = [torch.where(own >= 0, value[pairs:][own.clamp(min=0)], 0) for value in terms]
     attention, noise = Terms(*(value[:pairs] for value in terms), *free).parts(scorer.config)
     return attention + noise
@@ -165,4 +166,5 @@ def group_loss(values: Tensor, label: int, fit: FitConfig) -> Tensor:
     if fit.loss == "margin":
         wrong = torch.cat([values[:label], values[label + 1 :]])
         return F.relu(fit.margin + wrong.amax() - values[label])
-    return F.cross_entropy(values / fit.temperature, torch.tensor(label, dtype=torch.int64, device=values.device))
+    wanted = torch.tensor(label, dtype=torch.int64, device="cpu")
+    return F.cross_entropy(values / fit.temperature, upload(wanted, values.device))

@@ -39,7 +39,7 @@ def test_memory_settings_give_the_same_gradient():
     fit = FitConfig(batch_size=3)
     made, found = learned(pipeline(dtype=torch.float64), ("lora", "prompt", "heads"), fit), []
     for own in (fit, replace(fit, micro_batch=1), replace(fit, micro_batch=2, checkpointing=True)):
-        loss = training(made, own)._gradient()
+        loss = float(training(made, own)._gradient())
         found.append((loss, gradients(made)))
     (loss, whole), others = found[0], found[1:]
     for other_loss, other in others:

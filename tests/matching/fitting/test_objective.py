@@ -182,9 +182,9 @@ def test_scores_are_the_matchers_and_the_gradient_is_their_slope(family, setting
         latent = int(batch.latent_of[row])
         scorer.timesteps = [int(batch.times[latent])]
         clean = examples.latents[batch.image_of[latent]][None]
-        terms = scorer.terms(
+        terms = scorer.begin(
             clean, captions, torch.tensor([0]), torch.tensor([text]), epsilon=batch.noise[latent][None]
-        )
+        ).done()
         # The matcher gathers its terms in float32.
         assert float(sum(scorer.parts(terms))) == pytest.approx(float(got[row].detach()), rel=1e-5, abs=1e-5)
 
