@@ -72,7 +72,7 @@ class NoiseSchedule:
             raise ValueError(f"scheduler is a {type(scheduler).__name__}, expected one of a discrete diffusion process")
         if isinstance(scheduler, Mapping):
             return cls(_alphas_cumprod(scheduler), scheduler.get("prediction_type") or "epsilon")
-        own = torch.as_tensor(scheduler.alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
+        own = as_tensor(scheduler.alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
         try:
             exact = _alphas_cumprod(scheduler.config)
         except ValueError:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsd_fast.kernels.common.host import ordinary
+from dsd_fast.kernels.common.host import as_tensor, ordinary
 
 # What set_timesteps and steps write to, in any of diffusers' schedulers; and the config, which goes its own way.
 _WALK = frozenset(
@@ -127,6 +127,7 @@ def _from_config(config: Mapping[str, Any]) -> Any:
     return cls.from_config(dict(config))
 
 
+@ordinary()
 def _stock(scheduler: Any) -> Any:
     """What the class makes of the config; of a class that takes what its config does not hold, a copy."""
     config = copy.deepcopy(scheduler.config)
@@ -149,7 +150,7 @@ def _changed(scheduler: Any, stock: Any) -> set[str]:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or hasattr(one, "__array__"):
-        numbers = [torch.as_tensor(each).detach().cpu() for each in (one, other) if hasattr(each, "__array__")]
+        numbers = [as_tensor(each).detach().cpu() for each in (one, other) if hasattr(each, "__array__")]
         return len(numbers) == 2 and torch.equal(*(each.double() for each in numbers))
     # Of functions and helpers that a class makes for each of its objects, the kind.
     plain = isinstance(one, bool | int | float | str | list | tuple | dict | type(None))
@@ -158,28 +159,30 @@ def _same(one: Any, other: Any) -> bool:
 
 def _sigmas(alphas_cumprod: Any) -> Tensor:
     """σ = √((1 − ᾱ) / ᾱ), (S,) float64 on the CPU."""
-    abar = torch.as_tensor(alphas_cumprod).detach().cpu().double()
+    abar = as_tensor(alphas_cumprod).detach().cpu().double()
     return ((1 - abar) / abar).sqrt()
 
 
 def _agree(scheduler: Any) -> bool:
     """Whether σ of all timesteps, in whatever order, are those of ᾱ; one of the end and repeated ones aside."""
-    wanted, own = torch.unique(_sigmas(scheduler.alphas_cumprod)), torch.as_tensor(scheduler.sigmas).detach().cpu()
+    wanted, own = torch.unique(_sigmas(scheduler.alphas_cumprod)), as_tensor(scheduler.sigmas).detach().cpu()
     own = torch.unique(own.double())[-len(wanted) :]
     return own.shape == wanted.shape and torch.allclose(own, wanted, rtol=1e-3, atol=1e-6)
 
 
+@ordinary()
 def _renew_sigmas(fresh: Any, stock: Any) -> None:
     """Gives a scheduler as new the σ of its own ᾱ."""
     if fresh.num_inference_steps is not None:
         fresh.set_timesteps(fresh.num_inference_steps)
         return
-    own, old = _sigmas(fresh.alphas_cumprod), torch.as_tensor(stock.sigmas)
+    own, old = _sigmas(fresh.alphas_cumprod), as_tensor(stock.sigmas)
     # Some classes hold them from the last timestep to the first, some with one of the end behind.
     own = own.flip(0) if old[0] > old[len(own) - 1] else own
     fresh.sigmas = torch.cat([own.to(old.dtype), old[len(own) :]])
 
 
+@ordinary()
 def _noises_by_formula(scheduler: Any, alphas_cumprod: Tensor) -> bool:
     """Whether a scheduler makes what the UNet is given by √ᾱ z₀ + √(1 − ᾱ) ε, at a few timesteps."""
     fresh = fresh_scheduler(scheduler)

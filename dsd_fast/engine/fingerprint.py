@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dsd_fast.diffusion import changed_in_place
 from dsd_fast.engine.changes import FLEETING, changes
 from dsd_fast.engine.engine import Engine
 from dsd_fast.jobs import row_id, tensors_hash, weights_hash
+from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.unet.adapters import acting_tensors, strengths_by_layer, strengths_summary
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def scheduler_settings(model: Model) -> dict[str, Any]:
 
 def _number(value: Any) -> str:
     if hasattr(value, "__array__"):
-        return tensors_hash({"": torch.as_tensor(value)})
+        return tensors_hash({"": as_tensor(value)})
     return (
         repr(value) if isinstance(value, bool | int | float | str | list | tuple | dict) else type(value).__qualname__
     )

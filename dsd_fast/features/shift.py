@@ -61,7 +61,7 @@ def laplacian_norm(features: Tensor, *, normalize: bool = False) -> Tensor:
     x = features.to(torch.promote_types(features.dtype, torch.float32))
     if normalize:
         x = F.normalize(x, dim=-3)
-    kernel = upload(torch.tensor(_KERNEL, dtype=x.dtype), x.device)[None, None]
+    kernel = upload(torch.tensor(_KERNEL, dtype=x.dtype, device="cpu"), x.device)[None, None]
     padded = F.pad(x.reshape(-1, 1, *x.shape[-2:]), (1, 1, 1, 1), mode="reflect")
     with own_types(x.device):
         edges = F.conv2d(padded, kernel)

@@ -193,7 +193,9 @@ class PairScorer:
         """
         if not len(image_of):
             # Of images that failed there is nothing to noise.
-            return TermsBehind(torch.zeros(2, 0), image_of, len(self.timesteps), None)
+            return TermsBehind(
+                torch.zeros(2, 0, dtype=torch.float32, device="cpu"), image_of, len(self.timesteps), None
+            )
         images, steps = len(latents), len(self.timesteps)
         device, model = self.model.device, self.model
         if epsilon is None:

@@ -308,7 +308,8 @@ class Model:
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
             shift, spread = (
-                upload(torch.tensor(values, dtype=like.dtype), like.device).view(1, -1, 1, 1) for values in (mean, std)
+                upload(torch.tensor(values, dtype=like.dtype, device="cpu"), like.device).view(1, -1, 1, 1)
+                for values in (mean, std)
             )
             return shift, config.scaling_factor / spread
         return config.get("shift_factor") or 0.0, config.scaling_factor

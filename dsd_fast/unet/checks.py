@@ -63,7 +63,7 @@ def timestep_cond(cut: Cut, value: Tensor | None, count: int, device: torch.devi
     width = cut.network.guidance_width
     if not width:
         raise ValueError("timestep_cond: given, expected None: this network reads no guidance embedding")
-    given = torch.as_tensor(value)
+    given = as_tensor(value)
     if given.shape not in ((width,), (count, width)) or not given.dtype.is_floating_point:
         raise ValueError(
             f"timestep_cond: got {tuple(given.shape)} {given.dtype}, expected ({width},) or ({count}, {width}) float"
