@@ -40,7 +40,9 @@ def mapped(folder):
 
 
 def extracted(folder):
-    way = dsd.Technique(controls=(Control(load_controlnet(), condition=None),), denoise_from=300, denoise_steps=2, adapter=())
+    way = dsd.Technique(
+        controls=(Control(load_controlnet(), condition=None),), denoise_from=300, denoise_steps=2, adapter=()
+    )
     features = dsd.FeatureExtractor(MODEL, [LAYER], timesteps=(50,), technique=way).extract(IMAGES, TEXTS[0])[LAYER]
     return PCA.fit(features[:, 0], 2).transform(features[:, 0])
 
