@@ -97,6 +97,8 @@ class Matcher:
         another device or another adapter, does not reach it. A second fit goes on from the first: what its methods
         train is trained further, and the rest stays.
 
+        Gradients are on inside, and autocast is what the configuration says, whatever the caller's program is under.
+
         Args:
             examples: :class:`~dsd_fast.Group`, or tuples (image, texts, label) or (images, text, label); the wrong
                 candidates are the negatives. Of a paired group each of its 2n questions is one.

@@ -40,7 +40,9 @@ def mapped(folder):
 
 
 def extracted(folder):
-    way = dsd.Technique(controls=(Control(load_controlnet()),), denoise_from=300, denoise_steps=2, adapter=())
+    way = dsd.Technique(
+        controls=(Control(load_controlnet(), condition=None),), denoise_from=300, denoise_steps=2, adapter=()
+    )
     features = dsd.FeatureExtractor(MODEL, [LAYER], timesteps=(50,), technique=way).extract(IMAGES, TEXTS[0])[LAYER]
     return PCA.fit(features[:, 0], 2).transform(features[:, 0])
 
@@ -54,7 +56,7 @@ def exported(folder):
 
 def guided(folder):
     extractor = dsd.FeatureExtractor(MODEL, [LAYER], timesteps=(50,))
-    control = dsd.Technique("edges", prompts=TEXTS[0], controls=(Control(load_controlnet()),))
+    control = dsd.Technique("edges", prompts=TEXTS[0], controls=(Control(load_controlnet(), condition=None),))
     result = gate(extractor, IMAGES[:1], [control], steps=3)
     return like([value for row in result.rows() for value in row.values() if isinstance(value, float)])
 

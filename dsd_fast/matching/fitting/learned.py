@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.score import PairScorer
@@ -187,7 +188,7 @@ def _add_lora(unet: Any, name: str, fit: FitConfig) -> None:
 @contextmanager
 def _adding() -> Iterator[None]:
     """Around the addition of an adapter: PEFT draws first weights, which others replace, and warns of a second one."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), ordinary():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         yield
 

@@ -13,7 +13,7 @@ import torch
 
 from dsd_fast.engine.fingerprint import model_settings
 from dsd_fast.jobs import locked, remove_stale, tensors_hash
-from dsd_fast.kernels.common.host import ordinary, own_types
+from dsd_fast.kernels.common.host import own_types
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
@@ -57,7 +57,7 @@ def fit(
         raise ValueError(f"timestep_range: got {config.timestep_range}, expected at most (0, {steps})")
     _check_ordinary(base)
     # The caller's program may be without gradients, or mix precisions; this is training, in the types of its settings.
-    learning = (ordinary(), torch.enable_grad(), own_types(base.model.device))
+    learning = (torch.inference_mode(False), torch.enable_grad(), own_types(base.model.device))
     with ExitStack() as stack:
         for context in (*learning, nullcontext() if out is None else locked(out)):
             stack.enter_context(context)
