@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dsd_fast.images import ImageError, ImageSource, load_image
+from dsd_fast.images import ImageError, ImageSource, Taken, load_image
 from dsd_fast.images.batch import ahead
 from dsd_fast.images.header import HeaderError, read_header
 from dsd_fast.images.load import MAX_BYTES
@@ -172,7 +172,7 @@ def _of(what: str, given: Sequence[str], number: int) -> str:
 
 
 def _read(source: ImageSource) -> tuple[ImageSource, _Known]:
-    return source, _from_file(Path(source)) if isinstance(source, os.PathLike) else _from_object(source)
+    return (source, _from_file(Path(source))) if isinstance(source, os.PathLike) else _from_object(source)
 
 
 def _from_file(path: Path) -> _Known:
@@ -193,9 +193,11 @@ def _from_file(path: Path) -> _Known:
     return digest, height, width
 
 
-def _from_object(source: Any) -> _Known:
+def _from_object(source: Any) -> tuple[ImageSource, _Known]:
+    """Of the pixels that the digest was made of, the image too."""
     try:
         image = load_image(source)
     except ImageError as error:
-        return row_id(error.reason), None, None
-    return row_id(f"{image.width} {image.height}", image.tobytes()), image.height, image.width
+        return Taken(error), (row_id(error.reason), None, None)
+    digest = row_id(f"{image.width} {image.height}", image.tobytes())
+    return Taken(image), (digest, image.height, image.width)

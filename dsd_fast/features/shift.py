@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,9 +33,7 @@ from dsd_fast.features.extractor import FeatureExtractor
 from dsd_fast.features.inputs import Inputs, Prompts
 from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.features.technique import Technique
-
-if TYPE_CHECKING:
-    from dsd_fast.images import ImageSource
+from dsd_fast.images import ImageSource, drawn
 
 _KERNEL = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 
@@ -227,7 +224,7 @@ def inputs_of(
         ImageError: an image that cannot be used.
         ValueError: as :meth:`FeatureExtractor.encode`.
     """
-    sources = images if isinstance(images, Sequence) else list(images)
+    sources = images if isinstance(images, Sequence) else list(drawn(images))
     for inputs, errors in extractor.encode(sources, prompts, seed, seeds=seeds, techniques=techniques):
         raise_first(errors)
         yield inputs

@@ -1,11 +1,13 @@
 """Any accepted image source to an RGB Pillow image: every failure is an `ImageError`, and nothing global changes."""
 
+import hashlib
 import os
 import stat
 import struct
 import zlib
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ from torch import Tensor
 from dsd_fast.images.errors import ImageError
 from dsd_fast.images.header import HeaderError, read_header
 
-ImageSource = os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
+ImageSource = Union[os.PathLike[str], Image.Image, npt.NDArray[np.uint8], Tensor, "Taken"]
 
 # Pillow's own threshold for warning about a decompression bomb: 256 MiB of RGB.
 MAX_PIXELS = 1024**3 // 4 // 3
@@ -58,6 +60,49 @@ _TRANSPOSITIONS = {
 }
 
 
+class Taken:
+    """An image as it was when it was taken: the object that it was given as may be a buffer that is filled again.
+
+    Attributes:
+        source: an array, a tensor or an RGB image that nobody else has; or what refuses it.
+    """
+
+    def __init__(self, source: Image.Image | npt.NDArray[Any] | Tensor | ImageError) -> None:
+        self.source = source
+
+    @cached_property
+    def key(self) -> bytes:
+        """A digest that is equal for equal contents of one kind."""
+        source = self.source
+        if isinstance(source, ImageError):
+            return str(source).encode()
+        if isinstance(source, Image.Image):
+            about, content = f"image {source.size}", source.tobytes()
+        elif isinstance(source, Tensor):
+            about, content = f"{source.dtype} {source.shape}", source.flatten().view(torch.uint8).numpy().tobytes()
+        else:
+            about, content = f"array {source.dtype} {source.shape}", source.tobytes()
+        return hashlib.blake2b(about.encode() + content, digest_size=32).digest()
+
+
+def take(source: Any) -> Any:
+    """Take an image's pixels out of its owner's reach: a path as it is, of a Pillow image, an array or a tensor a copy.
+
+    A copy is a :class:`Taken`, which :func:`load_image` takes. A Pillow image is decoded here, and may be closed.
+    """
+    if isinstance(source, Image.Image):
+        try:
+            return Taken(load_image(source))
+        except ImageError as error:
+            return Taken(error)
+    if isinstance(source, np.ndarray):
+        return Taken(source.copy())
+    if isinstance(source, Tensor):
+        # Not a clone: the thread that reads it does not wait for the stream that the caller's work is on.
+        return Taken(source.detach().to("cpu", copy=True))
+    return source
+
+
 def load_image(source: ImageSource) -> Image.Image:
     """An RGB image of 8 bits a channel.
 
@@ -79,6 +124,12 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ImageError("str", "unsupported-type", message)
     if isinstance(source, os.PathLike):
         return _from_file(Path(source))
+    if isinstance(source, Taken):
+        if isinstance(source.source, ImageError):
+            raise source.source
+        if isinstance(source.source, Image.Image):
+            return source.source
+        source = source.source
     if isinstance(source, Image.Image):
         return _from_pillow(source)
     if isinstance(source, np.ndarray):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import operator
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dsd_fast.images import ImageSource
+from dsd_fast.images import ImageSource, Taken, drawn, take
 
 _SOURCES = "a pathlib.Path, a Pillow image, a uint8 array (H, W, C) or a float tensor (C, H, W)"
 _FORMS = "a Group, (image, [texts], label) or ([images], text, label)"
@@ -141,8 +142,18 @@ class Group:
         return cls(images, texts, label)
 
 
+def drawn_groups(examples: Iterable[Any]) -> Iterator[Group]:
+    """The groups that :meth:`Group.of` makes of examples, as :func:`~dsd_fast.images.drawn` has their images."""
+    return map(Group.of, drawn(examples, _taken))
+
+
+def _taken(example: Any) -> Group:
+    group = Group.of(example)
+    return replace(group, images=tuple(map(take, group.images)))
+
+
 def _is_source(value: object) -> bool:
-    return isinstance(value, (os.PathLike, Image.Image, np.ndarray, Tensor))
+    return isinstance(value, (os.PathLike, Image.Image, np.ndarray, Tensor, Taken))
 
 
 def _shown(value: object) -> str:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from dsd_fast.engine import Texts
-from dsd_fast.images import ImageError, ImageSource, load_image, to_tensor
+from dsd_fast.images import ImageError, ImageSource, drawn, load_image, to_tensor
 from dsd_fast.jobs import locked
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
 from dsd_fast.matching.fitting.files import LORA, Adapter, load, save
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
-from dsd_fast.matching.pairs import Pairs
+from dsd_fast.matching.pairs import Pairs, taken_pair
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.matching.words import Span
 
@@ -234,7 +234,7 @@ class Matcher:
             ValueError: captions that are not strings or too long.
         """
         unique = Pairs()
-        numbers = [unique.pair(image, caption) for image, caption in pairs]
+        numbers = [unique.pair(image, caption) for image, caption in drawn(pairs, taken_pair)]
         if not numbers:
             return torch.empty(0)
         scores = torch.empty(len(unique))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.engine import Texts
-from dsd_fast.images import ImageError, ImageSource
+from dsd_fast.images import ImageError, ImageSource, Taken, take
 from dsd_fast.matching.score import PairScorer
 
 
@@ -33,7 +33,7 @@ class Pairs:
         return len(self._pairs)
 
     def image(self, image: ImageSource) -> int:
-        """Number an image; a file, or an object, has one number."""
+        """Number an image; a file, an object, or what was taken of objects with equal contents, has one number."""
         number = self._image_numbers.setdefault(image_key(image), len(self.images))
         if number == len(self.images):
             self.images.append(image)
@@ -90,5 +90,16 @@ def side_by_side(image_of: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def image_key(image: ImageSource) -> Any:
-    """Give a key that is equal for one file, or for one object."""
+    """Give a key that is equal for one file, for one object, or for equal contents that were taken of objects.
+
+    An object itself is one of a list that holds it: one that is drawn is filled again, or its place in memory is.
+    """
+    if isinstance(image, Taken):
+        return image.key
     return os.fspath(image) if isinstance(image, os.PathLike) else id(image)
+
+
+def taken_pair(pair: tuple[ImageSource, str]) -> tuple[ImageSource, str]:
+    """Take the image of a pair, see :func:`~dsd_fast.images.take`."""
+    image, text = pair
+    return take(image), text

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 import dsd_fast
 from dsd_fast.diffusion import noise
 from dsd_fast.features import PCA, FeatureExtractor, Technique
+from dsd_fast.features.shift import measure_shift
 from dsd_fast.images import ImageError, load_batch, to_picture, to_tensor
+from dsd_fast.jobs import read_index, read_tensors
 from dsd_fast.models.mini.scenes import COLOURS, SHAPES, scene
 from dsd_fast.unet import UNetProgram
+from tests.images.files import refilled
 from tests.tiny import tiny_pipeline
 
 LAYERS = ("up-level0-repeat1-res-out", "up-level1-repeat0-vit-block0-cross-q")
@@ -227,6 +230,28 @@ def test_more_images_than_memory_one_at_a_time_with_errors(model, images, tmp_pa
             close(found[LAYERS[1]], whole[LAYERS[1]][n])
     with pytest.raises(ImageError):
         extractor.extract(sources)
+
+
+@pytest.mark.parametrize("kind", ["array", "frames", "files that are closed"])
+def test_buffers_may_be_filled_again(model, images, kind, tmp_path):
+    def drawn():
+        return refilled(kind, arrays)
+
+    arrays = [np.asarray(image) for image in images]
+    extractor = FeatureExtractor(model, ["down-level0-repeat0-res-out"])
+    (want,) = extractor.extract(arrays).values()
+    close(*extractor.extract(drawn()).values(), want)
+    for got, row in zip(extractor.extract_iter(drawn()), want, strict=True):
+        close(*got[1].values(), row)
+    for name, source in (("drawn", drawn()), ("given", arrays)):
+        extractor.extract_to(tmp_path / name, source)
+    ours, theirs = (read_tensors(*(tmp_path / name / "shards").iterdir())[0] for name in ("drawn", "given"))
+    close(*ours.values(), *theirs.values())
+    assert read_index(tmp_path / "drawn")["id"] == read_index(tmp_path / "given")["id"]
+    components = [extractor.replaced().fit_pca(each, 2) for each in (drawn(), arrays)]
+    torch.testing.assert_close(*(each["down-level0-repeat0-res-out"].mean for each in components))
+    shifts = [measure_shift(extractor, each).scores for each in (drawn(), arrays)]
+    np.testing.assert_allclose(*shifts, rtol=1e-4)
 
 
 def test_chunks_without_a_usable_image(model, images, tmp_path):

@@ -13,6 +13,7 @@ from dsd_fast.matching import official_layers
 from dsd_fast.reference import matching as reference
 from dsd_fast.unet import UNetProgram
 from dsd_fast.unet.inductor import Inductor
+from tests.images.files import refilled
 from tests.tiny import FAMILIES, load_tiny_lora, tiny_pipeline
 
 CAPTIONS = ["a red dog", "a cat", "the ball", "are you a dog"]
@@ -299,6 +300,20 @@ def test_predict_is_the_entries_of_score_and_encodes_each_part_once(sd15):
     assert seen["vae"] == 3
     assert seen["text encoder"] == 3 + 1
     assert matcher(sd15).predict([]).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "pillow"])
+def test_a_buffer_may_be_filled_again(sd15, kind):
+    images, m = pictures(4), matcher(sd15)
+    want = m.score(images, CAPTIONS)
+    torch.testing.assert_close(m.score(refilled(kind, images), CAPTIONS), want, rtol=0, atol=1e-5)
+    assert m.rank(text=CAPTIONS[0], images=refilled(kind, images)) == m.rank(text=CAPTIONS[0], images=images)
+    # Each image twice: the second time it is no other one.
+    pairs = ((image, CAPTIONS[n % 4]) for n, image in enumerate(refilled(kind, [*images, *images])))
+    with Counted(sd15) as seen:
+        got = m.predict(pairs)
+    torch.testing.assert_close(got, want.diagonal().repeat(2), rtol=0, atol=1e-5)
+    assert seen["vae"] == 4
 
 
 def test_rank_both_ways(sd15):

@@ -16,7 +16,7 @@ from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
 from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, Report, Training
-from dsd_fast.matching.groups import Group
+from dsd_fast.matching.groups import Group, drawn_groups
 from dsd_fast.matching.score import PairScorer
 
 
@@ -70,7 +70,7 @@ def fit(
 
 
 def _groups(name: str, given: Iterable[Any]) -> list[Group]:
-    groups = [Group.of(each) for each in given]
+    groups = list(drawn_groups(given))
     if not groups:
         raise ValueError(f"{name}: got none, expected at least one group")
     return groups

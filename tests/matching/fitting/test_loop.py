@@ -14,8 +14,10 @@ from dsd_fast.matching.fitting import loop
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.loop import _groups
+from dsd_fast.matching.fitting.run import _groups as examples_of
 from dsd_fast.matching.fitting.validation import validate
 from dsd_fast.models.mini.scenes import scene
+from tests.images.files import refilled
 from tests.matching.fitting.parts import (
     TEXTS,
     gradients,
@@ -185,6 +187,17 @@ def test_held_out_groups_that_training_spoils_leave_the_matcher_as_it_was():
     assert all(first > each for each in later)
     assert (history.best_step, history.steps, history.stopped_early) == (0, 6, True)
     assert torch.equal(own.score(pictures(1), TEXTS), before)
+
+
+def test_buffers_of_examples_may_be_filled_again():
+    images = pictures(4)
+    examples = [(image, TEXTS, number % 2) for number, image in enumerate(images)]
+    refilling = ((image, TEXTS, number % 2) for number, image in enumerate(refilled("array", images)))
+    scorer = matcher(pipeline())._scorer
+    given, drawn = (Examples(scorer, examples_of("examples", each)) for each in (examples, refilling))
+    assert drawn.queries == given.queries
+    assert drawn.digest == given.digest
+    assert torch.equal(drawn.latents, given.latents)
 
 
 def test_examples_that_cannot_be_used_are_refused_before_the_first_step(tmp_path):
