@@ -109,7 +109,8 @@ def load_image(source: ImageSource) -> Image.Image:
     Files: JPEG, PNG and WebP by their content, whatever the name. The size is checked from the header before anything
     is decoded. Of an animation the first frame is taken, an EXIF orientation is applied, transparency is composited on
     white, 16-bit samples keep their high byte, CMYK is converted without a colour profile. PNG checksums are verified;
-    JPEG and WebP have none, so damage that still decodes cannot be noticed there.
+    JPEG and WebP have none, so damage that still decodes cannot be noticed there. A Pillow image whose mode does not
+    say which value is white (F; I with values above 255; I;16 that no file has given, with none) is refused.
 
     Args:
         source: a `pathlib.Path`, a Pillow image (its current frame; it is not changed), a uint8 array (H, W, C) with 1,
@@ -202,12 +203,15 @@ def _from_pillow(image: Image.Image) -> Image.Image:
     _check_size(name, *image.size)
     try:
         image.load()
+    except _DECODER_ERRORS as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        raise ImageError(name, reason, f"{name} cannot be decoded: {error}") from error
+    try:
         return _to_rgb(image, name)
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
-        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise ImageError(name, reason, f"{name} cannot be decoded: {error}") from error
+        raise ImageError(name, "unsupported-type", f"{name} cannot be converted to RGB: {error}") from error
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
@@ -238,11 +242,13 @@ def _to_rgb(image: Image.Image, source: Path | str) -> Image.Image:
     """A new RGB image: upright, opaque, 8 bits."""
     transposition = _TRANSPOSITIONS.get(_orientation(image))
     if image.mode.startswith("I"):
-        flat = _from_16_bit(image, source)
+        flat = _from_integers(image, source)
     elif image.mode == "F":
-        raise ImageError(source, "unsupported-type", f"{source} has mode F, whose range is not known")
+        message = f"{source} has mode F, whose range is not known; give mode L or RGB, where 255 is white"
+        raise ImageError(source, "unsupported-type", message)
     elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        # Pillow has no way from premultiplied grey but this one.
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         flat = Image.new("RGB", image.size, "white")
         flat.paste(rgba, mask=rgba.getchannel("A"))
     else:
@@ -252,15 +258,26 @@ def _to_rgb(image: Image.Image, source: Path | str) -> Image.Image:
     return flat if transposition is None else flat.transpose(transposition)
 
 
-def _from_16_bit(image: Image.Image, source: Path | str) -> Image.Image:
-    """Greyscale of 16 bits, which Pillow's own conversion would clip at 255 and whose transparency it does not know."""
+def _from_integers(image: Image.Image, source: Path | str) -> Image.Image:
+    """Greyscale of more bits than 8, whose transparency Pillow's own conversion does not know, nor more than 255.
+
+    Of mode I;16 it is 65535 that is white, as in the files that it comes from. Mode I has 32 bits and no white: 0 to 255
+    are taken as Pillow takes them.
+    """
     grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 0xFFFF:
-        raise ImageError(source, "unsupported-type", f"{source} has mode {image.mode} and values outside 0 to 65535")
+    low, high, wide = int(grey.min()), int(grey.max()), image.mode != "I"
+    if not wide and not 0 <= low <= high <= 0xFF:
+        message = f"{source} has mode I and values from {low} to {high}, and nothing says which is white"
+        expected = "give mode L, where 255 is, or I;16, where 65535 is"
+        raise ImageError(source, "unsupported-type", f"{message}; {expected}")
+    # A file of 16 bits may be that dark; what somebody has made has rather been 8 bits before.
+    if wide and image.format is None and 0 < high <= 0xFF:
+        message = f"{source} has mode {image.mode}, where 65535 is white, and no value above {high}"
+        raise ImageError(source, "unsupported-type", f"{message}; give mode L, by convert('L') if 255 is white")
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[grey == transparent] = 0xFFFF
-    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        grey[grey == transparent] = 0xFFFF if wide else 0xFF
+    return Image.fromarray((grey >> 8 if wide else grey).astype(np.uint8)).convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:

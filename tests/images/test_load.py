@@ -107,7 +107,8 @@ def test_load_16_bit_grey_is_scaled(tmp_path):
     assert np.abs(result.astype(float) - grey[..., None] / 257).max() <= 1
     assert (result.min(), result.max()) == (0, 255)
     assert np.array_equal(result, pixels(Image.fromarray(grey)))
-    assert np.array_equal(result, pixels(Image.fromarray(grey.astype(np.int32))))
+    # As the refusal of mode I advises.
+    assert np.array_equal(result, pixels(Image.fromarray(grey.astype(np.int32)).convert("I;16")))
 
 
 def test_load_16_bit_colour_equals_grey(tmp_path):
@@ -196,6 +197,28 @@ def test_load_lazy_pillow_image(tmp_path):
     assert info.value.reason == "truncated"
 
 
+@pytest.mark.parametrize("mode", ["I", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
+def test_load_modes_as_pillow_converts_them(mode):
+    image = RGB.convert("L").convert(mode) if mode == "I" else RGB.convert(mode)
+    assert np.array_equal(pixels(image), np.asarray(image.convert("RGB")))
+
+
+def test_load_dark_files_of_16_bits_are_dark(tmp_path):
+    grey = np.linspace(0, 255, 1200).astype(np.uint16).reshape(30, 40)
+    path = write(tmp_path, "x.png", encoded(Image.fromarray(grey), "PNG"))
+    with Image.open(path) as image:
+        assert pixels(path).max() == pixels(image).max() == 0
+    assert pixels(Image.new("I;16", (2, 2))).max() == 0
+
+
+@pytest.mark.parametrize(("mode", "straight"), [("La", "LA"), ("RGBa", "RGBA"), ("PA", "RGBA")])
+def test_load_other_modes_with_transparency(mode, straight):
+    array = np.concatenate([picture(), np.full((30, 40, 1), 128, np.uint8)], axis=-1)
+    image = Image.fromarray(array).convert(straight).convert(mode)
+    colours = np.asarray(image.convert(straight).convert("RGBA"))[..., :3].astype(float)
+    assert np.abs(pixels(image) - (colours * 128 + 255 * 127) / 255).max() <= 1
+
+
 def test_load_array_and_tensor():
     array = picture()
     assert np.array_equal(pixels(array), array)
@@ -227,9 +250,12 @@ def test_load_array_and_tensor():
         (torch.full((3, 2, 2), 1.5), "unsupported-type", "spans 1.5 to 1.5, expected 0 to 1"),
         (torch.full((3, 2, 2), -0.5), "unsupported-type", "spans -0.5 to -0.5, expected 0 to 1"),
         (torch.full((3, 2, 2), torch.nan), "unsupported-type", "spans nan to nan, expected 0 to 1"),
-        (Image.new("F", (2, 2)), "unsupported-type", "has mode F, whose range is not known"),
-        (Image.new("I", (2, 2), -1), "unsupported-type", "has mode I and values outside 0 to 65535"),
-        (Image.new("I", (2, 2), 70000), "unsupported-type", "has mode I and values outside 0 to 65535"),
+        (Image.new("F", (2, 2)), "unsupported-type", "has mode F, whose range is not known; give mode L or RGB"),
+        (Image.new("I", (2, 2), -1), "unsupported-type", "has mode I and values from -1 to -1, .*; give mode L, where"),
+        (Image.new("I", (2, 2), 70000), "unsupported-type", "values from 70000 to 70000, .*, or I;16, where 65535 is"),
+        (RGB.convert("L").convert("I;16"), "unsupported-type", r"no value above \d+; give mode L, by convert\('L'\)"),
+        (np.zeros((4, 4, 3), np.uint16), "unsupported-type", "and dtype uint16, expected .* uint8 array"),
+        (np.zeros((4, 4, 3), bool), "unsupported-type", "and dtype bool, expected .* uint8 array"),
         (Image.new("RGB", (0, 2)), "empty", "has no pixels"),
     ],
 )
