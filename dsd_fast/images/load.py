@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsd_fast.images.errors import ImageError
 from dsd_fast.images.header import HeaderError, read_header
+from dsd_fast.images.png import without_long_metadata
 
 ImageSource = Union[os.PathLike[str], Image.Image, npt.NDArray[np.uint8], Tensor, "Taken"]
 
@@ -167,26 +168,38 @@ def _decode(file: BinaryIO, path: Path, num_bytes: int) -> Image.Image:
     try:
         kind, width, height = read_header(file, num_bytes)
     except HeaderError as error:
-        reason = str(error)
-        raise ImageError(path, reason, f"{path} {_HEADERS[reason]}") from None
+        raise ImageError(path, error.reason, f"{path} {error.message or _HEADERS[error.reason]}") from None
     _check_size(path, width, height)
     try:
-        if kind == "PNG":
-            # Only this looks at the checksums of the pixel data.
-            file.seek(0)
-            Image.open(file, formats=[kind]).verify()
-        file.seek(0)
-        with Image.open(file, formats=[kind]) as image:
-            # The decoder may have found another size than the header reader.
-            _check_size(path, *image.size)
-            image.load()
-            return _to_rgb(image, path)
+        try:
+            return _pixels(file, kind, path)
+        except ImageError:
+            raise
+        except ValueError:
+            # Also what Pillow says of more metadata than it takes.
+            short = without_long_metadata(file) if kind == "PNG" else None
+            if short is None:
+                raise
+            return _pixels(short, kind, path)
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
         if "truncated" in str(error).lower() or not _has_end(file, kind, num_bytes):
             raise ImageError(path, "truncated", f"{path} ends before its last pixel") from error
         raise ImageError(path, "corrupt", f"{path} has a damaged {kind} stream") from error
+
+
+def _pixels(file: BinaryIO, kind: str, path: Path) -> Image.Image:
+    if kind == "PNG":
+        # Only this looks at the checksums of the pixel data.
+        file.seek(0)
+        Image.open(file, formats=[kind]).verify()
+    file.seek(0)
+    with Image.open(file, formats=[kind]) as image:
+        # The decoder may have found another size than the header reader.
+        _check_size(path, *image.size)
+        image.load()
+        return _to_rgb(image, path)
 
 
 def _has_end(file: BinaryIO, kind: str, num_bytes: int) -> bool:
@@ -261,8 +274,8 @@ def _to_rgb(image: Image.Image, source: Path | str) -> Image.Image:
 def _from_integers(image: Image.Image, source: Path | str) -> Image.Image:
     """Greyscale of more bits than 8, whose transparency Pillow's own conversion does not know, nor more than 255.
 
-    Of mode I;16 it is 65535 that is white, as in the files that it comes from. Mode I has 32 bits and no white: 0 to 255
-    are taken as Pillow takes them.
+    Of mode I;16 it is 65535 that is white, as in the files that it comes from. Mode I has 32 bits and no white: values
+    up to 255 are taken as Pillow takes them.
     """
     grey = np.asarray(image).astype(np.int64)
     low, high, wide = int(grey.min()), int(grey.max()), image.mode != "I"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from dsd_fast.images import MAX_PIXELS, ImageError, load_image
 from tests.images.files import SIGNATURE, chunk, encoded, jpeg_header, picture, png, webp_header, write
@@ -97,6 +97,61 @@ def test_load_applies_exif_orientation(kind, orientation, tmp_path):
 def test_load_ignores_broken_exif(kind, exif, tmp_path):
     path = write(tmp_path, "x", encoded(RGB, kind, exif=exif))
     assert pixels(path).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize(
+    "stray", [b"\0", b"\xff" * 3, b"\xff\0", b"\xff\xd0", b"scanner\0" * 700, b"\0" * 4087 + b"\xff"], ids=len
+)
+def test_load_jpeg_with_stray_bytes_between_segments(stray, tmp_path):
+    data = encoded(RGB, "JPEG")
+    first = 4 + int.from_bytes(data[4:6], "big")
+    frame = data.index(b"\xff\xc0")
+    for cut in (first, frame):
+        path = write(tmp_path, "x.jpg", data[:cut] + stray + data[cut:] + b"sent by mail\xff\xd8" * 9)
+        assert np.array_equal(pixels(path), pixels(write(tmp_path, "y.jpg", data)))
+
+
+def long_metadata():
+    """Name → options of Pillow's for a PNG whose pixels are whole, and which Pillow's limits refuse."""
+    options = {}
+    for name in ("zTXt", "iTXt"):
+        info = PngImagePlugin.PngInfo()
+        add = info.add_text if name == "zTXt" else info.add_itxt
+        add("workflow", "A" * (2 << 20), zip=True)
+        options[name] = {"pnginfo": info}
+    info = PngImagePlugin.PngInfo()
+    for number in range(3):
+        info.add(b"tEXt", b"part\0" + b"A" * 30, after_idat=number > 1)
+    return {**options, "tEXt": {"pnginfo": info}, "iCCP": {"icc_profile": bytes(3 << 20)}}
+
+
+@pytest.mark.parametrize("name", ["zTXt", "iTXt", "tEXt", "iCCP"])
+def test_load_png_with_metadata_beyond_pillows_limits(name, tmp_path, monkeypatch):
+    if name == "tEXt":
+        monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(RGB, "PNG", exif=exif, **long_metadata()[name])
+    assert name.encode() in data
+    path = write(tmp_path, "x.png", data)
+    with pytest.raises(ValueError, match=r"text chunks|MAX_TEXT_CHUNK"), Image.open(path) as image:
+        image.load()
+    # Turned by the note that is no text.
+    assert np.array_equal(pixels(path), np.rot90(picture(), -1))
+    # It is left out where it is whole alone, and nothing else is.
+    for place, reason in ((data.index(name.encode()) + 30, "corrupt"), (data.index(b"IDAT") + 300, "corrupt")):
+        with pytest.raises(ImageError) as info:
+            load_image(write(tmp_path, "y.png", flipped(data, place)))
+        assert info.value.reason == reason
+    with pytest.raises(ImageError, match="ends before its last pixel"):
+        load_image(write(tmp_path, "z.png", data[: data.index(b"IDAT") + 300]))
+
+
+def test_load_webp_with_metadata_and_more_behind_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(RGB, "WEBP", lossless=True, exif=exif, icc_profile=bytes(3001), xmp=b"<x/>")
+    assert np.array_equal(pixels(write(tmp_path, "x.webp", data + b"sent by mail")), np.rot90(picture(), -1))
 
 
 def test_load_16_bit_grey_is_scaled(tmp_path):
@@ -302,6 +357,8 @@ def bad_contents():
         "zero-size.png": (png(0, 30, pixels=b"\0"), "corrupt"),
         "no-quantisation.jpg": (whole["JPEG"].replace(b"\xff\xdb", b"\xff\xee"), "corrupt"),
         "corrupt-segment.jpg": (b"\xff\xd8\xff\xe0\x00\x00" + whole["JPEG"][6:], "corrupt"),
+        "12-bits.jpg": (jpeg_header(40, 30).replace(b"\x00\x11\x08", b"\x00\x11\x0c"), "unsupported-format"),
+        "2-channels.jpg": (jpeg_header(40, 30)[:-10] + b"\x02" + b"\0" * 9, "unsupported-format"),
         "no-frame.jpg": (b"\xff\xd8\xff\xd9", "corrupt"),
         "corrupt.webp": (webp[:30] + bytes(len(webp) - 30), "corrupt"),
         "corrupt-kind.webp": (webp.replace(b"VP8L", b"VP8?"), "corrupt"),
