@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 import struct
 import zlib
@@ -42,6 +43,9 @@ _DECODER_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+
+# A chunk that is too short for its kind is another damage.
+_TRUNCATED = re.compile("truncated(?!.* chunk)", re.IGNORECASE)
 
 _HEADERS = {
     "unsupported-format": "is not a JPEG, PNG or WebP file",
@@ -184,7 +188,7 @@ def _decode(file: BinaryIO, path: Path, num_bytes: int) -> Image.Image:
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
-        if "truncated" in str(error).lower() or not _has_end(file, kind, num_bytes):
+        if _TRUNCATED.search(str(error)) or not _has_end(file, kind, num_bytes):
             raise ImageError(path, "truncated", f"{path} ends before its last pixel") from error
         raise ImageError(path, "corrupt", f"{path} has a damaged {kind} stream") from error
 
@@ -217,7 +221,7 @@ def _from_pillow(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except _DECODER_ERRORS as error:
-        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        reason = "truncated" if _TRUNCATED.search(str(error)) else "corrupt"
         raise ImageError(name, reason, f"{name} cannot be decoded: {error}") from error
     try:
         return _to_rgb(image, name)

@@ -352,6 +352,7 @@ def bad_contents():
         "corrupt-stored.png": (flipped(stored, pixel_data), "corrupt"),
         "corrupt-header-checksum.png": (flipped(whole["PNG"], header_crc), "corrupt"),
         "corrupt-first-chunk.png": (whole["PNG"].replace(b"IHDR", b"JHDR"), "corrupt"),
+        "short-chunk.png": (png(40, 30, pixels=b"\0", extra=chunk(b"pHYs", b"\0")), "corrupt"),
         "short-pixels.png": (broken_zlib, "truncated"),
         "no-pixels.png": (png(40, 30), "corrupt"),
         "zero-size.png": (png(0, 30, pixels=b"\0"), "corrupt"),
