@@ -66,12 +66,17 @@ class GuideResult:
         return share(drawn), low, high
 
     def accepted(self, confidence: float = 0.95) -> list[bool | None]:
-        """Whether a technique brings outputs closer: by intervals above 0 in every space.
+        """Whether a technique brings outputs closer, by the intervals of :meth:`gains`.
 
-        None for the baseline, and for techniques that the guide cannot tell from it.
+        True where they are above 0 in every space; False where one is below 0, so that outputs are farther there; None
+        where neither is sure, for the baseline, and for techniques that the guide cannot tell from it.
         """
-        _, low, _ = self.gains(confidence)
-        return [None if same else bool((bounds > 0).all()) for same, bounds in zip(self.unchanged, low, strict=True)]
+        _, low, high = self.gains(confidence)
+        closer, farther = (low > 0).all(1), (high < 0).any(1)
+        return [
+            None if same or not (near or far) else bool(near)
+            for same, near, far in zip(self.unchanged, closer, farther, strict=True)
+        ]
 
 
 class Guide:

@@ -44,8 +44,8 @@ class GateResult:
 
         "technique"; "score", the mean over layers, timesteps and images; "score_gain" over the baseline with "_low" and
         "_high", its bootstrap interval over images; for each space of the guide "vae_gain" and "clip_gain" with theirs
-        (:meth:`GuideResult.gains`); "accepted" by the guide, None where it cannot tell; and "take": whether the score
-        gains by its interval and the guide does not object.
+        (:meth:`GuideResult.gains`); "accepted" by the guide (:meth:`GuideResult.accepted`), None where it cannot tell
+        or is left out; and "take": whether the score gains by its interval and the guide does not reject.
         """
         means = self.shift.scores.mean((1, 2))
         gains = means - means[:1]
