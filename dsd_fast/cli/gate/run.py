@@ -85,7 +85,7 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
         "images": len(used),
         "errors": errors,
         "seconds": time.perf_counter() - start,
-        "verdict": _verdict([row["technique"] for row in result.rows() if row["take"]]),
+        "verdict": verdict(result.rows()),
     }
     page = render(summary, [storable(str(path)) for path in used], versions())
     with writing(out):
@@ -163,8 +163,13 @@ def _techniques(
     return chosen
 
 
-def _verdict(taken: Sequence[str]) -> str:
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Says which techniques to take, or that none is, or of which more images may tell."""
+    taken = [row["technique"] for row in rows if row["take"]]
     if not taken:
+        unsure = [row["technique"] for row in rows if row["accepted"] is not False and row["score_gain_high"] > 0]
+        if unsure:
+            return f"None of the techniques is surely worth taking; more images may tell of {', '.join(unsure)}."
         return "None of the techniques is worth taking."
     words = ", ".join(taken)
     return f"Worth taking, the best first: {words}." if len(taken) > 1 else f"Worth taking: {words}."
