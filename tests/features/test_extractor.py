@@ -1,6 +1,7 @@
 """FeatureExtractor against plans run by hand, torch's own functions, and itself asked in other ways."""
 
 import itertools
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,12 @@ def test_timesteps_are_those_that_the_network_is_told(model):
 def test_a_changed_extractor_stays_compiled(model):
     compiled = FeatureExtractor(model, LAYERS).compile("inductor")
     assert compiled.replaced(timesteps=(60,)).runtime == "inductor"
+
+
+def test_a_pickled_extractor_is_the_same(model, images):
+    extractor = FeatureExtractor(model, LAYERS[:1], technique=Technique(prompts="a red circle"))
+    again = pickle.loads(pickle.dumps(extractor))
+    close(again.extract(images[:1])[LAYERS[0]], extractor.extract(images[:1])[LAYERS[0]])
 
 
 def test_text_encoders_of_another_type(images):
