@@ -14,7 +14,7 @@ from torch import Tensor
 from dsd_fast.engine import Texts
 from dsd_fast.engine.items import prompt_check
 from dsd_fast.images import ImageError
-from dsd_fast.matching.groups import Group
+from dsd_fast.matching.groups import Group, long_text
 from dsd_fast.matching.matcher import Matcher
 from dsd_fast.matching.pairs import Pairs
 from dsd_fast.models.errors import ModelError
@@ -101,14 +101,9 @@ def _score(matcher: Matcher, groups: Sequence[Group]) -> Iterator[GroupScores | 
 
 def _too_long(model: Model, groups: Sequence[Group]) -> dict[int, Failure]:
     """The groups with a text that the encoders cannot hold, by position."""
-    check, failures = prompt_check(model), dict[int, Failure]()
-    for number, group in enumerate(groups):
-        for text in group.texts:
-            wrong = check(text)
-            if wrong is not None:
-                message = f"text {text[:40]!r}… {wrong.removeprefix('the prompt ')}"
-                failures.setdefault(number, Failure("text-too-long", message))
-    return failures
+    check = prompt_check(model)
+    wrong = {number: long_text(check, group) for number, group in enumerate(groups)}
+    return {number: Failure("text-too-long", message) for number, message in wrong.items() if message is not None}
 
 
 class _Work:

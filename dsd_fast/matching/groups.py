@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +140,19 @@ class Group:
         if isinstance(texts, str):
             texts = (texts,)
         return cls(images, texts, label)
+
+
+def long_text(check: Callable[[str], str | None], group: Group) -> str | None:
+    """What is wrong with the first text of a group that text encoders do not take, or None.
+
+    Args:
+        check: see :func:`dsd_fast.engine.items.prompt_check`.
+    """
+    for text in group.texts:
+        wrong = check(text)
+        if wrong is not None:
+            return f"text {text[:40]!r}… {wrong.removeprefix('the prompt ')}"
+    return None
 
 
 def drawn_groups(examples: Iterable[Any]) -> Iterator[Group]:

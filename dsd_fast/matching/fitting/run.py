@@ -7,17 +7,21 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsd_fast.engine.fingerprint import model_settings
+from dsd_fast.engine.items import prompt_check
 from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
 from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, Report, Training
-from dsd_fast.matching.groups import Group, drawn_groups
+from dsd_fast.matching.groups import Group, drawn_groups, long_text
 from dsd_fast.matching.score import PairScorer
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
 
 
 def fit(
@@ -45,8 +49,8 @@ def fit(
     Returns:
         The scorer that the matcher then has, the name of its LoRA, and what the fit did.
     """
-    groups = _groups("examples", examples)
-    held_out = None if validation is None else _groups("validation", validation)
+    groups = _groups("examples", examples, base.model)
+    held_out = None if validation is None else _groups("validation", validation, base.model)
     if config.patience is not None and held_out is None:
         raise ValueError("patience: needs validation, the held-out groups that it goes by")
     steps = base.model.schedule.num_train_timesteps
@@ -69,10 +73,15 @@ def fit(
     return scorer, learned.lora, history
 
 
-def _groups(name: str, given: Iterable[Any]) -> list[Group]:
+def _groups(name: str, given: Iterable[Any], model: Model) -> list[Group]:
     groups = list(drawn_groups(given))
     if not groups:
         raise ValueError(f"{name}: got none, expected at least one group")
+    check = prompt_check(model)
+    for number, group in enumerate(groups):
+        wrong = long_text(check, group)
+        if wrong is not None:
+            raise ValueError(f"{name}[{number}]{f' ({group.id})' if group.id else ''}: {wrong}")
     return groups
 
 

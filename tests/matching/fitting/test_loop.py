@@ -194,7 +194,7 @@ def test_buffers_of_examples_may_be_filled_again():
     examples = [(image, TEXTS, number % 2) for number, image in enumerate(images)]
     refilling = ((image, TEXTS, number % 2) for number, image in enumerate(refilled("array", images)))
     scorer = matcher(pipeline())._scorer
-    given, drawn = (Examples(scorer, examples_of("examples", each)) for each in (examples, refilling))
+    given, drawn = (Examples(scorer, examples_of("examples", each, scorer.model)) for each in (examples, refilling))
     assert drawn.queries == given.queries
     assert drawn.digest == given.digest
     assert torch.equal(drawn.latents, given.latents)
@@ -213,8 +213,13 @@ def test_examples_that_cannot_be_used_are_refused_before_the_first_step(tmp_path
         fit([missing])
     with pytest.raises(dsd.images.ImageError, match=r"gone\.png"):
         fit(validation=[missing])
-    with pytest.raises(ValueError, match="82 tokens"):
-        fit(validation=[(pictures(1)[0], ["a", "b " * 80], 0)])
+    long = "b " * 80
+    with pytest.raises(ValueError, match=r"validation\[1\]: text 'b b .* has 82 tokens"):
+        fit(validation=[groups()[0], (pictures(1)[0], ["a", long], 0)])
+    with pytest.raises(ValueError, match=r"examples\[0\] \(the one\): text 'b b .* has 82 tokens"):
+        fit([replace(missing, texts=(long, "b"))])
+    with pytest.raises(ValueError, match=r"examples\[1\]: text 'b b .* has 82 tokens"):
+        fit([groups()[0], (pictures(2), long, 0)])
     with pytest.raises(ValueError, match="examples: got none"):
         fit([])
     with pytest.raises(ValueError, match="validation: got none"):
