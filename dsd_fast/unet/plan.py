@@ -50,8 +50,8 @@ class Plan(Cut):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as the same plan, compiled for the same runtime, of a copy of the program."""
-        cut = (self.network, self.features, self.scores, self.maps, self.noise_pred, self.pool)
-        return _planned, (cut, self._adapter, self.runtime)
+        cut = (self.features, self.scores, self.maps, self.noise_pred, self.pool)
+        return _planned, (self.network, cut, self._adapter, self.runtime)
 
     @property
     def program(self) -> Network:
@@ -319,7 +319,8 @@ class Plan(Cut):
         return text.nbytes + self._runtime.held(text.narrowed(self.key_layers, self.value_layers))
 
 
-def _planned(cut: tuple[Any, ...], adapter: AdapterScope, runtime: str | None) -> Plan:
-    plan = Plan(*cut, None)
+def _planned(network: Network, cut: tuple[Any, ...], adapter: AdapterScope, runtime: str | None) -> Plan:
+    features, scores, maps, noise_pred, pool = cut
+    plan = Plan(network, features, scores, maps, noise_pred, pool, None)
     plan._adapter = adapter
     return plan if runtime is None else plan.compile(runtime)

@@ -72,11 +72,14 @@ class GuideResult:
         where neither is sure, for the baseline, and for techniques that the guide cannot tell from it.
         """
         _, low, high = self.gains(confidence)
-        closer, farther = (low > 0).all(1), (high < 0).any(1)
-        return [
-            None if same or not (near or far) else bool(near)
-            for same, near, far in zip(self.unchanged, closer, farther, strict=True)
-        ]
+        answers = zip(self.unchanged, map(_accepted, low, high), strict=True)
+        return [None if same else answer for same, answer in answers]
+
+
+def _accepted(low: Floats, high: Floats) -> bool | None:
+    if (low > 0).all():
+        return True
+    return False if (high < 0).any() else None
 
 
 class Guide:
