@@ -125,11 +125,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def storable(text: str) -> str:
-    """Makes a path or argument UTF-8 text: bytes that are none, which Linux allows, become escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def counted(count: int, noun: str) -> str:
     """Counts things: 1 image, 1,000 images."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

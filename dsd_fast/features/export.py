@@ -125,7 +125,7 @@ def extract_to(
         technique = replace(technique, prompts=None)
     check = prompt_check(extractor.model)
     if isinstance(prompts, str) and (wrong := check(prompts)) is not None:
-        raise ValueError(f"prompts: {wrong}")
+        raise ValueError(f"prompts: {wrong[1]}")
     items = Items(images, prompts, seed, names, check)
     rows = shard_rows or _rows_of_a_shard(extractor)
     job = Job(

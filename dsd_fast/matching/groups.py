@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dsd_fast.engine.items import PromptCheck
 from dsd_fast.images import ImageSource, Taken, drawn, take
 
 _SOURCES = "a pathlib.Path, a Pillow image, a uint8 array (H, W, C) or a float tensor (C, H, W)"
@@ -142,16 +143,12 @@ class Group:
         return cls(images, texts, label)
 
 
-def long_text(check: Callable[[str], str | None], group: Group) -> str | None:
-    """What is wrong with the first text of a group that text encoders do not take, or None.
-
-    Args:
-        check: see :func:`dsd_fast.engine.items.prompt_check`.
-    """
+def wrong_text(check: PromptCheck, group: Group) -> tuple[str, str] | None:
+    """What is wrong with the first text of a group that text encoders do not take, as ``check`` says it; or None."""
     for text in group.texts:
         wrong = check(text)
         if wrong is not None:
-            return f"text {text[:40]!r}… {wrong.removeprefix('the prompt ')}"
+            return wrong[0], f"text {text[:40]!r}… {wrong[1].removeprefix('the prompt ')}"
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.jobs import storable
 from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
@@ -65,7 +66,8 @@ class Model:
         self.text_encoders = tuple(text_encoders)
         self.tokenizers = tuple(tokenizers)
         self.clip = clip
-        self.name = name
+        # It is written into files and tables, and may be that of a folder whose bytes are no text.
+        self.name = storable(name)
         self.revision = revision
         label = name or "model"
         self.latent_channels: int = vae.config.latent_channels

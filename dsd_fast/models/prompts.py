@@ -1,5 +1,6 @@
 """Prompts to the text states that a UNet attends to, as the stock pipelines compute them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from dsd_fast.models.errors import ModelError
 
 # Bounds the activations of the text encoders for long lists of prompts.
 _PROMPTS_AT_ONCE = 256
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +90,27 @@ def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prom
     )
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Refuses what is no Unicode text, as a str that was decoded with "surrogateescape" may be.
+
+    Raises:
+        ValueError: by ``name``.
+    """
+    if _HALF_PAIR.search(text):
+        raise ValueError(f"{name} has half of a surrogate pair, which is no text")
+
+
 def tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask of real tokens, both (M, limit) int64, learned tokens spelled out.
 
     Raises:
         ModelError: a text of more than `limit` tokens.
+        ValueError: a text that :func:`check_unicode` refuses.
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
+    for index, text in enumerate(texts):
+        check_unicode(f"prompts[{index}]", text)
     # Spells a learned token of several vectors out into its several tokens, as stock pipelines do.
     texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
     encoded = tokenizer(texts, padding="max_length", max_length=limit, truncation=False, verbose=False)

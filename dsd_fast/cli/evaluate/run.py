@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from dsd_fast.cli.evaluate.options import EvaluateRequest
 from dsd_fast.cli.files import writing
 from dsd_fast.cli.results import metadata, settings_of, versions, write_json
-from dsd_fast.cli.terminal import Interrupt, progress, storable
-from dsd_fast.jobs import replacing
+from dsd_fast.cli.terminal import Interrupt, progress
+from dsd_fast.jobs import replacing, storable
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import Evaluation, Figures, evaluate_iter
 from dsd_fast.matching.group_results import GroupResult, check_conventions

@@ -15,10 +15,10 @@ from dsd_fast.cli.gate.options import GateRequest, PromptOptions
 from dsd_fast.cli.gate.report import render
 from dsd_fast.cli.images import ImageFiles, decoding_error, read_prompts
 from dsd_fast.cli.results import versions
-from dsd_fast.cli.terminal import CommandError, progress, storable
+from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
 from dsd_fast.features.gate import gate
-from dsd_fast.jobs import replacing
+from dsd_fast.jobs import replacing, storable
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -136,7 +136,7 @@ def _techniques(
     for given in adapters:
         name, equals, source = given.partition("=")
         if not equals:
-            name, source = Path(given).stem, given
+            name, source = storable(Path(given).stem), given
         model.load_lora(source, name)
         alone[f"lora {name}"] = {"adapter": (name,)}
         names.append(name)

@@ -18,7 +18,7 @@ from PIL import Image
 from dsd_fast.features.gate.guide import GuideResult
 from dsd_fast.features.gate.sheet import contact_sheet
 from dsd_fast.features.shift_result import Floats, ShiftResult
-from dsd_fast.jobs import replacing
+from dsd_fast.jobs import replacing, storable
 from dsd_fast.metrics import bootstrap
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class GateResult:
         }
         # JSON has no NaN.
         content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return storable(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     def _csv(self) -> bytes:
         rows = self.rows()

@@ -17,7 +17,7 @@ from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
 from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, Report, Training
-from dsd_fast.matching.groups import Group, drawn_groups, long_text
+from dsd_fast.matching.groups import Group, drawn_groups, wrong_text
 from dsd_fast.matching.score import PairScorer
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ def _groups(name: str, given: Iterable[Any], model: Model) -> list[Group]:
         raise ValueError(f"{name}: got none, expected at least one group")
     check = prompt_check(model)
     for number, group in enumerate(groups):
-        wrong = long_text(check, group)
+        wrong = wrong_text(check, group)
         if wrong is not None:
-            raise ValueError(f"{name}[{number}]{f' ({group.id})' if group.id else ''}: {wrong}")
+            raise ValueError(f"{name}[{number}]{f' ({group.id})' if group.id else ''}: {wrong[1]}")
     return groups
 
 
