@@ -107,6 +107,17 @@ class ModelOptions(Options, panel=MODEL_PANEL):
         bool, typer.Option("--local-files-only", "--offline", help="Take hub ids from the cache alone.")
     ] = False
 
+    def check(self) -> None:
+        """Refuses what cannot be loaded, whatever the model is; it is called before one is.
+
+        Raises:
+            CommandError, ModelError: by option, or by what it names.
+        """
+        from dsd_fast.models.load import resolve_device, resolve_dtype
+
+        resolve_dtype(self.dtype)
+        resolve_device(self.device)
+
     def load(self) -> "Model":
         """Calls :func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`.
 
@@ -138,6 +149,16 @@ class AdaptedModelOptions(ModelOptions):
 
     adapter: Annotated[str | None, typer.Option(help='A LoRA: "mini", a .safetensors file, folder or hub id.')] = None
     adapter_file: Annotated[str | None, typer.Option(help="Which file, where --adapter has several.")] = None
+
+    def check(self) -> None:
+        """Checks the model's options as :class:`ModelOptions` does, and finds the adapter's file."""
+        super().check()
+        if self.adapter is None and self.adapter_file is not None:
+            raise CommandError("--adapter-file: given without --adapter")
+        if self.adapter is not None:
+            from dsd_fast.models.lora import find_lora
+
+            find_lora(self.adapter, self.adapter_file, local_files_only=self.local_files_only)
 
     def load(self) -> "Model":
         """Loads the model as :class:`ModelOptions` does, and its adapter."""
@@ -199,6 +220,19 @@ class MemoryOptions(Options, panel=MEMORY_PANEL):
         ),
     ] = None
     memory_budget: MemoryBudget = None
+
+    def check(self, device: str) -> None:
+        """Refuses a runtime that a network on ``device`` cannot have, before there is one.
+
+        Raises:
+            ValueError: it is unknown, or of other devices.
+        """
+        if self.runtime is not None:
+            import torch
+
+            from dsd_fast.unet.runtime import check_runtime
+
+            check_runtime(self.runtime, torch.device(device))
 
     def compiled(self, method: "Method") -> "Method":
         """Compiles a matcher or extractor if a runtime is asked for."""

@@ -93,6 +93,18 @@ class Anchor:
     timestep: int | None = None
 
 
+def noised_timesteps(timesteps: Sequence[int]) -> list[int]:
+    """Those that are not 0, the reference.
+
+    Raises:
+        ValueError: there are none.
+    """
+    asked = [t for t in timesteps if t]
+    if not asked:
+        raise ValueError("timesteps: got 0 alone, where nothing shifts")
+    return asked
+
+
 class ShiftMeter:
     """Measures some images at a time; nothing of them is kept but numbers.
 
@@ -117,9 +129,7 @@ class ShiftMeter:
         names = [each.name for each in techniques]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"techniques: got {names}, expected at least one, and different names")
-        asked = [t for t in extractor.config.timesteps if t]
-        if not asked:
-            raise ValueError("timesteps: got 0 alone, where nothing shifts")
+        asked = noised_timesteps(extractor.config.timesteps)
         flat = [name for name, shape in extractor.shapes.items() if min(shape[1:]) < 2]
         if flat:
             raise ValueError(f"layers: {flat[0]!r} has maps {extractor.shapes[flat[0]][1:]}, expected at least 2 x 2")

@@ -17,6 +17,7 @@ from dsd_fast.cli.terminal import Interrupt, progress
 from dsd_fast.jobs import replacing, storable
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import Evaluation, Figures, evaluate_iter
+from dsd_fast.matching.fitting.files import read_matcher
 from dsd_fast.matching.group_results import GroupResult, check_conventions
 
 
@@ -34,6 +35,10 @@ def run(request: EvaluateRequest, groups: Sequence[Group], config: MatchConfig) 
     """
     out, how = request.out, request.conventions
     check_conventions(groups, how.batch_mean, how.ties)
+    request.source.check()
+    request.memory.check(request.source.device)
+    if request.matcher is not None:
+        read_matcher(request.matcher)
     # results.json opens first, so that it takes its name last: it vouches for the groups.
     with (
         Interrupt() as interrupt,

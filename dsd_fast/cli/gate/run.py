@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd_fast.cli.feature_options import LatentOptions
-from dsd_fast.cli.files import writing
+from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.gate.options import GateRequest, PromptOptions
 from dsd_fast.cli.gate.report import render
 from dsd_fast.cli.images import ImageFiles, decoding_error, read_prompts
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
+from dsd_fast.features.extraction import check_inversion
 from dsd_fast.features.gate import gate
+from dsd_fast.features.gate.guide import check_strength
+from dsd_fast.features.shift import noised_timesteps
 from dsd_fast.jobs import replacing, storable
+from dsd_fast.models.lora import find_lora
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -56,6 +60,7 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     texts: str | list[str] | None = techniques.prompts.prompt
     if techniques.prompts.prompts is not None:
         texts = files.prompts(read_prompts(techniques.prompts.prompts), numbers)
+    _check(request, settings)
     model = request.source.load()
     if techniques.prompts.captioner is not None:
         texts = _captions(used, techniques.prompts, model, request.source.local_files_only)
@@ -101,6 +106,32 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     return summary
 
 
+def _check(request: GateRequest, settings: Mapping[str, Any]) -> None:
+    """Refuses what needs no model to be refused."""
+    techniques, latents, guide = request.techniques, request.techniques.latents, request.guide
+    if latents.denoise_from is None and latents.denoise_steps is not None:
+        raise CommandError("--denoise-steps: given without --denoise-from")
+    asked = (techniques.prompts.prompt, techniques.prompts.prompts, techniques.prompts.captioner)
+    if all(each is None for each in (*asked, latents.denoise_from)) and not (
+        techniques.controls.control or techniques.adapter or latents.inversion
+    ):
+        raise CommandError(
+            "give a technique: --prompt, --prompts, --captioner, --control, --adapter, --denoise-from or --inversion"
+        )
+    if techniques.prompts.quality is not None and techniques.prompts.captioner is None:
+        raise CommandError("--quality: given without --captioner")
+    request.source.check()
+    techniques.controls.check()
+    for given in techniques.adapter or ():
+        find_lora(given.partition("=")[2] or given, local_files_only=request.source.local_files_only)
+    if latents.inversion:
+        check_inversion(settings["draws"])
+    noised_timesteps(settings["timesteps"])
+    if guide.guide:
+        check_strength(guide.strength, guide.steps)
+    check_folder(request.out)
+
+
 def _captions(images: Sequence[Path], options: PromptOptions, model: Model, local_files_only: bool) -> list[str]:
     from dsd_fast.features.captions import QUALITY, caption
 
@@ -143,14 +174,8 @@ def _techniques(
     if latents.denoise_from is not None:
         way = {"denoise_from": latents.denoise_from, "denoise_steps": latents.denoise_steps}
         alone[f"from t = {latents.denoise_from}"] = way
-    elif latents.denoise_steps is not None:
-        raise CommandError("--denoise-steps: given without --denoise-from")
     if latents.inversion:
         alone["inversion"] = {"inversion": True}
-    if not alone:
-        raise CommandError(
-            "give a technique: --prompt, --prompts, --captioner, --control, --adapter, --denoise-from or --inversion"
-        )
     plain = {"prompts": "", "adapter": ()}
     chosen = [Technique(name, **{**plain, **own}) for name, own in alone.items()]
     if latents.denoise_from is not None:

@@ -36,6 +36,8 @@ def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> 
         ValueError: settings, captions, a runtime or a memory budget that do not fit the model.
     """
     images, out, heatmaps = request.images, request.out, request.heatmaps
+    request.source.check()
+    request.memory.check(request.source.device)
     # results.json opens first, so that it takes its name last: it vouches for the scores.
     with (
         Interrupt() as interrupt,

@@ -82,6 +82,16 @@ def _accepted(low: Floats, high: Floats) -> bool | None:
     return False if (high < 0).any() else None
 
 
+def check_strength(strength: float, steps: int) -> None:
+    """Refuses an img2img without a step.
+
+    Raises:
+        ValueError: a strength outside its range, or too low for one step.
+    """
+    if not 0 < strength <= 1 or int(strength * steps) < 1:
+        raise ValueError(f"strength is {strength}, expected above 0, at most 1, and enough for one of {steps} steps")
+
+
 class Guide:
     """Runs img2img under each technique, some images at a time.
 
@@ -113,10 +123,7 @@ class Guide:
         shown: int = 8,
         runtime: str | None = None,
     ) -> None:
-        if not 0 < strength <= 1 or int(strength * steps) < 1:
-            raise ValueError(
-                f"strength is {strength}, expected above 0, at most 1, and enough for one of {steps} steps"
-            )
+        check_strength(strength, steps)
         self._model = model = engine.model
         self._techniques = list(techniques)
         self._adapters = any(adapter_names(part) for part in (model.unet, *model.text_encoders))

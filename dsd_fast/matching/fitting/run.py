@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -51,8 +51,7 @@ def fit(
     """
     groups = _groups("examples", examples, base.model)
     held_out = None if validation is None else _groups("validation", validation, base.model)
-    if config.patience is not None and held_out is None:
-        raise ValueError("patience: needs validation, the held-out groups that it goes by")
+    check_patience(config, held_out)
     steps = base.model.schedule.num_train_timesteps
     if config.timestep_range is not None and config.timestep_range[1] > steps:
         raise ValueError(f"timestep_range: got {config.timestep_range}, expected at most (0, {steps})")
@@ -71,6 +70,16 @@ def fit(
         if out is not None:
             save(out, scorer, learned.lora, adapter)
     return scorer, learned.lora, history
+
+
+def check_patience(config: FitConfig, held_out: Sequence[Group] | None) -> None:
+    """Refuses patience without held-out groups.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if config.patience is not None and held_out is None:
+        raise ValueError("patience: needs validation, the held-out groups that it goes by")
 
 
 def _groups(name: str, given: Iterable[Any], model: Model) -> list[Group]:
