@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsd_fast.cli.groups import Options
-from dsd_fast.cli.options import ModelOptions, parse_image_size
+from dsd_fast.cli.options import ModelOptions, check_timesteps, parse_image_size
 from dsd_fast.cli.terminal import CommandError
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ _PLACES = ("down-", "mid-", "up-", "unet-", "vae-")
 def parse_timesteps(text: str) -> list[int]:
     """Reads timesteps separated by commas."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        given = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--timesteps: {text!r} is no list of timesteps, expected for instance 50,200") from None
+    # Of none the configuration says it.
+    return check_timesteps(text, given) if given else given
 
 
 def parse_items(given: Sequence[str] | None) -> tuple[str, ...]:

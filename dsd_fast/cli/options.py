@@ -39,9 +39,17 @@ def parse_timesteps(text: str) -> int | list[int]:
     try:
         if "," not in text:
             return int(text)
-        return [int(part) for part in text.split(",") if part.strip()]
+        given = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--timesteps: {text!r} is neither a count nor timesteps separated by commas") from None
+    return check_timesteps(text, given)
+
+
+def check_timesteps(text: str, timesteps: list[int]) -> list[int]:
+    """Refuses those that no schedule has."""
+    if not timesteps or min(timesteps) < 0:
+        raise ValueError(f"--timesteps: got {text!r}, expected at least one, and none below 0")
+    return timesteps
 
 
 def parse_pool(text: str) -> str | float:

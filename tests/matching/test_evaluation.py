@@ -170,6 +170,8 @@ def test_what_cannot_be_used_is_a_failure_and_the_others_go_on(sd15, groups, tmp
         assert found.figures["accuracy"].n == 4
     nothing = evaluate(m, broken[:1])
     assert (nothing.figures, nothing.counts["errors"]) == ({}, 1)
+    (halved,) = evaluate(m, [Group(groups[0].images, ("a cat", "dog \udcff"), 0)]).results
+    assert halved.failure.reason == "text-no-text"
     assert evaluate(m, []).figures == {}
 
 

@@ -46,6 +46,7 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: settings that do not fit the model.
     """
     techniques, measure, out = request.techniques, request.measure, request.out
+    _check(request, settings)
     files = ImageFiles(request.images, without=out)
     numbers, errors = [], []
     for number, path in enumerate(files):
@@ -60,7 +61,6 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     texts: str | list[str] | None = techniques.prompts.prompt
     if techniques.prompts.prompts is not None:
         texts = files.prompts(read_prompts(techniques.prompts.prompts), numbers)
-    _check(request, settings)
     model = request.source.load()
     if techniques.prompts.captioner is not None:
         texts = _captions(used, techniques.prompts, model, request.source.local_files_only)
