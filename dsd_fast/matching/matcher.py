@@ -195,7 +195,8 @@ class Matcher:
         """All pairs: (N, M) float32 on the CPU, higher is better.
 
         Args:
-            images: N paths (``pathlib.Path``), PIL images, uint8 HWC arrays or float CHW tensors in [0, 1].
+            images: N paths (``pathlib.Path``), PIL images, uint8 HWC arrays or float CHW tensors in [0, 1]. Each is
+                read before the next is asked for, so that a generator may fill one buffer again.
             captions: M strings.
             seeds: one noise seed per image; None: the configuration's for all.
 
@@ -229,6 +230,8 @@ class Matcher:
     def predict(self, pairs: Sequence[tuple[ImageSource, str]]) -> Tensor:
         """(n,) float32 scores of the pairs, higher is better; each image and each caption is encoded once.
 
+        Pairs of a generator may have their images in one buffer, which is read before the next pair is asked for.
+
         Raises:
             ImageError: an image that cannot be used.
             ValueError: captions that are not strings or too long.
@@ -238,9 +241,7 @@ class Matcher:
         if not numbers:
             return torch.empty(0)
         scores = torch.empty(len(unique))
-        for _, chosen, parts, errors in unique.scored(self._scorer, self._encode(unique.texts)):
-            if errors:
-                raise errors[min(errors)]
+        for _, chosen, parts, _ in unique.scored(self._scorer, self._encode(unique.texts), strict=True):
             scores[chosen] = parts.sum(0).float()
         return scores[torch.tensor(numbers)]
 

@@ -50,11 +50,14 @@ class Pairs:
         """Number a pair."""
         return self._pairs.setdefault((self.image(image), self.text(text)), len(self._pairs))
 
-    def scored(self, scorer: PairScorer, texts: Texts) -> Iterator[tuple[int, Tensor, Tensor, dict[int, ImageError]]]:
+    def scored(
+        self, scorer: PairScorer, texts: Texts, *, strict: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor, dict[int, ImageError]]]:
         """Score a few images at a time, in their order.
 
         Args:
             texts: :attr:`texts`, encoded.
+            strict: raise the error of an image that cannot be used before the images beside it are scored.
 
         Yields:
             (how many images are done, numbers (b,) of pairs, their attention and noise parts (2, b) float64 on the CPU,
@@ -65,6 +68,8 @@ class Pairs:
         image_of, text_of = torch.tensor(list(self._pairs)).unbind(1)
         pairs_of, done = side_by_side(image_of), 0
         for numbers, latents, errors in scorer.latents(self.images, texts, -(-len(self) // len(self.images))):
+            if strict and errors:
+                raise errors[min(errors)]
             first, done = done, done + len(numbers) + len(errors)
             chosen = pairs_of(first, done)
             # An image that failed has no latent.

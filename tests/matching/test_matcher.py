@@ -339,8 +339,10 @@ def test_a_bad_image_is_given_back_or_raised(sd15, tmp_path):
     torch.testing.assert_close(torch.stack([found[0], found[2]]), want, rtol=0, atol=1e-5)
     with pytest.raises(ImageError, match="missing"):
         matcher(sd15).score(images, CAPTIONS)
-    with pytest.raises(ImageError, match="missing"):
-        matcher(sd15).predict([(images[1], "a")])
+    # Nothing is scored in vain beside it.
+    with Counted(sd15) as seen, pytest.raises(ImageError, match="missing"):
+        matcher(sd15).predict([(image, "a") for image in images])
+    assert seen["shared"] == 0
     assert [type(x) for _, x in matcher(sd15).score_iter(images[1:2], CAPTIONS)] == [ImageError]
 
 
