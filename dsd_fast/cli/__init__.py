@@ -6,9 +6,12 @@ import sys
 def main() -> None:
     """Runs the command that the process's arguments name."""
     try:
-        from dsd_fast.cli.app import app
+        from dsd_fast.cli.terminal import checked_stdout
 
-        app(prog_name="dsd-fast")
+        with checked_stdout():
+            from dsd_fast.cli.app import app
+
+            app(prog_name="dsd-fast")
     except KeyboardInterrupt:
         # A command handles its own; this one came before there was a command.
         sys.exit(130)

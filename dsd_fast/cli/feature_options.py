@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsd_fast.cli.groups import Options
-from dsd_fast.cli.options import ModelOptions, parse_image_size
+from dsd_fast.cli.options import ModelOptions, check_timesteps, parse_image_size
 from dsd_fast.cli.terminal import CommandError
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ _PLACES = ("down-", "mid-", "up-", "unet-", "vae-")
 def parse_timesteps(text: str) -> list[int]:
     """Reads timesteps separated by commas."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        given = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--timesteps: {text!r} is no list of timesteps, expected for instance 50,200") from None
+    # Of none the configuration says it.
+    return check_timesteps(text, given) if given else given
 
 
 def parse_items(given: Sequence[str] | None) -> tuple[str, ...]:
@@ -80,20 +82,34 @@ class ControlOptions(Options, panel=TECHNIQUE_PANEL):
         list[float] | None, typer.Option(help="Of the ControlNets: one for all, or one each; 1 if none.")
     ] = None
 
+    def check(self) -> None:
+        """Refuses what cannot be loaded, whatever the model is.
+
+        Raises:
+            CommandError: another number of scales than of nets.
+            ModelError: a folder that is not there.
+        """
+        from dsd_fast.models.hub import local_folder
+
+        names, scales = self.control or [], self.control_scale or []
+        if len(scales) not in (0, 1, len(names)) or (scales and not names):
+            raise CommandError(
+                f"--control-scale: got {len(scales)} for {len(names)} --control, expected one, or one each"
+            )
+        for name in names:
+            local_folder(name, "ControlNet")
+
     def load(self, model: "Model", source: ModelOptions) -> "tuple[Control, ...]":
         """Loads the ControlNets, each with the edges of Canny, on the model's device, as `source` says.
 
         Raises:
-            CommandError: another number of scales than of nets, or a file that cannot be read.
+            CommandError: as :meth:`check`, or a file that cannot be read.
             ModelError: no ControlNet.
         """
         from dsd_fast.models.controlnet import Control, load_controlnet
 
+        self.check()
         names, scales = self.control or [], self.control_scale or [1.0]
-        if len(scales) not in (1, len(names)) or (self.control_scale and not names):
-            raise CommandError(
-                f"--control-scale: got {len(scales)} for {len(names)} --control, expected one, or one each"
-            )
         if len(scales) == 1:
             scales = scales * len(names)
         controls = []

@@ -28,6 +28,19 @@ def writing(out: Path) -> Iterator[None]:
         raise CommandError(f"--out {out} cannot be written: {reason}") from error
 
 
+def check_folder(out: Path) -> None:
+    """Refuses a folder that cannot be written, before there is anything to write; nothing is made.
+
+    Raises:
+        CommandError: it cannot.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CommandError(f"--out {out} cannot be written: {'it' if there == out else there} is a file")
+    if not os.access(there, os.W_OK):
+        raise CommandError(f"--out {out} cannot be written: {os.strerror(errno.EACCES)}")
+
+
 @contextmanager
 def replacing_files(folder: Path, ours: re.Pattern[str]) -> Iterator[Path]:
     """Gives a folder to write files into, which move to `folder` when the block ends.

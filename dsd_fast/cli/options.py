@@ -39,9 +39,17 @@ def parse_timesteps(text: str) -> int | list[int]:
     try:
         if "," not in text:
             return int(text)
-        return [int(part) for part in text.split(",") if part.strip()]
+        given = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--timesteps: {text!r} is neither a count nor timesteps separated by commas") from None
+    return check_timesteps(text, given)
+
+
+def check_timesteps(text: str, timesteps: list[int]) -> list[int]:
+    """Refuses those that no schedule has."""
+    if not timesteps or min(timesteps) < 0:
+        raise ValueError(f"--timesteps: got {text!r}, expected at least one, and none below 0")
+    return timesteps
 
 
 def parse_pool(text: str) -> str | float:
@@ -113,6 +121,17 @@ class ModelOptions(Options, panel=MODEL_PANEL):
         bool, typer.Option("--local-files-only", "--offline", help="Take hub ids from the cache alone.")
     ] = False
 
+    def check(self) -> None:
+        """Refuses what cannot be loaded, whatever the model is; it is called before one is.
+
+        Raises:
+            CommandError, ModelError: by option, or by what it names.
+        """
+        from dsd_fast.models.load import resolve_device, resolve_dtype
+
+        resolve_dtype(self.dtype)
+        resolve_device(self.device)
+
     def load(self) -> "Model":
         """Calls :func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`.
 
@@ -155,6 +174,16 @@ class AdaptedModelOptions(ModelOptions):
         str | None, typer.Option(help='A LoRA: "mini", a .safetensors file, folder (PEFT\'s too) or hub id.')
     ] = None
     adapter_file: Annotated[str | None, typer.Option(help="Which file, where --adapter has several.")] = None
+
+    def check(self) -> None:
+        """Checks the model's options as :class:`ModelOptions` does, and finds the adapter's file."""
+        super().check()
+        if self.adapter is None and self.adapter_file is not None:
+            raise CommandError("--adapter-file: given without --adapter")
+        if self.adapter is not None:
+            from dsd_fast.models.lora import find_lora
+
+            find_lora(self.adapter, self.adapter_file, local_files_only=self.local_files_only)
 
     def load(self) -> "Model":
         """Loads the model as :class:`ModelOptions` does, and its adapter."""
@@ -216,6 +245,19 @@ class MemoryOptions(Options, panel=MEMORY_PANEL):
         ),
     ] = None
     memory_budget: MemoryBudget = None
+
+    def check(self, device: str) -> None:
+        """Refuses a runtime that a network on ``device`` cannot have, before there is one.
+
+        Raises:
+            ValueError: it is unknown, or of other devices.
+        """
+        if self.runtime is not None:
+            import torch
+
+            from dsd_fast.unet.runtime import check_runtime
+
+            check_runtime(self.runtime, torch.device(device))
 
     def compiled(self, method: "Method") -> "Method":
         """Compiles a matcher or extractor if a runtime is asked for."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dsd_fast import __version__
+from dsd_fast.jobs import storable
 
 if TYPE_CHECKING:
     from dsd_fast.matching import Matcher
@@ -158,6 +159,6 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: BinaryIO, content: Mapping[str, Any]) -> None:
-    """Writes indented UTF-8 JSON."""
-    file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    """Writes indented UTF-8 JSON; bytes of a path that are none are JSON's own escapes."""
+    file.write(storable(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)).encode() + b"\n")
     file.flush()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +23,8 @@ T = TypeVar("T")
 EXIT_ERRORS = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+_STDOUT = "stdout"
 
 SHOWN = 20
 """Images, and errors, that the terminal shows; the files have all."""
@@ -40,6 +45,8 @@ def one_sentence() -> Iterator[None]:
     except (CommandError, ValueError) as error:
         fail(str(error))
     except OSError as error:
+        if error.filename == _STDOUT:
+            raise
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
@@ -50,6 +57,53 @@ def one_sentence() -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         fail("out of memory; give a smaller --memory-budget, or fewer captions at a time")
+
+
+@contextmanager
+def checked_stdout() -> Iterator[None]:
+    """Ends the process with one sentence where what is printed cannot be written, as on a disk that is full.
+
+    Exit code 1: what a command writes into files is there by then. Without a word where the reader has left.
+    """
+    # None where the process was started without.
+    old = sys.stdout
+    if isinstance(old, io.TextIOWrapper):
+        sys.stdout = _Stdout(old.buffer, old.encoding, old.errors, line_buffering=old.line_buffering)
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if error.filename != _STDOUT:
+            raise
+        # The interpreter tries once more at its end, and would say it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"Error: stdout cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_ERRORS)
+
+
+class _Stdout(io.TextIOWrapper):
+    """Names itself in the system's errors."""
+
+    def write(self, text: str, /) -> int:
+        with _named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _named():
+            super().flush()
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = _STDOUT
+        raise
 
 
 def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
@@ -69,11 +123,6 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def storable(text: str) -> str:
-    """Makes a path or argument UTF-8 text: bytes that are none, which Linux allows, become escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def counted(count: int, noun: str) -> str:

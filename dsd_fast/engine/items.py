@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dsd_fast.images import ImageError, ImageSource, load_image
+from dsd_fast.images import ImageError, ImageSource, Taken, load_image
 from dsd_fast.images.batch import ahead
 from dsd_fast.images.header import HeaderError, read_header
 from dsd_fast.images.load import MAX_BYTES
 from dsd_fast.jobs import file_digest, row_id, storable
+from dsd_fast.models.errors import ModelError
 from dsd_fast.models.prompts import token_limit, tokenize
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 # Reading files waits more than it works.
 _READERS = 4
 _READ_AHEAD = 16
+
+PromptCheck = Callable[[str], tuple[str, str] | None]
 
 # Digest of the content, height, width.
 _Known = tuple[str, int | None, int | None]
@@ -49,6 +53,9 @@ class Item:
     refusal: tuple[str, str] | None = None
 
 
+# Halves of surrogate pairs, but for those that stand for bytes of a name.
+_NO_NAME = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
 COLUMNS = {"path": "string", "prompt": "string", "seed": "int64", "height": "int32", "width": "int32"}
 """Of the index: the file, or null; the prompt; the seed; the image's size as its header says, or null."""
 
@@ -60,7 +67,7 @@ class Items:
         images: consumed as they are asked for.
         prompts: one for all, or one each.
         names: one each; None: a file's name without its ending, a position for other images.
-        check: says what is wrong with a prompt, or None.
+        check: says what is wrong with a prompt, or None, see :func:`prompt_check`.
 
     Raises:
         ValueError: one image instead of several; a prompt or a name that is no str; another number of them than of
@@ -73,7 +80,7 @@ class Items:
         prompts: str | Sequence[str],
         seed: int,
         names: Sequence[str] | None,
-        check: Callable[[str], str | None],
+        check: PromptCheck,
     ) -> None:
         if isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Iterable):
             raise ValueError(f"images: got one {type(images).__name__}, expected a sequence of images")
@@ -100,7 +107,7 @@ class Items:
             prompt = _of("prompts", prompt, number)
             # Here, in the caller's thread: tokenizers are for one at a time.
             wrong = self._check(prompt)
-            refusal = None if wrong is None else ("prompt-too-long", wrong)
+            refusal = None if wrong is None else (f"prompt-{wrong[0]}", wrong[1])
         path = Path(source) if isinstance(source, os.PathLike) else None
         if self._names is not None:
             name = _of("names", self._names, number)
@@ -134,7 +141,8 @@ class Names:
             ValueError: its name is that of another input, or no path below a folder.
         """
         path = PurePosixPath(item.name)
-        if not path.name or path.is_absolute() or ".." in path.parts or "\0" in item.name:
+        wrong = not path.name or path.is_absolute() or ".." in path.parts or "\0" in item.name
+        if wrong or _NO_NAME.search(item.name):
             raise ValueError(f"names: got {item.name!r}, expected a path below the folder")
         if self._taken.setdefault(_path(item.name), item.id) != item.id:
             raise ValueError(
@@ -144,17 +152,18 @@ class Names:
         return item.id
 
 
-def prompt_check(model: Model) -> Callable[[str], str | None]:
-    """Says of a prompt why the model's text encoders do not take it, or None."""
+def prompt_check(model: Model) -> PromptCheck:
+    """Says of a prompt why the model's text encoders do not take it ("too-long" or "no-text", a sentence), or None."""
     limit = token_limit(model.tokenizers, model.text_encoders)
 
     @lru_cache(1024)
-    def check(prompt: str) -> str | None:
+    def check(prompt: str) -> tuple[str, str] | None:
         try:
             for tokenizer in model.tokenizers:
                 tokenize(tokenizer, [prompt], limit)
         except ValueError as error:
-            return str(error).replace("prompts[0]", "the prompt", 1)
+            reason = "too-long" if isinstance(error, ModelError) else "no-text"
+            return reason, str(error).replace("prompts[0]", "the prompt", 1)
         return None
 
     return check
@@ -172,7 +181,7 @@ def _of(what: str, given: Sequence[str], number: int) -> str:
 
 
 def _read(source: ImageSource) -> tuple[ImageSource, _Known]:
-    return source, _from_file(Path(source)) if isinstance(source, os.PathLike) else _from_object(source)
+    return (source, _from_file(Path(source))) if isinstance(source, os.PathLike) else _from_object(source)
 
 
 def _from_file(path: Path) -> _Known:
@@ -193,9 +202,11 @@ def _from_file(path: Path) -> _Known:
     return digest, height, width
 
 
-def _from_object(source: Any) -> _Known:
+def _from_object(source: Any) -> tuple[ImageSource, _Known]:
+    """Of the pixels that the digest was made of, the image too."""
     try:
         image = load_image(source)
     except ImageError as error:
-        return row_id(error.reason), None, None
-    return row_id(f"{image.width} {image.height}", image.tobytes()), image.height, image.width
+        return Taken(error), (row_id(error.reason), None, None)
+    digest = row_id(f"{image.width} {image.height}", image.tobytes())
+    return Taken(image), (digest, image.height, image.width)

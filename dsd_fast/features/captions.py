@@ -27,7 +27,7 @@ from dsd_fast.models.load import (
     resolve_dtype,
     weight_patterns,
 )
-from dsd_fast.models.prompts import as_tokens, token_limit
+from dsd_fast.models.prompts import as_tokens, check_unicode, token_limit
 
 QUALITY = "high quality, best quality, highly realistic, masterpiece"
 """The words that the official code adds to every prompt."""
@@ -66,11 +66,14 @@ def caption(
     Raises:
         ModelError: a captioner that cannot be loaded, as in `load_captioner`.
         ImageError: of the first image that cannot be used.
-        ValueError: counts below 1, or quality words that alone are too long for the text encoders.
+        ValueError: counts below 1, words that are no text, or quality words that alone are too long for the text
+            encoders.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
+    for name, text in (("prefix", prefix), ("quality", quality)):
+        check_unicode(name, text)
     tail = f", {quality}" if quality else ""
     if model is not None and _num_tokens(model, quality) > _limit(model):
         raise ValueError(

@@ -106,8 +106,7 @@ def extract_to(
         ValueError: an argument that does not fit, by name; two images of one name in a layout of files; a ControlNet's
             condition that another process could not tell from others, as a lambda.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    check_layout(layout)
     maps = [layer for layer in extractor.layers if layer.endswith("-map")]
     if layout == "npy-aggregated" and maps:
         raise ValueError(
@@ -124,7 +123,7 @@ def extract_to(
         technique = replace(technique, prompts=None)
     check = prompt_check(extractor.model)
     if isinstance(prompts, str) and (wrong := check(prompts)) is not None:
-        raise ValueError(f"prompts: {wrong}")
+        raise ValueError(f"prompts: {wrong[1]}")
     items = Items(images, prompts, seed, names, check)
     rows = shard_rows or _rows_of_a_shard(extractor)
     job = Job(
@@ -177,6 +176,16 @@ def extract_to(
     return Exported(
         job.folder, job.counts, line.seconds("compute"), line.seconds("write"), line.overlap("write", "compute")
     )
+
+
+def check_layout(layout: str) -> None:
+    """Refuses a layout that there is not.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
 
 
 def job_settings(

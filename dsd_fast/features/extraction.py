@@ -258,8 +258,8 @@ class Extraction:
         run = self._runs.get(core)
         if run is None or run[0] != strengths:
             told_timesteps(self.model, core, self.config.timesteps, self.config.official_timesteps)
-            if core.inversion and self.config.draws > 1:
-                raise ValueError(f"draws: got {self.config.draws}, expected 1: an inversion draws no noise")
+            if core.inversion:
+                check_inversion(self.config.draws)
             engine = self.engine.under(core.adapter, core.controls)
             plan = engine.plan(features=self._ids, maps=() if self._attention is None else self._attention.ids)
             if self.runtime is not None:
@@ -294,6 +294,16 @@ class Extraction:
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype if self.config.dtype is None else getattr(torch, self.config.dtype)
         return dtype
+
+
+def check_inversion(draws: int) -> None:
+    """Refuses several draws of an inversion.
+
+    Raises:
+        ValueError: more than one.
+    """
+    if draws > 1:
+        raise ValueError(f"draws: got {draws}, expected 1: an inversion draws no noise")
 
 
 def raise_first(errors: Mapping[int, ImageError]) -> None:

@@ -13,7 +13,7 @@ from dsd_fast.features.extraction import Extraction, raise_first
 from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.pca import PCA, Moments
 from dsd_fast.features.technique import Technique
-from dsd_fast.images import ImageError, ImageSource, check_sources
+from dsd_fast.images import ImageError, ImageSource, check_sources, drawn
 
 
 class FeatureExtractor(Extraction):
@@ -181,7 +181,7 @@ class FeatureExtractor(Extraction):
         outs: Sequence[Mapping[str, Tensor] | None],
     ) -> list[dict[str, Tensor]]:
         check_sources(images)
-        sources = images if isinstance(images, Sequence) else list(images)
+        sources = images if isinstance(images, Sequence) else list(drawn(images))
         request = Prompts(prompts)
         filled = [self._empty(len(sources)) if out is None else self._checked(out, len(sources)) for out in outs]
         for inputs, errors in self.encode(sources, request, seed, seeds=seeds, techniques=techniques):

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,11 +33,9 @@ from dsd_fast.features.extractor import FeatureExtractor
 from dsd_fast.features.inputs import Inputs, Prompts
 from dsd_fast.features.shift_result import Floats, ShiftResult
 from dsd_fast.features.technique import Technique
+from dsd_fast.images import ImageSource, drawn
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
-
-if TYPE_CHECKING:
-    from dsd_fast.images import ImageSource
 
 _KERNEL = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 
@@ -100,6 +97,18 @@ class Anchor:
     timestep: int | None = None
 
 
+def noised_timesteps(timesteps: Sequence[int]) -> list[int]:
+    """Those that are not 0, the reference.
+
+    Raises:
+        ValueError: there are none.
+    """
+    asked = [t for t in timesteps if t]
+    if not asked:
+        raise ValueError("timesteps: got 0 alone, where nothing shifts")
+    return asked
+
+
 class ShiftMeter:
     """Measures some images at a time; nothing of them is kept but numbers.
 
@@ -124,9 +133,7 @@ class ShiftMeter:
         names = [each.name for each in techniques]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"techniques: got {names}, expected at least one, and different names")
-        asked = [t for t in extractor.config.timesteps if t]
-        if not asked:
-            raise ValueError("timesteps: got 0 alone, where nothing shifts")
+        asked = noised_timesteps(extractor.config.timesteps)
         flat = [name for name, shape in extractor.shapes.items() if min(shape[1:]) < 2]
         if flat:
             raise ValueError(f"layers: {flat[0]!r} has maps {extractor.shapes[flat[0]][1:]}, expected at least 2 x 2")
@@ -236,7 +243,7 @@ def inputs_of(
         ImageError: an image that cannot be used.
         ValueError: as :meth:`FeatureExtractor.encode`.
     """
-    sources = images if isinstance(images, Sequence) else list(images)
+    sources = images if isinstance(images, Sequence) else list(drawn(images))
     for inputs, errors in extractor.encode(sources, prompts, seed, seeds=seeds, techniques=techniques):
         raise_first(errors)
         yield inputs

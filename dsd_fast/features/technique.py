@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsd_fast.models.controlnet import Control
+from dsd_fast.models.prompts import check_unicode
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Technique:
     inversion: bool = False
 
     def __post_init__(self) -> None:
+        check_unicode("name", self.name)
         if self.inversion and self.denoise_from is not None:
             raise ValueError("inversion, denoise_from: both are given, and each says how the latents are made")
         if self.denoise_steps is not None and self.denoise_from is None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dsd_fast.images.errors import ImageError
-from dsd_fast.images.load import ImageSource, load_image
+from dsd_fast.images.load import ImageSource, load_image, take
 
 _MAX_DEFAULT_WORKERS = 8
 Item = TypeVar("Item")
@@ -154,17 +154,29 @@ def _chunks(
         del some, pixels
 
 
+def drawn(items: Iterable[Any], taken: Callable[[Any], Any] = take) -> Iterable[Any]:
+    """The items of a caller, the images of each out of the caller's reach before the next one is asked for.
+
+    A generator may fill one buffer for all of its items, close an image or turn it to its next frame. A list or a tuple
+    holds all of them at once, and nothing of it is copied.
+
+    Args:
+        taken: makes of an item one that the caller does not change, :func:`~dsd_fast.images.load.take` of an image.
+    """
+    return items if type(items) in (list, tuple) else map(taken, items)
+
+
 def ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, read_ahead: int, name: str
 ) -> Iterator[Result]:
     """Yield what a function gives for each item, in the order of the items, by threads ahead of the caller.
 
     Args:
-        items: consumed as it goes, no further ahead than ``read_ahead``.
+        items: consumed as it goes, no further ahead than ``read_ahead``; images among them as :func:`drawn` has them.
         name: of the threads.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
-    source = iter(items)
+    source = iter(drawn(items))
     pending: deque[Future[Result]] = deque()
     try:
         while True:

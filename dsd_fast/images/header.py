@@ -4,6 +4,7 @@ Pillow learns the size only from a header that is whole, and warns about large o
 filters, which threads cannot change safely. Reading the size first keeps bombs away from the decoder altogether.
 """
 
+import re
 import struct
 from typing import BinaryIO
 
@@ -16,13 +17,26 @@ _WEBP = b"WEBP"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_END_OF_IMAGE = 0xD9
 _JPEG_START_OF_SCAN = 0xDA
+# TEM, the restarts and the start of the image have no content.
+_JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
+# A marker that is neither a fill byte nor an escaped FF.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])")
+# Of what decoders skip; within a file's own buffer.
+_BLOCK = 4096
 
 
 class HeaderError(Exception):
-    """The first bytes tell no size: its argument is the reason, as of an :class:`~dsd_fast.images.ImageError`.
+    """The first bytes tell no size that is read.
 
-    That is "unsupported-format", "truncated", or "corrupt" for a header that contradicts its format.
+    Attributes:
+        reason: as of an :class:`~dsd_fast.images.ImageError`: "unsupported-format", "truncated", or "corrupt" for a
+            header that contradicts its format.
+        message: what follows the file's name, where the reason alone does not tell it.
     """
+
+    def __init__(self, reason: str, message: str = "") -> None:
+        super().__init__(reason, message)
+        self.reason, self.message = reason, message
 
 
 def read_header(file: BinaryIO, num_bytes: int) -> tuple[str, int, int]:
@@ -54,24 +68,36 @@ def _png_size(head: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
-    """Walks the segments (ITU T.81, annex B) up to the frame header."""
+    """Walks the segments (ITU T.81, annex B) up to the frame header; skips what lies between them, as libjpeg does."""
     file.seek(2)
     while True:
-        byte = _exactly(file, 1)
-        if byte != b"\xff":
-            raise HeaderError("corrupt")
-        while byte == b"\xff":
-            byte = _exactly(file, 1)
-        marker = byte[0]
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:
+        marker = _next_marker(file)
+        if marker in _JPEG_BARE:
             continue
-        if marker in (0x00, _JPEG_END_OF_IMAGE, _JPEG_START_OF_SCAN):
+        if marker in (_JPEG_END_OF_IMAGE, _JPEG_START_OF_SCAN):
             raise HeaderError("corrupt")
         (length,) = struct.unpack(">H", _exactly(file, 2))
+        # It counts itself.
+        if length < 2:
+            raise HeaderError("corrupt")
         if marker in _JPEG_FRAMES:
-            height, width = struct.unpack(">HH", _exactly(file, 5)[1:])
+            bits, height, width, channels = struct.unpack(">BHHB", _exactly(file, 6))
+            if bits != 8 or channels not in (1, 3, 4):
+                wrong = f"is a JPEG of {channels} channels with {bits} bits, expected 1, 3 or 4 with 8"
+                raise HeaderError("unsupported-format", wrong)
             return width, height
         file.seek(length - 2, 1)
+
+
+def _next_marker(file: BinaryIO) -> int:
+    while block := file.read(_BLOCK):
+        marker = _JPEG_MARKER.search(block)
+        if marker is not None:
+            file.seek(marker.end() - len(block), 1)
+            return marker[1][0]
+        if block.endswith(b"\xff") and len(block) > 1:
+            file.seek(-1, 1)
+    raise HeaderError("truncated")
 
 
 def _webp_size(head: bytes, num_bytes: int) -> tuple[int, int]:

@@ -1,11 +1,14 @@
 """Any accepted image source to an RGB Pillow image: every failure is an `ImageError`, and nothing global changes."""
 
+import hashlib
 import os
+import re
 import stat
 import struct
 import zlib
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +18,9 @@ from torch import Tensor
 
 from dsd_fast.images.errors import ImageError
 from dsd_fast.images.header import HeaderError, read_header
+from dsd_fast.images.png import without_long_metadata
 
-ImageSource = os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
+ImageSource = Union[os.PathLike[str], Image.Image, npt.NDArray[np.uint8], Tensor, "Taken"]
 
 # Pillow's own threshold for warning about a decompression bomb: 256 MiB of RGB.
 MAX_PIXELS = 1024**3 // 4 // 3
@@ -40,6 +44,9 @@ _DECODER_ERRORS = (
     Image.DecompressionBombWarning,
 )
 
+# A chunk that is too short for its kind is another damage.
+_TRUNCATED = re.compile("truncated(?!.* chunk)", re.IGNORECASE)
+
 _HEADERS = {
     "unsupported-format": "is not a JPEG, PNG or WebP file",
     "truncated": "ends inside its header",
@@ -58,13 +65,57 @@ _TRANSPOSITIONS = {
 }
 
 
+class Taken:
+    """An image as it was when it was taken: the object that it was given as may be a buffer that is filled again.
+
+    Attributes:
+        source: an array, a tensor or an RGB image that nobody else has; or what refuses it.
+    """
+
+    def __init__(self, source: Image.Image | npt.NDArray[Any] | Tensor | ImageError) -> None:
+        self.source = source
+
+    @cached_property
+    def key(self) -> bytes:
+        """A digest that is equal for equal contents of one kind."""
+        source = self.source
+        if isinstance(source, ImageError):
+            return str(source).encode()
+        if isinstance(source, Image.Image):
+            about, content = f"image {source.size}", source.tobytes()
+        elif isinstance(source, Tensor):
+            about, content = f"{source.dtype} {source.shape}", source.flatten().view(torch.uint8).numpy().tobytes()
+        else:
+            about, content = f"array {source.dtype} {source.shape}", source.tobytes()
+        return hashlib.blake2b(about.encode() + content, digest_size=32).digest()
+
+
+def take(source: Any) -> Any:
+    """Take an image's pixels out of its owner's reach: a path as it is, of a Pillow image, an array or a tensor a copy.
+
+    A copy is a :class:`Taken`, which :func:`load_image` takes. A Pillow image is decoded here, and may be closed.
+    """
+    if isinstance(source, Image.Image):
+        try:
+            return Taken(load_image(source))
+        except ImageError as error:
+            return Taken(error)
+    if isinstance(source, np.ndarray):
+        return Taken(source.copy())
+    if isinstance(source, Tensor):
+        # Not a clone: the thread that reads it does not wait for the stream that the caller's work is on.
+        return Taken(source.detach().to("cpu", copy=True))
+    return source
+
+
 def load_image(source: ImageSource) -> Image.Image:
     """An RGB image of 8 bits a channel.
 
     Files: JPEG, PNG and WebP by their content, whatever the name. The size is checked from the header before anything
     is decoded. Of an animation the first frame is taken, an EXIF orientation is applied, transparency is composited on
     white, 16-bit samples keep their high byte, CMYK is converted without a colour profile. PNG checksums are verified;
-    JPEG and WebP have none, so damage that still decodes cannot be noticed there.
+    JPEG and WebP have none, so damage that still decodes cannot be noticed there. A Pillow image whose mode does not
+    say which value is white (F; I with values above 255; I;16 that no file has given, with none) is refused.
 
     Args:
         source: a `pathlib.Path`, a Pillow image (its current frame; it is not changed), a uint8 array (H, W, C) with 1,
@@ -79,6 +130,12 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ImageError("str", "unsupported-type", message)
     if isinstance(source, os.PathLike):
         return _from_file(Path(source))
+    if isinstance(source, Taken):
+        if isinstance(source.source, ImageError):
+            raise source.source
+        if isinstance(source.source, Image.Image):
+            return source.source
+        source = source.source
     if isinstance(source, Image.Image):
         return _from_pillow(source)
     if isinstance(source, np.ndarray):
@@ -115,26 +172,38 @@ def _decode(file: BinaryIO, path: Path, num_bytes: int) -> Image.Image:
     try:
         kind, width, height = read_header(file, num_bytes)
     except HeaderError as error:
-        reason = str(error)
-        raise ImageError(path, reason, f"{path} {_HEADERS[reason]}") from None
+        raise ImageError(path, error.reason, f"{path} {error.message or _HEADERS[error.reason]}") from None
     _check_size(path, width, height)
     try:
-        if kind == "PNG":
-            # Only this looks at the checksums of the pixel data.
-            file.seek(0)
-            Image.open(file, formats=[kind]).verify()
-        file.seek(0)
-        with Image.open(file, formats=[kind]) as image:
-            # The decoder may have found another size than the header reader.
-            _check_size(path, *image.size)
-            image.load()
-            return _to_rgb(image, path)
+        try:
+            return _pixels(file, kind, path)
+        except ImageError:
+            raise
+        except ValueError:
+            # Also what Pillow says of more metadata than it takes.
+            short = without_long_metadata(file) if kind == "PNG" else None
+            if short is None:
+                raise
+            return _pixels(short, kind, path)
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
-        if "truncated" in str(error).lower() or not _has_end(file, kind, num_bytes):
+        if _TRUNCATED.search(str(error)) or not _has_end(file, kind, num_bytes):
             raise ImageError(path, "truncated", f"{path} ends before its last pixel") from error
         raise ImageError(path, "corrupt", f"{path} has a damaged {kind} stream") from error
+
+
+def _pixels(file: BinaryIO, kind: str, path: Path) -> Image.Image:
+    if kind == "PNG":
+        # Only this looks at the checksums of the pixel data.
+        file.seek(0)
+        Image.open(file, formats=[kind]).verify()
+    file.seek(0)
+    with Image.open(file, formats=[kind]) as image:
+        # The decoder may have found another size than the header reader.
+        _check_size(path, *image.size)
+        image.load()
+        return _to_rgb(image, path)
 
 
 def _has_end(file: BinaryIO, kind: str, num_bytes: int) -> bool:
@@ -151,12 +220,15 @@ def _from_pillow(image: Image.Image) -> Image.Image:
     _check_size(name, *image.size)
     try:
         image.load()
+    except _DECODER_ERRORS as error:
+        reason = "truncated" if _TRUNCATED.search(str(error)) else "corrupt"
+        raise ImageError(name, reason, f"{name} cannot be decoded: {error}") from error
+    try:
         return _to_rgb(image, name)
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
-        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise ImageError(name, reason, f"{name} cannot be decoded: {error}") from error
+        raise ImageError(name, "unsupported-type", f"{name} cannot be converted to RGB: {error}") from error
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
@@ -187,11 +259,13 @@ def _to_rgb(image: Image.Image, source: Path | str) -> Image.Image:
     """A new RGB image: upright, opaque, 8 bits."""
     transposition = _TRANSPOSITIONS.get(_orientation(image))
     if image.mode.startswith("I"):
-        flat = _from_16_bit(image, source)
+        flat = _from_integers(image, source)
     elif image.mode == "F":
-        raise ImageError(source, "unsupported-type", f"{source} has mode F, whose range is not known")
+        message = f"{source} has mode F, whose range is not known; give mode L or RGB, where 255 is white"
+        raise ImageError(source, "unsupported-type", message)
     elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        # Pillow has no way from premultiplied grey but this one.
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         flat = Image.new("RGB", image.size, "white")
         flat.paste(rgba, mask=rgba.getchannel("A"))
     else:
@@ -201,15 +275,26 @@ def _to_rgb(image: Image.Image, source: Path | str) -> Image.Image:
     return flat if transposition is None else flat.transpose(transposition)
 
 
-def _from_16_bit(image: Image.Image, source: Path | str) -> Image.Image:
-    """Greyscale of 16 bits, which Pillow's own conversion would clip at 255 and whose transparency it does not know."""
+def _from_integers(image: Image.Image, source: Path | str) -> Image.Image:
+    """Greyscale of more bits than 8, whose transparency Pillow's own conversion does not know, nor more than 255.
+
+    Of mode I;16 it is 65535 that is white, as in the files that it comes from. Mode I has 32 bits and no white: values
+    up to 255 are taken as Pillow takes them.
+    """
     grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 0xFFFF:
-        raise ImageError(source, "unsupported-type", f"{source} has mode {image.mode} and values outside 0 to 65535")
+    low, high, wide = int(grey.min()), int(grey.max()), image.mode != "I"
+    if not wide and not 0 <= low <= high <= 0xFF:
+        message = f"{source} has mode I and values from {low} to {high}, and nothing says which is white"
+        expected = "give mode L, where 255 is, or I;16, where 65535 is"
+        raise ImageError(source, "unsupported-type", f"{message}; {expected}")
+    # A file of 16 bits may be that dark; what somebody has made has rather been 8 bits before.
+    if wide and image.format is None and 0 < high <= 0xFF:
+        message = f"{source} has mode {image.mode}, where 65535 is white, and no value above {high}"
+        raise ImageError(source, "unsupported-type", f"{message}; give mode L, by convert('L') if 255 is white")
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[grey == transparent] = 0xFFFF
-    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        grey[grey == transparent] = 0xFFFF if wide else 0xFF
+    return Image.fromarray((grey >> 8 if wide else grey).astype(np.uint8)).convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:

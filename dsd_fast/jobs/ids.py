@@ -27,10 +27,18 @@ def row_id(*parts: bytes | str) -> str:
     """
     digest = hashlib.blake2b(digest_size=_BYTES)
     for part in parts:
-        content = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        content = _encoded(part) if isinstance(part, str) else part
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # Half of a surrogate pair that stands for no byte of a name.
+        return text.encode("utf-8", "surrogatepass")
 
 
 def worker_of(row: str, workers: int) -> int:

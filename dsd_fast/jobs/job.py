@@ -198,7 +198,7 @@ class Job:
                 self.counts.done_errors += not ok
 
     def put(self, id: str, name: str, payload: Any = None, **columns: Any) -> None:
-        """A result.
+        """A result, whose ``payload`` is held as it is until its shard is written: it is not to be filled again.
 
         Raises:
             ValueError: an id that is not pending, or a column that the job has not.

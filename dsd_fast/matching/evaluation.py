@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsd_fast.matching.group_results import PARTS, GroupResult, check_conventions, judge
 from dsd_fast.matching.group_scores import score_groups
-from dsd_fast.matching.groups import Group
+from dsd_fast.matching.groups import drawn_groups
 from dsd_fast.matching.matcher import Matcher
 from dsd_fast.metrics import bootstrap, mean_reciprocal_rank, median_rank, recall_at, wilson
 
@@ -138,7 +138,7 @@ def evaluate_iter(
     parts: bool = False,
 ) -> Iterator[GroupResult]:
     """:func:`evaluate` one group at a time, in order, for :meth:`Evaluation.of`. Arguments are checked at the call."""
-    every = [Group.of(group) for group in groups]
+    every = list(drawn_groups(groups))
     check_conventions(every, batch_mean, ties)
     config = matcher.config
     weights = {"attention": config.attention_weight, "noise": config.noise_weight}

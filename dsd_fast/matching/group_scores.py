@@ -14,10 +14,9 @@ from torch import Tensor
 from dsd_fast.engine import Texts
 from dsd_fast.engine.items import prompt_check
 from dsd_fast.images import ImageError
-from dsd_fast.matching.groups import Group
+from dsd_fast.matching.groups import Group, wrong_text
 from dsd_fast.matching.matcher import Matcher
 from dsd_fast.matching.pairs import Pairs
-from dsd_fast.models.errors import ModelError
 from dsd_fast.models.prompts import token_limit
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Failure:
     """Why a group could not be scored.
 
     Attributes:
-        reason: an :class:`~dsd_fast.images.ImageError`'s, or "text-too-long".
+        reason: an :class:`~dsd_fast.images.ImageError`'s, "text-too-long" or "text-no-text".
         message: a sentence.
     """
 
@@ -88,8 +87,8 @@ def _score(matcher: Matcher, groups: Sequence[Group]) -> Iterator[GroupScores | 
     work = _Work(groups)
     try:
         texts = matcher._scorer.encode_texts(work.pairs.texts)
-    except ModelError:
-        failures = _too_long(matcher.model, groups)
+    except ValueError:
+        failures = _wrong_texts(matcher.model, groups)
         if not failures:
             raise
         work = _Work([group for number, group in enumerate(groups) if number not in failures])
@@ -99,16 +98,11 @@ def _score(matcher: Matcher, groups: Sequence[Group]) -> Iterator[GroupScores | 
         yield failures[number] if number in failures else next(scored)
 
 
-def _too_long(model: Model, groups: Sequence[Group]) -> dict[int, Failure]:
-    """The groups with a text that the encoders cannot hold, by position."""
-    check, failures = prompt_check(model), dict[int, Failure]()
-    for number, group in enumerate(groups):
-        for text in group.texts:
-            wrong = check(text)
-            if wrong is not None:
-                message = f"text {text[:40]!r}… {wrong.removeprefix('the prompt ')}"
-                failures.setdefault(number, Failure("text-too-long", message))
-    return failures
+def _wrong_texts(model: Model, groups: Sequence[Group]) -> dict[int, Failure]:
+    """The groups with a text that the encoders do not take, by position."""
+    check = prompt_check(model)
+    found = ((number, wrong_text(check, group)) for number, group in enumerate(groups))
+    return {number: Failure(f"text-{wrong[0]}", wrong[1]) for number, wrong in found if wrong is not None}
 
 
 class _Work:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import operator
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dsd_fast.images import ImageSource
+from dsd_fast.engine.items import PromptCheck
+from dsd_fast.images import ImageSource, Taken, drawn, take
 
 _SOURCES = "a pathlib.Path, a Pillow image, a uint8 array (H, W, C) or a float tensor (C, H, W)"
 _FORMS = "a Group, (image, [texts], label) or ([images], text, label)"
@@ -141,8 +143,27 @@ class Group:
         return cls(images, texts, label)
 
 
+def wrong_text(check: PromptCheck, group: Group) -> tuple[str, str] | None:
+    """What is wrong with the first text of a group that text encoders do not take, as ``check`` says it; or None."""
+    for text in group.texts:
+        wrong = check(text)
+        if wrong is not None:
+            return wrong[0], f"text {text[:40]!r}… {wrong[1].removeprefix('the prompt ')}"
+    return None
+
+
+def drawn_groups(examples: Iterable[Any]) -> Iterator[Group]:
+    """The groups that :meth:`Group.of` makes of examples, as :func:`~dsd_fast.images.drawn` has their images."""
+    return map(Group.of, drawn(examples, _taken))
+
+
+def _taken(example: Any) -> Group:
+    group = Group.of(example)
+    return replace(group, images=tuple(map(take, group.images)))
+
+
 def _is_source(value: object) -> bool:
-    return isinstance(value, (os.PathLike, Image.Image, np.ndarray, Tensor))
+    return isinstance(value, (os.PathLike, Image.Image, np.ndarray, Tensor, Taken))
 
 
 def _shown(value: object) -> str:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from dsd_fast.engine import Texts
-from dsd_fast.images import ImageError, ImageSource, load_image, to_tensor
+from dsd_fast.images import ImageError, ImageSource, drawn, load_image, to_tensor
 from dsd_fast.jobs import locked
 from dsd_fast.kernels.common.transfer import one_behind
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.config import FitConfig, parse_methods
 from dsd_fast.matching.fitting.files import LORA, Adapter, load, save
 from dsd_fast.matching.heatmaps import Heatmap, check, heatmaps
-from dsd_fast.matching.pairs import Pairs
+from dsd_fast.matching.pairs import Pairs, taken_pair
 from dsd_fast.matching.score import PairScorer, TermsBehind
 from dsd_fast.matching.words import Span
 
@@ -198,7 +198,8 @@ class Matcher:
         """All pairs: (N, M) float32 on the CPU, higher is better.
 
         Args:
-            images: N paths (``pathlib.Path``), PIL images, uint8 HWC arrays or float CHW tensors in [0, 1].
+            images: N paths (``pathlib.Path``), PIL images, uint8 HWC arrays or float CHW tensors in [0, 1]. Each is
+                read before the next is asked for, so that a generator may fill one buffer again.
             captions: M strings.
             seeds: one noise seed per image; None: the configuration's for all.
 
@@ -236,18 +237,18 @@ class Matcher:
     def predict(self, pairs: Sequence[tuple[ImageSource, str]]) -> Tensor:
         """(n,) float32 scores of the pairs, higher is better; each image and each caption is encoded once.
 
+        Pairs of a generator may have their images in one buffer, which is read before the next pair is asked for.
+
         Raises:
             ImageError: an image that cannot be used.
             ValueError: captions that are not strings or too long.
         """
         unique = Pairs()
-        numbers = [unique.pair(image, caption) for image, caption in pairs]
+        numbers = [unique.pair(image, caption) for image, caption in drawn(pairs, taken_pair)]
         if not numbers:
             return torch.empty(0, dtype=torch.float32, device="cpu")
         scores = torch.empty(len(unique), dtype=torch.float32, device="cpu")
-        for _, chosen, parts, errors in unique.scored(self._scorer, self._encode(unique.texts)):
-            if errors:
-                raise errors[min(errors)]
+        for _, chosen, parts, _ in unique.scored(self._scorer, self._encode(unique.texts), strict=True):
             scores[chosen] = parts.sum(0).float()
         return scores[torch.tensor(numbers, device="cpu")]
 

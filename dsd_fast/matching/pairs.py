@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.engine import Texts
-from dsd_fast.images import ImageError, ImageSource
+from dsd_fast.images import ImageError, ImageSource, Taken, take
 from dsd_fast.kernels.common.transfer import one_behind
 from dsd_fast.matching.score import PairScorer, TermsBehind
 
@@ -34,7 +34,7 @@ class Pairs:
         return len(self._pairs)
 
     def image(self, image: ImageSource) -> int:
-        """Number an image; a file, or an object, has one number."""
+        """Number an image; a file, an object, or what was taken of objects with equal contents, has one number."""
         number = self._image_numbers.setdefault(image_key(image), len(self.images))
         if number == len(self.images):
             self.images.append(image)
@@ -51,11 +51,14 @@ class Pairs:
         """Number a pair."""
         return self._pairs.setdefault((self.image(image), self.text(text)), len(self._pairs))
 
-    def scored(self, scorer: PairScorer, texts: Texts) -> Iterator[tuple[int, Tensor, Tensor, dict[int, ImageError]]]:
+    def scored(
+        self, scorer: PairScorer, texts: Texts, *, strict: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor, dict[int, ImageError]]]:
         """Score a few images at a time, in their order.
 
         Args:
             texts: :attr:`texts`, encoded.
+            strict: raise the error of an image that cannot be used before the images beside it are scored.
 
         Yields:
             (how many images are done, numbers (b,) of pairs, their attention and noise parts (2, b) float64 on the CPU,
@@ -69,6 +72,8 @@ class Pairs:
         def begun() -> Iterator[tuple[tuple[int, Tensor, dict[int, ImageError]], TermsBehind]]:
             done = 0
             for numbers, latents, errors in scorer.latents(self.images, texts, -(-len(self) // len(self.images))):
+                if strict and errors:
+                    raise errors[min(errors)]
                 first, done = done, done + len(numbers) + len(errors)
                 chosen = pairs_of(first, done)
                 # An image that failed has no latent.
@@ -95,5 +100,16 @@ def side_by_side(image_of: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def image_key(image: ImageSource) -> Any:
-    """Give a key that is equal for one file, or for one object."""
+    """Give a key that is equal for one file, for one object, or for equal contents that were taken of objects.
+
+    An object itself is one of a list that holds it: one that is drawn is filled again, or its place in memory is.
+    """
+    if isinstance(image, Taken):
+        return image.key
     return os.fspath(image) if isinstance(image, os.PathLike) else id(image)
+
+
+def taken_pair(pair: tuple[ImageSource, str]) -> tuple[ImageSource, str]:
+    """Take the image of a pair, see :func:`~dsd_fast.images.take`."""
+    image, text = pair
+    return take(image), text

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import NoiseSchedule, fresh_scheduler
+from dsd_fast.jobs import storable
 from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of, latent_sides
@@ -74,7 +75,8 @@ class Model:
         self.text_encoders = tuple(uncompiled(encoder) for encoder in text_encoders)
         self.tokenizers = tuple(tokenizers)
         self.clip = uncompiled(clip)
-        self.name = name
+        # It is written into files and tables, and may be that of a folder whose bytes are no text.
+        self.name = storable(name)
         self.revision = revision
         label = name or "model"
         self.latent_channels: int = vae.config.latent_channels

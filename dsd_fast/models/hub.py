@@ -32,7 +32,7 @@ def find_folder(
     from dsd_fast.models import mini
 
     name = os.fspath(source)
-    folder = mini.path() / shipped if shipped is not None and source == "mini" else _local_folder(source, what)
+    folder = mini.path() / shipped if shipped is not None and source == "mini" else local_folder(source, what)
     if folder is not None:
         if revision is not None:
             raise ModelError(f"revision is {revision!r}, but {what} {name!r} is a folder; expected a hub id")
@@ -52,8 +52,12 @@ def find_folder(
     return folder, folder.name
 
 
-def _local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
-    """The folder that `source` names, or None when it can only be a hub id."""
+def local_folder(source: str | os.PathLike[str], what: str) -> Path | None:
+    """The folder that `source` names, or None when it can only be a hub id.
+
+    Raises:
+        ModelError: a path that does not exist, or a file.
+    """
     text = os.fspath(source)
     if not text:
         raise ModelError(f"{what} is an empty string, expected a folder or a hub id")

@@ -1,5 +1,6 @@
 """Prompts to the text states that a UNet attends to, as the stock pipelines compute them."""
 
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dsd_fast.models.errors import ModelError
 _PROMPTS_AT_ONCE = 256
 # transformers keeps the padding of a call in the tokenizer, so that two threads would mix theirs.
 _TOKENIZING = threading.RLock()
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +96,27 @@ def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prom
     )
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Refuses what is no Unicode text, as a str that was decoded with "surrogateescape" may be.
+
+    Raises:
+        ValueError: by ``name``.
+    """
+    if _HALF_PAIR.search(text):
+        raise ValueError(f"{name} has half of a surrogate pair, which is no text")
+
+
 def tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask of real tokens, both (M, limit) int64, learned tokens spelled out.
 
     Raises:
         ModelError: a text of more than `limit` tokens.
+        ValueError: a text that :func:`check_unicode` refuses.
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
+    for index, text in enumerate(texts):
+        check_unicode(f"prompts[{index}]", text)
     with _TOKENIZING:
         # Spells a learned token of several vectors out into its several tokens, as stock pipelines do.
         texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)

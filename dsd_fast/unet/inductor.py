@@ -25,9 +25,9 @@ class Inductor:
         self._backend = backend
         self._functions: dict[Hashable, Callable[..., Any]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inductor:
-        # What was compiled belongs to the network that it was compiled for.
-        return Inductor(self._backend)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What was compiled belongs to the network that it was compiled for, and to this process.
+        return Inductor, (self._backend,)
 
     def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``function``, compiled at the first call with an equal ``key``."""

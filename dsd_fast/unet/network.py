@@ -5,9 +5,8 @@ Nothing above reads the network's config or walks through its blocks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Set
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,11 +74,9 @@ class Network:
         self.inductor = Inductor()
         self.weights = Weights(unet)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """The same of a copy of the network: steps call the modules that they were made for."""
-        copied = memo[id(self)] = type(self)(copy.deepcopy(self.module, memo))
-        copied.inductor = copy.deepcopy(self.inductor, memo)
-        return copied
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as the same of a copy of the network: steps call the modules that they were made for."""
+        return type(self), (self.module,), {"inductor": self.inductor}
 
     def check(self) -> None:
         """Refuse what has been attached to the network since (see :mod:`dsd_fast.unet.refusals`)."""

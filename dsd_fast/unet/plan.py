@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, overload
@@ -50,13 +49,10 @@ class Plan(Cut):
         self.runtime: str | None = None
         self._runtime: Runtime | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        """The same plan, compiled for the same runtime, of a copy of the program."""
-        network = copy.deepcopy(self.network, memo)
-        copied = Plan(network, self.features, self.scores, self.maps, self.noise_pred, self.pool, None)
-        memo[id(self)] = copied
-        copied._adapter = copy.deepcopy(self._adapter, memo)
-        return copied if self.runtime is None else copied.compile(self.runtime)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as the same plan, compiled for the same runtime, of a copy of the program."""
+        cut = (self.features, self.scores, self.maps, self.noise_pred, self.pool)
+        return _planned, (self.network, cut, self._adapter, self.runtime)
 
     @property
     def program(self) -> Network:
@@ -330,3 +326,10 @@ class Plan(Cut):
         if self._runtime is None:
             return text.nbytes
         return text.nbytes + self._runtime.held(text.narrowed(self.key_layers, self.value_layers))
+
+
+def _planned(network: Network, cut: tuple[Any, ...], adapter: AdapterScope, runtime: str | None) -> Plan:
+    features, scores, maps, noise_pred, pool = cut
+    plan = Plan(network, features, scores, maps, noise_pred, pool, None)
+    plan._adapter = adapter
+    return plan if runtime is None else plan.compile(runtime)

@@ -46,16 +46,19 @@ class Compiled:
         return available
 
 
-def make_runtime(name: str, device: torch.device) -> Runtime:
-    """Make a runtime for a network on ``device``.
+def check_runtime(name: str, device: torch.device) -> None:
+    """Refuse a runtime that a network on ``device`` cannot have.
 
     Raises:
         ValueError: an unknown name; a device that the runtime does not run on.
     """
-    if name == "inductor":
-        return Compiled()
-    if name == "cudagraph":
-        if device.type != "cuda":
-            raise ValueError(f"runtime: 'cudagraph' needs a network on a CUDA device, this one is on {device}")
-        return CudaGraph(CudaRecorder(device))
-    raise ValueError(f"runtime: got {name!r}, expected {' or '.join(map(repr, RUNTIMES))}")
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime: got {name!r}, expected {' or '.join(map(repr, RUNTIMES))}")
+    if name == "cudagraph" and device.type != "cuda":
+        raise ValueError(f"runtime: 'cudagraph' needs a network on a CUDA device, this one is on {device}")
+
+
+def make_runtime(name: str, device: torch.device) -> Runtime:
+    """Make a runtime for a network on ``device``; errors as :func:`check_runtime`."""
+    check_runtime(name, device)
+    return Compiled() if name == "inductor" else CudaGraph(CudaRecorder(device))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dsd_fast as dsd
 from dsd_fast.cli.feature_options import LatentOptions
-from dsd_fast.cli.gate.run import _techniques
+from dsd_fast.cli.gate.run import _techniques, verdict
 from dsd_fast.cli.options import ModelOptions
 from dsd_fast.features.gate import gate
 from dsd_fast.models.controlnet import Control, load_controlnet
@@ -91,9 +91,9 @@ def test_techniques_by_themselves_and_together(cli, images):
             assert float(found[name][key]) == pytest.approx(row[key], rel=1e-6, abs=1e-9)
         assert name.split(" + ")[0] in done.stdout
     best = [name for name, row in expected.items() if row["take"]]
-    verdict = "None of the techniques is worth taking." if not best else "Worth taking"
+    said = "None of the techniques is" if not best else "Worth taking"
     assert "3 images: 3 used, 0 errors, in " in done.stdout
-    assert verdict in done.stdout
+    assert said in done.stdout
     assert {path.name for path in Path("out").iterdir()} == {
         "contact-sheet.png", "distances.parquet", "gate.json", "prompts.jsonl", "ranking.csv", "report.html",
         "scores.parquet", "scores.png",
@@ -101,10 +101,26 @@ def test_techniques_by_themselves_and_together(cli, images):
     assert [json.loads(line)["prompt"] for line in Path("out/prompts.jsonl").read_text().splitlines()] == prompts
     assert pq.read_table("out/scores.parquet").num_rows == 6 * 3
     page = Path("out/report.html").read_text()
-    assert verdict in page
+    assert said in page
     # The input and what img2img makes of it, but for the way to make latents, which does not enter it.
     assert page.count("<img ") == 2 * (1 + 5)
     assert together in page
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([(True, None, 0.2), (False, False, 0.3)], "Worth taking: a."),
+        ([(False, None, 0.2), (False, False, 0.3)], "None of the techniques is surely worth taking; more images may"),
+        ([(False, True, -0.1), (False, False, 0.3)], "None of the techniques is worth taking."),
+    ],
+)
+def test_the_verdict_says_what_is_open(rows, sentence):
+    told = [
+        {"technique": name, "take": take, "accepted": accepted, "score_gain_high": high}
+        for name, (take, accepted, high) in zip("ab", rows, strict=True)
+    ]
+    assert verdict(told).startswith(sentence)
 
 
 def test_what_an_earlier_run_has_left_is_replaced_and_bad_images_are_said(cli, loaded, images, bad_images):

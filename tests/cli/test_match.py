@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dsd_fast as dsd
-from dsd_fast.cli.terminal import storable
+from dsd_fast.jobs import storable
 from tests.cli.conftest import CAPTIONS
 from tests.tiny import save_tiny_lora, tiny_pipeline
 

@@ -1,11 +1,14 @@
 """The command as a process: light to start, interrupted, out of disk space."""
 
+import errno
 import json
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -36,6 +39,31 @@ def test_start_is_light(arguments):
         assert done.stdout == f"dsd-fast {__version__}\n"
     elif "--help" in arguments:
         assert "match" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "dsd_fast.cli", "--version"],
+        ["-m", "dsd_fast.cli", "match", "--help"],
+        # As a command prints what it has found.
+        ["-c", "from dsd_fast.cli.terminal import *\nwith checked_stdout(), one_sentence(): print(1, flush=True)"],
+        ["-c", "from dsd_fast.cli.terminal import *\nwith checked_stdout(): print(1)"],
+    ],
+)
+def test_a_full_disk_under_stdout_is_one_sentence(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == f"Error: stdout cannot be written: {os.strerror(errno.ENOSPC)}\n"
+    assert done.returncode == 1
+
+
+def test_a_reader_who_leaves_is_no_error():
+    command = f"{sys.executable} -m dsd_fast.cli match --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("", 1)
 
 
 def test_only_the_commands_own_words_are_printed(tmp_path):

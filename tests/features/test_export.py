@@ -183,6 +183,18 @@ def test_any_kind_of_image_and_what_is_none(extractor, pictures, tmp_path):
     assert (rows["array"]["path"], rows["array"]["height"], rows["array"]["width"]) == (None, 40, 64)
 
 
+def test_a_prompt_that_is_no_text_is_its_own_error(extractor, pictures, tmp_path):
+    prompts = ["a", "b \udcff", "c \ud800"]
+    assert extract_to(extractor, tmp_path / "out", pictures[:3], prompts).counts == Counts(inputs=3, ok=1, errors=2)
+    rows = read_index(tmp_path / "out").to_pylist()
+    assert [row["reason"] for row in rows] == ["", "prompt-no-text", "prompt-no-text"]
+    assert [row["prompt"] for row in rows] == ["a", "b \\udcff", "c \\ud800"]
+    with pytest.raises(ValueError, match="prompts: the prompt has half of a surrogate pair"):
+        extract_to(extractor, tmp_path / "one", pictures[:1], prompts[1])
+    with pytest.raises(ValueError, match="name has half of a surrogate pair"):
+        dsd.Technique("lora \udcff")
+
+
 def test_every_image_may_have_its_prompt_and_one_too_long_is_its_own_error(model, pictures, tmp_path):
     layer = "mid-vit-block0-cross-q"
     extractor = dsd.FeatureExtractor(model, [layer])

@@ -1,6 +1,7 @@
 """FeatureExtractor against plans run by hand, torch's own functions, and itself asked in other ways."""
 
 import itertools
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 import dsd_fast
 from dsd_fast.diffusion import noise
 from dsd_fast.features import PCA, FeatureExtractor, Technique
+from dsd_fast.features.shift import measure_shift
 from dsd_fast.images import ImageError, load_batch, to_picture, to_tensor
+from dsd_fast.jobs import read_index, read_tensors
 from dsd_fast.models.mini.scenes import COLOURS, SHAPES, scene
 from dsd_fast.reference import features as reference
 from dsd_fast.unet import UNetProgram
+from tests.images.files import refilled
 from tests.tiny import tiny_pipeline
 
 LAYERS = ("up-level0-repeat1-res-out", "up-level1-repeat0-vit-block0-cross-q")
@@ -230,6 +234,28 @@ def test_more_images_than_memory_one_at_a_time_with_errors(model, images, tmp_pa
         extractor.extract(sources)
 
 
+@pytest.mark.parametrize("kind", ["array", "frames", "files that are closed"])
+def test_buffers_may_be_filled_again(model, images, kind, tmp_path):
+    def drawn():
+        return refilled(kind, arrays)
+
+    arrays = [np.asarray(image) for image in images]
+    extractor = FeatureExtractor(model, ["down-level0-repeat0-res-out"])
+    (want,) = extractor.extract(arrays).values()
+    close(*extractor.extract(drawn()).values(), want)
+    for got, row in zip(extractor.extract_iter(drawn()), want, strict=True):
+        close(*got[1].values(), row)
+    for name, source in (("drawn", drawn()), ("given", arrays)):
+        extractor.extract_to(tmp_path / name, source)
+    ours, theirs = (read_tensors(*(tmp_path / name / "shards").iterdir())[0] for name in ("drawn", "given"))
+    close(*ours.values(), *theirs.values())
+    assert read_index(tmp_path / "drawn")["id"] == read_index(tmp_path / "given")["id"]
+    components = [extractor.replaced().fit_pca(each, 2) for each in (drawn(), arrays)]
+    torch.testing.assert_close(*(each["down-level0-repeat0-res-out"].mean for each in components))
+    shifts = [measure_shift(extractor, each).scores for each in (drawn(), arrays)]
+    np.testing.assert_allclose(*shifts, rtol=1e-4)
+
+
 def test_chunks_without_a_usable_image(model, images, tmp_path):
     extractor = FeatureExtractor(model, LAYERS)
     missing = [tmp_path / "a.png", tmp_path / "b.png"]
@@ -288,6 +314,12 @@ def test_timesteps_are_those_that_the_network_is_told(model):
 def test_a_changed_extractor_stays_compiled(model):
     compiled = FeatureExtractor(model, LAYERS).compile("inductor")
     assert compiled.replaced(timesteps=(60,)).runtime == "inductor"
+
+
+def test_a_pickled_extractor_is_the_same(model, images):
+    extractor = FeatureExtractor(model, LAYERS[:1], technique=Technique(prompts="a red circle"))
+    again = pickle.loads(pickle.dumps(extractor))
+    close(again.extract(images[:1])[LAYERS[0]], extractor.extract(images[:1])[LAYERS[0]])
 
 
 def test_text_encoders_of_another_type(images):

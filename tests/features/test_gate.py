@@ -262,23 +262,44 @@ def test_gains_are_shares_of_the_baselines_distance():
     np.testing.assert_allclose(value[:, 0], [0, 0.5, 1 - 6.1 / 6])
     # Half the distance of every image is half the distance of any resample.
     np.testing.assert_allclose([low[1, 0], high[1, 0]], 0.5)
-    assert result.guide.accepted() == [None, True, False]
+    # The last is closer for two images and farther for one.
+    assert low[2, 0] < 0 < high[2, 0]
+    assert result.guide.accepted() == [None, True, None]
     assert [row["take"] for row in result.rows()] == [False, False]
 
 
-def test_the_guide_accepts_what_is_closer_in_every_space():
-    names, distances = ("a", "b", "c"), np.ones((3, 2, 4))
-    distances[1, 0], distances[2] = 0.5, 0.5
-    guide = GuideResult(names, ("vae", "clip"), distances, (True, False, False), [], [[], [], []])
-    assert guide.accepted() == [None, False, True]
+UNSURE = (0.2, 0.2, 1.9, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("vae", "clip", "accepted"),
+    [
+        (0.5, 0.5, True),
+        (0.5, UNSURE, None),
+        (0.5, 1.0, None),
+        (UNSURE, UNSURE, None),
+        (0.5, 1.5, False),
+        (UNSURE, 1.5, False),
+        (1.5, 1.5, False),
+    ],
+)
+def test_the_guide_accepts_what_is_closer_and_rejects_what_is_farther(vae, clip, accepted):
+    distances = np.ones((2, 2, 4))
+    distances[1] = np.broadcast_to(vae, 4), np.broadcast_to(clip, 4)
+    guide = GuideResult(("a", "b"), ("vae", "clip"), distances, (True, False), [], [[], []])
+    assert guide.accepted() == [None, accepted]
+    # Without a distance of the baseline there is no share of it.
+    none = GuideResult(("a", "b"), ("vae",), np.zeros((2, 1, 4)), (True, False), [], [[], []])
+    assert none.accepted() == [None, None]
 
 
 def test_a_gain_in_score_is_not_taken_against_the_guide():
-    # All gain the same; the guide rejects the second, accepts the third and cannot tell the fourth.
-    scores = [[0.5, 0.5]] + [[0.7, 0.8]] * 3
-    result = made(scores, [[1.0, 1.0], [1.2, 1.2], [0.5, 0.5], [1.0, 1.0]], [True, False, False, True])
+    # All gain the same; the guide rejects the second, accepts the third, and cannot tell the others.
+    scores = [[0.5, 0.5]] + [[0.7, 0.8]] * 4
+    distances = [[1.0, 1.0], [1.2, 1.2], [0.5, 0.5], [1.0, 1.0], [0.5, 1.4]]
+    result = made(scores, distances, [True, False, False, True, False])
     rows = [(row["technique"], row["accepted"], row["take"]) for row in result.rows()]
-    assert rows == [("b", False, False), ("c", True, True), ("d", None, True)]
+    assert rows == [("b", False, False), ("c", True, True), ("d", None, True), ("e", None, True)]
 
 
 def test_clip_takes_pictures_of_any_size(model):

@@ -3,9 +3,12 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -62,3 +65,33 @@ def write(folder: Path, name: str, content: bytes) -> Path:
     path = folder / name
     path.write_bytes(content)
     return path
+
+
+def refilled(kind: str, arrays: Sequence[np.ndarray]) -> Iterator[object]:
+    """Pictures of one size, each in the buffer of the one before."""
+    if kind == "array":
+        buffer = np.empty_like(arrays[0])
+        for array in arrays:
+            buffer[:] = array
+            yield buffer
+    elif kind == "tensor":
+        values = torch.empty(3, *arrays[0].shape[:2])
+        for array in arrays:
+            yield values.copy_(torch.from_numpy(array).permute(2, 0, 1) / 255)
+    elif kind == "pillow":
+        image = Image.new("RGB", arrays[0].shape[1::-1])
+        for array in arrays:
+            image.paste(Image.fromarray(array))
+            yield image
+    elif kind == "frames":
+        file = io.BytesIO()
+        first, *others = map(Image.fromarray, arrays)
+        first.save(file, "WEBP", save_all=True, append_images=others, lossless=True)
+        with Image.open(file) as image:
+            for number in range(len(arrays)):
+                image.seek(number)
+                yield image
+    elif kind == "files that are closed":
+        for array in arrays:
+            with Image.open(io.BytesIO(encoded(Image.fromarray(array), "PNG"))) as image:
+                yield image

@@ -1,3 +1,4 @@
+import io
 import threading
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from PIL import Image
 
 from dsd_fast.images import ImageError, decode, load_batch, load_image, to_tensor
-from tests.images.files import encoded, picture, write
+from tests.images.files import encoded, picture, refilled, write
 
 SIZE = (24, 32)
 
@@ -58,6 +59,30 @@ def test_load_batch(paths):
     assert batch.shape == (3, 3, *SIZE)
     assert torch.equal(batch, torch.stack([to_tensor(load_image(path), SIZE) for path in paths[:3]]))
     assert load_batch([], SIZE).shape == (0, 3, *SIZE)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "pillow", "frames", "files that are closed"])
+def test_pixels_are_taken_before_the_next_image_is_asked_for(kind):
+    arrays = [picture(seed=seed) for seed in range(6)]
+    assert torch.equal(load_batch(refilled(kind, arrays), SIZE), load_batch(arrays, SIZE))
+
+
+def test_a_sequence_of_the_callers_own_may_have_one_buffer():
+    arrays, buffer = [picture(seed=seed) for seed in range(6)], picture()
+
+    class Video:
+        def __getitem__(self, number):
+            buffer[:] = arrays[number]
+            return buffer
+
+    assert torch.equal(load_batch(Video(), SIZE), load_batch(arrays, SIZE))
+
+
+def test_an_image_that_cannot_be_taken_keeps_its_place():
+    broken = Image.open(io.BytesIO(encoded(Image.fromarray(picture()), "PNG")[:-40]))
+    results = [result for _, result in decode(iter([picture(), broken, picture(seed=1)]), SIZE)]
+    assert [isinstance(result, ImageError) for result in results] == [False, True, False]
+    assert results[1].reason == "truncated"
 
 
 def test_load_batch_raises_the_first_error(paths, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from dsd_fast.images import MAX_PIXELS, ImageError, load_image
 from tests.images.files import SIGNATURE, chunk, encoded, jpeg_header, picture, png, webp_header, write
@@ -99,6 +99,61 @@ def test_load_ignores_broken_exif(kind, exif, tmp_path):
     assert pixels(path).shape == (30, 40, 3)
 
 
+@pytest.mark.parametrize(
+    "stray", [b"\0", b"\xff" * 3, b"\xff\0", b"\xff\xd0", b"scanner\0" * 700, b"\0" * 4087 + b"\xff"], ids=len
+)
+def test_load_jpeg_with_stray_bytes_between_segments(stray, tmp_path):
+    data = encoded(RGB, "JPEG")
+    first = 4 + int.from_bytes(data[4:6], "big")
+    frame = data.index(b"\xff\xc0")
+    for cut in (first, frame):
+        path = write(tmp_path, "x.jpg", data[:cut] + stray + data[cut:] + b"sent by mail\xff\xd8" * 9)
+        assert np.array_equal(pixels(path), pixels(write(tmp_path, "y.jpg", data)))
+
+
+def long_metadata():
+    """Name → options of Pillow's for a PNG whose pixels are whole, and which Pillow's limits refuse."""
+    options = {}
+    for name in ("zTXt", "iTXt"):
+        info = PngImagePlugin.PngInfo()
+        add = info.add_text if name == "zTXt" else info.add_itxt
+        add("workflow", "A" * (2 << 20), zip=True)
+        options[name] = {"pnginfo": info}
+    info = PngImagePlugin.PngInfo()
+    for number in range(3):
+        info.add(b"tEXt", b"part\0" + b"A" * 30, after_idat=number > 1)
+    return {**options, "tEXt": {"pnginfo": info}, "iCCP": {"icc_profile": bytes(3 << 20)}}
+
+
+@pytest.mark.parametrize("name", ["zTXt", "iTXt", "tEXt", "iCCP"])
+def test_load_png_with_metadata_beyond_pillows_limits(name, tmp_path, monkeypatch):
+    if name == "tEXt":
+        monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(RGB, "PNG", exif=exif, **long_metadata()[name])
+    assert name.encode() in data
+    path = write(tmp_path, "x.png", data)
+    with pytest.raises(ValueError, match=r"text chunks|MAX_TEXT_CHUNK"), Image.open(path) as image:
+        image.load()
+    # Turned by the note that is no text.
+    assert np.array_equal(pixels(path), np.rot90(picture(), -1))
+    # It is left out where it is whole alone, and nothing else is.
+    for place, reason in ((data.index(name.encode()) + 30, "corrupt"), (data.index(b"IDAT") + 300, "corrupt")):
+        with pytest.raises(ImageError) as info:
+            load_image(write(tmp_path, "y.png", flipped(data, place)))
+        assert info.value.reason == reason
+    with pytest.raises(ImageError, match="ends before its last pixel"):
+        load_image(write(tmp_path, "z.png", data[: data.index(b"IDAT") + 300]))
+
+
+def test_load_webp_with_metadata_and_more_behind_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(RGB, "WEBP", lossless=True, exif=exif, icc_profile=bytes(3001), xmp=b"<x/>")
+    assert np.array_equal(pixels(write(tmp_path, "x.webp", data + b"sent by mail")), np.rot90(picture(), -1))
+
+
 def test_load_16_bit_grey_is_scaled(tmp_path):
     grey = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
     path = write(tmp_path, "x.png", encoded(Image.fromarray(grey), "PNG"))
@@ -107,7 +162,8 @@ def test_load_16_bit_grey_is_scaled(tmp_path):
     assert np.abs(result.astype(float) - grey[..., None] / 257).max() <= 1
     assert (result.min(), result.max()) == (0, 255)
     assert np.array_equal(result, pixels(Image.fromarray(grey)))
-    assert np.array_equal(result, pixels(Image.fromarray(grey.astype(np.int32))))
+    # As the refusal of mode I advises.
+    assert np.array_equal(result, pixels(Image.fromarray(grey.astype(np.int32)).convert("I;16")))
 
 
 def test_load_16_bit_colour_equals_grey(tmp_path):
@@ -196,6 +252,28 @@ def test_load_lazy_pillow_image(tmp_path):
     assert info.value.reason == "truncated"
 
 
+@pytest.mark.parametrize("mode", ["I", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
+def test_load_modes_as_pillow_converts_them(mode):
+    image = RGB.convert("L").convert(mode) if mode == "I" else RGB.convert(mode)
+    assert np.array_equal(pixels(image), np.asarray(image.convert("RGB")))
+
+
+def test_load_dark_files_of_16_bits_are_dark(tmp_path):
+    grey = np.linspace(0, 255, 1200).astype(np.uint16).reshape(30, 40)
+    path = write(tmp_path, "x.png", encoded(Image.fromarray(grey), "PNG"))
+    with Image.open(path) as image:
+        assert pixels(path).max() == pixels(image).max() == 0
+    assert pixels(Image.new("I;16", (2, 2))).max() == 0
+
+
+@pytest.mark.parametrize(("mode", "straight"), [("La", "LA"), ("RGBa", "RGBA"), ("PA", "RGBA")])
+def test_load_other_modes_with_transparency(mode, straight):
+    array = np.concatenate([picture(), np.full((30, 40, 1), 128, np.uint8)], axis=-1)
+    image = Image.fromarray(array).convert(straight).convert(mode)
+    colours = np.asarray(image.convert(straight).convert("RGBA"))[..., :3].astype(float)
+    assert np.abs(pixels(image) - (colours * 128 + 255 * 127) / 255).max() <= 1
+
+
 def test_load_array_and_tensor():
     array = picture()
     assert np.array_equal(pixels(array), array)
@@ -227,9 +305,12 @@ def test_load_array_and_tensor():
         (torch.full((3, 2, 2), 1.5), "unsupported-type", "spans 1.5 to 1.5, expected 0 to 1"),
         (torch.full((3, 2, 2), -0.5), "unsupported-type", "spans -0.5 to -0.5, expected 0 to 1"),
         (torch.full((3, 2, 2), torch.nan), "unsupported-type", "spans nan to nan, expected 0 to 1"),
-        (Image.new("F", (2, 2)), "unsupported-type", "has mode F, whose range is not known"),
-        (Image.new("I", (2, 2), -1), "unsupported-type", "has mode I and values outside 0 to 65535"),
-        (Image.new("I", (2, 2), 70000), "unsupported-type", "has mode I and values outside 0 to 65535"),
+        (Image.new("F", (2, 2)), "unsupported-type", "has mode F, whose range is not known; give mode L or RGB"),
+        (Image.new("I", (2, 2), -1), "unsupported-type", "has mode I and values from -1 to -1, .*; give mode L, where"),
+        (Image.new("I", (2, 2), 70000), "unsupported-type", "values from 70000 to 70000, .*, or I;16, where 65535 is"),
+        (RGB.convert("L").convert("I;16"), "unsupported-type", r"no value above \d+; give mode L, by convert\('L'\)"),
+        (np.zeros((4, 4, 3), np.uint16), "unsupported-type", "and dtype uint16, expected .* uint8 array"),
+        (np.zeros((4, 4, 3), bool), "unsupported-type", "and dtype bool, expected .* uint8 array"),
         (Image.new("RGB", (0, 2)), "empty", "has no pixels"),
     ],
 )
@@ -271,11 +352,14 @@ def bad_contents():
         "corrupt-stored.png": (flipped(stored, pixel_data), "corrupt"),
         "corrupt-header-checksum.png": (flipped(whole["PNG"], header_crc), "corrupt"),
         "corrupt-first-chunk.png": (whole["PNG"].replace(b"IHDR", b"JHDR"), "corrupt"),
+        "short-chunk.png": (png(40, 30, pixels=b"\0", extra=chunk(b"pHYs", b"\0")), "corrupt"),
         "short-pixels.png": (broken_zlib, "truncated"),
         "no-pixels.png": (png(40, 30), "corrupt"),
         "zero-size.png": (png(0, 30, pixels=b"\0"), "corrupt"),
         "no-quantisation.jpg": (whole["JPEG"].replace(b"\xff\xdb", b"\xff\xee"), "corrupt"),
         "corrupt-segment.jpg": (b"\xff\xd8\xff\xe0\x00\x00" + whole["JPEG"][6:], "corrupt"),
+        "12-bits.jpg": (jpeg_header(40, 30).replace(b"\x00\x11\x08", b"\x00\x11\x0c"), "unsupported-format"),
+        "2-channels.jpg": (jpeg_header(40, 30)[:-10] + b"\x02" + b"\0" * 9, "unsupported-format"),
         "no-frame.jpg": (b"\xff\xd8\xff\xd9", "corrupt"),
         "corrupt.webp": (webp[:30] + bytes(len(webp) - 30), "corrupt"),
         "corrupt-kind.webp": (webp.replace(b"VP8L", b"VP8?"), "corrupt"),

@@ -15,6 +15,7 @@ from dsd_fast.matching.group_results import judge
 from dsd_fast.matching.group_scores import Failure, GroupScores
 from dsd_fast.metrics import wilson
 from dsd_fast.reference import matching as reference
+from tests.images.files import refilled
 from tests.matching.test_matcher import CAPTIONS, TIMES, Counted, matcher, pictures
 from tests.tiny import tiny_pipeline
 
@@ -70,6 +71,23 @@ def test_scores_are_the_matchers(sd15, groups, settings):
     )
     assert list(found.parts) == parts
     assert evaluate(m, groups[:1]).parts == {}
+
+
+def test_buffers_of_groups_may_be_filled_again(sd15):
+    pair, third = pictures(3)[:2], pictures(3)[2]
+    shown = [*pair, third, pair[0]]
+    drawn = (
+        Group((each,), CAPTIONS[:2]) if n % 2 else (each, CAPTIONS, 0)
+        for n, each in enumerate(refilled("array", shown))
+    )
+    want = matcher(sd15).score(shown, CAPTIONS).numpy()
+    results = evaluate(matcher(sd15), drawn).results
+    for number, result in enumerate(results):
+        np.testing.assert_allclose(result.scores, want[number, : 2 if number % 2 else 4], rtol=0, atol=1e-5)
+    # The last has the first one's image again, and no other one has.
+    clusters = [result.cluster for result in results]
+    assert clusters.index(clusters[3]) == 0
+    assert len(set(clusters)) == 3
 
 
 def test_parts_are_the_two_terms_alone(sd15, groups):
@@ -152,6 +170,8 @@ def test_what_cannot_be_used_is_a_failure_and_the_others_go_on(sd15, groups, tmp
         assert found.figures["accuracy"].n == 4
     nothing = evaluate(m, broken[:1])
     assert (nothing.figures, nothing.counts["errors"]) == ({}, 1)
+    (halved,) = evaluate(m, [Group(groups[0].images, ("a cat", "dog \udcff"), 0)]).results
+    assert halved.failure.reason == "text-no-text"
     assert evaluate(m, []).figures == {}
 
 

@@ -1,5 +1,6 @@
 """Matching: the official score exactly, each pair by itself, and nothing computed twice."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from dsd_fast.matching import official_layers
 from dsd_fast.reference import matching as reference
 from dsd_fast.unet import UNetProgram
 from dsd_fast.unet.inductor import Inductor
+from tests.images.files import refilled
 from tests.tiny import FAMILIES, load_tiny_lora, tiny_pipeline
 
 CAPTIONS = ["a red dog", "a cat", "the ball", "are you a dog"]
@@ -301,6 +303,20 @@ def test_predict_is_the_entries_of_score_and_encodes_each_part_once(sd15):
     assert matcher(sd15).predict([]).shape == (0,)
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor", "pillow"])
+def test_a_buffer_may_be_filled_again(sd15, kind):
+    images, m = pictures(4), matcher(sd15)
+    want = m.score(images, CAPTIONS)
+    torch.testing.assert_close(m.score(refilled(kind, images), CAPTIONS), want, rtol=0, atol=1e-5)
+    assert m.rank(text=CAPTIONS[0], images=refilled(kind, images)) == m.rank(text=CAPTIONS[0], images=images)
+    # Each image twice: the second time it is no other one.
+    pairs = ((image, CAPTIONS[n % 4]) for n, image in enumerate(refilled(kind, [*images, *images])))
+    with Counted(sd15) as seen:
+        got = m.predict(pairs)
+    torch.testing.assert_close(got, want.diagonal().repeat(2), rtol=0, atol=1e-5)
+    assert seen["vae"] == 4
+
+
 def test_rank_both_ways(sd15):
     images, m = pictures(4), matcher(sd15)
     scores = m.score(images, CAPTIONS)
@@ -323,8 +339,10 @@ def test_a_bad_image_is_given_back_or_raised(sd15, tmp_path):
     torch.testing.assert_close(torch.stack([found[0], found[2]]), want, rtol=0, atol=1e-5)
     with pytest.raises(ImageError, match="missing"):
         matcher(sd15).score(images, CAPTIONS)
-    with pytest.raises(ImageError, match="missing"):
-        matcher(sd15).predict([(images[1], "a")])
+    # Nothing is scored in vain beside it.
+    with Counted(sd15) as seen, pytest.raises(ImageError, match="missing"):
+        matcher(sd15).predict([(image, "a") for image in images])
+    assert seen["shared"] == 0
     assert [type(x) for _, x in matcher(sd15).score_iter(images[1:2], CAPTIONS)] == [ImageError]
 
 
@@ -359,6 +377,9 @@ def test_an_adapter_belongs_to_its_matcher(tmp_path):
         pipe.set_adapters(active, 0.5)
         for name, m in matchers.items():
             torch.testing.assert_close(m.score(images, CAPTIONS), want[name], rtol=0, atol=1e-4)
+    # As it goes to another process.
+    again = pickle.loads(pickle.dumps(matchers["a"]))
+    torch.testing.assert_close(again.score(images, CAPTIONS), want["a"], rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="adapter: the model has no adapter 'c'; it has a, b"):
         dsd.Matcher(model, config, adapter="c")
 

@@ -130,6 +130,8 @@ def test_encode_prompts_refuses(model):
         model.encode_prompts(["a", longer])
     with pytest.raises(ValueError, match="prompts is a str, expected a sequence of str"):
         model.encode_prompts("a cat")
+    with pytest.raises(ValueError, match=r"prompts\[1\] has half of a surrogate pair, which is no text"):
+        model.encode_prompts(["a", "b \ud83d"])
     with pytest.raises(ValueError, match=r"prompts\[1\] is of type NoneType, expected str"):
         model.encode_prompts(["a", None])
 

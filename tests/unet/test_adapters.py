@@ -1,6 +1,7 @@
 """Adapters through PEFT: equal to diffusers, and active only during the calls of the plan they belong to."""
 
 import copy
+import pickle
 import threading
 import warnings
 
@@ -192,18 +193,18 @@ def test_the_strength_of_an_adapter_belongs_to_the_plan(tmp_path):
     close(case.diffusers(), weaker)
 
 
-def test_a_deep_copy_keeps_the_strength_that_a_plan_has(tmp_path):
+def test_copies_and_pickles_keep_the_strength_that_a_plan_has(tmp_path):
     case = Adapted("sd15", tmp_path)
     case.pipe.set_adapters("a", 0.3)
     plan = case.program.plan(noise_pred=True, adapter="a")
     case.pipe.set_adapters("a", 1.0)
     want = case.ours(plan)
-    copied = copy.deepcopy(plan)
-    assert copied.adapter == ("a",)
-    close(case.ours(copied), want)
+    copies = copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))
     with torch.no_grad():
         case.unet.conv_in.weight.zero_()
-    close(case.ours(copied), want)
+    for copied in copies:
+        assert copied.adapter == ("a",)
+        close(case.ours(copied), want)
 
 
 def test_strengths_of_every_layer_where_an_adapter_acts(tmp_path):

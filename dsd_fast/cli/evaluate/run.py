@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from dsd_fast.cli.evaluate.options import EvaluateRequest
 from dsd_fast.cli.files import writing
 from dsd_fast.cli.results import metadata, settings_of, versions, write_json
-from dsd_fast.cli.terminal import Interrupt, progress, storable
-from dsd_fast.jobs import replacing
+from dsd_fast.cli.terminal import Interrupt, progress
+from dsd_fast.jobs import replacing, storable
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.evaluation import Evaluation, Figures, evaluate_iter
+from dsd_fast.matching.fitting.files import read_matcher
 from dsd_fast.matching.group_results import GroupResult, check_conventions
 
 
@@ -34,6 +35,10 @@ def run(request: EvaluateRequest, groups: Sequence[Group], config: MatchConfig) 
     """
     out, how = request.out, request.conventions
     check_conventions(groups, how.batch_mean, how.ties)
+    request.source.check()
+    request.memory.check(request.source.device)
+    if request.matcher is not None:
+        read_matcher(request.matcher)
     # results.json opens first, so that it takes its name last: it vouches for the groups.
     with (
         Interrupt() as interrupt,

@@ -14,14 +14,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dsd_fast.cli.images import decoding_error
-from dsd_fast.cli.terminal import CommandError, printable, storable
+from dsd_fast.cli.terminal import CommandError, printable
 from dsd_fast.engine.items import prompt_check
 from dsd_fast.features import FeatureExtractor, Moments
 from dsd_fast.features.attention import KEY
 from dsd_fast.features.pca import PCA, picture
 from dsd_fast.images import ImageError, load_image
 from dsd_fast.images.overlay import enlarged
-from dsd_fast.jobs import replacing
+from dsd_fast.jobs import replacing, storable
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model

@@ -13,12 +13,13 @@ from dsd_fast.cli.features.options import FeaturesRequest
 from dsd_fast.cli.features.pca import fitted
 from dsd_fast.cli.features.pictures import FOLDER, NAMES, Pictures, Shown, first_usable, save
 from dsd_fast.cli.features.report import files_of, render
-from dsd_fast.cli.files import replacing_files, writing
+from dsd_fast.cli.files import check_folder, replacing_files, writing
 from dsd_fast.cli.images import ImageFiles, read_prompts
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
-from dsd_fast.features.export import Exported, extract_to
+from dsd_fast.features.export import Exported, check_layout, extract_to
+from dsd_fast.features.extraction import check_inversion
 from dsd_fast.jobs import JobError, read_index, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
 from dsd_fast.jobs.timeline import Timeline
@@ -44,6 +45,7 @@ def run(request: FeaturesRequest, settings: Mapping[str, Any]) -> dict[str, Any]
     chosen, out = request.features, request.out
     files = ImageFiles(request.images, without=out)
     prompts = chosen.prompt if chosen.prompts is None else files.prompts(read_prompts(chosen.prompts))
+    _check(request, settings)
     model = request.source.load()
     technique = Technique(controls=request.controls.load(model, request.source), **asdict(request.latents))
     extractor = FeatureExtractor(model, **settings, technique=technique)
@@ -65,6 +67,18 @@ def run(request: FeaturesRequest, settings: Mapping[str, Any]) -> dict[str, Any]
             shown = [] if pictures is None else _draw(pictures, files, prompts, request)
             _report(summary | _summary(exported, len(files), out), extractor, pictures, shown, out)
     return summary
+
+
+def _check(request: FeaturesRequest, settings: Mapping[str, Any]) -> None:
+    """Refuses what needs no model to be refused."""
+    request.source.check()
+    request.memory.check(request.source.device)
+    request.controls.check()
+    technique = Technique(**asdict(request.latents))
+    if technique.inversion:
+        check_inversion(settings["draws"])
+    check_layout(request.files.layout)
+    check_folder(request.out)
 
 
 def _extract(

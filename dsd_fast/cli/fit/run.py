@@ -20,6 +20,7 @@ from dsd_fast.jobs import LockedError, locked, remove_stale, replacing
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
+from dsd_fast.matching.fitting.run import check_patience
 from dsd_fast.matching.pairs import image_key
 from dsd_fast.metrics import wilson
 
@@ -54,6 +55,9 @@ def run(
         ValueError: groups or settings that are not allowed, or a folder of another fit.
     """
     out = request.out
+    request.source.check()
+    request.memory.check(request.source.device)
+    check_patience(config, held_out)
     try:
         with writing(out):
             # Before a model is loaded for nothing.

@@ -65,8 +65,9 @@ def _ranking(result: GateResult) -> str:
             "The score is 1 where a feature of a noised image is as sharp at each place as that of the clean image, "
             f"and 0 where it is as far off as the anchor, “{anchor}” at t = {strong}. The gain is over the empty "
             "prompt and nothing else. A technique is taken if its gain is above 0 by its 95 % interval over images, "
-            "and if img2img comes closer to the image with it, or cannot tell: a way to make latents does not enter "
-            "img2img."
+            "and if img2img does not reject it. Img2img accepts what comes closer to the image by intervals above 0, "
+            "rejects what goes farther by one below 0, and cannot tell in between, nor of a way to make latents, which "
+            "does not enter it."
         ),
         table("Techniques, the largest gain first", header, rows, numbers=len(header) - 1),
         told,

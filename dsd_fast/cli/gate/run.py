@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd_fast.cli.feature_options import LatentOptions
-from dsd_fast.cli.files import writing
+from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.gate.options import GateRequest, PromptOptions
 from dsd_fast.cli.gate.report import render
 from dsd_fast.cli.images import ImageFiles, decoding_error, read_prompts
 from dsd_fast.cli.results import versions
-from dsd_fast.cli.terminal import CommandError, progress, storable
+from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
+from dsd_fast.features.extraction import check_inversion
 from dsd_fast.features.gate import gate
-from dsd_fast.jobs import replacing
+from dsd_fast.features.gate.guide import check_strength
+from dsd_fast.features.shift import noised_timesteps
+from dsd_fast.jobs import replacing, storable
+from dsd_fast.models.lora import find_lora
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -42,6 +46,7 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: settings that do not fit the model.
     """
     techniques, measure, out = request.techniques, request.measure, request.out
+    _check(request, settings)
     files = ImageFiles(request.images, without=out)
     numbers, errors = [], []
     for number, path in enumerate(files):
@@ -85,7 +90,7 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
         "images": len(used),
         "errors": errors,
         "seconds": time.perf_counter() - start,
-        "verdict": _verdict([row["technique"] for row in result.rows() if row["take"]]),
+        "verdict": verdict(result.rows()),
     }
     page = render(summary, [storable(str(path)) for path in used], versions())
     with writing(out):
@@ -99,6 +104,32 @@ def run(request: GateRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
         with replacing(out / "report.html") as file:
             file.write(page)
     return summary
+
+
+def _check(request: GateRequest, settings: Mapping[str, Any]) -> None:
+    """Refuses what needs no model to be refused."""
+    techniques, latents, guide = request.techniques, request.techniques.latents, request.guide
+    if latents.denoise_from is None and latents.denoise_steps is not None:
+        raise CommandError("--denoise-steps: given without --denoise-from")
+    asked = (techniques.prompts.prompt, techniques.prompts.prompts, techniques.prompts.captioner)
+    if all(each is None for each in (*asked, latents.denoise_from)) and not (
+        techniques.controls.control or techniques.adapter or latents.inversion
+    ):
+        raise CommandError(
+            "give a technique: --prompt, --prompts, --captioner, --control, --adapter, --denoise-from or --inversion"
+        )
+    if techniques.prompts.quality is not None and techniques.prompts.captioner is None:
+        raise CommandError("--quality: given without --captioner")
+    request.source.check()
+    techniques.controls.check()
+    for given in techniques.adapter or ():
+        find_lora(given.partition("=")[2] or given, local_files_only=request.source.local_files_only)
+    if latents.inversion:
+        check_inversion(settings["draws"])
+    noised_timesteps(settings["timesteps"])
+    if guide.guide:
+        check_strength(guide.strength, guide.steps)
+    check_folder(request.out)
 
 
 def _captions(images: Sequence[Path], options: PromptOptions, model: Model, local_files_only: bool) -> list[str]:
@@ -136,21 +167,15 @@ def _techniques(
     for given in adapters:
         name, equals, source = given.partition("=")
         if not equals:
-            name, source = Path(given).stem, given
+            name, source = storable(Path(given).stem), given
         model.load_lora(source, name)
         alone[f"lora {name}"] = {"adapter": (name,)}
         names.append(name)
     if latents.denoise_from is not None:
         way = {"denoise_from": latents.denoise_from, "denoise_steps": latents.denoise_steps}
         alone[f"from t = {latents.denoise_from}"] = way
-    elif latents.denoise_steps is not None:
-        raise CommandError("--denoise-steps: given without --denoise-from")
     if latents.inversion:
         alone["inversion"] = {"inversion": True}
-    if not alone:
-        raise CommandError(
-            "give a technique: --prompt, --prompts, --captioner, --control, --adapter, --denoise-from or --inversion"
-        )
     plain = {"prompts": "", "adapter": ()}
     chosen = [Technique(name, **{**plain, **own}) for name, own in alone.items()]
     if latents.denoise_from is not None:
@@ -163,8 +188,13 @@ def _techniques(
     return chosen
 
 
-def _verdict(taken: Sequence[str]) -> str:
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Says which techniques to take, or that none is, or of which more images may tell."""
+    taken = [row["technique"] for row in rows if row["take"]]
     if not taken:
+        unsure = [row["technique"] for row in rows if row["accepted"] is not False and row["score_gain_high"] > 0]
+        if unsure:
+            return f"None of the techniques is surely worth taking; more images may tell of {', '.join(unsure)}."
         return "None of the techniques is worth taking."
     words = ", ".join(taken)
     return f"Worth taking, the best first: {words}." if len(taken) > 1 else f"Worth taking: {words}."

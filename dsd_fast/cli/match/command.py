@@ -12,7 +12,8 @@ from rich.text import Text
 from dsd_fast.cli.groups import command
 from dsd_fast.cli.match.captions import read_captions
 from dsd_fast.cli.match.options import MatchRequest
-from dsd_fast.cli.terminal import SHOWN, CommandError, counted, end, printable, show_errors, show_line, storable
+from dsd_fast.cli.terminal import SHOWN, CommandError, counted, end, printable, show_errors, show_line
+from dsd_fast.jobs import storable
 
 
 @command

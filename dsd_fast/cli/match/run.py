@@ -16,9 +16,9 @@ from dsd_fast.cli.match.captions import check_lengths
 from dsd_fast.cli.match.options import MatchRequest
 from dsd_fast.cli.match.report import MatchReport
 from dsd_fast.cli.results import ScoreFile, metadata, ranked, settings_of, versions, write_json
-from dsd_fast.cli.terminal import CommandError, Interrupt, progress, storable
+from dsd_fast.cli.terminal import CommandError, Interrupt, progress
 from dsd_fast.images import ImageError
-from dsd_fast.jobs import replacing
+from dsd_fast.jobs import replacing, storable
 from dsd_fast.matching import MatchConfig, Matcher
 
 
@@ -36,6 +36,8 @@ def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> 
         ValueError: settings, captions, a runtime or a memory budget that do not fit the model.
     """
     images, out, heatmaps = request.images, request.out, request.heatmaps
+    request.source.check()
+    request.memory.check(request.source.device)
     # results.json opens first, so that it takes its name last: it vouches for the scores.
     with (
         Interrupt() as interrupt,

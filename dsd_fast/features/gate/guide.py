@@ -66,12 +66,30 @@ class GuideResult:
         return share(drawn), low, high
 
     def accepted(self, confidence: float = 0.95) -> list[bool | None]:
-        """Whether a technique brings outputs closer: by intervals above 0 in every space.
+        """Whether a technique brings outputs closer, by the intervals of :meth:`gains`.
 
-        None for the baseline, and for techniques that the guide cannot tell from it.
+        True where they are above 0 in every space; False where one is below 0, so that outputs are farther there; None
+        where neither is sure, for the baseline, and for techniques that the guide cannot tell from it.
         """
-        _, low, _ = self.gains(confidence)
-        return [None if same else bool((bounds > 0).all()) for same, bounds in zip(self.unchanged, low, strict=True)]
+        _, low, high = self.gains(confidence)
+        answers = zip(self.unchanged, map(_accepted, low, high), strict=True)
+        return [None if same else answer for same, answer in answers]
+
+
+def _accepted(low: Floats, high: Floats) -> bool | None:
+    if (low > 0).all():
+        return True
+    return False if (high < 0).any() else None
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """Refuses an img2img without a step.
+
+    Raises:
+        ValueError: a strength outside its range, or too low for one step.
+    """
+    if not 0 < strength <= 1 or int(strength * steps) < 1:
+        raise ValueError(f"strength is {strength}, expected above 0, at most 1, and enough for one of {steps} steps")
 
 
 class Guide:
@@ -105,10 +123,7 @@ class Guide:
         shown: int = 8,
         runtime: str | None = None,
     ) -> None:
-        if not 0 < strength <= 1 or int(strength * steps) < 1:
-            raise ValueError(
-                f"strength is {strength}, expected above 0, at most 1, and enough for one of {steps} steps"
-            )
+        check_strength(strength, steps)
         self._model = model = engine.model
         self._techniques = list(techniques)
         self._adapters = any(adapter_names(part) for part in (model.unet, *model.text_encoders))

@@ -18,7 +18,7 @@ from PIL import Image
 from dsd_fast.features.gate.guide import GuideResult
 from dsd_fast.features.gate.sheet import contact_sheet
 from dsd_fast.features.shift_result import Floats, ShiftResult
-from dsd_fast.jobs import replacing
+from dsd_fast.jobs import replacing, storable
 from dsd_fast.metrics import bootstrap
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class GateResult:
 
         "technique"; "score", the mean over layers, timesteps and images; "score_gain" over the baseline with "_low" and
         "_high", its bootstrap interval over images; for each space of the guide "vae_gain" and "clip_gain" with theirs
-        (:meth:`GuideResult.gains`); "accepted" by the guide, None where it cannot tell; and "take": whether the score
-        gains by its interval and the guide does not object.
+        (:meth:`GuideResult.gains`); "accepted" by the guide (:meth:`GuideResult.accepted`), None where it cannot tell
+        or is left out; and "take": whether the score gains by its interval and the guide does not reject.
         """
         means = self.shift.scores.mean((1, 2))
         gains = means - means[:1]
@@ -151,7 +151,7 @@ class GateResult:
         }
         # JSON has no NaN.
         content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return storable(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     def _csv(self) -> bytes:
         rows = self.rows()

@@ -87,8 +87,8 @@ class ImageFinder:
         try:
             kind, _, _ = read_header(io.BytesIO(data), len(data))
         except HeaderError as error:
-            wrong = "is not JPEG, PNG or WebP" if str(error) == "unsupported-format" else "has a damaged header"
-            raise ValueError(f"{place}: an embedded image {wrong}") from None
+            wrong = "is not JPEG, PNG or WebP" if error.reason == "unsupported-format" else "has a damaged header"
+            raise ValueError(f"{place}: an embedded image {error.message or wrong}") from None
         name = f"{digest[:32]}.{_ENDINGS[kind]}"
         if self.extract is not None:
             file = self.extract / name

@@ -49,8 +49,9 @@ def read_groups(
     winoground   table: caption_0, caption_1, image_0, image_1; the category is collapsed_tag, else tag; names without
                  an ending get ``.png``
     jsonl, csv,  table: ``image`` with ``texts`` (a list) or ``text_0``, ``text_1``, …; or ``images`` or ``image_0``, …
-    parquet      with ``text``; or as many of both. ``label``: position of the right candidate from 0, not needed with
-                 as many of both. A row with fewer candidates leaves the last columns empty
+    parquet      with ``text``; or as many of both. ``label``: position of the right candidate from 0, as a number (1,
+                 1.0), true, false or the text of one; not needed with as many of both. A row with fewer candidates
+                 leaves the last columns empty
     ============ ======================================================================================================
 
     A table is CSV (UTF-8, a list in a cell as JSON), JSON lines (``.jsonl``, ``.ndjson``) or Parquet (``.parquet``); in

@@ -57,13 +57,16 @@ class Row:
         return str(value)
 
     def integer(self, column: str) -> int:
-        """A whole number, in a CSV as decimal digits."""
+        """A whole number, also as tables come to hold one: 1.0 (of a column with gaps), true, or the text of any."""
         value = self.value(column)
-        if self.is_csv and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value):
-            return int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, str):
+            text = value.strip().lower()
+            if re.fullmatch(r"-?[0-9]{1,18}(\.0*)?", text):
+                return int(text.partition(".")[0])
+            value = {"true": True, "false": False}.get(text, value)
+        if not isinstance(value, (int, float)) or value != value or value % 1:
             raise self.wrong(column, "a whole number")
-        return value
+        return int(value)
 
     def items(self, column: str) -> list[Any]:
         """A list; in a CSV as JSON."""

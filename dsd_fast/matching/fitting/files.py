@@ -89,14 +89,7 @@ def load(
 ) -> tuple[PairScorer, str | None, Adapter]:
     """See :meth:`dsd_fast.matching.Matcher.load`: the scorer, the name of its LoRA, and the adapters asked for."""
     path = Path(folder)
-    try:
-        about = json.loads((path / MATCHER).read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"folder: {path} has no {MATCHER}, expected one that Matcher.save wrote") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"folder: {path / MATCHER} is no JSON: {error}") from error
-    if not isinstance(about, dict) or about.get("format") != 1 or any(key not in about for key in _KEYS):
-        raise ValueError(f"folder: {path / MATCHER} is of another format, expected 1")
+    about = read_matcher(path)
     _check_model(path, about["model"], model)
     adapter = about["adapter"]
     adapter = tuple(adapter) if isinstance(adapter, list) else adapter
@@ -121,6 +114,23 @@ def load(
     if prompt is not None:
         base = PairScorer(base.engine.with_unet(own_model(base)), base.config, prompt)
     return base, None, adapter
+
+
+def read_matcher(folder: Path) -> dict[str, Any]:
+    """What :func:`save` has written about a matcher, for which no model is needed.
+
+    Raises:
+        ValueError: there is no such file, or one of another format.
+    """
+    try:
+        about = json.loads((folder / MATCHER).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"folder: {folder} has no {MATCHER}, expected one that Matcher.save wrote") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"folder: {folder / MATCHER} is no JSON: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != 1 or any(key not in about for key in _KEYS):
+        raise ValueError(f"folder: {folder / MATCHER} is of another format, expected 1")
+    return about
 
 
 def _tensors(file: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dsd_fast.engine.fingerprint import model_settings
+from dsd_fast.engine.items import prompt_check
 from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.matching.fitting.config import FitConfig
@@ -19,8 +20,11 @@ from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
 from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, Report, Training
-from dsd_fast.matching.groups import Group
+from dsd_fast.matching.groups import Group, drawn_groups, wrong_text
 from dsd_fast.matching.score import PairScorer
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
 
 
 def fit(
@@ -48,10 +52,9 @@ def fit(
     Returns:
         The scorer that the matcher then has, the name of its LoRA, and what the fit did.
     """
-    groups = _groups("examples", examples)
-    held_out = None if validation is None else _groups("validation", validation)
-    if config.patience is not None and held_out is None:
-        raise ValueError("patience: needs validation, the held-out groups that it goes by")
+    groups = _groups("examples", examples, base.model)
+    held_out = None if validation is None else _groups("validation", validation, base.model)
+    check_patience(config, held_out)
     steps = base.model.schedule.num_train_timesteps
     if config.timestep_range is not None and config.timestep_range[1] > steps:
         raise ValueError(f"timestep_range: got {config.timestep_range}, expected at most (0, {steps})")
@@ -89,10 +92,25 @@ def _check_ordinary(base: PairScorer) -> None:
                 )
 
 
-def _groups(name: str, given: Iterable[Any]) -> list[Group]:
-    groups = [Group.of(each) for each in given]
+def check_patience(config: FitConfig, held_out: Sequence[Group] | None) -> None:
+    """Refuses patience without held-out groups.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if config.patience is not None and held_out is None:
+        raise ValueError("patience: needs validation, the held-out groups that it goes by")
+
+
+def _groups(name: str, given: Iterable[Any], model: Model) -> list[Group]:
+    groups = list(drawn_groups(given))
     if not groups:
         raise ValueError(f"{name}: got none, expected at least one group")
+    check = prompt_check(model)
+    for number, group in enumerate(groups):
+        wrong = wrong_text(check, group)
+        if wrong is not None:
+            raise ValueError(f"{name}[{number}]{f' ({group.id})' if group.id else ''}: {wrong[1]}")
     return groups
 
 

@@ -92,14 +92,24 @@ def test_line_ends_quotes_and_a_byte_order_mark(line_end, mark, tmp_path):
 GOOD = {"image": "a.png", "texts": ["x", "y"], "label": 0}
 
 
+@pytest.mark.parametrize("pair", [(0, 1), (0.0, 1.0), (False, True), ("0", "1"), ("0.0", " 1. "), ("false", "True")])
+@pytest.mark.parametrize("container", ["csv", "jsonl", "parquet"])
+def test_labels_are_read_as_tables_hold_them(pair, container, tmp_path):
+    file = write_table(tmp_path, container, [{**GOOD, "label": label} for label in pair])
+    assert [group.label for group in read_groups(file)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({**GOOD, "label": 2}, "line 2: label: got 2, expected 0 to 1"),
         ({**GOOD, "label": -1}, "line 2: label: got -1"),
-        ({**GOOD, "label": "0"}, "line 2, column 'label': got '0', expected a whole number"),
-        ({**GOOD, "label": True}, "line 2, column 'label': got True, expected a whole number"),
-        ({**GOOD, "label": 0.0}, "line 2, column 'label': got 0.0, expected a whole number"),
+        ({**GOOD, "label": "yes"}, "line 2, column 'label': got 'yes', expected a whole number"),
+        ({**GOOD, "label": "0.5"}, "line 2, column 'label': got '0.5', expected a whole number"),
+        ({**GOOD, "label": 0.5}, "line 2, column 'label': got 0.5, expected a whole number"),
+        ({**GOOD, "label": float("nan")}, "line 2, column 'label': got nan, expected a whole number"),
+        ({**GOOD, "label": float("inf")}, "line 2, column 'label': got inf, expected a whole number"),
+        ({**GOOD, "label": [0]}, r"line 2, column 'label': got \[0\], expected a whole number"),
         ({**GOOD, "label": None}, "line 2, column 'label': the value is missing"),
         ({"image": "a.png", "texts": ["x", "y"]}, "line 2: column 'label' is missing; there are image, texts"),
         ({**GOOD, "texts": "xy"}, "line 2, column 'texts': got 'xy', expected a list"),
@@ -167,8 +177,8 @@ def test_a_wrong_parquet_row_is_named(tmp_path):
     file = write_parquet(tmp_path / "t.parquet", [GOOD] * 70 + [{**GOOD, "label": 5}])
     with pytest.raises(ValueError, match=r"t\.parquet, row 71: label: got 5"):
         read_groups(file)
-    with pytest.raises(ValueError, match=r"t\.parquet, row 1, column 'label': got '0', expected a whole number"):
-        read_groups(write_parquet(tmp_path / "t.parquet", [{**GOOD, "label": "0"}]))
+    with pytest.raises(ValueError, match=r"t\.parquet, row 1, column 'label': got 'first', expected a whole number"):
+        read_groups(write_parquet(tmp_path / "t.parquet", [{**GOOD, "label": "first"}]))
 
 
 def test_order_count_and_ids(tmp_path):

@@ -14,8 +14,10 @@ from dsd_fast.matching.fitting import loop
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.loop import _groups
+from dsd_fast.matching.fitting.run import _groups as examples_of
 from dsd_fast.matching.fitting.validation import validate
 from dsd_fast.models.mini.scenes import scene
+from tests.images.files import refilled
 from tests.matching.fitting.parts import (
     TEXTS,
     gradients,
@@ -187,6 +189,17 @@ def test_held_out_groups_that_training_spoils_leave_the_matcher_as_it_was():
     assert torch.equal(own.score(pictures(1), TEXTS), before)
 
 
+def test_buffers_of_examples_may_be_filled_again():
+    images = pictures(4)
+    examples = [(image, TEXTS, number % 2) for number, image in enumerate(images)]
+    refilling = ((image, TEXTS, number % 2) for number, image in enumerate(refilled("array", images)))
+    scorer = matcher(pipeline())._scorer
+    given, drawn = (Examples(scorer, examples_of("examples", each, scorer.model)) for each in (examples, refilling))
+    assert drawn.queries == given.queries
+    assert drawn.digest == given.digest
+    assert torch.equal(drawn.latents, given.latents)
+
+
 def test_examples_that_cannot_be_used_are_refused_before_the_first_step(tmp_path):
     own = matcher(pipeline())
 
@@ -200,8 +213,13 @@ def test_examples_that_cannot_be_used_are_refused_before_the_first_step(tmp_path
         fit([missing])
     with pytest.raises(dsd.images.ImageError, match=r"gone\.png"):
         fit(validation=[missing])
-    with pytest.raises(ValueError, match="82 tokens"):
-        fit(validation=[(pictures(1)[0], ["a", "b " * 80], 0)])
+    long = "b " * 80
+    with pytest.raises(ValueError, match=r"validation\[1\]: text 'b b .* has 82 tokens"):
+        fit(validation=[groups()[0], (pictures(1)[0], ["a", long], 0)])
+    with pytest.raises(ValueError, match=r"examples\[0\] \(the one\): text 'b b .* has 82 tokens"):
+        fit([replace(missing, texts=(long, "b"))])
+    with pytest.raises(ValueError, match=r"examples\[1\]: text 'b b .* has 82 tokens"):
+        fit([groups()[0], (pictures(2), long, 0)])
     with pytest.raises(ValueError, match="examples: got none"):
         fit([])
     with pytest.raises(ValueError, match="validation: got none"):
