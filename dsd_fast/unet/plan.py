@@ -227,8 +227,8 @@ class Plan(Cut):
         Args:
             memory_budget: bytes for activations and text keys together, and for the copy of the keys that a compiled
                 runtime keeps; what "cudagraph" keeps of recordings for other buckets is not in it. None leaves
-                activations what :func:`dsd_fast.unet.stream.default_budget` says, on a GPU at most 8 GiB, or the bytes of
-                one row if those are more. All other arguments are those of :meth:`run`.
+                activations what :func:`dsd_fast.unet.stream.default_budget` says, on a GPU at most 8 GiB, or the bytes
+                of one row if those are more. All other arguments are those of :meth:`run`.
 
         Returns:
             ``out``, filled, if it is given; else an iterator of (rows, Output), ``rows`` (b,) int64 saying which
