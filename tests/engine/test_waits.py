@@ -127,7 +127,7 @@ def predict(place):
 
 
 def heatmap(place):
-    return [torch.from_numpy(drawn) for _, _, drawn in place.matcher.heatmap(IMAGES[0], TEXTS[0])]
+    return [torch.from_numpy(drawn) for _, _, drawn in place.matcher.heatmap(IMAGES[0], TEXTS[0], layers="all")]
 
 
 def extract(place, images=2, **options):

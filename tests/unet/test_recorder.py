@@ -192,13 +192,14 @@ def test_no_tensor_of_a_run_has_more_elements_than_the_cost_model_says(family):
     assert bound / 4 < largest.most / rows <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_a_default_micro_batch_is_one_that_library_kernels_index(monkeypatch, name):
+def test_a_default_micro_batch_is_one_that_library_kernels_index(monkeypatch, name, dtype):
     """At real size, without numbers: 139 GiB are free, and what is asked for is the noise prediction."""
     architecture = ARCHITECTURES[name]
     nothing = {name: lambda x, *_, **__: x for name in ("kaiming_uniform_", "uniform_", "ones_", "zeros_")}
     with torch.device("meta"), patch.multiple(torch.nn.init, **nothing):
-        unet = diffusers.UNet2DConditionModel(**architecture.config).to(torch.bfloat16)
+        unet = diffusers.UNet2DConditionModel(**architecture.config).to(dtype)
     plan, side = UNetProgram(unet).plan(noise_pred=True), architecture.side
     Fake(monkeypatch, 139 * GIB)
     monkeypatch.setattr(Network, "device", DEVICE)
@@ -210,5 +211,5 @@ def test_a_default_micro_batch_is_one_that_library_kernels_index(monkeypatch, na
     # Whichever of the two is reached first; a larger budget does not go beyond the second.
     assert memory.of(chosen + 1) > GPU_BUDGET or (chosen + 1) * memory.largest >= 1 << 31
     assert rows_at_once(plan, side, side, 77, memory_budget=100 * GIB) * memory.largest < 1 << 31
-    # As the benchmarks have it, a GPU is busy long before.
-    assert chosen >= 16
+    # As the benchmarks have it, a GPU is busy before.
+    assert chosen >= 8
