@@ -112,7 +112,8 @@ class Layers:
 
     def dropped(self, x: Tensor, module: Any) -> Tensor:
         """A Dropout, without the call where its probability is 0; what else ``module`` is, most often a Linear."""
-        return x if _is(module, nn.Dropout) and module.p == 0.0 else self.linear(x, module)
+        idle = type(module) is nn.Dropout and module.p == 0.0 and (self._direct or untouched(module))
+        return x if idle else self.linear(x, module)
 
 
 CALLED, _DIRECT, _NATIVE = Layers(False), Layers(True), Layers(True, True)
@@ -135,7 +136,7 @@ def _functions_serve() -> bool:
         every._global_backward_hooks,
         every._global_backward_pre_hooks,
     )
-    return not any(hooks) and all(kind.forward is forward for kind, forward in _FORWARD.items()) and _SHIPPED
+    return not any(hooks) and _SHIPPED and [getattr(kind, name) for kind, name in _METHODS] == _OWN
 
 
 def side_by_side(x: Tensor, modules: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, ...] | None:
@@ -153,9 +154,13 @@ def side_by_side(x: Tensor, modules: Mapping[str, Any], names: Sequence[str]) ->
     return torch.split(joined, [layer.out_features for layer in layers], dim=-1)
 
 
-_FORWARD = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU)}
-# Somebody may have put another forward on one of these classes before this package was imported.
-_SHIPPED = all(is_shipped(kind, "forward") for kind in _FORWARD)
+_METHODS = [
+    *((kind, "forward") for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout)),
+    (nn.Conv2d, "_conv_forward"),
+]
+_OWN = [getattr(kind, name) for kind, name in _METHODS]
+# Somebody may have put another method on one of these classes before this package was imported.
+_SHIPPED = all(is_shipped(kind, name) for kind, name in _METHODS)
 
 
 def _fuses(x: Tensor) -> bool:
