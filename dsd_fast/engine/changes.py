@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.jobs import tensors_hash
+from dsd_fast.models.tuners import is_wrapper
 from dsd_fast.unet.refusals import plain_processors
 from dsd_fast.unet.shipped import home, of_library, told
 
@@ -84,8 +85,9 @@ def _twin(stock: Any, config: _Config) -> dict[str, nn.Module]:
 
 def _modules(module: Any, path: str) -> Iterator[tuple[str, Any]]:
     """All modules by the paths that they have without adapters, whose layers are left out."""
-    if hasattr(module, "get_base_layer"):
-        yield from _modules(module._modules["base_layer"], path)
+    inside = "base_layer" if hasattr(module, "get_base_layer") else "original_module" if is_wrapper(module) else None
+    if inside is not None:
+        yield from _modules(module._modules[inside], path)
         return
     yield path, module
     for name, child in module._modules.items():

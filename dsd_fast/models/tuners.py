@@ -46,11 +46,13 @@ def kinds() -> tuple[type, ...]:
 
 def is_wrapper(layer: Any) -> bool:
     """Whether one adapter at most replaces the whole module, such as those of ``modules_to_save``."""
-    return isinstance(layer, kinds()[1])
+    return isinstance(layer, kinds()[1:])
 
 
 def tuner_layers(network: Any) -> list[tuple[str, Any]]:
     """Path and layer of all that PEFT put into a network, whatever kind of adapter it holds."""
+    if not isinstance(network, torch.nn.Module):
+        return []
     if traced():
         return _Network().layers(network)
     with _CHANGE:
@@ -95,6 +97,10 @@ def standing(network: Any, wanted: Setting | None = None) -> Iterator[None]:
     Args:
         wanted: None leaves the adapters as they stand, in an enclosing block as that has them.
     """
+    if not isinstance(network, torch.nn.Module):
+        # What stands for a text encoder that was let go.
+        yield
+        return
     if traced():
         # Traced code is one thread's, and a lock cannot be traced.
         before = [] if wanted is None else [_setting(each.layer) for each in wanted]

@@ -203,12 +203,14 @@ class Network:
             yield from self._res(resnet, f"mid-repeat{repeat}-res", level)
 
     def _res(self, resnet: Any, prefix: str, level: int, *, pops: bool = False, push: bool = False) -> Iterator[Step]:
+        resnet = uncompiled(resnet)
         self.time_blocks.append((f"{prefix}-increment", resnet))
         yield from blocks.resnet_steps(
             resnet, prefix, level, time_reads_text=self.reads_pooled_text, pops=pops, push=push
         )
 
     def _vit(self, vit: Any, prefix: str, level: int, *, push: bool = False) -> Iterator[Step]:
+        vit = uncompiled(vit)
         for index, block in enumerate(vit.transformer_blocks):
             self._cross[f"{prefix}-block{index}-cross"] = block.attn2
         yield from transformer_steps(vit, prefix, level, push=push)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as every_module
 
-from dsd_fast.models.private import compiled_forward
+from dsd_fast.models.private import compiled_forward, uncompiled
 from dsd_fast.models.tuners import is_wrapper
 from dsd_fast.unet.flops import base_layer
 from dsd_fast.unet.shipped import CALLS, is_shipped, of_library, reached, told
@@ -135,7 +135,8 @@ class Bypassed:
         for processor in self._processors:
             self._know_methods("unet", processor, processor, ("__call__",))
         self.modules: dict[str, Any] = {}
-        for path, module, names in _places(unet):
+        for path, place, names in _places(unet):
+            module = uncompiled(place)
             self._know(path, module, names)
             self.modules[path] = module
         self._attentions = [module for module in self.modules.values() if hasattr(module, "processor")]
@@ -147,7 +148,7 @@ class Bypassed:
         self._paths = sorted(ways - {"unet"})
         self._parts = [unet.get_submodule(path) for path in self._paths]
         splits = [path.rpartition(".") for path in self._paths]
-        self._siblings = [(unet.get_submodule(parent)._modules, key) for parent, _, key in splits]
+        self._siblings = [(uncompiled(unet.get_submodule(parent))._modules, key) for parent, _, key in splits]
         self.check()
 
     def check(self) -> None:

@@ -26,6 +26,7 @@ from dsd_fast.kernels.common.attention import (
 )
 from dsd_fast.kernels.cross_attention_score import cross_attention_score
 from dsd_fast.kernels.token_maps import token_maps
+from dsd_fast.models.private import uncompiled
 from dsd_fast.unet.flops import attention_flops, base_layer, conv_flops, linear_flops
 from dsd_fast.unet.pieces import side_by_side
 from dsd_fast.unet.step import NOTHING, Size, State, Step, Taken, Want, area, flat, grid
@@ -72,7 +73,7 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
         region=f"{prefix}-in",
     )
     steps = [entering]
-    for index, block in enumerate(vit.transformer_blocks):
+    for index, block in enumerate(map(uncompiled, vit.transformer_blocks)):
         steps += self_attention_steps(block, f"{prefix}-block{index}", level, channels)
         steps += cross_attention_steps(block, f"{prefix}-block{index}", level, channels)
         steps += feed_forward_steps(block, f"{prefix}-block{index}", level, channels)
@@ -91,7 +92,7 @@ def transformer_steps(vit: Any, prefix: str, level: int, *, push: bool) -> list[
 
 def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
     """``self-q``, ``self-k``, ``self-v``, ``self-map``, and the attention itself with its residual and its maps."""
-    attn = block.attn1
+    attn = uncompiled(block.attn1)
     heads, width = attn.heads, attn.inner_dim
     own, projections = block._modules, attn._modules
 
@@ -170,7 +171,7 @@ def self_attention_steps(block: Any, prefix: str, level: int, channels: int) -> 
 
 def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
     """``cross-q``, ``cross-map``, and the attention itself, which answers the score id ``…-cross``."""
-    attn = block.attn2
+    attn = uncompiled(block.attn2)
     heads, width = attn.heads, attn.inner_dim
     own, projections = block._modules, attn._modules
     name = f"{prefix}-cross"
@@ -254,7 +255,7 @@ def cross_attention_steps(block: Any, prefix: str, level: int, channels: int) ->
 
 def feed_forward_steps(block: Any, prefix: str, level: int, channels: int) -> list[Step]:
     """``ffn-inner`` (after GEGLU) and the block's output."""
-    ff = block.ff
+    ff = uncompiled(block.ff)
     layers = ff.net._modules
     inner = base_layer(ff.net[2]).in_features
 

@@ -1,7 +1,7 @@
 """FeatureExtractor against plans run by hand, torch's own functions, and itself asked in other ways."""
 
 import itertools
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -318,7 +318,7 @@ def test_a_changed_extractor_stays_compiled(model):
 
 def test_a_pickled_extractor_is_the_same(model, images):
     extractor = FeatureExtractor(model, LAYERS[:1], technique=Technique(prompts="a red circle"))
-    again = pickle.loads(pickle.dumps(extractor))
+    again = ForkingPickler.loads(ForkingPickler.dumps(extractor))
     close(again.extract(images[:1])[LAYERS[0]], extractor.extract(images[:1])[LAYERS[0]])
 
 

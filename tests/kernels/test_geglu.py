@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from dsd_fast.kernels.common import backend
+from dsd_fast.kernels.common import backend, elementwise
 from dsd_fast.kernels.geglu import geglu
 from tests.kernels.elementwise import (
     DTYPES,
@@ -114,8 +114,13 @@ def test_forward_mode_is_plain_torchs_alone(kind):
 
 
 def test_plain_torch_unless_a_kernel_is_asked_for():
-    geglu(torch.zeros(2, 4))
+    geglu(torch.zeros(2, 4, dtype=torch.bfloat16))
     assert backend.last("geglu") == "reference"
+    geglu(torch.zeros(2, 4, requires_grad=True))
+    assert backend.last("geglu") == "reference"
+    # One pass without gradients is the compiled library's.
+    geglu(torch.zeros(2, 4))
+    assert backend.last("geglu") == ("cpu" if elementwise.prefers_native("geglu") else "reference")
     # Never in float64.
     with backend.force("triton"), pytest.raises(ValueError, match="geglu has no 'triton' implementation"):
         geglu(torch.zeros(2, 4, dtype=torch.float64))

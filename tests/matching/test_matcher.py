@@ -1,7 +1,7 @@
 """Matching: the official score exactly, each pair by itself, and nothing computed twice."""
 
-import pickle
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -378,7 +378,7 @@ def test_an_adapter_belongs_to_its_matcher(tmp_path):
         for name, m in matchers.items():
             torch.testing.assert_close(m.score(images, CAPTIONS), want[name], rtol=0, atol=1e-4)
     # As it goes to another process.
-    again = pickle.loads(pickle.dumps(matchers["a"]))
+    again = ForkingPickler.loads(ForkingPickler.dumps(matchers["a"]))
     torch.testing.assert_close(again.score(images, CAPTIONS), want["a"], rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="adapter: the model has no adapter 'c'; it has a, b"):
         dsd.Matcher(model, config, adapter="c")

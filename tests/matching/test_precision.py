@@ -53,7 +53,7 @@ def test_norms_and_sums_of_the_networks_answers_are_not_rounded(dtype, pool):
         latents = scorer.engine.encode_images(torch.stack(images(scorer.model.to_pipeline(), 2)).to(dtype) * 2 - 1)
     texts = scorer.encode_texts(TEXTS[:2], unconditional=False)
     rows, steps = torch.arange(2), len(TIMES)
-    found = scorer.terms(latents, texts, rows, rows)
+    found = scorer.begin(latents, texts, rows, rows).done()
     epsilon = draw_noise([0], steps, latents.shape[1:])
     noised = Noised.grid(scorer.model.schedule, latents, epsilon, scorer.timesteps)
     latent_of, text_of = torch.arange(2 * steps), rows.repeat_interleave(steps)

@@ -1,9 +1,9 @@
 """Adapters through PEFT: equal to diffusers, and active only during the calls of the plan they belong to."""
 
 import copy
-import pickle
 import threading
 import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import peft
 import pytest
@@ -199,7 +199,7 @@ def test_copies_and_pickles_keep_the_strength_that_a_plan_has(tmp_path):
     plan = case.program.plan(noise_pred=True, adapter="a")
     case.pipe.set_adapters("a", 1.0)
     want = case.ours(plan)
-    copies = copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))
+    copies = copy.deepcopy(plan), ForkingPickler.loads(ForkingPickler.dumps(plan))
     with torch.no_grad():
         case.unet.conv_in.weight.zero_()
     for copied in copies:

@@ -278,7 +278,8 @@ def test_compiled_networks_answer_as_plain_ones(change, fresh_dynamo):
     change(pipe)
     before = dict(pipe.components)
     model = dsd.from_pipeline(pipe)
-    assert torch.equal(dsd.Matcher(model, config).score(list(pixels), captions), want)
+    # Where a module has a forward of its own, its functions are not called past it, which round elsewhere.
+    torch.testing.assert_close(dsd.Matcher(model, config).score(list(pixels), captions), want, rtol=1e-5, atol=1e-5)
     assert all(pipe.components[name] is part for name, part in before.items())
     assert type(model.to_pipeline().unet) is diffusers.UNet2DConditionModel
     # The bare network, as it was given.

@@ -99,7 +99,7 @@ def load(
     if not same and any((*about["strengths"], *acting)):
         now = [strengths_summary(layers) for layers in acting]
         where = ", in other layers" if now == about["strengths"] else ""
-        warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {now}{where}", stacklevel=3)
+        warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {now}{where}", stacklevel=4)
     prompt = None
     if about["prompt"]:
         prompt, width = (
@@ -161,4 +161,4 @@ def _check_model(path: Path, fitted: Mapping[str, Any], model: Model) -> None:
     }
     if other:
         what = "; ".join(f"{key} {was!r}, now {now!r}" for key, (was, now) in other.items())
-        warnings.warn(f"{path} was fitted to another model: {what}", stacklevel=4)
+        warnings.warn(f"{path} was fitted to another model: {what}", stacklevel=5)
