@@ -129,7 +129,8 @@ def test_captions_share_the_images_latent_and_need_no_unconditional_text():
     assert (seen["vae"], seen["text encoder"], seen["shared"]) == (1, 2, 2 * len(TIMES))
     assert found[2] == []
     for own, caption in zip(found, captions, strict=True):
-        close(own, m.heatmap(image, caption), relative=0)
+        # Without the counting hooks norms are the compiled library's, which rounds elsewhere.
+        close(own, m.heatmap(image, caption), relative=1e-6)
     assert m.heatmaps(image, []) == []
     with pytest.raises(ValueError, match="captions: expected a sequence of strings"):
         m.heatmaps(image, "a dog")
