@@ -7,6 +7,7 @@ while it computes, and requests that want the same compute side by side: see :fu
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -36,8 +37,12 @@ Setting = Sequence[LayerSetting]
 
 def kinds() -> tuple[type, ...]:
     """What PEFT puts in the place of modules: layers with adapters, and wrappers of modules that adapters replace."""
-    if "peft" not in sys.modules:
-        return ()
+    return _kinds() if "peft" in sys.modules else ()
+
+
+# Every call of a plan asks, once for each layer whose keys it reads.
+@functools.cache
+def _kinds() -> tuple[type, ...]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
