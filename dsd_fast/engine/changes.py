@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from dsd_fast.unet.shipped import home, of_library, told
 
 # In the name of what another process may not have, or may have another of.
 FLEETING = ("<lambda>", "<locals>", " at 0x")
+# How deep objects are looked into.
+_DEPTH = 6
 _TORCHS = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What a library keeps for itself, or what costs other memory and gives the same answers.
@@ -120,7 +123,7 @@ def _of_module(path: str, module: Any, twin: Any) -> dict[str, Any]:
         if now != _json(f"{path}.{key}", before):
             result[key] = now
     for name in _HOOKS:
-        hooks = [_name(f"{path}: a hook", hook) for hook in own[name].values() if not of_library(hook)]
+        hooks = [_json(f"{path}: a hook", hook) for hook in own[name].values() if not of_library(hook)]
         if hooks:
             result[name] = hooks
     return result
@@ -131,14 +134,14 @@ def _is_own(value: Any, module: Any, key: str) -> bool:
     return isinstance(value, MethodType) and value == getattr(type(module), key).__get__(module)
 
 
-def _of_class(kind: type) -> Iterator[tuple[str, str]]:
+def _of_class(kind: type) -> Iterator[tuple[str, Any]]:
     """The methods of a library's class that are none of a library, each with the name of what is there."""
     for name, value in vars(kind).items():
         level = value
         while isinstance(level, FunctionType | MethodType | partial):
             if not of_library(level) and home(level) != "contextlib":
                 where = f"{told(kind)}.{name}"
-                yield where, _name(where, level)
+                yield where, _callable(where, level, _DEPTH)
                 break
             level = getattr(level, "__wrapped__", None)
 
@@ -147,12 +150,21 @@ def _of_dropout(key: str, value: Any) -> bool:
     return (key == "p" or "drop" in key) and isinstance(value, int | float)
 
 
-def _json(path: str, value: Any, depth: int = 4) -> Any:
+def _json(path: str, value: Any, depth: int = _DEPTH) -> Any:
     """A value as JSON that is equal wherever it does the same."""
-    if value is None or isinstance(value, bool | int | float | str) or depth == 0:
-        return value if depth else told(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, Tensor):
         return "meta" if value.is_meta else tensors_hash({"": value})
+    if isinstance(value, np.generic | np.ndarray):
+        return tensors_hash({"": torch.from_numpy(np.array(value))})
+    if depth == 0:
+        if not of_library(value):
+            raise ValueError(
+                f"{path} holds {told(value)} too deep inside for a later run to tell it from another; expected "
+                "numbers, text, tensors and plain objects of these"
+            )
+        return told(value)
     if isinstance(value, torch.dtype | torch.device):
         return None
     if isinstance(value, Mapping):
@@ -165,26 +177,43 @@ def _json(path: str, value: Any, depth: int = 4) -> Any:
     if callable(value) and not isinstance(value, nn.Module):
         if type(value) in plain_processors():
             return "plain attention"
-        named = _name(path, value)
-        return named if _is_function(value) else {named: _json(path, getattr(value, "__dict__", None), depth - 1)}
+        return _callable(path, value, depth)
     if isinstance(value, nn.Module):
         tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
         return [_name(path, type(value)), repr(value), tensors_hash(tensors)]
-    return {_name(path, type(value)): _json(path, getattr(value, "__dict__", None), depth - 1)}
+    return {_name(path, type(value)): _json(path, _attributes(path, value), depth - 1)}
 
 
-def _is_function(value: Any) -> bool:
-    return isinstance(value, FunctionType | BuiltinFunctionType | MethodType | partial | type)
+def _callable(path: str, value: Any, depth: int) -> Any:
+    """A function's name, with what it is bound to: a partial's arguments, a method's object, an object's attributes."""
+    name, bound = _name(path, value), []
+    while isinstance(value, partial):
+        bound += [_json(path, value.args, depth - 1), _json(path, value.keywords, depth - 1)]
+        value = value.func
+    if isinstance(value, MethodType):
+        # A module of the network is compared itself.
+        value = None if isinstance(value.__self__, nn.Module | type) else value.__self__
+    if value is not None and not isinstance(value, FunctionType | BuiltinFunctionType | type):
+        held = _json(path, _attributes(path, value), depth - 1)
+        return {name: [*bound, held] if bound else held}
+    return {name: bound} if bound else name
+
+
+def _attributes(path: str, value: Any) -> Mapping[str, Any]:
+    """What an object holds."""
+    if not hasattr(value, "__dict__"):
+        if of_library(value):
+            return {}
+        raise ValueError(f"{path} is or holds {told(value)}, whose state a later run could not tell from another")
+    held: Mapping[str, Any] = vars(value)
+    return held
 
 
 def _name(what: str, value: Any) -> str:
     """The name of a function or class, or of an object's class, that a later process knows it by."""
-    arguments = ""
     while isinstance(value, partial):
-        given = [*value.args, *(f"{key}={value.keywords[key]!r}" for key in sorted(value.keywords))]
-        arguments = f"({', '.join(map(str, given))}){arguments}"
         value = value.func
-    name = f"{told(value)}{arguments}"
+    name = told(value)
     if any(mark in name for mark in FLEETING) and not of_library(value):
         raise ValueError(
             f"{what} is {name}, which a later run could not tell from another; expected a class or function of a "

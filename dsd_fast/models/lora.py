@@ -49,13 +49,16 @@ def load_lora(
     if any(name in adapter_names(network) for network in networks.values()):
         raise ModelError(f"adapter name {name!r} is taken, expected a new one")
     parts: dict[str, dict[str, LoraLayer]] = {}
-    for file in find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir):
+    files = find_lora(source, weight_name, local_files_only=local_files_only, cache_dir=cache_dir)
+    for file in files:
         what = f"LoRA {str(file)!r}"
         tensors, settings, home = _read(file, what)
         for part, layers in read_lora(tensors, unet, text_encoders, f"{what} for {label!r}", settings, home).items():
             if layers and part in parts:
                 raise ModelError(f"{what} is for the {part}, for which its folder has another file")
             parts |= {part: layers} if layers else {}
+    if len(files) > 1:
+        what = f"LoRA {str(source)!r}"
     if not parts:
         raise ModelError(f"{what} has no weights for the UNet or the text encoders of {label!r}")
     _put([(networks[part], layers) for part, layers in parts.items()], name, what)
@@ -129,13 +132,13 @@ def _fill(module: Any, layer: LoraLayer, name: str) -> None:
     up.weight.copy_(layer.up)
     if up.bias is not None:
         up.bias.copy_(torch.zeros_like(up.bias) if layer.bias is None else layer.bias)
-    if name in module.lora_magnitude_vector:
-        norms, target = layer.magnitude, module.lora_magnitude_vector[name].weight
-        if norms is None:
-            # Those that the rows have, which leave a layer of plain LoRA as it is.
-            added = layer.alpha / layer.rank * (layer.up.flatten(1).float() @ layer.down.flatten(1).float())
-            norms = (module.base_layer.weight.flatten(1).float() + added.to(target.device)).norm(dim=1)
-        target.copy_(norms.view_as(target))
+    if layer.magnitude is not None:
+        target = module.lora_magnitude_vector[name].weight
+        target.copy_(layer.magnitude.view_as(target))
+    elif name in module.lora_magnitude_vector:
+        # The configuration is for all layers, of which this one is plain LoRA, at every strength.
+        module.use_dora[name] = False
+        del module.lora_variant[name], module.lora_magnitude_vector[name]
 
 
 def save_lora(unet: Any, name: str, file: str | os.PathLike[str]) -> None:
@@ -250,14 +253,17 @@ def _read(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, dict[str,
         tensors = load_file(file)
         beside = file.with_name(_PEFT_SETTINGS)
         if file.name == _PEFT_NAME and beside.is_file():
-            found = {f".{key}": value for key, value in json.loads(beside.read_text(encoding="utf-8")).items()}
+            text, prefix = beside.read_text(encoding="utf-8"), "."
         else:
-            found = json.loads(header.get("lora_adapter_metadata") or "{}")
+            text, prefix = header.get("lora_adapter_metadata") or "{}", ""
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"its settings are {text[:80]!r}, expected a JSON object")
     except Exception as error:
         raise ModelError(f"{what} cannot be read: {reason(error)}") from error
     settings: dict[str, dict[str, Any]] = {}
     for key, value in found.items():
-        part, _, setting = key.rpartition(".")
+        part, _, setting = f"{prefix}{key}".rpartition(".")
         settings.setdefault(part, {})[setting] = value
     return tensors, settings, file.parent.name if file.name == _PEFT_NAME and file.parent.name in PARTS else None
 

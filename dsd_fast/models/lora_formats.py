@@ -73,7 +73,7 @@ _ALPHA = 8
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """What W x + b of one layer becomes: (W + alpha / rank · up · down) x + b + bias.
+    """What W x + b of one layer becomes: (W + alpha / rank · up · down) x + b + alpha / rank · bias.
 
     Attributes:
         down: (rank, in), of a convolution (rank, in, k, k).
@@ -153,6 +153,14 @@ def read_lora(
         else:
             alpha = float(len(values["down"]))
         parts[part][path] = LoraLayer(alpha=alpha, **values)
+    for part, found in parts.items():
+        scaled = next((path for path, layer in found.items() if layer.magnitude is not None), None)
+        biased = next((path for path, layer in found.items() if layer.bias is not None), None)
+        if scaled is not None and biased is not None:
+            raise ModelError(
+                f"{what} has DoRA's norms for {scaled!r} of the {part} and a bias for {biased!r}, which PEFT does not "
+                "have in one adapter"
+            )
     return parts
 
 
@@ -283,6 +291,9 @@ def _check_settings(config: Mapping[str, Any], what: str) -> None:
     for key in _MORE:
         if config.get(key):
             raise ModelError(f"{what} have {key} = {config[key]!r}, expected none, as plain LoRA and DoRA have")
+    for alpha in (config.get("lora_alpha", _ALPHA), *(config.get("alpha_pattern") or {}).values()):
+        if not isinstance(alpha, int | float):
+            raise ModelError(f"{what} have the alpha {alpha!r}, expected a number")
     if config.get("init_lora_weights") not in _DRAWN:
         raise ModelError(
             f"{what} have init_lora_weights = {config['init_lora_weights']!r}, which changes the layers' own weights; "

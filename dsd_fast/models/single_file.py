@@ -19,6 +19,8 @@ from dsd_fast.models.architecture import check_unet
 from dsd_fast.models.errors import ModelError, reason
 
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+# Of CosXL and of Playground 2.5, whose networks are SDXL's.
+_OTHER_PROCESS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
 _SECOND_ENCODER = "conditioner.embedders.1.model."
 _TEXT = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": _SECOND_ENCODER}
 
@@ -77,6 +79,11 @@ def check_config(checkpoint: Mapping[str, Tensor], sdxl: bool, scheduler: Mappin
     if sdxl != any(key.startswith(_SECOND_ENCODER) for key in checkpoint):
         kinds = ("one text encoder, as SD 1.x and 2.x have", "two text encoders, as SDXL has")
         raise ModelError(f"{what} has {kinds[not sdxl]}, but config is of a model with {kinds[sdxl]}")
+    other = next((key for key in _OTHER_PROCESS if key in checkpoint), None)
+    if other is not None:
+        raise ModelError(
+            f"{what} holds the mark {other!r} of a continuous diffusion process (EDM), which is not supported"
+        )
     prediction = scheduler.get("prediction_type", "epsilon")
     for key, given, expected in (
         ("v_pred", prediction == "v_prediction", "prediction_type = 'v_prediction'"),

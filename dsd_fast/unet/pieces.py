@@ -18,7 +18,7 @@ from torch.nn.modules import module as every
 
 from dsd_fast.kernels.add_layer_norm import add_layer_norm
 from dsd_fast.kernels.common.elementwise import prefers_native
-from dsd_fast.kernels.common.library import traced
+from dsd_fast.kernels.common.library import traced, untransformed
 from dsd_fast.kernels.geglu import geglu
 from dsd_fast.kernels.geglu.op import NAME as GATE
 from dsd_fast.kernels.geglu.op import native as native_gate
@@ -123,8 +123,8 @@ def layers_of(weights: Weights, device: torch.device) -> Layers:
     """The fastest for an eager run of a network now."""
     if traced() or not (_functions_serve() and weights.plain()):
         return CALLED
-    if device.type == "cpu" and not torch.is_grad_enabled() and prefers_native(NORM) and prefers_native(GATE):
-        return _NATIVE
+    if device.type == "cpu" and not torch.is_grad_enabled() and untransformed():
+        return _NATIVE if prefers_native(NORM) and prefers_native(GATE) else _DIRECT
     return _DIRECT
 
 
@@ -154,10 +154,8 @@ def side_by_side(x: Tensor, modules: Mapping[str, Any], names: Sequence[str]) ->
     return torch.split(joined, [layer.out_features for layer in layers], dim=-1)
 
 
-_METHODS = [
-    *((kind, "forward") for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout)),
-    (nn.Conv2d, "_conv_forward"),
-]
+_KINDS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout)
+_METHODS = [*((kind, name) for kind in _KINDS for name in ("forward", "__call__")), (nn.Conv2d, "_conv_forward")]
 _OWN = [getattr(kind, name) for kind, name in _METHODS]
 # Somebody may have put another method on one of these classes before this package was imported.
 _SHIPPED = all(is_shipped(kind, name) for kind, name in _METHODS)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dsd_fast.models.tuners import kinds, strengths_of
 from dsd_fast.unet.adapters import version
 
+# What is computed from weights as parameters where nothing else is done.
+_WEIGHTED = frozenset({nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -70,6 +72,7 @@ class Weights:
             not self.hooked()
             and not any(map(contains, self._own, repeat("_conv_forward")))
             # A weight taken out, to be made anew at each call.
+            and self._whole
             and sum(map(len, self._parameters)) == self._count
         )
 
@@ -87,6 +90,7 @@ class Weights:
         # Adapters of some kinds are entries of dictionaries, which are empty before the first.
         self._parameters = [m._parameters for m in modules if m._parameters or isinstance(m, nn.ParameterDict)]
         self._count = sum(map(len, self._parameters))
+        self._whole = all({"weight", "bias"} <= m._parameters.keys() for m in modules if type(m) in _WEIGHTED)
         self._buffers = [module._buffers for module in modules if module._buffers]
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
         self._own = [module.__dict__ for module in modules]

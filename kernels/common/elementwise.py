@@ -50,7 +50,7 @@ def prefers_native(operator: str) -> bool:
     Without vectors of 8 numbers it is slower than torch.
     """
     names = backend.available("cpu", torch.float32)
-    return "cpu" in names and native.capability() != "baseline" and backend.choice(operator, names) == "cpu"
+    return native.has(operator) and native.capability() != "baseline" and backend.choice(operator, names) == "cpu"
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 # `torch.library.custom_op` takes several times as long a call as an operator that is defined and implemented so.
@@ -33,14 +34,22 @@ def operator(
     return called
 
 
+def untransformed() -> bool:
+    """Whether operators compute plainly: under no mode, no transform of torch.func and no forward-mode level."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
 def unseen(*inputs: Tensor | None) -> bool:
     """Whether nobody sees an operator run on ``inputs``: no mode, transform, profiler or subclass of tensors.
 
     Its function may then be called without torch's dispatch, which takes longer than a small call's work.
     """
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
+        untransformed()
         and not torch._C._autograd._profiler_enabled()
         and all(x is None or (type(x) is Tensor and (x.is_cpu or x.is_cuda)) for x in inputs)
     )

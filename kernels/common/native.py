@@ -16,6 +16,12 @@ PACKAGE = Path(__file__).parents[2]
 
 
 @functools.cache
+def has(operator: str) -> bool:
+    """Whether the library is there and holds ``operator``: one that was built before it does not."""
+    return load() and hasattr(torch.ops.dsd_fast_cpu, operator)
+
+
+@functools.cache
 def capability() -> str:
     """The instruction set that the library, which is loaded, takes: avx512, avx2 or baseline."""
     name: str = torch.ops.dsd_fast_cpu.capability()

@@ -100,6 +100,7 @@ def native(
 ) -> Tensor:
     """What :func:`group_norm_silu` returns, by the compiled library: channels-last float32 on a CPU, no gradient."""
     y = torch.empty_like(x)
+    weight, bias, shift = elementwise.dense(weight), elementwise.dense(bias), elementwise.dense(shift)
     torch.ops.dsd_fast_cpu.group_norm_silu.default(x, y, weight, bias, shift, groups, eps, silu)
     return y
 

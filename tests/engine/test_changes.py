@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -9,6 +10,7 @@ from torch import nn
 
 import dsd_fast as dsd
 from dsd_fast.engine.changes import changes
+from dsd_fast.jobs import tensors_hash
 from tests.tiny import tiny_pipeline
 
 
@@ -48,6 +50,25 @@ def tiled(conv, x, weight, bias):
     return nn.functional.conv2d(x, weight, bias)
 
 
+class Steer:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def steer(self, module, args, out):
+        return out * self.factor
+
+    __call__ = steer
+
+
+class Slotted:
+    __slots__ = ()
+
+
+class Deep:
+    def __init__(self, levels):
+        self.inner = Deep(levels - 1) if levels else object()
+
+
 def hook(function):
     return lambda patch, module: patch.setitem(module._forward_hooks, 0, function)
 
@@ -82,7 +103,14 @@ HERE = __name__
             "unet",
             f"{UNET}.conv1",
             hook(functools.partial(scaled, factor=3)),
-            {"_forward_hooks": [f"{HERE}.scaled(factor=3)"]},
+            {"_forward_hooks": [{f"{HERE}.scaled": [[], {"factor": 3}]}]},
+        ),
+        ("unet", f"{UNET}.conv1", hook(Steer(2.0)), {"_forward_hooks": [{f"{HERE}.Steer": {"factor": 2.0}}]}),
+        (
+            "unet",
+            f"{UNET}.conv1",
+            hook(Steer(np.float32(2)).steer),
+            {"_forward_hooks": [{f"{HERE}.Steer.steer": {"factor": tensors_hash({"": torch.tensor(2.0)})}}]},
         ),
         (
             "unet",
@@ -107,6 +135,14 @@ def test_what_changes_answers_is_told(model, part, path, change, told, monkeypat
     with monkeypatch.context() as patch:
         change(patch, network.get_submodule(path))
         assert changes(network) == {path: told}
+
+
+@pytest.mark.parametrize(("held", "message"), [(Deep(8), "too deep inside"), (Slotted(), "whose state a later run")])
+def test_state_that_cannot_be_told_is_refused(model, held, message, monkeypatch):
+    with monkeypatch.context() as patch:
+        hook(Steer(held))(patch, model.unet.conv_in)
+        with pytest.raises(ValueError, match=f"conv_in: a hook.*{message}"):
+            changes(model.unet)
 
 
 def test_methods_of_a_librarys_class_are_told(model, monkeypatch):

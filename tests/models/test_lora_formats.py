@@ -275,9 +275,12 @@ def dora(layer, down, up, scale, magnitude):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "magnitudes"), [("sd15", "all"), ("sd15", "some"), ("sdxl", "all")])
-def test_kohyas_dora_by_hand(family, magnitudes, tmp_path):
-    """Linear layers and convolutions; a layer without norms is plain LoRA."""
+@pytest.mark.parametrize(
+    ("family", "magnitudes", "strength"),
+    [("sd15", "all", 1.0), ("sd15", "some", 1.0), ("sd15", "some", 0.5), ("sdxl", "all", 1.0)],
+)
+def test_kohyas_dora_by_hand(family, magnitudes, strength, tmp_path):
+    """Linear layers and convolutions; a layer without norms is plain LoRA, at every strength."""
     merged, generator, tensors = dsd.from_pipeline(tiny_pipeline(family)), torch.Generator().manual_seed(0), {}
     before = states_and_noise(merged)
     networks = dict(zip(PARTS, (merged.unet, *merged.text_encoders), strict=False))
@@ -288,14 +291,16 @@ def test_kohyas_dora_by_hand(family, magnitudes, tmp_path):
         stem = names[0].removesuffix(".lora_down.weight")
         tensors |= {**dict(zip(names, (down, up), strict=True)), f"{stem}.alpha": torch.tensor(1)}
         if magnitudes == "some" and number % 2:
-            added(layer, down, up, 0.5)
+            added(layer, down, up, 0.5 * strength)
             continue
         magnitude = layer.weight.flatten(1).norm(dim=1) * (1 + 0.3 * torch.rand(len(layer.weight), generator=generator))
         tensors[f"{stem}.dora_scale"] = magnitude.view(-1, *(1 for _ in layer.weight.shape[1:]))
-        layer.weight.copy_(dora(layer, down, up, 0.5, magnitude))
+        layer.weight.copy_(dora(layer, down, up, 0.5 * strength, magnitude))
     save_file(tensors, tmp_path / "x.safetensors")
-    model = dsd.from_pipeline(tiny_pipeline(family))
+    pipe = tiny_pipeline(family)
+    model = dsd.from_pipeline(pipe)
     model.load_lora(tmp_path, "x")
+    pipe.set_adapters("x", strength)
     for got, want, plain in zip(states_and_noise(model), states_and_noise(merged), before, strict=True):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))

@@ -109,6 +109,10 @@ def test_what_is_no_checkpoint_of_a_model_is_refused(files, tmp_path):
             {**tensors, first: torch.zeros(24, 4, 3, 3)},
             r"'unet' .*: 1 of its tensors .* the first, 'conv_in\.weight', \(24, 4, 3, 3\), expected \(16, 4, 3, 3\)",
         ),
+        (
+            {**tensors, "edm_vpred.sigma_max": torch.zeros(())},
+            "the mark 'edm_vpred.sigma_max' of a continuous diffusion process",
+        ),
         ({**tensors, "v_pred": torch.zeros(0)}, "the mark 'v_pred', expected a config whose scheduler has prediction_"),
         ({**tensors, "ztsnr": torch.zeros(0)}, "the mark 'ztsnr', expected a config whose scheduler has rescale_betas"),
     ):

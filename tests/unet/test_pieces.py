@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from dsd_fast.kernels.common import backend, elementwise
 from dsd_fast.unet import UNetProgram, pieces
@@ -137,6 +138,7 @@ CHANGES = {
         raising=False,
     ),
     "a weight taken out": lambda unet, patch: taken_out(unet.down_blocks[0].resnets[0].conv1),
+    "a weight that is no parameter": lambda unet, patch: taken_out(unet.up_blocks[0].resnets[0].conv2),
     "a subclass": lambda unet, patch: patch.setattr(
         unet.conv_out, "__class__", type("Conv2d", (torch.nn.Conv2d,), {"forward": lambda self, x: 2 * x[:, :4]})
     ),
@@ -164,6 +166,32 @@ def test_what_leaf_modules_are_is_computed(change, monkeypatch):
     got, want = both()
     assert float((want - before).abs().max()) > 1e-3 * float(want.abs().max())
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_a_weight_taken_out_before_the_program_is_made_and_strided_weights_are_computed():
+    unet = tiny_unet("sd15")
+    taken_out(unet.up_blocks[0].resnets[0].conv2)
+    norm = unet.mid_block.resnets[0].norm1
+    norm.weight = torch.nn.Parameter(torch.randn(norm.num_channels, 2)[:, 0], requires_grad=False)
+    g = torch.Generator().manual_seed(0)
+    latents, states = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 7, CROSS_ATTENTION_DIM["sd15"], generator=g)
+    plan = UNetProgram(unet).plan(noise_pred=True)
+    with torch.no_grad():
+        want = unet(latents, torch.tensor([17]), states).sample
+        got = plan.run(latents, [17], plan.encode_text(states)).noise_pred
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_tangents_of_forward_mode_are_not_dropped():
+    unet = tiny_unet("sd15")
+    plan = UNetProgram(unet).plan(features=["up-level0-repeat0-res-increment"])
+    with torch.no_grad():
+        text = plan.encode_text(torch.randn(1, 7, CROSS_ATTENTION_DIM["sd15"]))
+    with torch.no_grad(), forward_ad.dual_level():
+        latents = forward_ad.make_dual(torch.randn(1, 4, 8, 8), torch.ones(1, 4, 8, 8))
+        # Torch's own norm has no such gradient in this layout.
+        with pytest.raises(RuntimeError, match=r"view size is not compatible|forward"):
+            plan.run(latents, 17, text)
 
 
 @pytest.mark.parametrize(("backend_name", "native"), [("reference", False), ("cpu", True)])

@@ -76,8 +76,8 @@ struct Operands {
   std::vector<int64_t> order, start;
   Inputs in;
 
-  Operands(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
-           const std::optional<Tensor>& text_index, const std::optional<Tensor>& text_length, const std::optional<Tensor>& key_bias,
+  Operands(const Tensor& q, const Tensor& k, const std::optional<Tensor>& v, const std::optional<Tensor>& text_index,
+           const std::optional<Tensor>& text_length, const std::optional<Tensor>& key_bias,
            const std::optional<Tensor>& score_mask, int64_t heads, double scale) {
     const Array queries = array("q", q), keys = array("k", k);
     STD_TORCH_CHECK(heads > 0 && q.size(2) % heads == 0 && k.size(2) == q.size(2) && keys.type == queries.type,
@@ -168,9 +168,9 @@ Tensor floats(const Tensor& like, std::vector<int64_t> size) {
 float* data(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, std::optional<Tensor> v,
-                                           std::optional<Tensor> text_index, std::optional<Tensor> text_length, std::optional<Tensor> key_bias,
-                                           std::optional<Tensor> score_mask, int64_t heads, double scale, bool mean,
-                                           bool save) {
+                                           std::optional<Tensor> text_index, std::optional<Tensor> text_length,
+                                           std::optional<Tensor> key_bias, std::optional<Tensor> score_mask,
+                                           int64_t heads, double scale, bool mean, bool save) {
   const Operands operands(q, k, v, text_index, text_length, key_bias, score_mask, heads, scale);
   const Shape& s = operands.shape;
   const Kernels& kernel = kernels();
@@ -202,9 +202,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, std::optional<Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> dout, std::optional<Tensor> dscore, Tensor q,
                                                     Tensor k, std::optional<Tensor> v,
-                                                    std::optional<Tensor> text_index, std::optional<Tensor> text_length, std::optional<Tensor> key_bias,
-                                                    std::optional<Tensor> score_mask, Tensor saved, int64_t heads,
-                                                    double scale, bool mean) {
+                                                    std::optional<Tensor> text_index, std::optional<Tensor> text_length,
+                                                    std::optional<Tensor> key_bias, std::optional<Tensor> score_mask,
+                                                    Tensor saved, int64_t heads, double scale, bool mean) {
   const Operands operands(q, k, v, text_index, text_length, key_bias, score_mask, heads, scale);
   const Shape& s = operands.shape;
   const Kernels& kernel = kernels();

@@ -21,6 +21,7 @@ using torch::stable::Tensor;
 
 // Numbers for which a thread of its own is worth its start.
 constexpr int64_t kGrain = 32768;
+
 float* floats(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, name, ": expected float32");
   return static_cast<float*>(x.data_ptr());
