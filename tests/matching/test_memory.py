@@ -52,6 +52,7 @@ def test_peak_memory_stays_under_the_budget_and_does_not_grow_with_the_pairs():
     )
     assert done.returncode == 0, done.stderr
     few, many = json.loads(done.stdout)
-    assert BUDGET / 4 < few <= many < BUDGET
+    # At least an eighth, or the measure saw nothing: norms in one pass leave nothing between.
+    assert BUDGET / 8 < few <= many < BUDGET
     # What may grow with 24 more images: their pixels (1.5 MiB), their scores, and gaps in the heap.
     assert many - few < BUDGET / 4
