@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -254,6 +256,22 @@ def pack(cache: Path, archive: Path) -> None:
             packed.add(file, file.name)
 
 
+def run_within(command: Sequence[str], seconds: float | None) -> int | None:
+    """Runs a command; its exit code, or None where its time was over.
+
+    What it has started ends with it: pytest's workers would go on beside the step that is timed next.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def check(marks: str, arguments: Sequence[str], until: float) -> Checks:
     """Runs the tests with those marks, up to a time by :func:`time.monotonic`; what was counted until then counts."""
     file = folder() / "gpu-checks.jsonl"
@@ -262,14 +280,12 @@ def check(marks: str, arguments: Sequence[str], until: float) -> Checks:
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", f"--outcomes={file}", "-q", "-m", marks]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
-    trouble = ""
-    try:
-        code = subprocess.run([*command, *arguments], cwd=ROOT, timeout=max(0.0, until - time.monotonic())).returncode
+    code, trouble = run_within([*command, *arguments], max(0.0, until - time.monotonic())), ""
+    if code is None:
+        trouble = "they did not end in time"
+    elif code not in (0, 1, 5):
         # 5: nothing was collected.
-        if code not in (0, 1, 5):
-            trouble = f"pytest ended with {code}"
-    except subprocess.TimeoutExpired:
-        code, trouble = 0, "they did not end in time"
+        trouble = f"pytest ended with {code}"
     checks = count(file.read_text(encoding="utf-8") if file.exists() else "")
     file.unlink(missing_ok=True)
     checks.trouble = trouble or (f"pytest ended with {code}" if code == 1 and not checks.failed else "")
@@ -342,10 +358,8 @@ def _suite(
     command += ["--full"] if full else []
     command += [] if until is None else ["--until", str(until)]
     command += [f"--only={pattern}" for pattern in only or ()]
-    try:
-        code = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
-    except subprocess.TimeoutExpired:
-        code = 0
+    code = run_within(command, limit)
+    if code is None:
         report.notes.append(f"{name}: cut, its time was over")
     if code:
         report.faults.append(name)

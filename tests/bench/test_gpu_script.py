@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -195,17 +194,16 @@ def test_a_table_comes_after_each_step_and_what_one_leaves_the_next_has(tmp_path
     monkeypatch.setattr(gpu, "CACHE", tmp_path / "none")
     limits, now = [], time.monotonic()
 
-    def run(command, *, cwd, timeout):
-        limits.append(timeout)
-        code = 0
+    def run_within(command, seconds):
+        limits.append(seconds)
         if "pytest" in command:
             file = Path(next(part for part in command if part.startswith("--outcomes=")).removeprefix("--outcomes="))
             lines = [{"test": f"{number}", "outcome": outcome, "why": ""} for number, outcome in enumerate(OUTCOME)]
             file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, code)
+            return None
+        return 0
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "run_within", run_within)
     steps = [
         gpu.Step("machine", 10),
         gpu.Step("smoke", 60, "gpu and smoke"),
@@ -225,6 +223,19 @@ def test_a_table_comes_after_each_step_and_what_one_leaves_the_next_has(tmp_path
     spent = time.monotonic() - now
     for limit, planned in zip(limits, (70, 50, 100), strict=True):
         assert planned - spent <= limit <= planned
+
+
+def test_what_a_cut_step_has_started_ends_with_it(tmp_path):
+    file = tmp_path / "pid"
+    command = ["sh", "-c", f"sleep 60 & echo $! > {file}; wait"]
+    assert gpu.run_within(["sh", "-c", "exit 3"], 10.0) == 3
+    assert gpu.run_within(command, 1.0) is None
+    status = Path(f"/proc/{file.read_text().strip()}/stat")
+    # It may wait for somebody to ask for its exit code.
+    ended = time.monotonic() + 5
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < ended
+        time.sleep(0.05)
 
 
 OUTCOME = ("passed", "passed", "failed", "skipped")
