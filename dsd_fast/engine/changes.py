@@ -22,13 +22,13 @@ from dsd_fast.jobs import tensors_hash
 from dsd_fast.models.tuners import is_wrapper
 from dsd_fast.unet.refusals import plain_processors
 from dsd_fast.unet.shipped import home, of_library, told
+from dsd_fast.unet.weights import HOOKS
 
 # In the name of what another process may not have, or may have another of.
 FLEETING = ("<lambda>", "<locals>", " at 0x")
 # How deep objects are looked into.
 _DEPTH = 6
 _TORCHS = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What a library keeps for itself, or what costs other memory and gives the same answers.
 _IDLE = frozenset({
     "_chunk_dim", "_chunk_size", "_gradient_checkpointing_func", "_internal_dict", "_old_forward", "config",
@@ -122,7 +122,7 @@ def _of_module(path: str, module: Any, twin: Any) -> dict[str, Any]:
         now = _json(f"{path}.{key}", value)
         if now != _json(f"{path}.{key}", before):
             result[key] = now
-    for name in _HOOKS:
+    for name in HOOKS:
         hooks = [_json(f"{path}: a hook", hook) for hook in own[name].values() if not of_library(hook)]
         if hooks:
             result[name] = hooks

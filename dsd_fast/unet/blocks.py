@@ -3,7 +3,7 @@
 The arithmetic is that of diffusers' ResnetBlock2D, Downsample2D and Upsample2D, cut at the layer ids of the code of
 Meng et al., "Not All Diffusion Model Activations Have Been Evaluated as Discriminative Features" (arXiv 2410.03558).
 Modules are looked up at call time, never captured: adapters replace them in place. They are looked up among a parent's
-``_modules``, as its attributes cost ten times as much.
+``_modules``, where its attributes end up after all else has been tried.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from dsd_fast.models.private import compiled_forward, uncompiled
 from dsd_fast.models.tuners import is_wrapper
 from dsd_fast.unet.flops import base_layer
 from dsd_fast.unet.shipped import CALLS, is_shipped, of_library, reached, told
+from dsd_fast.unet.weights import HOOKS, untouched
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 
@@ -57,17 +58,18 @@ _ASSUMED: dict[str, dict[str, Any]] = {
         "residual_connection": False,
     },
 }
+
+
+def _kind(hooks: str) -> str:
+    """Whether those are hooks of the forward or of the backward pass."""
+    return hooks.split("_")[1]
+
+
 _FREEU = ("s1", "s2", "b1", "b2")
-_HOOKS = {
-    "_forward_hooks": "forward",
-    "_forward_pre_hooks": "forward",
-    "_backward_hooks": "backward",
-    "_backward_pre_hooks": "backward",
-}
-_HOOKS_OF = itemgetter(*_HOOKS)
+_HOOKS_OF = itemgetter(*HOOKS)
 _SILU = nn.SiLU.forward if is_shipped(nn.SiLU, "forward") else None
 # Hooks on the modules of the whole process.
-_EVERYWHERE = [(kind, getattr(every_module, f"_global{name}")) for name, kind in _HOOKS.items()]
+_EVERYWHERE = [(_kind(name), getattr(every_module, f"_global{name}")) for name in HOOKS]
 _OFFLOADING = frozenset({"_hf_hook", "_diffusers_hook"})
 
 
@@ -180,13 +182,8 @@ class Bypassed:
     def plainly_activated(self) -> bool:
         """Whether every residual block's activation is SiLU and nothing else."""
         activations = [block["nonlinearity"] for block in self._residual]
-        hooks = chain.from_iterable(map(_HOOKS_OF, map(vars, activations)))
-        return (
-            set(map(type, activations)) == {nn.SiLU}
-            and _SILU is nn.SiLU.forward
-            and not any(hooks)
-            and not any("forward" in vars(each) for each in activations)
-        )
+        plain = set(map(type, activations)) == {nn.SiLU} and _SILU is nn.SiLU.forward
+        return plain and all(map(untouched, activations))
 
     def _know(self, path: str, module: Any, names: tuple[str, ...]) -> None:
         """Refuse a module that is not what one of diffusers' classes makes of a supported configuration."""
@@ -247,7 +244,7 @@ class Bypassed:
 
     def _refuse_attached(self) -> None:
         for path, module in self.modules.items():
-            hooks = [kind for name, kind in _HOOKS.items() if vars(module)[name]]
+            hooks = [_kind(name) for name in HOOKS if vars(module)[name]]
             what = f"a {hooks[0]} hook is registered on" if hooks else ""
             if "forward" in vars(module) and not compiled_forward(module):
                 what = "another forward was put on"

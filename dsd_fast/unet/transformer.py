@@ -1,8 +1,8 @@
 """A Transformer2DModel as steps: self-attention, cross-attention with its score, feed-forward.
 
 The arithmetic is that of diffusers' Transformer2DModel and BasicTransformerBlock. Modules are looked up at call time,
-never captured: adapters replace them in place. They are looked up among a parent's ``_modules``, as its attributes cost
-ten times as much.
+never captured: adapters replace them in place. They are looked up among a parent's ``_modules``, where its
+attributes end up after all else has been tried.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dsd_fast.unet.adapters import version
 
 # What is computed from weights as parameters where nothing else is done.
 _WEIGHTED = frozenset({nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm})
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def untouched(module: Any) -> bool:
@@ -92,7 +92,7 @@ class Weights:
         self._count = sum(map(len, self._parameters))
         self._whole = all({"weight", "bias"} <= m._parameters.keys() for m in modules if type(m) in _WEIGHTED)
         self._buffers = [module._buffers for module in modules if module._buffers]
-        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
+        self._hooks = [getattr(module, name) for module in modules for name in HOOKS]
         self._own = [module.__dict__ for module in modules]
         sought = kinds()
         self._adapted: list[Any] = [module for module in modules if isinstance(module, sought)]
