@@ -188,11 +188,9 @@ def row_id_of(row: GenerateRow, digests: Sequence[str] = ()) -> str:
     said = {
         field.name: value
         for field in fields(row)
-        if field.name not in ("image", "conditions") and (value := getattr(row, field.name)) not in (None, "")
+        if field.name not in ("image", "conditions") and (value := getattr(row, field.name)) is not None
     }
-    # The empty prompt is one too, and no prompt is absent.
-    about = json.dumps({**said, "prompt": row.prompt}, sort_keys=True)
-    return row_id(about, "" if row.image is None else "image", *digests)
+    return row_id(json.dumps(said, sort_keys=True), "" if row.image is None else "image", *digests)
 
 
 def identified(row: GenerateRow) -> tuple[str, GenerateRow]:
