@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,9 +11,10 @@ from typing import Any
 from dsd_fast.cli.features.options import FeaturesRequest
 from dsd_fast.cli.features.pca import fitted
 from dsd_fast.cli.features.pictures import FOLDER, NAMES, Pictures, Shown, first_usable, save
-from dsd_fast.cli.features.report import files_of, render
+from dsd_fast.cli.features.report import render
 from dsd_fast.cli.files import check_folder, replacing_files, writing
 from dsd_fast.cli.images import ImageFiles, read_prompts
+from dsd_fast.cli.job_report import files_of, last_timeline
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
@@ -22,7 +22,6 @@ from dsd_fast.features.export import Exported, check_layout, extract_to
 from dsd_fast.features.extraction import check_inversion
 from dsd_fast.jobs import JobError, read_index, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
-from dsd_fast.jobs.timeline import Timeline
 
 # Errors in a summary; the index has all.
 _ERRORS = 50
@@ -162,16 +161,7 @@ def _report(
     }
     layers = () if pictures is None else pictures.layers
     with replacing(out / "report.html") as file:
-        file.write(render(content, shown, layers, _timeline(out), _loading(settings["layout"], extractor, out)))
-
-
-def _timeline(out: Path) -> Timeline:
-    """Of the last run that wrote anything."""
-    line = Timeline()
-    files = sorted(out.glob("timeline*.json"), key=lambda file: file.stat().st_mtime)
-    for span in json.loads(files[-1].read_bytes())["spans"] if files else ():
-        line.add(span["name"], span["start"], span["end"])
-    return line
+        file.write(render(content, shown, layers, last_timeline(out), _loading(settings["layout"], extractor, out)))
 
 
 def _loading(layout: str, extractor: FeatureExtractor, out: Path) -> str:
