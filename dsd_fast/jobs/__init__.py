@@ -2,6 +2,7 @@
 
 from dsd_fast.jobs.errors import JobError, LockedError, ManifestError
 from dsd_fast.jobs.files import remove_stale, replacing, sync_folder
+from dsd_fast.jobs.filling import Exported, fill
 from dsd_fast.jobs.ids import file_digest, row_id, tensors_hash, weights_hash, worker_of
 from dsd_fast.jobs.job import Counts, Job
 from dsd_fast.jobs.lock import locked, waiting
@@ -13,6 +14,7 @@ from dsd_fast.jobs.writer import Writer
 
 __all__ = [
     "Counts",
+    "Exported",
     "Job",
     "JobError",
     "LockedError",
@@ -22,6 +24,7 @@ __all__ = [
     "Timeline",
     "Writer",
     "file_digest",
+    "fill",
     "locked",
     "open_manifest",
     "read_index",

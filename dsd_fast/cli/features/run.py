@@ -18,9 +18,9 @@ from dsd_fast.cli.job_report import files_of, last_timeline
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
-from dsd_fast.features.export import Exported, check_layout, extract_to
+from dsd_fast.features.export import check_layout, extract_to
 from dsd_fast.features.extraction import check_inversion
-from dsd_fast.jobs import JobError, read_index, read_manifest, replacing
+from dsd_fast.jobs import Exported, JobError, read_index, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
 
 # Errors in a summary; the index has all.
