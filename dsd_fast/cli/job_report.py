@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsd_fast.cli.report import lane, paragraph, section, table, visible
 from dsd_fast.jobs import Timeline
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-_DOING = {"write": "writing", "encode": "encoding"}
 
 
 def last_timeline(out: Path) -> Timeline:
@@ -23,12 +22,12 @@ def last_timeline(out: Path) -> Timeline:
     return line
 
 
-def timeline(line: Timeline, hidden: Sequence[str], computing: str) -> str:
+def timeline(line: Timeline, hidden: Mapping[str, str], computing: str) -> str:
     """Makes the section of what was done when.
 
     Args:
         line: with spans.
-        hidden: names of what went on beside "compute".
+        hidden: name → word of what went on beside "compute", as "write": "writing".
         computing: what that was, as "features were computed".
     """
     total = max(end for _, _, end in line.spans)
@@ -36,7 +35,7 @@ def timeline(line: Timeline, hidden: Sequence[str], computing: str) -> str:
     for name in sorted({name for name, _, _ in line.spans}):
         own = [(start, end) for other, start, end in line.spans if other == name]
         rows.append([visible(name), lane(own, total), f"{line.seconds(name):.2f}"])
-    shares = " and ".join(f"{line.overlap(name, 'compute'):.0%} of the {_DOING[name]}" for name in hidden)
+    shares = " and ".join(f"{line.overlap(name, 'compute'):.0%} of the {word}" for name, word in hidden.items())
     return section(
         "When",
         paragraph(f"{shares} went on while {computing}."),

@@ -45,7 +45,7 @@ def render(
         rows = [(error["path"] or error["name"], error["reason"], error["message"]) for error in summary["errors"]]
         parts.append(errors("No features", "Images that could not be used", rows, folder["errors"], "the index"))
     if line.spans:
-        parts.append(timeline(line, ("write",), "features were computed"))
+        parts.append(timeline(line, {"write": "writing"}, "features were computed"))
     parts += [files(summary["files"]), section("Reading a feature", code(loading))]
     parts.append(settings({**chosen, **summary["versions"]}))
     return page("What the network makes of images", lead, parts)
