@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from dsd_fast.jobs.errors import JobError
 from dsd_fast.jobs.files import remove_stale
 from dsd_fast.jobs.ids import packed, worker_of
-from dsd_fast.jobs.lock import locked_worker, waiting
+from dsd_fast.jobs.lock import locked_worker, mark_ended, waiting
 from dsd_fast.jobs.manifest import open_manifest
 from dsd_fast.jobs.store import OK, Row, ShardFiles, next_number, read_index, remove_leftovers, work_folder
 from dsd_fast.jobs.timeline import Timeline
@@ -157,6 +157,8 @@ class Job:
                         self._queue()
                 finally:
                     self._writer.close()
+                if kind is None:
+                    mark_ended(self.folder, self._worker, self._workers)
             except OSError as refused:
                 # An exception that is already on its way tells more, and may be this one.
                 if kind is None:
