@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
-from dsd_fast.engine.items import COLUMNS, Item, Items, Names, prompt_check
+from dsd_fast.engine.items import COLUMNS, Item, Items, Names, images_of_a_shard, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
 from dsd_fast.features.extraction import Extracted, Extraction
 from dsd_fast.features.host import on_host
@@ -35,8 +35,6 @@ _Result = dict[str, Tensor] | ImageError | None
 _SHARD_BYTES = 64 << 20
 _BUDGET_SHARE = 16
 _MOST_ROWS = 4096
-# Below what decoding holds at once, so that chunks have the size asked for.
-_PIXEL_BYTES = 32 << 20
 _SEEDS = 1 << 32
 
 
@@ -140,7 +138,7 @@ def extract_to(
                 yield item.source if item.refusal is None else None
 
         def compute(pending: Iterator[Item]) -> Generator[list[_Result]]:
-            together = _images_at_once(extractor, technique, rows)
+            together = images_of_a_shard(rows, extractor.images_at_once(technique), extractor.size)
             request = prompts if isinstance(prompts, str) else texts
             chunks = extractor.extract_chunks(sources(pending), request, seed, techniques=[technique], chunk=together)
             with closing(cast("Generator[Extracted]", chunks)):
@@ -220,13 +218,3 @@ def _rows_of_a_shard(extractor: Extraction) -> int:
     budget = config.memory_budget
     size = _SHARD_BYTES if budget is None else min(_SHARD_BYTES, budget // _BUDGET_SHARE)
     return 1 << (max(1, min(_MOST_ROWS, size // row)).bit_length() - 1)
-
-
-def _images_at_once(extractor: Extraction, technique: Technique, rows: int) -> int:
-    """As many as divide a shard: one that is begun anew then has the batches that it had.
-
-    On a CPU it then has the same bits, too; a GPU's kernels need not add in the same order in every run.
-    """
-    height, width = extractor.size
-    most = min(extractor.images_at_once(technique), _PIXEL_BYTES // (12 * height * width))
-    return next(count for count in range(max(1, min(most, rows)), 0, -1) if rows % count == 0)

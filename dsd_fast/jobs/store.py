@@ -100,12 +100,12 @@ class ShardFiles:
             size = file.tell()
         self._sizes[relative.as_posix()] = size
 
-    def finish(self, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    def finish(self, rows: Sequence[Row], columns: Mapping[str, str | pa.DataType]) -> None:
         """Makes the shard whole: the names of its files last, then its index appears.
 
         Args:
             rows: all of the shard; those that are no errors are numbered from 0.
-            columns: the job's own: name → type, as pyarrow names it.
+            columns: the job's own: name → type, as pyarrow names it or has it.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
@@ -129,7 +129,10 @@ class ShardFiles:
             **{name: (kind, [row.columns.get(name) for row in rows]) for name, kind in columns.items()},
         }
         table = pa.table(
-            {name: pa.array(values, pa.type_for_alias(kind)) for name, (kind, values) in found.items()},
+            {
+                name: pa.array(values, pa.type_for_alias(kind) if isinstance(kind, str) else kind)
+                for name, (kind, values) in found.items()
+            },
             metadata={_FILES: json.dumps(self._sizes)},
         )
         # Through memory, so that what the disk refuses is said by the file and not by a Parquet writer.
