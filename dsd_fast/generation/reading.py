@@ -126,7 +126,7 @@ def grid(
     names = read_classes(classes)
     chosen = check_seeds(seeds) or (0,)
     return (
-        GenerateRow(_filled(text, name), seed, label=name, cls=number)
+        GenerateRow(filled(text, name), seed, label=name, cls=number)
         for number, name in enumerate(names)
         for text in texts
         for seed in chosen
@@ -203,7 +203,8 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     return texts
 
 
-def _filled(template: str, name: str) -> str:
+def filled(template: str, name: str) -> str:
+    """A template with a class in its place."""
     return template.format(name, **{"class": name})
 
 
