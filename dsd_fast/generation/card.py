@@ -93,7 +93,7 @@ def card(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
         settings: of the manifest.
         counts: as :func:`dsd_fast.generation.closing.close` gives them.
     """
-    images, layout = counts["images"], settings["layout"]
+    images = counts["images"]
     parts = [_header(settings, counts), "# Generated images\n"]
     marked = (
         "Each image says so in its metadata (XMP: IPTC's digital source type trainedAlgorithmicMedia, the model, the "
@@ -113,14 +113,16 @@ def card(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
         f"again (`dsd-fast generate --row ID --out DIR`):\n\n```json\n{_json(settings)}\n```\n"
     )
     if images:
-        snippets = "\n".join(
-            f"With {name}:\n\n```python\n{code.replace('{format}', settings['format'])}```\n"
-            for name, code in _SNIPPETS[layout].items()
-        )
+        snippets = "\n".join(f"With {name}:\n\n```python\n{code}```\n" for name, code in loading(settings).items())
         parts.append(
             f"## Loading\n\nIn this folder. On the Hugging Face hub this file is to be named README.md.\n\n{snippets}"
         )
     return storable("\n".join(parts))
+
+
+def loading(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Tell Python that reads an image inside the folder, by what it reads with."""
+    return {name: code.replace("{format}", settings["format"]) for name, code in _SNIPPETS[settings["layout"]].items()}
 
 
 def _header(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
