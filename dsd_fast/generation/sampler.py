@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -162,19 +162,20 @@ class Sampler:
         return self._under(rows[0].adapter).decode_latents(self.latents(rows))
 
     def settings(self) -> dict[str, Any]:
-        """Tell what changes images besides the rows, as JSON: the model, the scheduler, ControlNets, ways to sample.
+        """Tell what changes images besides the rows, as JSON: the model, the scheduler, ControlNets, the configuration.
 
         Raises:
             ValueError: a ControlNet's condition that a later run could not tell from another.
         """
-        config = self.config
+        config = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        # A scheduler that was given as an object has its own settings; the budget changes nothing.
+        config["scheduler"] = config["scheduler"] if isinstance(config["scheduler"], str) else None
+        del config["memory_budget"]
         return {
             **model_settings(self.engine),
             "scheduler": scheduler_settings(self.model),
-            "eta": config.eta,
-            "noise": config.noise,
-            "guidance_interval": config.guidance_interval and list(config.guidance_interval),
             "controls": [control.settings() for control in self.controls],
+            "config": config,
         }
 
     def _parts(self, engine: Engine, rows: Sequence[GenerateRow]) -> Iterator[Sequence[GenerateRow]]:
@@ -293,9 +294,9 @@ class Sampler:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Round (n, 3, H, W) pixels in [−1, 1] to (n, H, W, 3) uint8 on the CPU."""
+    """Round (n, 3, H, W) pixels in [−1, 1] to (n, H, W, 3) uint8 on their device."""
     values = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return values.permute(0, 2, 3, 1).contiguous().cpu()
+    return values.permute(0, 2, 3, 1).contiguous()
 
 
 def _under_scheduler(model: Model, scheduler: Any) -> Model:
