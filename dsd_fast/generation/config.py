@@ -63,10 +63,11 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name, (allowed, expected) in _FIELDS.items():
             value = getattr(self, name)
-            if isinstance(value, list):
-                value = tuple(value)
-                # Past the guard of a frozen dataclass.
-                object.__setattr__(self, name, value)
+            # Plain Python values, of which JSON is made, and back.
+            value = tuple(value) if isinstance(value, list) else value
+            value = value.item() if isinstance(value, np.generic) else value
+            # Past the guard of a frozen dataclass.
+            object.__setattr__(self, name, value)
             if not allowed(value):
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
 

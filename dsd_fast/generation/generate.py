@@ -102,4 +102,6 @@ def _taken(row: GenerateRow) -> GenerateRow:
     """The row with its images out of their owner's reach, who may fill them again for the next one."""
     if not row.sources:
         return row
-    return replace(row, image=None if row.image is None else take(row.image), conditions=tuple(map(take, row.conditions)))
+    return replace(
+        row, image=None if row.image is None else take(row.image), conditions=tuple(map(take, row.conditions))
+    )
