@@ -51,9 +51,7 @@ def config_of(folder: str | os.PathLike[str], memory_budget: int | None = None) 
     Raises:
         ManifestError: it is no folder of generated images.
     """
-    found = read_settings(Path(folder))["config"]
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    return GenerateConfig(**values, memory_budget=memory_budget)
+    return GenerateConfig(**read_settings(Path(folder))["config"], memory_budget=memory_budget)
 
 
 def again(sampler: Sampler, folder: str | os.PathLike[str], row: str) -> Again:
