@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # Of CLIP (Radford et al. 2021), where a model says nothing else.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# Pictures decoded and embedded at a time.
-_BATCH = 4
 
 
 class ClipSpace:
@@ -42,7 +40,7 @@ class ClipSpace:
     def __init__(self, model: Model, *, resize: str = "whole") -> None:
         if resize not in ("whole", "crop"):
             raise ValueError(f"resize: got {resize!r}, expected 'whole' or 'crop'")
-        self._model, self._clip, self._crop = model, model.clip, resize == "crop"
+        self._clip, self._crop = model.clip, resize == "crop"
         self._side = int(self._clip.config.vision_config.image_size)
         mean, std = _statistics(self._clip)
         weight = next(self._clip.parameters())
@@ -86,11 +84,6 @@ class ClipSpace:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - side) // 2, (size[1] - side) // 2
         return ((x[..., top : top + side, left : left + side] - self._mean) / self._std).to(self._dtype)
-
-    def of_latents(self, latents: Tensor) -> Tensor:
-        """Decode (n, C, h, w) latents and embed them as (n, E) float32 of unit length."""
-        parts = (latents[start : start + _BATCH] for start in range(0, len(latents), _BATCH))
-        return torch.cat([self.of_pixels(self._model.decode_latents(part)) for part in parts])
 
 
 def _statistics(clip: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

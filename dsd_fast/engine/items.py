@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _READERS = 4
 _READ_AHEAD = 16
 
+# Below what decoding holds at once, so that chunks have the size asked for.
+_PIXEL_BYTES = 32 << 20
+
 PromptCheck = Callable[[str], tuple[str, str] | None]
 
 # Digest of the content, height, width.
@@ -167,6 +170,21 @@ def prompt_check(model: Model) -> PromptCheck:
         return None
 
     return check
+
+
+def images_of_a_shard(rows: int, most: int, size: tuple[int, int]) -> int:
+    """Tell how many images to compute together, of (height, width) pixels: as many as divide a shard's rows.
+
+    A shard that is begun anew then has the batches that it had. On a CPU it then has the same bits, too; a GPU's
+    kernels need not add in the same order in every run.
+
+    Args:
+        rows: of a shard.
+        most: that memory allows.
+    """
+    height, width = size
+    most = min(most, _PIXEL_BYTES // (12 * height * width))
+    return next(count for count in range(max(1, min(most, rows)), 0, -1) if rows % count == 0)
 
 
 def _path(name: str) -> str:
