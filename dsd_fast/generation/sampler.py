@@ -192,7 +192,7 @@ class Sampler:
         for row in rows:
             own: set[object] = {(row.prompt, row.clip_skip)}
             if self._is_guided(row):
-                own.add((row.negative_prompt, None))
+                own.add((self._negative(row), None))
             if part and len(texts | own) > most:
                 yield part
                 part, texts = [], set()
@@ -222,7 +222,7 @@ class Sampler:
     def _predict(self, engine: Engine, rows: Sequence[GenerateRow]) -> Predict:
         """What the sampler calls: guided where rows ask for it, of unconditional rows before all conditional ones."""
         with_guide = [number for number, row in enumerate(rows) if self._is_guided(row)]
-        prompts = [*(rows[number].negative_prompt for number in with_guide), *(row.prompt for row in rows)]
+        prompts = [*(self._negative(rows[number]) for number in with_guide), *(row.prompt for row in rows)]
         texts, text_of = engine.texts(prompts, [*[None] * len(with_guide), *(row.clip_skip for row in rows)])
         latent_of = torch.tensor([*with_guide, *range(len(rows))], dtype=torch.int64, device="cpu")
         predict = partial(
@@ -272,6 +272,10 @@ class Sampler:
 
     def _is_guided(self, row: GenerateRow) -> bool:
         return bool(row.guidance is not None and row.guidance > 1 and not self.engine.program.guidance_width)
+
+    def _negative(self, row: GenerateRow) -> str | None:
+        """The unconditional text; an absent one is the empty one, save where it is zeros."""
+        return "" if row.negative_prompt is None and not self.model.absent_prompt_is_zeros else row.negative_prompt
 
     def _under(self, adapter: tuple[str, ...] | None) -> Engine:
         if adapter not in self._engines:
