@@ -1,5 +1,6 @@
 """Options of models, scores and memory that several commands share, and how their values are read."""
 
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MODEL_PANEL = "Model"
 SCORE_PANEL = "Score"
 MEMORY_PANEL = "Memory and time"
+WORKER_PANEL = "Workers"
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -262,6 +264,90 @@ class MemoryOptions(Options, panel=MEMORY_PANEL):
     def compiled(self, method: "Method") -> "Method":
         """Compiles a matcher or extractor if a runtime is asked for."""
         return method if self.runtime is None else method.compile(self.runtime)
+
+
+class WorkerOptions(Options, panel=WORKER_PANEL):
+    """Who makes which rows of a job: one of several processes that the user starts, or all of them, by Ray."""
+
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Which of --workers this process is, from 0; auto: as torchrun or SLURM numbers it. 0 if none.",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that share the job; you start each, or --engine ray does. 1 if none.", metavar="N"
+        ),
+    ] = None
+    engine: Annotated[
+        str | None, typer.Option(metavar="ray", help="Start the workers by Ray, here or on a cluster.")
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster: auto, or host:port; a Ray on this machine, for this run, if none."),
+    ] = None
+    partitions: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="P", help="Parts of the job that Ray's workers take in turn; four each if none."),
+    ] = None
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, metavar="G", help="GPUs of each of Ray's workers; 0 if none.")
+    ] = None
+
+    def check(self) -> None:
+        """Refuses options that do not go together.
+
+        Raises:
+            CommandError: by option.
+        """
+        if self.engine is None:
+            for name in ("address", "partitions", "gpus_per_worker"):
+                if getattr(self, name) is not None:
+                    raise CommandError(f"--{name.replace('_', '-')}: given without --engine ray")
+            self.share()
+        elif self.engine != "ray":
+            raise CommandError(f"--engine: got {self.engine!r}, expected ray")
+        elif self.worker is not None:
+            raise CommandError("--worker: given with --engine ray, which numbers the workers itself")
+
+    def share(self) -> tuple[int, int]:
+        """Tells which worker of how many this process is: (worker, workers).
+
+        Raises:
+            CommandError: `worker` is no number below `workers`; or it is "auto" and the environment does not tell, or
+                tells another number than `workers`.
+        """
+        if self.worker == "auto":
+            return _share_of_environment(self.workers)
+        workers = self.workers or 1
+        if self.worker is not None and not re.fullmatch("[0-9]+", self.worker):
+            raise CommandError(f"--worker: got {self.worker!r}, expected a number from 0, or auto")
+        if (worker := int(self.worker or 0)) >= workers:
+            raise CommandError(f"--worker: got {worker}, expected below --workers, {workers}")
+        return worker, workers
+
+
+def _share_of_environment(expected: int | None) -> tuple[int, int]:
+    """What torchrun, or else SLURM's srun, has written into the environment of each process that it started."""
+    pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+    names = next((pair for pair in pairs if all(name in os.environ for name in pair)), None)
+    if names is None:
+        texts = " nor ".join(f"{rank} and {size}" for rank, size in pairs)
+        raise CommandError(f"--worker auto: neither {texts} are in the environment, expected torchrun or srun")
+    if names[0] != "RANK" and "SLURM_ARRAY_TASK_ID" in os.environ:
+        # Each task of an array counts its own processes, from 0; and an array submitted again in part counts fewer.
+        raise CommandError(
+            "--worker auto: this is a task of a SLURM array, expected --worker $SLURM_ARRAY_TASK_ID and --workers"
+        )
+    rank, size = (os.environ[name] for name in names)
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise CommandError(f"--worker auto: {names[0]} is {rank!r} and {names[1]} {size!r}, expected a number below")
+    if expected not in (None, int(size)):
+        raise CommandError(f"--workers: got {expected}, expected {size}, as {names[1]} says, or none")
+    return int(rank), int(size)
 
 
 def quiet_transformers() -> None:

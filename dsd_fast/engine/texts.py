@@ -115,10 +115,20 @@ class Texts:
         return len(self) + int(self.unconditional is not None)
 
     def _at_once(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> int:
-        program = plan.program
-        names = (*plan.key_layers, *plan.value_layers)
-        width: int = sum(program.attention(name).inner_dim for name in names)
-        budget = default_budget(program.device) // 2
-        if memory_budget is not None:
-            budget = min(memory_budget // 2, memory_budget - plan.run_bytes(1, *size, self.tokens))
-        return max(1, budget // max(1, width * self.tokens * program.dtype.itemsize))
+        return texts_held(plan, size, self.tokens, memory_budget)
+
+
+def texts_held(plan: Plan, size: tuple[int, int], tokens: int, memory_budget: int | None) -> int:
+    """Tell how many texts' keys and values take half the budget and leave a row of (h, w) latents room, one at least.
+
+    Args:
+        tokens: keys of each text.
+        memory_budget: bytes, see :meth:`Plan.stream`.
+    """
+    program = plan.program
+    names = (*plan.key_layers, *plan.value_layers)
+    width: int = sum(program.attention(name).inner_dim for name in names)
+    budget = default_budget(program.device) // 2
+    if memory_budget is not None:
+        budget = min(memory_budget // 2, memory_budget - plan.run_bytes(1, *size, tokens))
+    return max(1, budget // max(1, width * tokens * program.dtype.itemsize))

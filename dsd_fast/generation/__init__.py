@@ -2,5 +2,6 @@
 
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.rows import GenerateRow
+from dsd_fast.generation.sampler import Sampler, to_uint8
 
-__all__ = ["GenerateConfig", "GenerateRow"]
+__all__ = ["GenerateConfig", "GenerateRow", "Sampler", "to_uint8"]

@@ -23,11 +23,10 @@ def features(request: FeaturesRequest) -> None:
     Exit code: 0 when every image has its features, 1 when some could not be used, 2 when nothing could be done or the
     disk is full, 130 after Ctrl-C.
     """
-    chosen, files = request.features, request.files
+    chosen = request.features
     if chosen.prompt and chosen.prompts is not None:
         raise CommandError("give either --prompt TEXT or --prompts FILE")
-    if files.worker >= files.workers:
-        raise CommandError(f"--worker: got {files.worker}, expected below --workers, {files.workers}")
+    request.workers.check()
     settings = chosen.settings(request.memory)
     from dsd_fast.cli.features.run import run
 
@@ -48,8 +47,9 @@ def _show(summary: dict[str, Any], out: Path) -> None:
         line += f", {counted(counts['duplicates'], 'duplicate')}"
     if not summary["complete"]:
         line += f", {counts['not_reached']:,} not reached before the interruption"
-    seconds = summary["seconds"]
-    line += f". {counts['ok'] / max(seconds, 1e-9):.1f} images/s in {seconds:.1f} s"
+    else:
+        seconds = summary["seconds"]
+        line += f". {counts['ok'] / max(seconds, 1e-9):.1f} images/s in {seconds:.1f} s"
     if counts["ok"]:
         line += f", {summary['overlap']:.0%} of the writing while computing"
     if counts["elsewhere"]:

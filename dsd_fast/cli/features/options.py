@@ -9,7 +9,7 @@ import typer
 
 from dsd_fast.cli import feature_options as shared
 from dsd_fast.cli.groups import Options
-from dsd_fast.cli.options import AdaptedModelOptions, MemoryOptions, parse_bytes
+from dsd_fast.cli.options import AdaptedModelOptions, MemoryOptions, WorkerOptions, parse_bytes
 
 
 def parse_resize(text: str | None) -> int | tuple[int, int] | None:
@@ -82,7 +82,7 @@ class FeatureOptions(Options, panel=shared.FEATURE_PANEL):
 
 
 class FileOptions(Options, panel="Files"):
-    """How the features are written, by how many processes, and what is shown of them."""
+    """How the features are written, and what is shown of them."""
 
     layout: Annotated[
         str,
@@ -108,8 +108,6 @@ class FileOptions(Options, panel="Files"):
         bool,
         typer.Option("--retry-errors", help="Try images again that could not be used."),
     ] = False
-    worker: Annotated[int, typer.Option(min=0, help="Which of --workers this is, from 0.")] = 0
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the job; you start each.")] = 1
 
 
 class FeaturesRequest(Options):
@@ -121,5 +119,6 @@ class FeaturesRequest(Options):
     controls: shared.ControlOptions
     latents: shared.LatentOptions
     files: FileOptions
+    workers: WorkerOptions
     source: AdaptedModelOptions
     memory: MemoryOptions

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsd_fast.cli import cluster
 from dsd_fast.cli.features.options import FeaturesRequest
 from dsd_fast.cli.features.pca import fitted
 from dsd_fast.cli.features.pictures import FOLDER, NAMES, Pictures, Shown, first_usable, save
-from dsd_fast.cli.features.report import files_of, render
+from dsd_fast.cli.features.report import render
 from dsd_fast.cli.files import check_folder, replacing_files, writing
 from dsd_fast.cli.images import ImageFiles, read_prompts
+from dsd_fast.cli.job_report import files_of, last_timeline
 from dsd_fast.cli.results import versions
-from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.features import FeatureExtractor, Technique
-from dsd_fast.features.export import Exported, check_layout, extract_to
+from dsd_fast.features.export import check_layout, extract_to
 from dsd_fast.features.extraction import check_inversion
-from dsd_fast.jobs import JobError, read_index, read_manifest, replacing
+from dsd_fast.jobs import Counts, read_index, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
-from dsd_fast.jobs.timeline import Timeline
 
 # Errors in a summary; the index has all.
 _ERRORS = 50
@@ -42,31 +41,98 @@ def run(request: FeaturesRequest, settings: Mapping[str, Any]) -> dict[str, Any]
         CommandError: `out` belongs to another job or cannot be written; images or prompts that are not there.
         ValueError: settings that do not fit the model.
     """
-    chosen, out = request.features, request.out
-    files = ImageFiles(request.images, without=out)
-    prompts = chosen.prompt if chosen.prompts is None else files.prompts(read_prompts(chosen.prompts))
+    files, prompts = _inputs(request)
     _check(request, settings)
-    model = request.source.load()
-    technique = Technique(controls=request.controls.load(model, request.source), **asdict(request.latents))
-    extractor = FeatureExtractor(model, **settings, technique=technique)
-    pictures = Pictures(extractor) if request.files.pictures else None
-    try:
+    make = partial(Features, request, settings)
+    if request.workers.engine is None:
+        make = partial(Features, request, settings, files, prompts)
+    shown = request.files.report or request.files.pictures
+    finish = Features.report if shown else None
+    numbers = cluster.run(request.workers, make, request.out, total=len(files), unit="images", finish=finish)
+    return _summary(numbers, len(files), request.out)
+
+
+class Features:
+    """The work of the command, with all that it needs loaded.
+
+    Args:
+        files, prompts: those of the request; found where not given.
+    """
+
+    def __init__(
+        self,
+        request: FeaturesRequest,
+        settings: Mapping[str, Any],
+        files: ImageFiles | None = None,
+        prompts: str | Sequence[str] = "",
+    ) -> None:
+        chosen = request.features
+        if files is None:
+            files, prompts = _inputs(request)
+        self.request, self.files, self.prompts = request, files, prompts
+        model = request.source.load()
+        technique = Technique(controls=request.controls.load(model, request.source), **asdict(request.latents))
+        extractor = FeatureExtractor(model, **settings, technique=technique)
+        self.pictures = Pictures(extractor) if request.files.pictures else None
         if chosen.pca is not None:
-            pca = fitted(extractor, files, prompts, chosen.seed, chosen.pca, chosen.pca_images, out)
+            pca = fitted(extractor, files, prompts, chosen.seed, chosen.pca, chosen.pca_images, request.out)
             extractor = FeatureExtractor(model, **settings, technique=technique, pca=pca)
-        request.memory.compiled(extractor)
-        start = time.perf_counter()
-        exported = _extract(extractor, files, prompts, request)
-        seconds = time.perf_counter() - start
-    except JobError as error:
-        raise CommandError(f"--out {error}") from error
-    summary = _summary(exported, len(files), out) | {"seconds": seconds}
-    if exported is not None and (request.files.report or pictures is not None):
+        self.extractor = request.memory.compiled(extractor)
+
+    def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> dict[str, float]:
+        """Extracts one worker's images."""
+        job = self.request.files
+        exported = extract_to(
+            self.extractor,
+            self.request.out,
+            self.files,
+            self.prompts,
+            self.request.features.seed,
+            names=self.files.names,
+            layout=job.layout,
+            shard_rows=job.shard_rows,
+            worker=worker,
+            workers=workers,
+            retry_errors=job.retry_errors,
+            progress=progress,
+        )
+        hidden = exported.overlap * exported.write_seconds
+        return {**asdict(exported.counts), "writing": exported.write_seconds, "writing_hidden": hidden}
+
+    def report(self, numbers: Mapping[str, float]) -> None:
+        """Draws the pictures, and writes report.html."""
+        out = self.request.out
         # The last of several workers that end at once sees the rows of all.
         with writing(out), waiting(out, "report"):
-            shown = [] if pictures is None else _draw(pictures, files, prompts, request)
-            _report(summary | _summary(exported, len(files), out), extractor, pictures, shown, out)
-    return summary
+            shown = [] if self.pictures is None else self._draw(self.pictures)
+            settings = read_manifest(out)["settings"]
+            settings["layers"] = ", ".join(settings["layers"])
+            content = {
+                **_summary(numbers, len(self.files), out),
+                "settings": settings,
+                "versions": versions(),
+                "shapes": {name: list(shape) for name, shape in self.extractor.shapes.items()},
+                "files": files_of(out),
+            }
+            layers = () if self.pictures is None else self.pictures.layers
+            loading = _loading(settings["layout"], self.extractor, out)
+            with replacing(out / "report.html") as file:
+                file.write(render(content, shown, layers, last_timeline(out), loading))
+
+    def _draw(self, pictures: Pictures) -> list[Shown]:
+        numbers, images, own = first_usable(pictures.model, self.files, self.prompts, self.request.files.pictures)
+        with replacing_files(self.request.out / FOLDER, NAMES) as folder:
+            shown = []
+            for number, each in zip(numbers, pictures.draw(images, own, self.request.features.seed), strict=True):
+                save(folder, number, each, pictures.layers)
+                shown.append(each)
+        return shown
+
+
+def _inputs(request: FeaturesRequest) -> tuple[ImageFiles, str | list[str]]:
+    files = ImageFiles(request.images, without=request.out)
+    chosen = request.features
+    return files, chosen.prompt if chosen.prompts is None else files.prompts(read_prompts(chosen.prompts))
 
 
 def _check(request: FeaturesRequest, settings: Mapping[str, Any]) -> None:
@@ -81,97 +147,29 @@ def _check(request: FeaturesRequest, settings: Mapping[str, Any]) -> None:
     check_folder(request.out)
 
 
-def _extract(
-    extractor: FeatureExtractor, files: ImageFiles, prompts: str | Sequence[str], request: FeaturesRequest
-) -> Exported | None:
-    """None after Ctrl-C."""
-    job = request.files
-    with progress("images") as display:
-        # A share of the images that is about this worker's; how many they are shows at the end.
-        task = display.add_task("features", total=-(-len(files) // job.workers), units=0)
-
-        def show(done: int) -> None:
-            display.update(task, completed=done, units=done)
-
-        try:
-            exported = extract_to(
-                extractor,
-                request.out,
-                files,
-                prompts,
-                request.features.seed,
-                names=files.names,
-                layout=job.layout,
-                shard_rows=job.shard_rows,
-                worker=job.worker,
-                workers=job.workers,
-                retry_errors=job.retry_errors,
-                progress=show,
-            )
-        except KeyboardInterrupt:
-            return None
-        display.update(task, total=exported.counts.inputs)
-    return exported
-
-
-def _summary(exported: Exported | None, images: int, out: Path) -> dict[str, Any]:
+def _summary(numbers: Mapping[str, float] | None, images: int, out: Path) -> dict[str, Any]:
     import pyarrow.compute as pc
 
     index = read_index(out, ["name", "path", "status", "reason", "message"])
     errors = index.filter(pc.not_equal(index["status"], "ok"))
     folder = {"ok": len(index) - len(errors), "errors": len(errors)}
-    if exported is None:
+    overlap = seconds = 0.0
+    if numbers is None:
         counts = dict.fromkeys(("duplicates", "done", "done_errors", "elsewhere"), 0)
         counts = {"inputs": images, **folder, **counts, "not_reached": max(0, images - len(index))}
     else:
-        counts = {**asdict(exported.counts), "not_reached": exported.counts.not_reached}
+        made = Counts(**{field.name: int(numbers[field.name]) for field in fields(Counts)})
+        counts = {**asdict(made), "not_reached": made.not_reached}
+        overlap = numbers["writing_hidden"] / numbers["writing"] if numbers["writing"] else 0.0
+        seconds = numbers["seconds"]
     return {
-        "complete": exported is not None,
+        "complete": numbers is not None,
         "counts": counts,
         "folder": folder,
         "errors": errors.slice(0, _ERRORS).to_pylist(),
-        "overlap": 0.0 if exported is None else exported.overlap,
+        "overlap": overlap,
+        "seconds": seconds,
     }
-
-
-def _draw(pictures: Pictures, files: ImageFiles, prompts: str | Sequence[str], request: FeaturesRequest) -> list[Shown]:
-    numbers, images, own = first_usable(pictures.model, files, prompts, request.files.pictures)
-    with replacing_files(request.out / FOLDER, NAMES) as folder:
-        shown = []
-        for number, each in zip(numbers, pictures.draw(images, own, request.features.seed), strict=True):
-            save(folder, number, each, pictures.layers)
-            shown.append(each)
-    return shown
-
-
-def _report(
-    summary: dict[str, Any],
-    extractor: FeatureExtractor,
-    pictures: Pictures | None,
-    shown: Sequence[Shown],
-    out: Path,
-) -> None:
-    settings = read_manifest(out)["settings"]
-    settings["layers"] = ", ".join(settings["layers"])
-    content = {
-        **summary,
-        "settings": settings,
-        "versions": versions(),
-        "shapes": {name: list(shape) for name, shape in extractor.shapes.items()},
-        "files": files_of(out),
-    }
-    layers = () if pictures is None else pictures.layers
-    with replacing(out / "report.html") as file:
-        file.write(render(content, shown, layers, _timeline(out), _loading(settings["layout"], extractor, out)))
-
-
-def _timeline(out: Path) -> Timeline:
-    """Of the last run that wrote anything."""
-    line = Timeline()
-    files = sorted(out.glob("timeline*.json"), key=lambda file: file.stat().st_mtime)
-    for span in json.loads(files[-1].read_bytes())["spans"] if files else ():
-        line.add(span["name"], span["start"], span["end"])
-    return line
 
 
 def _loading(layout: str, extractor: FeatureExtractor, out: Path) -> str:

@@ -1,0 +1,319 @@
+"""Rows to images: which rows go together, and how they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsd_fast.diffusion import (
+    Predict,
+    RowNoise,
+    guidance_embedding,
+    guided,
+    img2img,
+    named_scheduler,
+    sample,
+    scheduler_timesteps,
+    within,
+)
+from dsd_fast.diffusion.noise import check_seed
+from dsd_fast.diffusion.schedulers import check_draws
+from dsd_fast.engine import Engine
+from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
+from dsd_fast.engine.items import prompt_check
+from dsd_fast.generation.config import GenerateConfig, check_field, is_size
+from dsd_fast.generation.rows import GenerateRow
+from dsd_fast.images import load_image, to_tensor
+from dsd_fast.kernels.common.transfer import upload
+from dsd_fast.models.controlnet import Control
+from dsd_fast.models.prompts import check_clip_skip, token_limit
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Of a row, those that are the configuration's where it says nothing.
+_DEFAULTS = ("negative_prompt", "steps", "guidance", "guidance_rescale", "clip_skip")
+_MICRO_CONDITIONING = ("original_size", "crop", "target_size")
+
+
+class Sampler:
+    """Makes images of rows, many at a time; an image depends on its row, the model and the settings alone.
+
+    Conditional and unconditional rows share one latent, so that what comes before the network reads a text is computed
+    once; equal texts share their keys and values, which are made once for all steps; a row of guidance 1 or less has no
+    unconditional row.
+
+    Args:
+        model: from :func:`dsd_fast.load` or :func:`dsd_fast.from_pipeline`.
+        config: what rows do not say themselves; None: its defaults.
+        controls: ControlNets, to which rows give a condition each, or none.
+
+    Attributes:
+        model: under the configuration's scheduler.
+        config, controls: as given.
+        engine: under the configuration's adapters.
+
+    Raises:
+        ValueError: a setting that does not fit the model, by name; a scheduler that draws noise for a whole batch.
+        ModelError: a ControlNet that does not fit the UNet.
+    """
+
+    def __init__(self, model: Model, config: GenerateConfig | None = None, *, controls: Sequence[Control] = ()) -> None:
+        config = config or GenerateConfig()
+        self.config, self.controls = config, tuple(controls)
+        self.model = _under_scheduler(model, config.scheduler)
+        self._scheduler = self.model.new_scheduler()
+        check_draws(self._scheduler, config.eta)
+        self.engine = Engine(
+            self.model,
+            config.adapter,
+            image_size=config.image_size,
+            memory_budget=config.memory_budget,
+            controls=controls,
+        )
+        self._engines: dict[tuple[str, ...] | None, Engine] = {_names(config.adapter): self.engine}
+        self._wrong = prompt_check(self.model)
+        self._walks: dict[tuple[int, float], int] = {}
+
+    def resolve(self, row: GenerateRow) -> GenerateRow:
+        """Fill in what a row leaves to the configuration, and check it; a resolved row stays as it is.
+
+        Strength is filled in where there is an image to start from, SDXL's sizes for SDXL.
+
+        Raises:
+            ValueError: a value outside its range or that does not fit the model, by field; strength without an image,
+                SDXL's sizes of another model, another number of conditions than of ControlNets.
+        """
+        filled: dict[str, Any] = {name: getattr(row, name) for name in _DEFAULTS}
+        for name, value in filled.items():
+            if value is None:
+                filled[name] = getattr(self.config, name)
+            else:
+                check_field(name, value)
+        self._check_text("prompt", row.prompt)
+        if filled["negative_prompt"] is not None:
+            self._check_text("negative_prompt", filled["negative_prompt"])
+        check_clip_skip(self.model.text_encoders, filled["clip_skip"])
+        check_seed("seed", row.seed)
+        size = filled["size"] = self._size(row.size or self.engine.size)
+        strength = row.strength
+        if row.image is None and strength is not None:
+            raise ValueError(f"strength: got {strength!r} without an image to start from, expected None")
+        if row.image is not None:
+            strength = self.config.strength if strength is None else strength
+            check_field("strength", strength)
+        filled["strength"] = strength
+        self._steps_taken(filled["steps"], strength)
+        filled["adapter"] = _names(self.config.adapter if row.adapter is None else row.adapter)
+        self._under(filled["adapter"])
+        if row.conditions and len(row.conditions) != len(self.controls):
+            raise ValueError(
+                f"conditions: got {len(row.conditions)} for {len(self.controls)} ControlNets, expected one for each"
+            )
+        for name in _MICRO_CONDITIONING:
+            value = getattr(row, name)
+            if self.model.family != "sdxl":
+                if value is not None:
+                    raise ValueError(f"{name}: got {value!r} for a model that reads no image sizes, expected None")
+                continue
+            filled[name] = ((0, 0) if name == "crop" else size) if value is None else value
+            if not is_size(filled[name], 0 if name == "crop" else 1):
+                raise ValueError(f"{name}: got {value!r}, expected two integers, in pixels")
+        return replace(row, **filled)
+
+    def group(self, row: GenerateRow) -> Hashable:
+        """Tell of a resolved row what rows that are computed together have in common."""
+        assert row.steps is not None
+        started = None if row.image is None else self._steps_taken(row.steps, row.strength)
+        return row.size, row.steps, started, row.adapter, bool(row.conditions)
+
+    def rows_at_once(self, row: GenerateRow) -> int:
+        """Tell how many resolved rows like this one fill the memory budget."""
+        engine = self._under(row.adapter)
+        size = self.model.latent_size(row.size)
+        tokens = token_limit(self.model.tokenizers, self.model.text_encoders)
+        together = engine.images_together(engine.noise_plan, 1 + self._is_guided(row), tokens, size)
+        return max(1, min(together, engine.texts_together(engine.noise_plan, size) - 1))
+
+    @torch.no_grad()
+    def latents(self, rows: Sequence[GenerateRow]) -> Tensor:
+        """Sample the clean latents of n resolved rows of one group, (n, C, h, w) float32 on the model's device.
+
+        Raises:
+            ImageError: an image of a row that cannot be used.
+            ValueError: no rows, or rows of several groups.
+        """
+        groups = {self.group(row) for row in rows}
+        if len(groups) != 1:
+            raise ValueError(f"rows: got {len(rows)} of {len(groups)} groups, expected at least one, of one group")
+        engine = self._under(rows[0].adapter)
+        # The encoders may have changed since the last call.
+        engine.forget()
+        return torch.cat([self._sampled(engine, part) for part in self._parts(engine, rows)])
+
+    @torch.no_grad()
+    def pixels(self, rows: Sequence[GenerateRow]) -> Tensor:
+        """Make the images of n resolved rows of one group, (n, 3, H, W) in [−1, 1] in the model's type; see latents."""
+        return self._under(rows[0].adapter).decode_latents(self.latents(rows))
+
+    def settings(self) -> dict[str, Any]:
+        """Tell what changes images besides the rows, as JSON: the model, the scheduler, ControlNets, ways to sample.
+
+        Raises:
+            ValueError: a ControlNet's condition that a later run could not tell from another.
+        """
+        config = self.config
+        return {
+            **model_settings(self.engine),
+            "scheduler": scheduler_settings(self.model),
+            "eta": config.eta,
+            "noise": config.noise,
+            "guidance_interval": config.guidance_interval and list(config.guidance_interval),
+            "controls": [control.settings() for control in self.controls],
+        }
+
+    def _parts(self, engine: Engine, rows: Sequence[GenerateRow]) -> Iterator[Sequence[GenerateRow]]:
+        """Rows whose texts' keys are held at once, so that they are made once for all steps."""
+        most = engine.texts_together(engine.noise_plan, self.model.latent_size(rows[0].size))
+        part: list[GenerateRow] = []
+        texts: set[object] = set()
+        for row in rows:
+            own: set[object] = {(row.prompt, row.clip_skip)}
+            if self._is_guided(row):
+                own.add((row.negative_prompt, None))
+            if part and len(texts | own) > most:
+                yield part
+                part, texts = [], set()
+            part.append(row)
+            texts |= own
+        yield part
+
+    def _sampled(self, engine: Engine, rows: Sequence[GenerateRow]) -> Tensor:
+        first, config, device = rows[0], self.config, self.model.device
+        assert first.size is not None
+        assert first.steps is not None
+        draws = RowNoise([row.seed for row in rows], config.noise, self.model.dtype)
+        clean = None
+        if first.image is not None:
+            pixels = [to_tensor(load_image(row.image), first.size) for row in rows if row.image is not None]
+            clean = engine.encode_images(pixels, draws.from_posterior).to(device, draws.held or torch.float32)
+        start = draws.start((self.model.latent_channels, *self.model.latent_size(first.size)))
+        predict = self._predict(engine, rows)
+        options: dict[str, Any] = {"steps": first.steps, "draws": draws, "eta": config.eta}
+        if clean is None:
+            latents = sample(self._scheduler, predict, upload(start, device), **options)
+        else:
+            assert first.strength is not None
+            latents = img2img(self._scheduler, predict, clean, start, strength=first.strength, **options)
+        return latents.float()
+
+    def _predict(self, engine: Engine, rows: Sequence[GenerateRow]) -> Predict:
+        """What the sampler calls: guided where rows ask for it, of unconditional rows before all conditional ones."""
+        with_guide = [number for number, row in enumerate(rows) if self._is_guided(row)]
+        prompts = [*(rows[number].negative_prompt for number in with_guide), *(row.prompt for row in rows)]
+        texts, text_of = engine.texts(prompts, [*[None] * len(with_guide), *(row.clip_skip for row in rows)])
+        latent_of = torch.tensor([*with_guide, *range(len(rows))], dtype=torch.int64, device="cpu")
+        predict = partial(
+            engine.predict,
+            texts,
+            conditions=self._conditions(rows),
+            time_ids=self._time_ids(rows),
+            timestep_cond=self._guidance_embedding(rows),
+        )
+        whole = predict(text_of, latent_of=latent_of, condition_of=latent_of)
+        if not with_guide:
+            return whole
+        scales = [float(row.guidance or 0) if self._is_guided(row) else 1.0 for row in rows]
+        answer = guided(whole, scales, [float(row.guidance_rescale or 0) for row in rows])
+        if self.config.guidance_interval is None:
+            return answer
+        only = slice(len(with_guide), None)
+        plain = predict(text_of[only], latent_of=latent_of[only], condition_of=latent_of[only])
+        return within(self.model.schedule, self.config.guidance_interval, answer, plain)
+
+    def _conditions(self, rows: Sequence[GenerateRow]) -> list[Tensor]:
+        """(n, 3, H, W) in [0, 1] for each ControlNet, or none."""
+        if not rows[0].conditions:
+            return []
+        size = rows[0].size
+        assert size is not None
+        return [
+            upload(
+                torch.stack([control.prepare(load_image(row.conditions[number]), size) for row in rows]),
+                self.model.device,
+                self.model.dtype,
+            )
+            for number, control in enumerate(self.controls)
+        ]
+
+    def _time_ids(self, rows: Sequence[GenerateRow]) -> Tensor | None:
+        """(n, 6), SDXL's."""
+        if self.model.family != "sdxl":
+            return None
+        ids = [[*(row.original_size or ()), *(row.crop or ()), *(row.target_size or ())] for row in rows]
+        return torch.tensor(ids, dtype=torch.float32, device="cpu")
+
+    def _guidance_embedding(self, rows: Sequence[GenerateRow]) -> Tensor | None:
+        """(n, E), of a network that was distilled with guidance."""
+        width = self.engine.program.guidance_width
+        return guidance_embedding([float(row.guidance or 0) for row in rows], width) if width else None
+
+    def _is_guided(self, row: GenerateRow) -> bool:
+        return bool(row.guidance is not None and row.guidance > 1 and not self.engine.program.guidance_width)
+
+    def _under(self, adapter: tuple[str, ...] | None) -> Engine:
+        if adapter not in self._engines:
+            self._engines[adapter] = self.engine.under(adapter, self.controls)
+        return self._engines[adapter]
+
+    def _check_text(self, name: str, text: object) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: got {text!r}, expected a str")
+        wrong = self._wrong(text)
+        if wrong is not None:
+            raise ValueError(f"{name}: {wrong[1]}")
+
+    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
+        factor = self.model.vae_scale_factor
+        if not is_size(size) or any(side % factor for side in size):
+            raise ValueError(f"size: got {size!r}, expected (height, width), multiples of {factor} pixels")
+        return int(size[0]), int(size[1])
+
+    def _steps_taken(self, steps: int, strength: float | None) -> int:
+        """Of a walk that the scheduler takes; asked once for each."""
+        key = (steps, 1.0 if strength is None else float(strength))
+        if key not in self._walks:
+            self._walks[key] = len(scheduler_timesteps(self._scheduler, *key))
+        return self._walks[key]
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Round (n, 3, H, W) pixels in [−1, 1] to (n, H, W, 3) uint8 on the CPU."""
+    values = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return values.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _under_scheduler(model: Model, scheduler: Any) -> Model:
+    """The model under a named scheduler, a given one, or its own.
+
+    Raises:
+        ValueError: one for another kind of process or of prediction.
+    """
+    if scheduler is None:
+        return model
+    if isinstance(scheduler, str):
+        return model.with_scheduler(named_scheduler(scheduler, model.new_scheduler()))
+    result = model.with_scheduler(scheduler)
+    wanted, own = model.schedule.prediction_type, result.schedule.prediction_type
+    if own != wanted:
+        raise ValueError(f"scheduler: its prediction_type is {own!r}, expected the model's {wanted!r}")
+    return result
+
+
+def _names(adapter: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return (adapter,) if isinstance(adapter, str) else adapter
