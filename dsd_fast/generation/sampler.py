@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +21,17 @@ from dsd_fast.diffusion import (
     scheduler_timesteps,
     within,
 )
-from dsd_fast.diffusion.noise import check_seed
 from dsd_fast.diffusion.schedulers import check_draws
 from dsd_fast.engine import Engine
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
 from dsd_fast.engine.items import prompt_check
-from dsd_fast.generation.config import GenerateConfig, check_field, is_size
+from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.images import load_image, to_tensor
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import Control
 from dsd_fast.models.prompts import check_clip_skip, token_limit
+from dsd_fast.models.tuners import adapter_names
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -89,24 +89,20 @@ class Sampler:
             ValueError: a value outside its range or that does not fit the model, by field; strength without an image,
                 SDXL's sizes of another model, another number of conditions than of ControlNets.
         """
-        filled: dict[str, Any] = {name: getattr(row, name) for name in _DEFAULTS}
-        for name, value in filled.items():
-            if value is None:
-                filled[name] = getattr(self.config, name)
-            else:
-                check_field(name, value)
+        own, config = vars(row), vars(self.config)
+        filled = {name: config[name] if own[name] is None else own[name] for name in _DEFAULTS}
         self._check_text("prompt", row.prompt)
         if filled["negative_prompt"] is not None:
             self._check_text("negative_prompt", filled["negative_prompt"])
         check_clip_skip(self.model.text_encoders, filled["clip_skip"])
-        check_seed("seed", row.seed)
-        size = filled["size"] = self._size(row.size or self.engine.size)
+        size = filled["size"] = row.size or self.engine.size
+        if any(side % self.model.vae_scale_factor for side in size):
+            raise ValueError(f"size: got {size}, expected multiples of {self.model.vae_scale_factor} pixels")
         strength = row.strength
         if row.image is None and strength is not None:
             raise ValueError(f"strength: got {strength!r} without an image to start from, expected None")
-        if row.image is not None:
-            strength = self.config.strength if strength is None else strength
-            check_field("strength", strength)
+        if row.image is not None and strength is None:
+            strength = self.config.strength
         filled["strength"] = strength
         self._steps_taken(filled["steps"], strength)
         filled["adapter"] = _names(self.config.adapter if row.adapter is None else row.adapter)
@@ -116,14 +112,10 @@ class Sampler:
                 f"conditions: got {len(row.conditions)} for {len(self.controls)} ControlNets, expected one for each"
             )
         for name in _MICRO_CONDITIONING:
-            value = getattr(row, name)
-            if self.model.family != "sdxl":
-                if value is not None:
-                    raise ValueError(f"{name}: got {value!r} for a model that reads no image sizes, expected None")
-                continue
-            filled[name] = ((0, 0) if name == "crop" else size) if value is None else value
-            if not is_size(filled[name], 0 if name == "crop" else 1):
-                raise ValueError(f"{name}: got {value!r}, expected two integers, in pixels")
+            if self.model.family == "sdxl":
+                filled[name] = own[name] or ((0, 0) if name == "crop" else size)
+            elif own[name] is not None:
+                raise ValueError(f"{name}: got {own[name]!r} for a model that reads no image sizes, expected None")
         return replace(row, **filled)
 
     def group(self, row: GenerateRow) -> Hashable:
@@ -162,20 +154,35 @@ class Sampler:
         return self._under(rows[0].adapter).decode_latents(self.latents(rows))
 
     def settings(self) -> dict[str, Any]:
-        """Tell what changes images besides the rows, as JSON: the model, the scheduler, ControlNets, ways to sample.
+        """Tell what changes images besides the rows, as JSON.
+
+        The model's, see :func:`~dsd_fast.engine.fingerprint.model_settings`; "row_adapters", the same of the other
+        adapters that rows may name; "scheduler"; "controls"; and "config", of which :class:`GenerateConfig` is made
+        again but for its memory budget and a scheduler that is no name.
 
         Raises:
             ValueError: a ControlNet's condition that a later run could not tell from another.
         """
-        config = self.config
+        config = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        del config["memory_budget"]
+        if not isinstance(config["scheduler"], str):
+            config["scheduler"] = None
         return {
             **model_settings(self.engine),
+            "row_adapters": {name: self._adapter_settings(name) for name in sorted(self._other_adapters())},
             "scheduler": scheduler_settings(self.model),
-            "eta": config.eta,
-            "noise": config.noise,
-            "guidance_interval": config.guidance_interval and list(config.guidance_interval),
             "controls": [control.settings() for control in self.controls],
+            "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
         }
+
+    def _other_adapters(self) -> set[str]:
+        """Names of the adapters that rows may be under, and the configuration is not."""
+        networks = (self.model.unet, *self.model.text_encoders)
+        return set().union(*map(adapter_names, networks)) - set(_names(self.config.adapter) or ())
+
+    def _adapter_settings(self, name: str) -> list[Any]:
+        told = model_settings(self._under((name,)))
+        return [told["weights"], told["adapters"], told["adapter_strengths"]]
 
     def _parts(self, engine: Engine, rows: Sequence[GenerateRow]) -> Iterator[Sequence[GenerateRow]]:
         """Rows whose texts' keys are held at once, so that they are made once for all steps."""
@@ -271,18 +278,10 @@ class Sampler:
             self._engines[adapter] = self.engine.under(adapter, self.controls)
         return self._engines[adapter]
 
-    def _check_text(self, name: str, text: object) -> None:
-        if not isinstance(text, str):
-            raise ValueError(f"{name}: got {text!r}, expected a str")
+    def _check_text(self, name: str, text: str) -> None:
         wrong = self._wrong(text)
         if wrong is not None:
             raise ValueError(f"{name}: {wrong[1]}")
-
-    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
-        factor = self.model.vae_scale_factor
-        if not is_size(size) or any(side % factor for side in size):
-            raise ValueError(f"size: got {size!r}, expected (height, width), multiples of {factor} pixels")
-        return int(size[0]), int(size[1])
 
     def _steps_taken(self, steps: int, strength: float | None) -> int:
         """Of a walk that the scheduler takes; asked once for each."""
@@ -293,9 +292,9 @@ class Sampler:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Round (n, 3, H, W) pixels in [−1, 1] to (n, H, W, 3) uint8 on the CPU."""
+    """Round (n, 3, H, W) pixels in [−1, 1] to (n, H, W, 3) uint8, where they are."""
     values = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return values.permute(0, 2, 3, 1).contiguous().cpu()
+    return values.permute(0, 2, 3, 1).contiguous()
 
 
 def _under_scheduler(model: Model, scheduler: Any) -> Model:
