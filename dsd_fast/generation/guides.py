@@ -22,7 +22,7 @@ from dsd_fast.generation.accept import (
     clip_space,
     to_pixels,
 )
-from dsd_fast.generation.reading import check_templates, filled, read_classes
+from dsd_fast.generation.grids import check_templates, filled, read_classes
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.jobs import row_id, weights_hash
 from dsd_fast.kernels.common.host import ordinary, own_types

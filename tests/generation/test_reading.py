@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dsd_fast.generation.reading import check_seeds, grid, read_classes, read_rows, rows_of
+from dsd_fast.generation.grids import grid, read_classes
+from dsd_fast.generation.reading import check_seeds, read_rows, rows_of
 from dsd_fast.generation.rows import GenerateRow
 from tests.matching.datasets.files import write, write_table
 
@@ -60,8 +61,8 @@ def test_one_name_stands_for_a_list_of_one_and_an_empty_negative_prompt_is_one_b
         ("prompt,num_inference_steps\na,0\n", "line 2, column 'num_inference_steps': got 0, expected a positive"),
         ("prompt,guidance\na,high\n", "line 2, column 'guidance': got 'high', expected a number"),
         ("prompt,guidance\na,nan\n", "line 2, column 'guidance': got nan, expected a finite number"),
-        ("prompt,guidance,guidance_scale\na,1,1\n", "line 2: the columns guidance and guidance_scale say both"),
-        ("prompt,height\na,64\n", "line 2: got height alone, expected both sides"),
+        ("prompt,guidance,guidance_scale\na,1,1\n", "columns guidance and guidance_scale both say guidance"),
+        ("prompt,height\na,64\n", "line 2: got height alone, expected height and width"),
         ("prompt,height,width\na,64,0\n", r"line 2: size: got \(64, 0\), expected"),
         ("prompt,crop\na,5\n", "line 2, column 'crop': got '5', expected a JSON list"),
         ("prompt,crop\na,[5]\n", r"line 2, column 'crop': got \[5\], expected \(top, left\)"),
@@ -115,9 +116,9 @@ def test_a_table_is_read_as_it_is_asked_for(tmp_path):
 
 def test_a_file_of_prompts_has_one_a_line(tmp_path):
     file = write(tmp_path / "p.txt", "\ufeff a, b \n\n{not a place}\n")
-    assert list(rows_of(file, range(3, 5))) == [
-        GenerateRow(prompt, seed) for prompt in ("a, b", "{not a place}") for seed in (3, 4)
-    ]
+    prompts = ["a, b", "{not a place}"]
+    assert list(read_rows(file, range(3, 5))) == [GenerateRow(prompt, seed) for prompt in prompts for seed in (3, 4)]
+    assert list(rows_of(file, range(3, 5))) == list(map(GenerateRow, prompts, (3, 4)))
     for name, wrong in (("p.json", "ends in '.json', expected .txt"), ("q.txt", "is not a file")):
         with pytest.raises(ValueError, match=wrong):
             read_rows(tmp_path / name)
@@ -127,7 +128,7 @@ def test_rows_from_python():
     image = Image.new("RGB", (4, 4))
     assert list(rows_of("a")) == [GenerateRow("a")]
     assert list(rows_of(["a", "b"], 7)) == [GenerateRow("a", 7), GenerateRow("b", 7)]
-    assert list(rows_of(iter(["a", "b"]), np.array([1, 2]))) == [GenerateRow(p, s) for p in "ab" for s in (1, 2)]
+    assert list(rows_of(iter(["a", "b"]), np.array([1, 2]))) == [GenerateRow("a", 1), GenerateRow("b", 2)]
     given = {"prompt": "a", "guidance_scale": 3, "height": 8, "width": 16, "image": image, "name": None}
     said = GenerateRow("a", guidance=3.0, size=(8, 16), image=image)
     assert list(rows_of([given, said, {"prompt": "b", "size": [8, 16]}])) == [
@@ -158,6 +159,10 @@ class Frame:
         ([{"prompt": "a", "image": "b.png"}], None, "column 'image': got 'b.png', expected a pathlib.Path"),
         ([{"prompt": "a", "seed": 1}], 2, r"prompts\[0\] has a seed, and seeds are given too"),
         (GenerateRow("a"), [2], r"prompts\[0\] is a GenerateRow, which has a seed"),
+        (["a", "b"], [1], "seeds: got 1 for 2 prompts, expected one each, or one for all"),
+        (iter(["a", "b"]), [1], "seeds: got 1 for more prompts, expected one each"),
+        (iter(["a", "b"]), range(3), "seeds: got 3 for 2 prompts, expected one each"),
+        ({"prompt": "a"}, range(3), "seeds: got 3 for 1 prompts, expected one each"),
         ("a", -1, "seeds: got -1, expected an integer from 0 to"),
         ("a", [1, 2**64], "seeds: got .*, expected an integer from 0 to"),
         ("a", range(-1, 5), r"seeds: got range\(-1, 5\)"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsd_fast.generation.accept import Verdict
-from dsd_fast.generation.reading import grid
+from dsd_fast.generation.grids import grid
 from dsd_fast.generation.rows import GenerateRow, columns, from_columns, row_id_of
 from dsd_fast.generation.units import COLUMNS, Unit, accepted, id_of, try_seed, units_of
 
