@@ -104,8 +104,7 @@ def test_seven_rows_are_each_alone_and_the_stock_pipeline(case):
         eta=made.config.eta,
     )  # fmt: skip
     assert_close(seven, expected)
-    for number in (0, 5):
-        assert_close(latents(made, rows[number]), seven[number : number + 1])
+    assert_close(latents(made, rows[5]), seven[5:6])
     assert not torch.allclose(seven[0], seven[6], rtol=0, atol=0.1)
 
 
