@@ -13,7 +13,7 @@ CARD = "dataset_card.md"
 # Of the hub: upper bound → name.
 _SIZES = {
     10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M",
-    10**8: "10M<n<100M", 10**9: "100M<n<1B",
+    10**8: "10M<n<100M", 10**9: "100M<n<1B", 10**10: "1B<n<10B",
 }  # fmt: skip
 _MOST_CLASSES = 50
 
@@ -125,7 +125,7 @@ def card(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
 
 def _header(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     tasks = ["text-to-image", *(["image-classification"] if counts["classes"] else [])]
-    size = next((name for bound, name in _SIZES.items() if counts["images"] < bound), "n>1T")
+    size = next((name for bound, name in _SIZES.items() if counts["images"] < bound), "10B<n<100B")
     lines = ["---", "task_categories:", *(f"- {task}" for task in tasks), "size_categories:", f"- {size}"]
     lines += ["tags:", "- synthetic", "- dsd-fast"]
     if counts["images"]:
@@ -146,8 +146,9 @@ def _counts(counts: Mapping[str, Any]) -> str:
     rows += [(f"no image: {reason}", number) for reason, number in counts["errors"].items()]
     rows += [(f"tries rejected: {reason}", number) for reason, number in counts["rejected"].items()]
     if counts["near_duplicates"] is not None:
-        rows.append(("near-duplicates of another image of their class (near_duplicates.parquet)", None))
-        rows[-1] = (rows[-1][0], counts["near_duplicates"])
+        rows.append(
+            ("near-duplicates of another image of their class (near_duplicates.parquet)", counts["near_duplicates"])
+        )
     return _table(("", "number"), rows)
 
 

@@ -136,8 +136,8 @@ class _Closing:
             lines = stack.enter_context(self._metadata()) if self.layout == "folder" else None
             for shard, table in self._shards():
                 if VECTOR in table.column_names:
-                    if self.threshold is not None:
-                        vectors.append(_vectors(table, groups))
+                    if self.threshold is not None and (those := _vectors(table, groups)) is not None:
+                        vectors.append(those)
                     table = table.drop_columns([VECTOR])
                 rows = table.to_pylist()
                 statistics = totals.add(rows)
@@ -245,14 +245,15 @@ class _Closing:
                 stream.write(content)
 
 
-def _vectors(table: Any, groups: dict[tuple[int, str], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _vectors(table: Any, groups: dict[tuple[int, str], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Of the images that have a CLIP vector: ids (n,), the number of their class (n,) and the vectors (n, d)."""
     rows = [row for row in table.to_pylist() if row["status"] == "ok" and row[VECTOR] is not None]
-    vectors = [np.frombuffer(row[VECTOR], np.float16) for row in rows]
+    if not rows:
+        return None
     return (
         np.array([row["id"] for row in rows], "S32"),
         np.array([groups.setdefault(_class(row), len(groups)) for row in rows], np.int64),
-        np.stack(vectors) if vectors else np.empty((0, 0), np.float16),
+        np.stack([np.frombuffer(row[VECTOR], np.float16) for row in rows]),
     )
 
 
