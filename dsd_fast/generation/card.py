@@ -17,9 +17,10 @@ _SIZES = {
 }  # fmt: skip
 _MOST_CLASSES = 50
 
-_ROWS = """import pyarrow.parquet as pq
+_ROWS = """from dsd_fast.jobs import read_index
 
-print(pq.read_table("index", columns=["id", "status", "reason", "prompt"]).slice(0, 3))
+rows = read_index(".", ["reason", "prompt"])
+print(rows.slice(0, 3).to_pylist())
 """
 _SNIPPETS = {
     "webdataset": {
@@ -41,7 +42,13 @@ images = load_dataset("webdataset", data_files=shards, split="train", streaming=
 sample = next(iter(images))
 print(sample["{format}"].size, sample["txt"], sample["cls"], sample["json"])
 """,
-        "pyarrow: the rows, with those that have no image": _ROWS,
+        "pyarrow: the rows of the shards": """from pathlib import Path
+
+import pyarrow.parquet as pq
+
+rows = pq.read_table(sorted(map(str, Path().glob("[0-9]*.parquet"))))
+print(rows.slice(0, 3).to_pylist())
+""",
     },
     "parquet": {
         "datasets": """from pathlib import Path
@@ -63,7 +70,7 @@ shards = Path("shards.txt").read_text().split()
 sample = next(pq.ParquetFile(shards[0]).iter_batches(1)).to_pylist()[0]
 print(Image.open(io.BytesIO(sample["image"]["bytes"])).size, sample["text"], sample["cls"])
 """,
-        "pyarrow: the rows, with those that have no image": _ROWS,
+        "dsd_fast: all rows, with those that have no image": _ROWS,
     },
     "folder": {
         "datasets": """from datasets import load_dataset
@@ -81,7 +88,7 @@ with Path("images/metadata.jsonl").open() as lines:
     sample = json.loads(next(lines))
 print(Image.open(Path("images") / sample["file_name"]).size, sample["text"])
 """,
-        "pyarrow: the rows, with those that have no image": _ROWS,
+        "dsd_fast: all rows, with those that have no image": _ROWS,
     },
 }
 
