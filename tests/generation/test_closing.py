@@ -270,6 +270,8 @@ def test_near_duplicates_are_not_sought_again_for_the_same_images(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(closing, "near_duplicates", None)
         assert close(tmp_path)["near_duplicates"] == 2
+    (tmp_path / "near_duplicates.parquet").write_bytes(b"copied in part")
+    assert close(tmp_path)["near_duplicates"] == 2
     run(tmp_path, bad=(), retry_errors=True)
     assert close(tmp_path)["near_duplicates"] == 3
 
