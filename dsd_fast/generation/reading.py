@@ -1,12 +1,11 @@
-"""Rows from texts, mappings, tables, files of prompts, and grids of templates, classes and seeds."""
+"""Rows from texts, mappings, tables and files of prompts."""
 
 from __future__ import annotations
 
 import difflib
 import os
-import string
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,29 +40,36 @@ _NAMES = ("label", "name")
 
 
 def rows_of(prompts: Prompts, seeds: Seeds | None = None) -> Iterator[GenerateRow]:
-    """Gives the rows of what a caller asks for, one by one: a row for each prompt and each seed, seed after seed.
+    """Gives the rows of what a caller asks for, one by one.
 
     Args:
         prompts: a text or texts; a row or rows, each a :class:`GenerateRow` or a mapping of its fields (the size also
             as height and width, and the names of :data:`ALIASES`); or a `pathlib.Path`, see :func:`read_rows`.
             Consumed as they are asked for.
-        seeds: of each prompt, one or several; None: 0, or what the row says. A row that says its own takes no others.
+        seeds: one for all, or one for each prompt, as diffusers' list of generators; a text by itself is a row for each
+            of them. (Each prompt with each seed: :func:`~dsd_fast.generation.grids.grid`, and the command.) None: what
+            the row says, or 0. A row that says its own takes no other.
 
     Raises:
         ValueError: something else, a row that says what there is not or no prompt, or a seed of its own beside
-            ``seeds``, by its number.
+            ``seeds``, by its number; another number of seeds than of prompts, at once where theirs is known.
     """
     chosen = check_seeds(seeds)
+    own = chosen if hasattr(seeds, "__getitem__") else None
     if isinstance(prompts, os.PathLike):
-        return read_rows(prompts, seeds)
-    if isinstance(prompts, str | Mapping | GenerateRow):
+        return _of_file(Path(prompts), _Seeds(chosen, own is not None), None, ())
+    if isinstance(prompts, str):
+        return _rows([prompts], _Seeds(chosen))
+    if isinstance(prompts, Mapping | GenerateRow):
         prompts = [prompts]
     if isinstance(prompts, bytes) or not isinstance(prompts, Iterable) or hasattr(prompts, "columns"):
         raise ValueError(
             f"prompts: got one {type(prompts).__name__}, expected a text, rows (of a data frame its records, as "
             "mappings), or the pathlib.Path of a table or a file of prompts"
         )
-    return _rows(prompts, chosen)
+    if own and isinstance(prompts, Sequence) and len(prompts) != len(own):
+        raise _other_number(own, len(prompts))
+    return _rows(prompts, _Seeds(chosen, own is not None))
 
 
 def read_rows(
@@ -85,7 +91,7 @@ def read_rows(
 
     Args:
         file: the file.
-        seeds: as in :func:`rows_of`.
+        seeds: a row for each prompt and each of these, seed after seed; None: what the row says, or 0.
         images: folder of the images; None: the file's.
         ignore: columns that are left out. Others that a row does not know are an error: a misspelt one would be
             silently as if it were not there.
@@ -94,64 +100,7 @@ def read_rows(
         ValueError: the file cannot be read or has no rows, or something in it is wrong, by line (row in Parquet) and
             column.
     """
-    path, chosen = Path(file), check_seeds(seeds)
-    suffix = path.suffix.lower()
-    if suffix not in (".txt", *SUFFIXES):
-        raise ValueError(f"{path} ends in {suffix!r}, expected .txt (a prompt a line) or one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    if suffix == ".txt":
-        return _some(path, (row for _, line in read_lines(path) for row in _seeded({"prompt": line}, chosen)))
-    folder = path.parent if images is None else Path(images)
-    found = tables.read_rows(path, SUFFIXES[suffix])
-    return _some(path, (row for each in found for row in _table_rows(each, folder, frozenset(ignore), chosen)))
-
-
-def grid(
-    templates: str | Sequence[str], classes: Sequence[str] | os.PathLike[str], seeds: Seeds = 0
-) -> Iterator[GenerateRow]:
-    """Gives a row for each class, template and seed, in this order, the seeds innermost.
-
-    Args:
-        templates: texts as "a photo of a {}", the class in the place of the one "{}" or "{class}"; "{{" and "}}" stand
-            for braces.
-        classes: names, or the `pathlib.Path` of a file of one a line. A row's ``cls`` is its class's position.
-        seeds: one or several, the same for each class.
-
-    Raises:
-        ValueError: a template without such a place, or with others; no class, an empty one, or one that is there twice;
-            no seeds.
-    """
-    texts = check_templates(templates)
-    names = read_classes(classes)
-    chosen = check_seeds(seeds) or (0,)
-    return (
-        GenerateRow(filled(text, name), seed, label=name, cls=number)
-        for number, name in enumerate(names)
-        for text in texts
-        for seed in chosen
-    )
-
-
-def read_classes(classes: Sequence[str] | os.PathLike[str]) -> list[str]:
-    """The names of classes, in order, from a list or a file of one a line.
-
-    Raises:
-        ValueError: none, one that is empty, or one that is there twice.
-    """
-    if isinstance(classes, os.PathLike):
-        names = [line for _, line in read_lines(Path(classes))]
-    elif isinstance(classes, str):
-        raise ValueError(f"classes: got the str {classes[:80]!r}, expected a list of names, or a pathlib.Path")
-    else:
-        names = list(classes)
-    wrong = next((name for name in names if not tables.is_text(name)), None)
-    if not names or wrong is not None:
-        raise ValueError(f"classes: got {'none' if not names else repr(wrong)}, expected names")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"classes: {twice!r} is there more than once, so that its index is not known")
-    return names
+    return _of_file(Path(file), _Seeds(check_seeds(seeds)), images, ignore)
 
 
 def check_seeds(seeds: Seeds | None) -> range | tuple[int, ...] | None:
@@ -182,30 +131,75 @@ def check_seeds(seeds: Seeds | None) -> range | tuple[int, ...] | None:
     return given
 
 
-def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Templates as a list.
+@dataclass(frozen=True)
+class _Seeds:
+    """The seeds of prompts, all of them of each, or one each; of None the rows say their own."""
 
-    Raises:
-        ValueError: none, or one without exactly one place for the class.
-    """
-    texts = [templates] if isinstance(templates, str) else list(templates)
-    for text in texts or [""]:
+    seeds: Sequence[int] | None
+    one_each: bool = False
+
+    def of(self, number: int) -> Sequence[int] | None:
+        """Those of a prompt, by its position."""
+        if self.seeds is None or not self.one_each:
+            return self.seeds
+        if number >= len(self.seeds):
+            raise _other_number(self.seeds, "more")
+        return (self.seeds[number],)
+
+    def end(self, count: int) -> None:
+        """Refuses another number of prompts."""
+        if self.seeds is not None and self.one_each and len(self.seeds) != count:
+            raise _other_number(self.seeds, count)
+
+
+def _other_number(seeds: Sequence[int], prompts: int | str) -> ValueError:
+    return ValueError(f"seeds: got {len(seeds)} for {prompts} prompts, expected one each, or one for all")
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a caller or a table says of one prompt: field → value, and column → field."""
+
+    place: str
+    values: Mapping[str, Any]
+    named: Mapping[str, str] = field(default_factory=dict)
+
+    def row(self, has_seed: bool) -> GenerateRow:
+        """The row, whose seed is told elsewhere where ``has_seed`` is set."""
+        said = {name: value for name, value in self.values.items() if value is not None}
+        if "prompt" not in said:
+            raise ValueError(f"{self.place}, column 'prompt': the value is missing")
+        if has_seed and "seed" in said:
+            raise ValueError(f"{self.place} has a seed, and seeds are given too; expected one of them")
+        sides = [side for side in ("height", "width") if side in said]
+        if len(sides) == 1 or (sides and "size" in said):
+            wrong = "alone" if len(sides) == 1 else "and size"
+            raise ValueError(f"{self.place}: got {sides[0]} {wrong}, expected height and width")
+        if sides:
+            said["size"] = (said.pop("height"), said.pop("width"))
         try:
-            if [part[1:] for part in string.Formatter().parse(text) if part[1] is not None] not in (
-                [("", "", None)],
-                [("class", "", None)],
-            ):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"templates: got {text!r}, expected texts such as 'a photo of a {{}}', each with one {{}} or {{class}}"
-            ) from None
-    return texts
+            return GenerateRow(**said)
+        except ValueError as error:
+            name, _, rest = str(error).partition(": ")
+            column = next((column for column, meant in self.named.items() if meant == name), None)
+            where = f", column {column!r}: {rest}" if column else f": {error}"
+            raise ValueError(self.place + where) from None
 
 
-def filled(template: str, name: str) -> str:
-    """A template with a class in its place."""
-    return template.format(name, **{"class": name})
+def _of_file(
+    path: Path, seeds: _Seeds, images: str | os.PathLike[str] | None, ignore: Collection[str]
+) -> Iterator[GenerateRow]:
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", *SUFFIXES):
+        raise ValueError(f"{path} ends in {suffix!r}, expected .txt (a prompt a line) or one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if suffix == ".txt":
+        found: Iterator[Row] = (Row(f"{path}, line {number}", {"prompt": line}) for number, line in read_lines(path))
+    else:
+        found = tables.read_rows(path, SUFFIXES[suffix])
+    folder = path.parent if images is None else Path(images)
+    return _some(path, _made((_said(row, folder, frozenset(ignore)) for row in found), seeds))
 
 
 def _some(file: Path, rows: Iterator[GenerateRow]) -> Iterator[GenerateRow]:
@@ -216,30 +210,45 @@ def _some(file: Path, rows: Iterator[GenerateRow]) -> Iterator[GenerateRow]:
         raise ValueError(f"{file} has no rows")
 
 
-def _rows(prompts: Iterable[Any], seeds: Sequence[int] | None) -> Iterator[GenerateRow]:
-    for number, given in enumerate(prompts):
-        place = f"prompts[{number}]"
-        if isinstance(given, GenerateRow):
-            if seeds is not None:
-                raise ValueError(f"{place} is a GenerateRow, which has a seed, and seeds are given too")
-            yield given
-            continue
-        if isinstance(given, str):
-            given = {"prompt": given}
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{place}: got {repr(given)[:80]}, expected a text, a mapping or a GenerateRow")
-        named = _fields(given, place, more="size")
-        yield from _made({named[column]: value for column, value in given.items()}, named, place, seeds)
+def _rows(prompts: Iterable[Any], seeds: _Seeds) -> Iterator[GenerateRow]:
+    return _made((_given(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)), seeds)
 
 
-def _table_rows(row: Row, folder: Path, ignore: frozenset[str], seeds: Sequence[int] | None) -> Iterator[GenerateRow]:
+def _made(given: Iterable[_Said | GenerateRow], seeds: _Seeds) -> Iterator[GenerateRow]:
+    count = 0
+    for number, each in enumerate(given):
+        own, count = seeds.of(number), number + 1
+        if isinstance(each, GenerateRow) and own is not None:
+            raise ValueError(f"prompts[{number}] is a GenerateRow, which has a seed, and seeds are given too")
+        row = each if isinstance(each, GenerateRow) else each.row(own is not None)
+        if own is None:
+            yield row
+        else:
+            yield from (replace(row, seed=seed) for seed in own)
+    seeds.end(count)
+
+
+def _given(prompt: Any, place: str) -> _Said | GenerateRow:
+    """A prompt of a caller."""
+    if isinstance(prompt, GenerateRow):
+        return prompt
+    if isinstance(prompt, str):
+        return _Said(place, {"prompt": prompt})
+    if not isinstance(prompt, Mapping):
+        raise ValueError(f"{place}: got {repr(prompt)[:80]}, expected a text, a mapping or a GenerateRow")
+    named = _fields(prompt, place, more="size")
+    return _Said(place, {named[column]: value for column, value in prompt.items()}, named)
+
+
+def _said(row: Row, folder: Path, ignore: frozenset[str]) -> _Said:
+    """A prompt of a table."""
     named = _fields(row.values, row.place, ignore)
     values = {
-        field: _value(row, column, field, folder)
-        for column, field in named.items()
-        if row.has(column) or (row.values[column] == "" and _may_be_empty(field, row.is_csv))
+        name: _value(row, column, name, folder)
+        for column, name in named.items()
+        if row.has(column) or (row.values[column] == "" and _may_be_empty(name, row.is_csv))
     }
-    return _made(values, named, row.place, seeds)
+    return _Said(row.place, values, named)
 
 
 def _may_be_empty(field: str, is_csv: bool) -> bool:
@@ -270,37 +279,6 @@ def _value(row: Row, column: str, field: str, folder: Path) -> Any:
     return value
 
 
-def _made(
-    values: dict[str, Any], named: Mapping[str, str], place: str, seeds: Sequence[int] | None
-) -> Iterator[GenerateRow]:
-    """The rows that a mapping of fields is."""
-    said = {field: value for field, value in values.items() if value is not None}
-    if "prompt" not in said:
-        raise ValueError(f"{place}, column 'prompt': the value is missing")
-    if seeds is not None and "seed" in said:
-        raise ValueError(f"{place} has a seed, and seeds are given too; expected one of them")
-    sides = [side for side in ("height", "width") if side in said]
-    if len(sides) == 1 or (sides and "size" in said):
-        raise ValueError(f"{place}: got {sides[0]} {'alone' if len(sides) == 1 else 'and size'}, expected both sides")
-    if sides:
-        said["size"] = (said.pop("height"), said.pop("width"))
-    try:
-        yield from _seeded(said, seeds)
-    except ValueError as error:
-        field, colon, rest = str(error).partition(": ")
-        column = next((column for column, meant in named.items() if meant == field), None)
-        where = f"{place}, column {column!r}" if colon and column else place
-        raise ValueError(f"{where}: {rest if colon and column else error}") from None
-
-
-def _seeded(said: Mapping[str, Any], seeds: Sequence[int] | None) -> Iterator[GenerateRow]:
-    row = GenerateRow(**said)
-    if seeds is None:
-        yield row
-    else:
-        yield from (replace(row, seed=seed) for seed in seeds)
-
-
 def _fields(names: Iterable[str], place: str, ignore: frozenset[str] = frozenset(), more: str = "") -> dict[str, str]:
     """Column → field, of those that are not left out."""
     try:
@@ -324,9 +302,10 @@ def _known(names: tuple[str, ...], ignore: frozenset[str], more: str) -> dict[st
                 + (f"; {like[0]!r} may be meant" if like else "")
                 + f"; expected some of {', '.join(known)}, and others named in ignore="
             )
-        if (field := ALIASES.get(name, name)) in found.values():
+        meant = ALIASES.get(name, name)
+        if meant in found.values():
             raise ValueError(
-                f": the columns {next(each for each in found if found[each] == field)} and {name} say both"
+                f": the columns {next(each for each in found if found[each] == meant)} and {name} both say {meant}"
             )
-        found[name] = field
+        found[name] = meant
     return found

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "name": (_text, "a text"),
 }
 _NEEDED = {"prompt", "seed", "conditions", "name"}
+_SOURCES = ("image", "conditions")
 _PAIRS = ("original_size", "crop", "target_size")
 
 COLUMNS = {
@@ -185,14 +186,8 @@ def row_id_of(row: GenerateRow, digests: Sequence[str] = ()) -> str:
     """
     if len(digests) != len(row.sources):
         raise ValueError(f"digests: got {len(digests)}, expected one for each of {len(row.sources)} images")
-    said = {
-        field.name: value
-        for field in fields(row)
-        if field.name not in ("image", "conditions") and (value := getattr(row, field.name)) not in (None, "")
-    }
-    # The empty prompt is one too, and no prompt is absent.
-    about = json.dumps({**said, "prompt": row.prompt}, sort_keys=True)
-    return row_id(about, "" if row.image is None else "image", *digests)
+    said = {name: value for name, value in vars(row).items() if value is not None and name not in _SOURCES}
+    return row_id(json.dumps(said, sort_keys=True), "" if row.image is None else "image", *digests)
 
 
 def identified(row: GenerateRow) -> tuple[str, GenerateRow]:

@@ -24,7 +24,8 @@ from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.encoding import check_format
 from dsd_fast.generation.export import generate_to
 from dsd_fast.generation.files import check_layout, read_image
-from dsd_fast.generation.reading import grid, read_classes, read_rows
+from dsd_fast.generation.grids import grid, read_classes
+from dsd_fast.generation.reading import read_rows
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.generation.sampler import Sampler
 from dsd_fast.jobs import Counts, all_ended, read_index, read_manifest, replacing
