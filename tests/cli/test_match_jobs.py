@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import signal
 import sys
@@ -94,6 +95,29 @@ def test_the_last_of_several_workers_writes_the_results_of_all(cli, pictures):
     refused = cli(*command, "--out", "two", "--worker", 2, "--workers", 2)
     assert refused.exit_code == 2
     assert "--worker: got 2, expected below --workers, 2" in refused.stderr
+
+
+def in_turn(make, *, partitions, workers, gpus_per_worker, address, progress=None):
+    """In place of Ray: what travels, travels, and the partitions run one after the other."""
+    task = pickle.loads(pickle.dumps(make))()
+    return [json.loads(json.dumps(task(each, partitions, progress or list))) for each in range(partitions)]
+
+
+def test_partitions_make_the_results_of_one_process(cli, pictures, monkeypatch):
+    command = [*COMMAND, "again/3.png", "--report", "--out"]
+    assert cli(*command, "one").exit_code == 1
+    monkeypatch.setattr("dsd_fast.jobs.ray.run_on_ray", in_turn)
+    done = cli(*command, "many", "--engine", "ray", "--workers", 2, "--partitions", 3)
+    assert done.exit_code == 1, done.stderr
+    # Of the two equal files one partition sees both.
+    assert "9 images: 8 scored, 1 error, 1 duplicate. 21 pairs in" in done.stdout
+    assert results_of("many") == results_of("one")
+    assert Path("many/report.html").exists()
+    assert sorted({shard.split("-")[1] for shard in read_index("many")["shard"].to_pylist()}) == [
+        "0of3",
+        "1of3",
+        "2of3",
+    ]
 
 
 def run(out, prepare=lambda: None):

@@ -28,7 +28,7 @@ def match(request: MatchRequest) -> None:
     Exit code: 0 when every image was scored, 1 when some were not, 2 when nothing could be done, 130 after Ctrl-C,
     which keeps what has been scored.
     """
-    request.workers.check()
+    request.workers.check(request.source.device)
     captions = captions_of(request)
     if request.heatmaps > request.top_k:
         raise CommandError(f"--heatmaps: got {request.heatmaps}, expected at most --top-k, {request.top_k}")

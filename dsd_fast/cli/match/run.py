@@ -36,10 +36,6 @@ def run(request: MatchRequest, captions: Sequence[str]) -> dict[str, Any]:
     """
     out = request.out
     files = ImageFiles(request.images, without=out)
-    request.source.check()
-    request.memory.check(request.source.device)
-    with writing(out):
-        check_names(out)
     # What travels is small.
     make = partial(Matching, request)
     with Interrupt() as interrupt:
@@ -69,6 +65,10 @@ class Matching:
         self.request, self.interrupt = request, interrupt
         self.captions = captions or captions_of(request)
         self.files = files or ImageFiles(request.images, without=request.out)
+        request.source.check()
+        request.memory.check(request.source.device)
+        with writing(request.out):
+            check_names(request.out)
         model = request.source.load()
         check_lengths(model, self.captions)
         self.matcher = request.memory.compiled(Matcher(model, request.score.config(request.memory)))
