@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -79,6 +80,8 @@ class Sampler:
         self._engines: dict[tuple[str, ...] | None, Engine] = {_names(config.adapter): self.engine}
         self._wrong = prompt_check(self.model)
         self._walks: dict[tuple[int, float], int] = {}
+        # Refuses a branch that the network does not have.
+        self.engine.keeping_plans(config.cache_branch_id)
 
     def resolve(self, row: GenerateRow) -> GenerateRow:
         """Fill in what a row leaves to the configuration, and check it; a resolved row stays as it is.
@@ -130,7 +133,8 @@ class Sampler:
         size = self.model.latent_size(row.size)
         tokens = token_limit(self.model.tokenizers, self.model.text_encoders)
         together = engine.images_together(engine.noise_plan, 1 + self._is_guided(row), tokens, size)
-        return max(1, min(together, engine.texts_together(engine.noise_plan, size) - 1))
+        texts, kept = self._held(engine, size)
+        return max(1, min(together, texts - 1, kept // (1 + self._is_guided(row))))
 
     @torch.no_grad()
     def latents(self, rows: Sequence[GenerateRow]) -> Tensor:
@@ -185,20 +189,30 @@ class Sampler:
         return [told["weights"], told["adapters"], told["adapter_strengths"]]
 
     def _parts(self, engine: Engine, rows: Sequence[GenerateRow]) -> Iterator[Sequence[GenerateRow]]:
-        """Rows whose texts' keys are held at once, so that they are made once for all steps."""
-        most = engine.texts_together(engine.noise_plan, self.model.latent_size(rows[0].size))
+        """Rows whose texts' keys, made once for all steps, and whose kept activations are held at once."""
+        most, most_kept = self._held(engine, self.model.latent_size(rows[0].size))
         part: list[GenerateRow] = []
         texts: set[object] = set()
+        kept = 0
         for row in rows:
             own: set[object] = {(row.prompt, row.clip_skip)}
             if self._is_guided(row):
-                own.add((row.negative_prompt, None))
-            if part and len(texts | own) > most:
+                own.add((self._negative(row), None))
+            sent = 1 + self._is_guided(row)
+            if part and (len(texts | own) > most or kept + sent > most_kept):
                 yield part
-                part, texts = [], set()
+                part, texts, kept = [], set(), 0
             part.append(row)
             texts |= own
+            kept += sent
         yield part
+
+    def _held(self, engine: Engine, size: tuple[int, int]) -> tuple[int, int]:
+        """How many texts' keys, and how many rows' kept activations, are held at once."""
+        kept, taken = sys.maxsize, 0
+        if self.config.cache_interval > 1:
+            kept, taken = engine.rows_kept(self.config.cache_branch_id, size)
+        return engine.texts_together(engine.noise_plan, size, taken), kept
 
     def _sampled(self, engine: Engine, rows: Sequence[GenerateRow]) -> Tensor:
         first, config, device = rows[0], self.config, self.model.device
@@ -222,25 +236,27 @@ class Sampler:
     def _predict(self, engine: Engine, rows: Sequence[GenerateRow]) -> Predict:
         """What the sampler calls: guided where rows ask for it, of unconditional rows before all conditional ones."""
         with_guide = [number for number, row in enumerate(rows) if self._is_guided(row)]
-        prompts = [*(rows[number].negative_prompt for number in with_guide), *(row.prompt for row in rows)]
+        prompts = [*(self._negative(rows[number]) for number in with_guide), *(row.prompt for row in rows)]
         texts, text_of = engine.texts(prompts, [*[None] * len(with_guide), *(row.clip_skip for row in rows)])
         latent_of = torch.tensor([*with_guide, *range(len(rows))], dtype=torch.int64, device="cpu")
-        predict = partial(
-            engine.predict,
+        predict = engine.predict(
             texts,
+            text_of,
+            latent_of=latent_of,
+            condition_of=latent_of,
             conditions=self._conditions(rows),
             time_ids=self._time_ids(rows),
             timestep_cond=self._guidance_embedding(rows),
+            cache_interval=self.config.cache_interval,
+            cache_branch_id=self.config.cache_branch_id,
         )
-        whole = predict(text_of, latent_of=latent_of, condition_of=latent_of)
         if not with_guide:
-            return whole
+            return predict
         scales = [float(row.guidance or 0) if self._is_guided(row) else 1.0 for row in rows]
-        answer = guided(whole, scales, [float(row.guidance_rescale or 0) for row in rows])
+        answer = guided(predict, scales, [float(row.guidance_rescale or 0) for row in rows])
         if self.config.guidance_interval is None:
             return answer
-        only = slice(len(with_guide), None)
-        plain = predict(text_of[only], latent_of=latent_of[only], condition_of=latent_of[only])
+        plain = partial(predict, part=slice(len(with_guide), None))
         return within(self.model.schedule, self.config.guidance_interval, answer, plain)
 
     def _conditions(self, rows: Sequence[GenerateRow]) -> list[Tensor]:
@@ -272,6 +288,10 @@ class Sampler:
 
     def _is_guided(self, row: GenerateRow) -> bool:
         return bool(row.guidance is not None and row.guidance > 1 and not self.engine.program.guidance_width)
+
+    def _negative(self, row: GenerateRow) -> str | None:
+        """The unconditional text; an absent one is the empty one, save where it is zeros."""
+        return "" if row.negative_prompt is None and not self.model.absent_prompt_is_zeros else row.negative_prompt
 
     def _under(self, adapter: tuple[str, ...] | None) -> Engine:
         if adapter not in self._engines:
