@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsd_fast.features import FeatureExtractor
-    from dsd_fast.features.export import Exported
+    from dsd_fast.jobs import Exported
 
 _PLACES = ("down_cross", "mid_cross", "up_cross", "down_self", "mid_self", "up_self")
 

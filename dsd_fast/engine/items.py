@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _READERS = 4
 _READ_AHEAD = 16
 
+# Below what decoding holds at once, so that chunks have the size asked for.
+_PIXEL_BYTES = 32 << 20
+
 PromptCheck = Callable[[str], tuple[str, str] | None]
 
 # Digest of the content, height, width.
@@ -97,7 +100,7 @@ class Items:
                     raise ValueError(f"{what}[{number}] is of type {type(each).__name__}, expected str")
 
     def __iter__(self) -> Iterator[Item]:
-        read = ahead(_read, self._images, workers=_READERS, read_ahead=_READ_AHEAD, name="dsd-read")
+        read = ahead(read_source, self._images, workers=_READERS, read_ahead=_READ_AHEAD, name="dsd-read")
         for number, (source, known) in enumerate(read):
             yield self._item(number, source, known)
 
@@ -169,6 +172,21 @@ def prompt_check(model: Model) -> PromptCheck:
     return check
 
 
+def images_of_a_shard(rows: int, most: int, size: tuple[int, int]) -> int:
+    """Tell how many images to compute together, of (height, width) pixels: as many as divide a shard's rows.
+
+    A shard that is begun anew then has the batches that it had. On a CPU it then has the same bits, too; a GPU's
+    kernels need not add in the same order in every run.
+
+    Args:
+        rows: of a shard.
+        most: that memory allows.
+    """
+    height, width = size
+    most = min(most, _PIXEL_BYTES // (12 * height * width))
+    return next(count for count in range(max(1, min(most, rows)), 0, -1) if rows % count == 0)
+
+
 def _path(name: str) -> str:
     """A name as the index has it, and without what leads to the same file."""
     return storable(str(PurePosixPath(name)))
@@ -180,7 +198,8 @@ def _of(what: str, given: Sequence[str], number: int) -> str:
     return given[number]
 
 
-def _read(source: ImageSource) -> tuple[ImageSource, _Known]:
+def read_source(source: ImageSource) -> tuple[ImageSource, _Known]:
+    """An image out of its owner's reach, and its content's digest, height and width; None of what says no size."""
     return (source, _from_file(Path(source))) if isinstance(source, os.PathLike) else _from_object(source)
 
 

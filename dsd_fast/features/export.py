@@ -5,54 +5,37 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
-from dsd_fast.engine.items import COLUMNS, Item, Items, Names, prompt_check
+from dsd_fast.engine.items import COLUMNS, Item, Items, Names, images_of_a_shard, prompt_check
 from dsd_fast.features.export_layouts import LAYOUTS, writer_of
 from dsd_fast.features.extraction import Extracted, Extraction
 from dsd_fast.features.host import on_host
 from dsd_fast.images import ImageError, ImageSource
-from dsd_fast.jobs import Counts, Job, read_index, tensors_hash
+from dsd_fast.jobs import Exported, Job, fill, read_index, tensors_hash
 
 if TYPE_CHECKING:
     from dsd_fast.features.technique import Technique
 
 KIND = "features"
 
+# Of an image: its features, what refuses it, or None for features that are no finite numbers.
+_Result = dict[str, Tensor] | ImageError | None
+
 # A shard is held up to three times: being filled, waiting and being written.
 _SHARD_BYTES = 64 << 20
 _BUDGET_SHARE = 16
 _MOST_ROWS = 4096
-# Below what decoding holds at once, so that chunks have the size asked for.
-_PIXEL_BYTES = 32 << 20
 _SEEDS = 1 << 32
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an extraction into a folder came to.
-
-    Attributes:
-        folder: that holds the features.
-        counts: what became of the inputs.
-        compute_seconds: spent on features, decoding that was waited for included.
-        write_seconds: spent on writing, by its own thread.
-        overlap: share of the writing that went on while features were computed.
-    """
-
-    folder: Path
-    counts: Counts
-    compute_seconds: float
-    write_seconds: float
-    overlap: float
 
 
 def extract_to(
@@ -144,38 +127,25 @@ def extract_to(
             whole = zip(*(found[name].to_pylist() for name in ("name", "id", "status")), strict=True)
             taken = {name: row for name, row, status in whole if status == "ok"}
         key = Names(taken).check if layout != "shards" else operator.attrgetter("id")
-        waiting: deque[Item] = deque()
         # Grows as the images are taken, ahead of what asks for the text of one.
         texts: list[str] = []
 
-        def sources() -> Iterator[Any]:
-            for item in job.pending(items, key):
-                waiting.append(item)
+        def sources(pending: Iterator[Item]) -> Iterator[Any]:
+            for item in pending:
                 if not isinstance(prompts, str):
                     texts.append(item.prompt)
                 # What is unusable goes through as no image, so that its row keeps its place.
                 yield item.source if item.refusal is None else None
 
-        together = _images_at_once(extractor, technique, rows)
-        request = prompts if isinstance(prompts, str) else texts
-        chunks = extractor.extract_chunks(sources(), request, seed, techniques=[technique], chunk=together)
-        # Nothing goes on decoding when the job ends early.
-        with closing(cast("Generator[Extracted]", chunks)):
-            here = on_host(chunks)
-            while True:
-                with job.timeline.span("compute"):
-                    part = next(here, None)
-                if part is None:
-                    break
-                _put(job, *part, waiting)
-                if progress is not None:
-                    progress(job.counts.inputs - len(waiting))
-    if progress is not None:
-        progress(job.counts.inputs)
-    line = job.timeline
-    return Exported(
-        job.folder, job.counts, line.seconds("compute"), line.seconds("write"), line.overlap("write", "compute")
-    )
+        def compute(pending: Iterator[Item]) -> Generator[list[_Result]]:
+            together = images_of_a_shard(rows, extractor.images_at_once(technique), extractor.size)
+            request = prompts if isinstance(prompts, str) else texts
+            chunks = extractor.extract_chunks(sources(pending), request, seed, techniques=[technique], chunk=together)
+            with closing(cast("Generator[Extracted]", chunks)):
+                yield from starmap(_results, on_host(chunks))
+
+        fill(job, items, key, compute, partial(_settle, job), progress=progress)
+    return Exported.of(job)
 
 
 def check_layout(layout: str) -> None:
@@ -222,19 +192,21 @@ def _checked(seed: int) -> int:
     return value
 
 
-def _put(job: Job, part: Extracted, finite: Sequence[bool], waiting: deque[Item]) -> None:
-    """The rows of a chunk, in the order of the inputs."""
+def _results(part: Extracted, finite: Sequence[bool]) -> list[_Result]:
+    """What the images of a chunk gave, in their order."""
     all_finite = iter(finite)
-    for _, payload in part.by_image():
-        item = waiting.popleft()
-        if isinstance(payload, ImageError):
-            reason, message = item.refusal or (payload.reason, str(payload))
-            job.fail(item.id, item.name, reason, message, **item.columns)
-        elif not next(all_finite):
-            message = f"{item.name} has features that are no finite numbers, which dtype float32 may avoid"
-            job.fail(item.id, item.name, "not-finite", message, **item.columns)
-        else:
-            job.put(item.id, item.name, payload, **item.columns)
+    return [each if isinstance(each, ImageError) else each if next(all_finite) else None for _, each in part.by_image()]
+
+
+def _settle(job: Job, item: Item, result: _Result) -> None:
+    if isinstance(result, ImageError):
+        reason, message = item.refusal or (result.reason, str(result))
+        job.fail(item.id, item.name, reason, message, **item.columns)
+    elif result is None:
+        message = f"{item.name} has features that are no finite numbers, which dtype float32 may avoid"
+        job.fail(item.id, item.name, "not-finite", message, **item.columns)
+    else:
+        job.put(item.id, item.name, result, **item.columns)
 
 
 def _rows_of_a_shard(extractor: Extraction) -> int:
@@ -246,13 +218,3 @@ def _rows_of_a_shard(extractor: Extraction) -> int:
     budget = config.memory_budget
     size = _SHARD_BYTES if budget is None else min(_SHARD_BYTES, budget // _BUDGET_SHARE)
     return 1 << (max(1, min(_MOST_ROWS, size // row)).bit_length() - 1)
-
-
-def _images_at_once(extractor: Extraction, technique: Technique, rows: int) -> int:
-    """As many as divide a shard: one that is begun anew then has the batches that it had.
-
-    On a CPU it then has the same bits, too; a GPU's kernels need not add in the same order in every run.
-    """
-    height, width = extractor.size
-    most = min(extractor.images_at_once(technique), _PIXEL_BYTES // (12 * height * width))
-    return next(count for count in range(max(1, min(most, rows)), 0, -1) if rows % count == 0)

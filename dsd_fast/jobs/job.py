@@ -8,16 +8,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsd_fast.jobs.errors import JobError
 from dsd_fast.jobs.files import remove_stale
 from dsd_fast.jobs.ids import packed, worker_of
-from dsd_fast.jobs.lock import locked_worker, waiting
+from dsd_fast.jobs.lock import locked_worker, mark_ended, waiting
 from dsd_fast.jobs.manifest import open_manifest
 from dsd_fast.jobs.store import OK, Row, ShardFiles, index_parts, next_number, remove_leftovers, work_folder
 from dsd_fast.jobs.timeline import Timeline
 from dsd_fast.jobs.writer import Writer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Item = TypeVar("Item")
 Write = Callable[[ShardFiles, Sequence[Row]], None]
@@ -71,7 +74,7 @@ class Job:
         settings: all that changes results, as JSON knows it; see `open_manifest`.
         write: called as ``write(files, rows)``, in another thread, with the results of a shard in their order; it
             writes their payloads by ``files.open(…)``, the same bytes for the same rows. None: the index is all.
-        columns: of the index besides its own: name → type, as pyarrow names it ("string", "int64", "float32").
+        columns: of the index besides its own: name → type, as pyarrow has it or names it ("string", "int64").
         shard_rows: rows of a shard, errors included.
         worker: which of ``workers`` this is, from 0. Each row is one worker's, by its id.
         workers: processes that share the job. They may run at once or one after the other.
@@ -92,7 +95,7 @@ class Job:
         settings: Mapping[str, Any],
         *,
         write: Write | None = None,
-        columns: Mapping[str, str] | None = None,
+        columns: Mapping[str, str | pa.DataType] | None = None,
         shard_rows: int = 256,
         worker: int = 0,
         workers: int = 1,
@@ -157,6 +160,8 @@ class Job:
                         self._queue()
                 finally:
                     self._writer.close()
+                if kind is None:
+                    mark_ended(self.folder, self._worker, self._workers)
             except OSError as refused:
                 # An exception that is already on its way tells more, and may be this one.
                 if kind is None:

@@ -100,12 +100,12 @@ class ShardFiles:
             size = file.tell()
         self._sizes[relative.as_posix()] = size
 
-    def finish(self, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    def finish(self, rows: Sequence[Row], columns: Mapping[str, str | pa.DataType]) -> None:
         """Makes the shard whole: the names of its files last, then its index appears.
 
         Args:
             rows: all of the shard; those that are no errors are numbered from 0.
-            columns: the job's own: name → type, as pyarrow names it.
+            columns: the job's own: name → type, as pyarrow names it or has it.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
@@ -129,7 +129,10 @@ class ShardFiles:
             **{name: (kind, [row.columns.get(name) for row in rows]) for name, kind in columns.items()},
         }
         table = pa.table(
-            {name: pa.array(values, pa.type_for_alias(kind)) for name, (kind, values) in found.items()},
+            {
+                name: pa.array(values, pa.type_for_alias(kind) if isinstance(kind, str) else kind)
+                for name, (kind, values) in found.items()
+            },
             metadata={_FILES: json.dumps(self._sizes)},
         )
         # Through memory, so that what the disk refuses is said by the file and not by a Parquet writer.
@@ -205,7 +208,7 @@ def index_parts(
     if of is not None and all(workers == of[1] for _, (_, workers) in shards):
         shards = [each for each in shards if each[1] == of]
     for shard, _ in shards:
-        if (table := _read(folder, shard, names)) is not None:
+        if (table := read_shard(folder, shard, names)) is not None:
             yield table
 
 
@@ -255,8 +258,8 @@ def _is_free(found: re.Match[str], first: int, worker: int, workers: int) -> boo
     return int(found[first + 1]) != workers or int(found[first]) == worker
 
 
-def _read(folder: Path, shard: str, names: Sequence[str] | None) -> pa.Table | None:
-    """The rows of a shard; None where it is not whole."""
+def read_shard(folder: Path, shard: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """The rows of one shard, superseded ones too, by ``columns`` (None: all); None where it is not whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -265,7 +268,7 @@ def _read(folder: Path, shard: str, names: Sequence[str] | None) -> pa.Table | N
             sizes = json.loads((file.schema_arrow.metadata or {})[_FILES])
             if any((folder / name).stat().st_size != size for name, size in sizes.items()):
                 return None
-            return file.read(names, use_threads=False).replace_schema_metadata()
+            return file.read(columns, use_threads=False).replace_schema_metadata()
     except (pa.ArrowInvalid, FileNotFoundError, NotADirectoryError, KeyError, ValueError):
         # Copied in part, or changed by others: its rows are to be made again.
         return None

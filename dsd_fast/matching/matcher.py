@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,11 +218,20 @@ class Matcher:
         self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Tensor | ImageError]]:
         """:meth:`score` one image at a time, in order: (index, (M,) scores) or (index, the image's error)."""
-        texts = self._encode(captions)
+        return self._scores(images, self._encode(captions), seeds)
+
+    def _scores(
+        self,
+        images: Iterable[ImageSource],
+        texts: Texts,
+        seeds: Sequence[int] | None = None,
+        together: int | None = None,
+    ) -> Generator[tuple[int, Tensor | ImageError]]:
+        """As :meth:`score_iter`, of texts that are encoded, and as many images together as is said."""
         every = torch.arange(len(texts), device="cpu")
 
         def begun() -> Iterator[tuple[tuple[list[int], dict[int, ImageError]], TermsBehind]]:
-            for numbers, latents, errors in self._scorer.latents(images, texts, len(texts)):
+            for numbers, latents, errors in self._scorer.latents(images, texts, len(texts), together):
                 image_of = torch.arange(len(numbers), device="cpu").repeat_interleave(len(texts))
                 chosen = None if seeds is None else [_seed(seeds, number) for number in numbers]
                 text_of = every.repeat(len(numbers))

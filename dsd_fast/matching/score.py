@@ -141,10 +141,15 @@ class PairScorer:
         return min(self.images_at_once, together)
 
     def latents(
-        self, images: Iterable[ImageSource], texts: Texts, per_image: int
+        self, images: Iterable[ImageSource], texts: Texts, per_image: int, together: int | None = None
     ) -> Iterator[tuple[list[int], Tensor, dict[int, ImageError]]]:
-        """Yield chunks of images, ``per_image`` texts each: their numbers, (n, C, h, w) latents, and the errors."""
-        for numbers, pixels, errors in decode_chunks(images, self.engine.size, self.images_together(texts, per_image)):
+        """Yield chunks of images, ``per_image`` texts each: their numbers, (n, C, h, w) latents, and the errors.
+
+        Args:
+            together: images of a chunk; None: :meth:`images_together`.
+        """
+        chunk = together or self.images_together(texts, per_image)
+        for numbers, pixels, errors in decode_chunks(images, self.engine.size, chunk):
             yield numbers, self.engine.encode_images(pixels), errors
 
     def score(

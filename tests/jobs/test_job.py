@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsd_fast.jobs import Counts, Job, ManifestError, read_index, row_id, worker_of
+from dsd_fast.jobs import Counts, Job, ManifestError, all_ended, read_index, row_id, worker_of
 from tests.jobs.numbers import BAD, COUNT, NUMBERS, SETTINGS, check_readable, ended, files, identity, run, start
 
 FIRST = Counts(inputs=25, ok=21, errors=2, duplicates=2)
@@ -288,3 +288,23 @@ def test_the_timeline_tells_writing_from_computing(tmp_path):
     assert all(0 <= span["start"] <= span["end"] for span in content["spans"])
     run(tmp_path / "shared", worker=1, workers=2)
     assert (tmp_path / "shared" / "timeline-1of2.json").exists()
+
+
+def test_the_last_of_several_workers_knows_it(tmp_path):
+    def fail(number):
+        raise KeyError
+
+    seen = []
+    for worker in (2, 0, 1):
+        run(tmp_path, worker=worker, workers=3)
+        seen.append(all_ended(tmp_path, 3))
+    assert seen == [False, False, True]
+    assert not all_ended(tmp_path, 2)
+    # One that has begun again and has not ended well is at work, or dead.
+    with pytest.raises(KeyError):
+        run(tmp_path, [*NUMBERS, *range(100, 200)], worker=0, workers=3, each=fail)
+    assert not all_ended(tmp_path, 3)
+    run(tmp_path, worker=0, workers=3)
+    assert all_ended(tmp_path, 3)
+    run(tmp_path / "alone")
+    assert all_ended(tmp_path / "alone", 1)
