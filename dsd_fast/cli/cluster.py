@@ -56,7 +56,7 @@ def run(
         total: inputs of all workers.
         unit: of the inputs, as "images".
         finish: called as ``finish(work, numbers)`` after all workers of this run, in a process that has the work;
-            what it returns is added to the numbers.
+            what it returns, as JSON knows it, is added to the numbers.
 
     Returns:
         The sums of the numbers, and "seconds", the time that the work took; None after Ctrl-C.
@@ -107,8 +107,8 @@ def _run_on_ray(
     out: Path,
     total: int,
     unit: str,
-    finish: Callable[[W, dict[str, float]], None] | None,
-) -> dict[str, float] | None:
+    finish: Callable[[W, dict[str, Any]], Mapping[str, Any] | None] | None,
+) -> dict[str, Any] | None:
     from dsd_fast.jobs.ray import run_on_ray
 
     workers = options.workers or 1
@@ -128,10 +128,10 @@ def _run_on_ray(
         sums = Counter[str]()
         for part in parts:
             sums.update(part)
-        numbers = {**sums, "elsewhere": 0, "seconds": time.perf_counter() - start}
+        numbers: dict[str, Any] = {**sums, "elsewhere": 0, "seconds": time.perf_counter() - start}
         if finish is not None:
             # A node has the device that the work needs; this one perhaps not.
-            run(partial(_Finish, there, finish, numbers), partitions=1, workers=1)
+            numbers |= run(partial(_Finish, there, finish, numbers), partitions=1, workers=1)[0]
     return numbers
 
 
@@ -163,14 +163,13 @@ class _Finish:
     """The end of the work, in a process of another node."""
 
     def __init__(
-        self, make: Callable[[], _Elsewhere], finish: Callable[..., None], numbers: Mapping[str, float]
+        self, make: Callable[[], _Elsewhere], finish: Callable[..., Mapping[str, Any] | None], numbers: dict[str, Any]
     ) -> None:
         self.work, self.finish, self.numbers = make().work, finish, numbers
 
-    def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> Mapping[str, float]:
+    def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> Mapping[str, Any]:
         with _told():
-            self.finish(self.work, self.numbers)
-        return {}
+            return self.finish(self.work, self.numbers) or {}
 
 
 @contextmanager

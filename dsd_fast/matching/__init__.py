@@ -3,6 +3,7 @@
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.datasets import official_split, read_groups
 from dsd_fast.matching.evaluation import Evaluation, evaluate
+from dsd_fast.matching.export import score_to
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
 from dsd_fast.matching.groups import Group
@@ -21,4 +22,5 @@ __all__ = [
     "official_layers",
     "official_split",
     "read_groups",
+    "score_to",
 ]
