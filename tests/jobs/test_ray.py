@@ -8,11 +8,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dsd_fast.features import ExtractBatch
 from dsd_fast.jobs import JobError, LockedError, ManifestError
 from dsd_fast.jobs.lock import locked_worker
 from dsd_fast.jobs.ray import _start, _Worker, run_on_ray
+from tests.engine.batches import encoded, objects, pictures
 from tests.jobs.numbers import COUNT, NUMBERS, files, run
 
 ray = pytest.importorskip("ray")
@@ -175,3 +178,22 @@ def test_a_partition_waits_for_the_lock_of_a_dead_one_and_then_says_it(cluster, 
                 time.sleep(0.01)
         if deaths:
             assert found.result()["error"] == [""]
+
+
+def test_a_class_for_batches_in_a_pipeline_of_ones_own(cluster):
+    from ray.data import ActorPoolStrategy
+
+    settings = {"layers": ("down-level0-repeat0-res-out",), "timesteps": (50,)}
+    rows = [{"image": encoded(image), "key": number} for number, image in enumerate(pictures(3))]
+    answered = ray.data.from_items(rows, override_num_blocks=2).map_batches(
+        ExtractBatch, fn_constructor_kwargs=settings, batch_size=2, compute=ActorPoolStrategy(size=1)
+    )
+    found = {row["key"]: row for row in answered.take_all()}
+    own = ExtractBatch(**settings)({"image": objects([row["image"] for row in rows])})
+    assert sorted(found) == [0, 1, 2]
+    for number, row in found.items():
+        assert set(row) == {"key", "error", *settings["layers"]}
+        assert row["error"] == ""
+        for layer in settings["layers"]:
+            # Batches of other sizes: convolutions agree to 1e-5 of the largest activation.
+            assert np.abs(row[layer] - own[layer][number]).max() <= 1e-5 * np.abs(own[layer]).max()
