@@ -1,12 +1,8 @@
 """Partitions of a job by real Ray actors: what one process makes in turn, and sentences for what would hang or die."""
 
-import os
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,8 @@ from dsd_fast.jobs import JobError, LockedError, ManifestError
 from dsd_fast.jobs.lock import locked_worker
 from dsd_fast.jobs.ray import _start, _Worker, run_on_ray
 from tests.engine.batches import encoded, objects, pictures
-from tests.jobs.numbers import COUNT, NUMBERS, files, run
+from tests.jobs.numbers import NUMBERS, files, run
+from tests.jobs.partitions import numbers_of, work
 
 ray = pytest.importorskip("ray")
 PARTITIONS, ACTORS = 4, 2
@@ -35,43 +32,6 @@ def cluster():
     )
     yield
     ray.shutdown()
-
-
-def once(file: Path) -> bool:
-    """Whether this is the first of all processes that asks."""
-    try:
-        file.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def work(folder: Path):
-    """Makes a task that does what the name of a file says."""
-
-    def task(worker, workers, progress):
-        if (folder / "dies").exists() and worker == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if (folder / "refused").exists() and worker == 1:
-            raise ManifestError("it is of another job")
-        return {"inputs": 2 * worker}
-
-    return task
-
-
-def numbers_of(folder: Path, killed: Path | None = None):
-    """The work of an actor; the first that comes to the last number of all dies."""
-
-    def each(number: int) -> None:
-        if killed is not None and number == COUNT - 1 and once(killed):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def task(worker, workers, progress):
-        counts = run(folder, each=each, worker=worker, workers=workers, shard_rows=2)
-        progress(counts.inputs)
-        return asdict(counts)
-
-    return task
 
 
 def test_a_partition_whose_actor_was_killed_is_taken_up_again(cluster, tmp_path):
@@ -95,14 +55,14 @@ def test_a_partition_whose_actor_was_killed_is_taken_up_again(cluster, tmp_path)
         (
             "dies",
             JobError,
-            "^partitions 1 of 3 are not made: 3 actors died at each, as they do without memory; the oth",
+            "^partitions 1 of 2 are not made: 3 actors died at each, as they do without memory; the oth",
         ),
     ],
 )
 def test_what_a_partition_raises_comes_back_as_its_sentence(cluster, tmp_path, case, kind, message):
     (tmp_path / case).touch()
     with pytest.raises(kind, match=message):
-        run_on_ray(partial(work, tmp_path), partitions=3, workers=ACTORS)
+        run_on_ray(partial(work, tmp_path), partitions=2, workers=1)
 
 
 @pytest.mark.parametrize(
