@@ -11,6 +11,7 @@ from dsd_fast.cli.evaluate.command import evaluate
 from dsd_fast.cli.features.command import features
 from dsd_fast.cli.fit.command import fit
 from dsd_fast.cli.gate.command import gate
+from dsd_fast.cli.generate.command import generate
 from dsd_fast.cli.info.command import info
 from dsd_fast.cli.match.command import match
 
@@ -34,5 +35,5 @@ def dsd_fast(
     """Diffusion models as discriminative learners: which text describes an image?"""
 
 
-for command in (match, evaluate, fit, features, gate, info, demo, bench, bench_docs):
+for command in (match, evaluate, fit, features, gate, generate, info, demo, bench, bench_docs):
     app.command()(command)

@@ -67,6 +67,15 @@ class Options:
                 values[name] = parse(values[name])
         return values
 
+    def changed(self) -> list[str]:
+        """Names the options that do not have their defaults, as they are written: --name."""
+        names = []
+        for field in fields(self):
+            option = get_args(self.kinds[field.name])[1]
+            if getattr(self, field.name) != field.default:
+                names.append((option.param_decls or [f"--{field.name.replace('_', '-')}"])[0])
+        return names
+
 
 Group = TypeVar("Group", bound=Options)
 

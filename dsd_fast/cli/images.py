@@ -99,7 +99,7 @@ def read_prompts(file: Path) -> dict[str, str]:
         CommandError: another ending, no rows, or an image that has two prompts.
         ValueError: the file cannot be read, or something in it is wrong, by line.
     """
-    from dsd_fast.matching.datasets.tables import SUFFIXES, read_rows
+    from dsd_fast.jobs.tables import SUFFIXES, read_rows
 
     if file.suffix not in SUFFIXES:
         raise CommandError(f"--prompts {file} ends in {file.suffix!r}, expected one of {', '.join(SUFFIXES)}")

@@ -92,8 +92,8 @@ class Conditioned(Model):
         self._held = states, pooled
         return [str(row) for row in range(len(states))]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:
-        """The states held under those names."""
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> PromptStates:
+        """The states held under those names; no layer is left out of what is encoded."""
         rows = torch.tensor([int(name) for name in prompts], device="cpu")
         states, pooled = (
             None if each is None else each.to(self.device, self.dtype)[rows.to(self.device)] for each in self._held

@@ -1,7 +1,7 @@
 """Noise schedules, reproducible noise, timestep grids, samplers and inversion."""
 
 from dsd_fast.diffusion.ddim import CLEAN, Predict, ddim_step, denoise, inversion_grid, invert
-from dsd_fast.diffusion.noise import noise
+from dsd_fast.diffusion.noise import RowNoise, noise
 from dsd_fast.diffusion.sampling import (
     guidance_embedding,
     guided,
@@ -11,15 +11,18 @@ from dsd_fast.diffusion.sampling import (
     scheduler_noised,
     scheduler_steps,
     scheduler_timesteps,
+    within,
 )
 from dsd_fast.diffusion.schedule import NoiseSchedule
-from dsd_fast.diffusion.schedulers import changed_in_place, fresh_scheduler
+from dsd_fast.diffusion.schedulers import SAMPLERS, changed_in_place, fresh_scheduler, named_scheduler
 from dsd_fast.diffusion.timesteps import img2img_timestep, official_timesteps, resolve_timesteps
 
 __all__ = [
     "CLEAN",
+    "SAMPLERS",
     "NoiseSchedule",
     "Predict",
+    "RowNoise",
     "changed_in_place",
     "ddim_step",
     "denoise",
@@ -30,6 +33,7 @@ __all__ = [
     "img2img_timestep",
     "inversion_grid",
     "invert",
+    "named_scheduler",
     "noise",
     "official_denoising",
     "official_timesteps",
@@ -38,4 +42,5 @@ __all__ = [
     "scheduler_noised",
     "scheduler_steps",
     "scheduler_timesteps",
+    "within",
 ]

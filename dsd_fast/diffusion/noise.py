@@ -6,9 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# SeedSequence cuts integers into 32-bit words and pads with zeros, so a wider seed could collide with another (seed,
-# draw).
-_LIMIT = 2**32
+SEEDS = 2**64
+"""Seeds are below it."""
+
+NOISES = ("dsd_fast", "diffusers")
+"""What the noise of a row is drawn by, see :class:`RowNoise`."""
+
+_WORD = 2**32
 
 
 def noise(seed: int, draw: int, shape: Sequence[int]) -> Tensor:
@@ -18,7 +22,7 @@ def noise(seed: int, draw: int, shape: Sequence[int]) -> Tensor:
     a CPU generator, whose numbers do not depend on the device.
 
     Args:
-        seed: 0 ≤ seed < 2**32.
+        seed: 0 ≤ seed < 2**64.
         draw: index of the draw under that seed, 0 ≤ draw < 2**32.
         shape: shape of the result, usually (C, h, w) of one latent.
 
@@ -28,14 +32,91 @@ def noise(seed: int, draw: int, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: seed, draw or a size in `shape` is not an integer in its range.
     """
-    for name, value in (("seed", seed), ("draw", draw)):
-        if not _is_int(value) or not 0 <= value < _LIMIT:
-            raise ValueError(f"{name} is {value!r}, expected an integer with 0 <= {name} < 2**32")
+    check_seed("seed", seed)
+    if not _is_int(draw) or not 0 <= draw < _WORD:
+        raise ValueError(f"draw is {draw!r}, expected an integer with 0 <= draw < 2**32")
     sizes = tuple(shape)
     if not all(_is_int(size) and size >= 0 for size in sizes):
         raise ValueError(f"shape is {sizes!r}, expected non-negative integers")
-    state = int(np.random.SeedSequence([int(seed), int(draw)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(state), dtype=torch.float32, device="cpu")
+    generator = torch.Generator().manual_seed(_state(int(seed), int(draw)))
+    return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def check_seed(name: str, seed: object) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ValueError: not an integer with 0 ≤ seed < 2**64, by ``name``.
+    """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+        raise ValueError(f"{name} is {seed!r}, expected an integer with 0 <= {name} < 2**64")
+
+
+class RowNoise:
+    """The noise of B rows that are sampled together, each of its own seed and by a CPU generator of its own.
+
+    "dsd_fast": the start is draw 0 of a row's seed, what the scheduler draws at its step number s (from 0) is draw
+    starts + s, see :func:`noise`. "diffusers": one ``manual_seed(seed)`` a row, from which all is drawn one after
+    another, as stock pipelines do; the same numbers, where the type is theirs.
+
+    Args:
+        seeds: B of them, 0 ≤ seed < 2**64.
+        kind: one of :data:`NOISES`.
+        dtype: that "diffusers" draws in, the model's: the numbers depend on it.
+        starts: how many of a seed's first draws are starts, so that none is drawn again.
+
+    Attributes:
+        held: the type that latents have between steps, that of "diffusers", as in stock pipelines; None: float32 at
+            least.
+
+    Raises:
+        ValueError: a seed that is none, or another kind.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], kind: str = "dsd_fast", dtype: torch.dtype = torch.float32, *, starts: int = 1
+    ) -> None:
+        if kind not in NOISES:
+            raise ValueError(f"noise: got {kind!r}, expected one of {', '.join(NOISES)}")
+        for seed in seeds:
+            check_seed("seed", seed)
+        self._seeds, self._own, self._starts = [int(seed) for seed in seeds], kind == "dsd_fast", starts
+        self.held = None if self._own else dtype
+        self._generators = [torch.Generator() for _ in seeds]
+        for generator, seed in zip(self._generators, self._seeds, strict=True):
+            generator.manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    @property
+    def from_posterior(self) -> list[torch.Generator] | None:
+        """The rows' generators where stock pipelines first draw a source image's latents from them; None: its mean."""
+        return None if self._own else self._generators
+
+    def start(self, shape: Sequence[int]) -> Tensor:
+        """Draw what rows start from, (B, \\*shape) on the CPU."""
+        dtype = self.held or torch.float32
+        return torch.stack(
+            [torch.randn(tuple(shape), generator=each, dtype=dtype, device="cpu") for each in self._at(0)]
+        )
+
+    def step(self, number: int) -> list[torch.Generator]:
+        """Give the rows' generators as a scheduler's step of that number, from 0, has to find them."""
+        return self._at(self._starts + number)
+
+    def _at(self, draw: int) -> list[torch.Generator]:
+        if self._own:
+            for generator, seed in zip(self._generators, self._seeds, strict=True):
+                generator.manual_seed(_state(seed, draw))
+        return self._generators
+
+
+def _state(seed: int, draw: int) -> int:
+    # SeedSequence cuts integers into 32-bit words. Two words are the pair; of a wider seed the draw is the fifth, which
+    # no pair has.
+    entropy = np.random.SeedSequence([seed, draw]) if seed < _WORD else np.random.SeedSequence(seed, spawn_key=(draw,))
+    return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _is_int(value: object) -> bool:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.ddim import CLEAN, Predict, working_dtype
-from dsd_fast.diffusion.schedule import check_noise
+from dsd_fast.diffusion.noise import RowNoise
+from dsd_fast.diffusion.schedule import NoiseSchedule, check_noise
+from dsd_fast.diffusion.schedulers import check_draws, draws_noise
 from dsd_fast.diffusion.timesteps import started
 from dsd_fast.kernels.common.transfer import upload
 
@@ -92,7 +94,8 @@ def scheduler_steps(
     strength: float = 1.0,
     *,
     until: float | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    draws: RowNoise | None = None,
+    eta: float = 0.0,
 ) -> Iterator[tuple[float, Tensor]]:
     """A diffusers scheduler's own steps over `scheduler_timesteps(scheduler, steps, strength)`.
 
@@ -106,23 +109,26 @@ def scheduler_steps(
         predict: called at every timestep yielded but the last.
         latents: z at the first of those timesteps, (B, C, h, w).
         until: stop at the last of those timesteps that is not below this one; None goes on to the clean latent.
-        generator: of schedulers that add noise at each step; one per row, or one for all.
+        draws: the rows' noise, of schedulers that add some at each step; others leave it alone.
+        eta: of DDIM, 0 to 1: how much noise it adds.
 
     Yields:
         (t, z_t) at every timestep, the first and the last included; the clean latent comes with −1. z_t (B, C, h, w)
         in the dtype of `latents`.
 
     Raises:
-        ValueError: arguments as for `scheduler_timesteps`, or `until` above the first timestep.
+        ValueError: arguments as for `scheduler_timesteps`, `until` above the first timestep, or noise that the
+            scheduler adds without `draws`, for a whole batch at once, or not at all where `eta` asks for it.
     """
     fresh, start = started(scheduler, steps, strength)
     first = fresh.timesteps[start]
     if until is not None and until > float(first):
         raise ValueError(f"until is {until}, expected at most {float(first):g}, the first timestep")
-    real = working_dtype(latents)
+    real = _held(latents, draws)
     # What the scheduler multiplies its own form by to make the UNet's input.
     factor = fresh.scale_model_input(torch.ones(1, dtype=real, device=latents.device), first)
-    return _run(fresh, start, predict, latents.to(real) / factor, latents.dtype, until, generator)
+    options = _options(fresh, draws, eta)
+    return _run(fresh, start, predict, latents.to(real) / factor, latents.dtype, until, draws, options)
 
 
 def img2img(
@@ -133,7 +139,8 @@ def img2img(
     *,
     strength: float,
     steps: int,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    draws: RowNoise | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """Noises latents and samples back to clean ones: the loop of diffusers' img2img pipelines.
 
@@ -145,17 +152,18 @@ def img2img(
         noise: ε, a shape that broadcasts to that of `latents`.
         strength: share of the steps that is taken, above 0 and at most 1.
         steps: number of inference steps over the whole schedule.
-        generator: as for `scheduler_steps`.
+        draws, eta: as for `scheduler_steps`.
 
     Returns:
         z₀ of the results, (B, C, h, w) in the dtype of `latents`.
 
     Raises:
-        ValueError: arguments as for `scheduler_timesteps`, or a noise that does not fit.
+        ValueError: arguments as for `scheduler_steps`, or a noise that does not fit.
     """
     fresh, start = started(scheduler, steps, strength)
-    state = _noised(fresh, start, latents, noise)
-    return _last(_run(fresh, start, predict, state, latents.dtype, None, generator))
+    options = _options(fresh, draws, eta)
+    state = _noised(fresh, start, latents, noise).to(_held(latents, draws))
+    return _last(_run(fresh, start, predict, state, latents.dtype, None, draws, options))
 
 
 def sample(
@@ -164,7 +172,8 @@ def sample(
     noise: Tensor,
     *,
     steps: int,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    draws: RowNoise | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """Samples clean latents from noise: the loop of diffusers' text-to-image pipelines.
 
@@ -172,39 +181,86 @@ def sample(
         scheduler: a diffusers scheduler, left as it is, or its config with "_class_name".
         noise: ε of unit variance, (B, C, h, w).
         steps: number of inference steps.
-        generator: as for `scheduler_steps`.
+        draws, eta: as for `scheduler_steps`.
 
     Returns:
         z₀, (B, C, h, w) in the dtype of `noise`.
 
     Raises:
-        ValueError: arguments as for `scheduler_timesteps`.
+        ValueError: arguments as for `scheduler_steps`.
     """
     fresh, start = started(scheduler, steps, 1.0)
-    state = noise.to(working_dtype(noise)) * fresh.init_noise_sigma
-    return _last(_run(fresh, start, predict, state, noise.dtype, None, generator))
+    options = _options(fresh, draws, eta)
+    state = noise.to(_held(noise, draws)) * fresh.init_noise_sigma
+    return _last(_run(fresh, start, predict, state, noise.dtype, None, draws, options))
 
 
-def guided(predict: Predict, scale: float) -> Predict:
-    """Classifier-free guidance, u + scale · (c − u), over a prediction of twice the rows.
+def guided(predict: Predict, scale: float | Sequence[float], rescale: float | Sequence[float] = 0.0) -> Predict:
+    """Classifier-free guidance, u + scale · (c − u).
 
-    Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 with scale = 1 + w.
+    Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 with scale = 1 + w. Rescaled as in Lin et al. 2024,
+    "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4: φ of the result has the conditional
+    output's standard deviation over (C, h, w); diffusers' `rescale_noise_cfg`.
 
     Args:
-        predict: given (2B, C, h, w), the same B latents twice, answers with the B unconditional outputs first and the B
-            conditional ones after them, as diffusers orders them.
-        scale: 1 is the conditional output alone; then the plain prediction of B rows is cheaper.
+        predict: given the B latents once; answers with the unconditional outputs of the rows whose scale is not 1,
+            then with the conditional outputs of all B, as diffusers orders them.
+        scale: one for all rows, or one each; 1 is the conditional output alone.
+        rescale: φ, 0 to 1, one for all rows, or one each.
 
     Returns:
-        A prediction in float32 at least: the scale would magnify what a rounded difference has lost.
+        A prediction of B rows in float32 at least: the scale would magnify what a rounded difference has lost.
+        `predict` itself where all scales are 1.
     """
+    scales, shares = (torch.as_tensor(each, dtype=torch.float64, device="cpu") for each in (scale, rescale))
+    rows = (scales != 1).nonzero().flatten() if scales.ndim else None
+    if not (scales != 1).any():
+        return predict
+    # In a row that is not guided there is nothing to rescale.
+    shares = torch.where(scales != 1, shares, 0.0)
+    rescaled, mixed = bool((shares != 0).any()), rows is not None and len(rows) < len(scales)
+    placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor | float, Tensor | float, Tensor | None]] = {}
 
     def predict_guided(latents: Tensor, t: float) -> Tensor:
-        outputs = predict(torch.cat([latents, latents]), t)
-        unconditional, conditional = outputs.to(working_dtype(outputs)).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        outputs = predict(latents, t)
+        outputs = outputs.to(working_dtype(outputs))
+        key = (outputs.device, outputs.dtype)
+        if key not in placed:
+            wide = (-1,) + (1,) * (outputs.ndim - 1)
+            s, phi = (
+                upload(each, *key).view(wide) if each.ndim else float(each) for each in (scales, shares)
+            )  # (B, 1, 1, 1)
+            placed[key] = s, phi, upload(rows, outputs.device) if mixed and rows is not None else None
+        s, phi, own = placed[key]
+        count = len(latents)
+        unconditional, conditional = outputs[: len(outputs) - count], outputs[len(outputs) - count :]
+        if own is not None:
+            unconditional = conditional.index_copy(0, own, unconditional)
+        result = unconditional + s * (conditional - unconditional)
+        if rescaled:
+            over = tuple(range(1, result.ndim))
+            factor = conditional.std(over, keepdim=True) / result.std(over, keepdim=True)
+            result = phi * (result * factor) + (1 - phi) * result
+        return result
 
     return predict_guided
+
+
+def within(schedule: NoiseSchedule, interval: tuple[float, float], inside: Predict, outside: Predict) -> Predict:
+    """Predict by one function at some noise levels and by another elsewhere.
+
+    Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
+    Diffusion Models".
+
+    Args:
+        interval: (low, high): `inside` is called where low < σ ≤ high, σ = √((1 − ᾱ) / ᾱ).
+    """
+    low, high = interval
+
+    def predict(latents: Tensor, t: float) -> Tensor:
+        return (inside if low < schedule.sigma(t) <= high else outside)(latents, t)
+
+    return predict
 
 
 def guidance_embedding(scale: float | Sequence[float] | Tensor, width: int) -> Tensor:
@@ -234,6 +290,26 @@ def guidance_embedding(scale: float | Sequence[float] | Tensor, width: int) -> T
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
+def _options(scheduler: Any, draws: RowNoise | None, eta: float) -> dict[str, Any]:
+    """What else a prepared scheduler's steps are given; "generator" where they draw noise.
+
+    Raises:
+        ValueError: noise that has no place, or that nobody gave.
+    """
+    check_draws(scheduler, eta)
+    options: dict[str, Any] = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
+    if draws_noise(scheduler, eta):
+        if draws is None:
+            raise ValueError(f"draws: got None, needed by {type(scheduler).__name__}, which adds noise at each step")
+        options["generator"] = None
+    return options
+
+
+def _held(latents: Tensor, draws: RowNoise | None) -> torch.dtype:
+    """The type of latents between steps."""
+    return working_dtype(latents) if draws is None or draws.held is None else draws.held
+
+
 def _run(
     scheduler: Any,
     start: int,
@@ -241,17 +317,19 @@ def _run(
     state: Tensor,
     dtype: torch.dtype,
     until: float | None,
-    generator: torch.Generator | list[torch.Generator] | None,
+    draws: RowNoise | None,
+    options: dict[str, Any],
 ) -> Iterator[tuple[float, Tensor]]:
     """Steps a prepared scheduler; `state` has the scheduler's own form."""
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     times = [t for t in scheduler.timesteps[start:] if until is None or float(t) >= until]
     for number, t in enumerate(times):
         shown = scheduler.scale_model_input(state, t).to(dtype)
         yield _time(t), shown
         if until is None or number + 1 < len(times):
             output = predict(shown, _time(t)).to(state.dtype)
-            state = scheduler.step(output, t, state, return_dict=False, **extra)[0].to(state.dtype)
+            if draws is not None and "generator" in options:
+                options["generator"] = draws.step(number)
+            state = scheduler.step(output, t, state, return_dict=False, **options)[0].to(state.dtype)
     if until is None:
         yield CLEAN, state.to(dtype)
 

@@ -117,6 +117,17 @@ class NoiseSchedule:
         abar = self.alphas_cumprod[self._timestep_index(timesteps)]
         return abar.sqrt(), (1.0 - abar).sqrt()
 
+    def sigma(self, t: float) -> float:
+        """√((1 − ᾱ_t) / ᾱ_t) of one timestep; between two of the schedule log σ is linear, as in diffusers.
+
+        Raises:
+            ValueError: a timestep out of range.
+        """
+        low, share = math.floor(t), t - math.floor(t)
+        signal, sigma = self.coefficients([low, low + (share > 0)])
+        below, above = (sigma / signal).tolist()
+        return float(below if not share else below ** (1 - share) * above**share)
+
     def to_epsilon(self, model_output: Tensor, latents: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
         """The noise ε that a model output stands for.
 

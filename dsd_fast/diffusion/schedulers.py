@@ -1,6 +1,7 @@
 """A diffusers scheduler as it is: its class, its config and its own numbers, whatever of them was changed in place."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
@@ -23,6 +24,82 @@ _WALK = frozenset(
 )
 # What is done here by one formula instead of a scheduler's own method.
 _REPLACED = ("add_noise", "scale_model_input")
+
+# A latent is nowhere cut off at 1, whatever a config without the entry would mean to a class.
+_DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
+_SDE = {**_DPM, "algorithm_type": "sde-dpmsolver++"}
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", _DPM),
+    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {**_DPM, "use_karras_sigmas": True}),
+    "dpm++2m-sde": ("DPMSolverMultistepScheduler", _SDE),
+    "dpm++2m-sde-karras": ("DPMSolverMultistepScheduler", {**_SDE, "use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
+    "lcm": ("LCMScheduler", {"clip_sample": False}),
+}
+"""The schedulers that sampling is tested with, by name: diffusers' class, and what its config says."""
+
+
+@ordinary()
+def named_scheduler(name: str, scheduler: Any) -> Any:
+    """Make one of :data:`SAMPLERS` of a model's own scheduler: its betas, its prediction type, its spacing.
+
+    Args:
+        scheduler: a diffusers scheduler, left as it is.
+
+    Raises:
+        ValueError: another name; numbers that were changed in place, which a config cannot hand on.
+    """
+    import diffusers
+
+    if name not in SAMPLERS:
+        raise ValueError(f"scheduler: got {name!r}, expected one of {', '.join(SAMPLERS)}, or a diffusers scheduler")
+    changed = changed_in_place(scheduler)
+    if changed:
+        raise ValueError(
+            f"scheduler: {', '.join(sorted(changed))} of the model's {type(scheduler).__name__} changed in place, "
+            f"which {name!r} would not have; expected None, or a diffusers scheduler that has it"
+        )
+    kind, settings = SAMPLERS[name]
+    cls: Any = getattr(diffusers, kind)
+    taken = inspect.signature(cls).parameters
+    return cls.from_config({key: value for key, value in scheduler.config.items() if key in taken} | settings)
+
+
+def check_draws(scheduler: Any, eta: float = 0.0) -> None:
+    """Refuse a scheduler whose noise is not a row's own, and noise that it does not add.
+
+    Args:
+        eta: of DDIM, how much noise is asked for.
+
+    Raises:
+        ValueError: one that draws for a whole batch at once; ``eta`` for one that does not read it.
+    """
+    name = type(scheduler).__name__
+    if hasattr(scheduler, "noise_sampler"):
+        raise ValueError(
+            f"scheduler: {name} draws the noise of a whole batch at once, so that a row depends on the others; "
+            "expected one that takes a generator for each row"
+        )
+    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"eta: got {eta}, which {name} does not read; expected 0")
+
+
+def draws_noise(scheduler: Any, eta: float = 0.0) -> bool:
+    """Tell whether a scheduler's steps draw noise from the generators that they are given; ``eta`` is DDIM's."""
+    parameters = inspect.signature(scheduler.step).parameters
+    if "generator" not in parameters:
+        return False
+    if "eta" in parameters:
+        return bool(eta)
+    algorithm = scheduler.config.get("algorithm_type")
+    if algorithm is not None:
+        return "sde" in algorithm
+    # Its noise is s_churn's alone, which nobody gives it.
+    return "EulerDiscreteScheduler" not in (cls.__name__ for cls in type(scheduler).__mro__)
 
 
 @ordinary()

@@ -1,8 +1,9 @@
-"""Pictures in the space of a model's CLIP."""
+"""Pictures and texts in the space of a model's CLIP."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,17 @@ from torch.nn import functional as F
 
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
+from dsd_fast.models.prompts import token_limit, tokenize
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
 
 # Of CLIP (Radford et al. 2021), where a model says nothing else.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# Pictures decoded and embedded at a time.
-_BATCH = 4
 
 
 class ClipSpace:
-    """Embed pictures with the model's CLIP.
+    """Embed pictures and texts with the model's CLIP.
 
     Pixels are resized to CLIP's input (bicubic, with antialiasing) and normalised with the mean and deviation of the
     preprocessor_config.json beside CLIP's weights, or with those of OpenAI's CLIP.
@@ -40,7 +40,7 @@ class ClipSpace:
     def __init__(self, model: Model, *, resize: str = "whole") -> None:
         if resize not in ("whole", "crop"):
             raise ValueError(f"resize: got {resize!r}, expected 'whole' or 'crop'")
-        self._model, self._clip, self._crop = model, model.clip, resize == "crop"
+        self._clip, self._crop = model.clip, resize == "crop"
         self._side = int(self._clip.config.vision_config.image_size)
         mean, std = _statistics(self._clip)
         weight = next(self._clip.parameters())
@@ -49,11 +49,28 @@ class ClipSpace:
             for each in (mean, std)
         )
         self._dtype = weight.dtype
+        self._tokenizer = model.tokenizers[0]
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         """Embed (n, 3, H, W) in [−1, 1] as (n, E) float32 of unit length."""
         with own_types(self._mean.device):
             embeds = self._clip.visual_projection(self._clip.vision_model(self.prepared(pixels)).pooler_output)
+        return F.normalize(embeds.float(), dim=-1)
+
+    def of_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts as (n, E) float32 of unit length; the tokenizer is the model's first, which has CLIP's words.
+
+        Raises:
+            ValueError: a text that is too long, or has learned tokens, which CLIP does not know.
+        """
+        encoder = self._clip.text_model
+        # What follows the end token is not looked at, so the padding does not count.
+        tokens, _ = tokenize(self._tokenizer, list(texts), token_limit([self._tokenizer], [encoder]))
+        known = int(encoder.config.vocab_size)
+        if unknown := [text for text, ids in zip(texts, tokens, strict=True) if int(ids.max()) >= known]:
+            raise ValueError(f"texts: {unknown[0][:80]!r} has tokens beyond CLIP's {known}, as learned ones are")
+        with own_types(self._mean.device):
+            embeds = self._clip.text_projection(encoder(upload(tokens, self._mean.device)).pooler_output)
         return F.normalize(embeds.float(), dim=-1)
 
     def prepared(self, pixels: Tensor) -> Tensor:
@@ -67,11 +84,6 @@ class ClipSpace:
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - side) // 2, (size[1] - side) // 2
         return ((x[..., top : top + side, left : left + side] - self._mean) / self._std).to(self._dtype)
-
-    def of_latents(self, latents: Tensor) -> Tensor:
-        """Decode (n, C, h, w) latents and embed them as (n, E) float32 of unit length."""
-        parts = (latents[start : start + _BATCH] for start in range(0, len(latents), _BATCH))
-        return torch.cat([self.of_pixels(self._model.decode_latents(part)) for part in parts])
 
 
 def _statistics(clip: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

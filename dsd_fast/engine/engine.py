@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion import Predict
 from dsd_fast.engine.adapters import Adapters
-from dsd_fast.engine.texts import Texts
-from dsd_fast.kernels.common.host import as_tensor, own_types
+from dsd_fast.engine.prediction import KEPT_COPIES, Prediction
+from dsd_fast.engine.texts import Texts, texts_held
+from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals
-from dsd_fast.models.prompts import PromptStates
+from dsd_fast.models.prompts import PromptStates, token_limit
 from dsd_fast.unet import Output, Plan, UNetProgram
 from dsd_fast.unet.stream import default_budget, rows_at_once
 
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
 # Noised latents held at once: enough images to fill any micro-batch, whatever the number of images given.
 _LATENT_BYTES = 64 << 20
-# Images in one call of the VAE, and its encoder's peak: so many float tensors of its first width at the image's size.
+# Images in one call of the VAE, and its parts' peaks: so many float tensors of its first width at the image's size. The
+# decoder's last block but one leaves twice that width, which is held beside its norm and the convolution of it.
 _VAE_IMAGES = 8
-_VAE_TENSORS = 6
+_ENCODER_TENSORS = 6
+_DECODER_TENSORS = 8
 # Micro-batches computed together: enough that a partly filled last one costs little, few enough that results come soon.
 _MICRO_BATCHES = 4
+# Of the memory budget, activations that are kept from call to call take at most one in so many parts.
+_KEPT_SHARE = 4
 # Requests whose text states are remembered: the techniques of one chunk of images.
 _REMEMBERED = 7
 
@@ -52,6 +56,7 @@ class Engine:
         program: the UNet's.
         adapters: see :class:`~dsd_fast.engine.adapters.Adapters`.
         size, latent_size: (height, width) of images in pixels, and of their latents.
+        noise_plan: the whole network, as :meth:`predict` runs it.
 
     Raises:
         ValueError: an adapter that the model does not have; a size that is no multiple of the VAE's factor.
@@ -76,7 +81,8 @@ class Engine:
     def _join(self, model: Model, program: UNetProgram, adapters: Adapters, controls: Sequence[Control]) -> None:
         check_controls(controls, model)
         self.model, self.program, self.adapters, self.controls = model, program, adapters, tuple(controls)
-        self._noise_plan = self.plan(noise_pred=True)
+        self.noise_plan = self.plan(noise_pred=True)
+        self._keeping: dict[int, tuple[Plan, Plan]] = {}
 
     def under(self, adapter: str | Sequence[str] | None, controls: Sequence[Control] = ()) -> Engine:
         """View the same engine under other adapters and ControlNets; equal encoders' adapters share text states.
@@ -101,7 +107,8 @@ class Engine:
 
     def compile(self, runtime: str) -> None:
         """Let :meth:`predict` run compiled from now on, see :meth:`dsd_fast.unet.plan.Plan.compile`."""
-        self._noise_plan.compile(runtime)
+        self.noise_plan.compile(runtime)
+        self._keeping.clear()
 
     @property
     def memory(self) -> int:
@@ -116,39 +123,84 @@ class Engine:
         maps: Sequence[str] = (),
         noise_pred: bool = False,
         pool: str | float = "mean",
+        enter: str | None = None,
     ) -> Plan:
         """Cut the network, under the engine's adapters, see :meth:`UNetProgram.plan`."""
         return self.program.plan(
-            features=features, scores=scores, maps=maps, noise_pred=noise_pred, pool=pool, adapter=self.adapters.unet
+            features=features,
+            scores=scores,
+            maps=maps,
+            noise_pred=noise_pred,
+            pool=pool,
+            adapter=self.adapters.unet,
+            enter=enter,
         )
 
-    def encode_prompts(self, prompts: Sequence[str] | None) -> PromptStates:
+    def keeping_plans(self, branch: int) -> tuple[Plan, Plan]:
+        """Make the two plans of :meth:`predict` with ``cache_branch_id=branch``: the whole network, its shallow steps.
+
+        Raises:
+            ValueError: a branch that the network does not have.
+        """
+        entries = self.program.entries
+        if not 0 <= branch < len(entries):
+            raise ValueError(f"cache_branch_id: got {branch}, expected 0 to {len(entries) - 1} for this network")
+        if branch not in self._keeping:
+            name = entries[branch]
+            plans = self.plan(noise_pred=True, features=[name]), self.plan(noise_pred=True, enter=name)
+            if self.noise_plan.runtime is not None:
+                for plan in plans:
+                    plan.compile(self.noise_plan.runtime)
+            self._keeping[branch] = plans
+        return self._keeping[branch]
+
+    def encode_prompts(self, prompts: Sequence[str] | None, clip_skip: int | None = None) -> PromptStates:
         """Encode M prompts, or the absent one for None, under the engine's adapters; no gradients.
+
+        Args:
+            clip_skip: of the prompts, see :meth:`dsd_fast.models.Model.encode_prompts`.
 
         Raises:
             ValueError: a prompt that is not a string or is longer than the encoder's limit.
         """
         # States are kept, and what is kept may meet gradients later.
         with self.adapters.active(texts_only=True), torch.inference_mode(False), torch.no_grad():
-            return self.model.encode_unconditional() if prompts is None else self.model.encode_prompts(prompts)
+            if prompts is None:
+                return self.model.encode_unconditional()
+            return self.model.encode_prompts(prompts, clip_skip)
 
-    def texts(self, prompts: Sequence[str | None]) -> tuple[Texts, Tensor]:
+    def texts(
+        self, prompts: Sequence[str | None], clip_skip: Sequence[int | None] | None = None
+    ) -> tuple[Texts, Tensor]:
         """Give the different ones of n prompts, and (n,) int64, the number of each; None is the absent prompt.
 
         States are in the UNet's type; those met last are remembered. :meth:`forget` is to be called at each request:
         the encoders, or their adapters, may have changed since.
-        """
-        used = tuple(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
-        place: dict[str | None, int] = {None: len(used), **{prompt: number for number, prompt in enumerate(used)}}
-        numbers = torch.tensor([place[prompt] for prompt in prompts], dtype=torch.int64, device="cpu")
-        absent = self._remembered_states(None) if None in prompts else None
-        return Texts(self._remembered_states(used), absent), numbers
 
-    def _remembered_states(self, prompts: tuple[str, ...] | None) -> PromptStates:
-        key = (prompts, self.adapters.of_texts)
+        Args:
+            clip_skip: one for each prompt.
+        """
+        skips = [None] * len(prompts) if clip_skip is None else clip_skip
+        asked = [None if prompt is None else (skip, prompt) for prompt, skip in zip(prompts, skips, strict=True)]
+        by_skip: dict[int | None, dict[str, None]] = {}
+        for each in asked:
+            if each is not None:
+                by_skip.setdefault(each[0], {})[each[1]] = None
+        used = [(skip, prompt) for skip, own in by_skip.items() for prompt in own]
+        place: dict[tuple[int | None, str] | None, int] = {None: len(used)}
+        place |= {each: number for number, each in enumerate(used)}
+        numbers = torch.tensor([place[each] for each in asked], dtype=torch.int64, device="cpu")
+        absent = self._remembered_states(None) if None in prompts else None
+        first, *others = [self._remembered_states(tuple(own), skip) for skip, own in (by_skip or {None: {}}).items()]
+        for other in others:
+            first = first.followed_by(other)
+        return Texts(first, absent), numbers
+
+    def _remembered_states(self, prompts: tuple[str, ...] | None, clip_skip: int | None = None) -> PromptStates:
+        key = (prompts, clip_skip, self.adapters.of_texts)
         states = next((known for other, known in tuple(self._remembered) if other == key), None)
         if states is None:
-            states = self.encode_prompts(prompts).to(self.model.device)
+            states = self.encode_prompts(prompts, clip_skip).to(self.model.device)
             # A pipeline's text encoders may have another type than its UNet.
             pooled = None if states.pooled is None else states.pooled.to(self.model.dtype)
             states = replace(states, states=states.states.to(self.model.dtype), pooled=pooled)
@@ -160,29 +212,82 @@ class Engine:
         """Encode prompts anew from now on."""
         self._remembered.clear()
 
-    def encode_images(self, pixels: Sequence[Tensor]) -> Tensor:
-        """Encode n images of (3, height, width) in [−1, 1] as (n, C, h, w) latents, a few at a time; no gradients."""
+    def encode_images(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Encode n images of (3, H, W) in [−1, 1] as (n, C, h, w) latents, a few at a time; no gradients.
+
+        Args:
+            generators: to draw from the posterior, one for each image; None takes its mean.
+        """
         if not len(pixels):
             return torch.empty(0, dtype=torch.float32, device="cpu")
-        per_image = _VAE_TENSORS * self.model.vae.config.block_out_channels[0] * pixels[0][0].numel() * 4
-        at_once = max(1, min(_VAE_IMAGES, self.memory // per_image))
-        parts = (list(pixels[start : start + at_once]) for start in range(0, len(pixels), at_once))
+        at_once = self._vae_images(pixels[0][0].numel(), _ENCODER_TENSORS)
+        parts = (slice(start, start + at_once) for start in range(0, len(pixels), at_once))
         with torch.no_grad():
-            return torch.cat([self.model.encode_images(torch.stack(part)) for part in parts])
+            return torch.cat(
+                [
+                    self.model.encode_images(
+                        torch.stack(list(pixels[part])),
+                        generators is not None,
+                        None if generators is None else list(generators[part]),
+                    )
+                    for part in parts
+                ]
+            )
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode (n, C, h, w) latents as (n, 3, H, W) pixels in [−1, 1], as many at a time as the budget holds.
+
+        Differentiable, see :meth:`dsd_fast.models.Model.decode_latents`.
+        """
+        height, width = (side * self.model.vae_scale_factor for side in latents.shape[-2:])
+        if not len(latents):
+            return torch.empty(0, 3, height, width, dtype=self.model.dtype, device=latents.device)
+        at_once = self._vae_images(height * width, _DECODER_TENSORS)
+        return torch.cat([self.model.decode_latents(part) for part in torch.split(latents, at_once)])
+
+    def _vae_images(self, positions: int, tensors: int) -> int:
+        """Images in one call of the VAE."""
+        per_image: int = tensors * self.model.vae.config.block_out_channels[0] * positions * 4
+        return max(1, min(_VAE_IMAGES, self.memory // per_image))
 
     def images_held(self, latents: int) -> int:
         """Tell how many images may be noised together, to ``latents`` latents each."""
         height, width = self.latent_size
         return max(1, _LATENT_BYTES // (latents * self.program.latent_channels * height * width * 4))
 
-    def images_together(self, plan: Plan, rows: int, tokens: int) -> int:
+    def images_together(self, plan: Plan, rows: int, tokens: int, size: tuple[int, int] | None = None) -> int:
         """Tell how many images of ``rows`` rows, with texts of ``tokens`` tokens, fill a few micro-batches of a plan.
+
+        Args:
+            size: (h, w) of the latents; the engine's own if None.
 
         Raises:
             ValueError: a memory budget that does not hold one row.
         """
-        at_once = rows_at_once(plan, *self.latent_size, tokens, memory_budget=self.memory_budget)
+        at_once = rows_at_once(plan, *(size or self.latent_size), tokens, memory_budget=self.memory_budget)
         return max(1, -(-_MICRO_BATCHES * at_once // rows))
+
+    def rows_kept(self, branch: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Tell how many rows' activations :meth:`predict` may keep, one at least, and the bytes that those then take.
+
+        Args:
+            size: (h, w) of the latents.
+        """
+        row = math.prod(self.keeping_plans(branch)[1].kept_shape(*size)) * self.model.dtype.itemsize
+        rows = max(1, self.memory // (_KEPT_SHARE * KEPT_COPIES * row))
+        return rows, rows * KEPT_COPIES * row
+
+    def texts_together(self, plan: Plan, size: tuple[int, int] | None = None, held: int = 0) -> int:
+        """Tell how many texts' keys and values are held at once beside a row of (h, w) latents; see Texts.groups.
+
+        Args:
+            held: bytes of a given memory budget that are taken already.
+        """
+        tokens = token_limit(self.model.tokenizers, self.model.text_encoders)
+        return texts_held(plan, size or self.latent_size, tokens, self._budget(held))
+
+    def _budget(self, held: int) -> int | None:
+        return None if self.memory_budget is None else self.memory_budget - held
 
     def rows(
         self,
@@ -196,6 +301,10 @@ class Engine:
         tokens: Tensor | Sequence[int] | None = None,
         conditions: Sequence[Tensor] = (),
         condition_of: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        kept: Tensor | None = None,
+        held: int = 0,
     ) -> Iterator[tuple[Tensor, Output]]:
         """Send any number of rows through a plan: (rows, output) of micro-batches, as :meth:`Plan.stream` yields them.
 
@@ -209,8 +318,26 @@ class Engine:
             tokens: (n,) token positions for the plan's maps.
             conditions: (N, 3, H, W) in [0, 1] for each of the engine's ControlNets; without any they take no part.
             condition_of: (B,) int64 on the CPU, the condition of each row.
+            time_ids: (P, 6) on the CPU, SDXL's image sizes; None: those of the latents, see
+                :meth:`dsd_fast.models.Model.time_ids`.
+            timestep_cond: (P, E) on the CPU, see :meth:`Plan.run`.
+            kept: (B, C, h, w) that a plan enters the network with, see :meth:`Plan.run`.
+            held: bytes of a given memory budget that are taken already.
         """
-        batches = self._rows(plan, latents, timesteps, texts, text_of, latent_of, tokens, conditions, condition_of)
+        budget = self._budget(held)
+        if time_ids is None:
+            time_ids = self.model.time_ids(*(side * self.model.vae_scale_factor for side in latents.shape[-2:]))
+        stream = partial(
+            plan.stream,
+            latents,
+            timesteps,
+            time_ids=time_ids,
+            timestep_cond=timestep_cond,
+            memory_budget=budget,
+        )
+        latent_of = torch.arange(len(latents), device="cpu") if latent_of is None else latent_of
+        shown = (latents, timesteps, time_ids, conditions, condition_of)
+        batches = self._rows(plan, stream, shown, texts, text_of, latent_of, tokens, kept, budget)
         while True:
             # Not around the yield: what the caller's own program is under is none of our business.
             with own_types(self.model.device):
@@ -222,19 +349,17 @@ class Engine:
     def _rows(
         self,
         plan: Plan,
-        latents: Tensor,
-        timesteps: Tensor,
+        stream: Callable[..., Iterator[tuple[Tensor, Output]]],
+        shown: tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor], Tensor | None],
         texts: Texts,
         text_of: Tensor,
-        latent_of: Tensor | None,
+        latent_of: Tensor,
         tokens: Tensor | Sequence[int] | None,
-        conditions: Sequence[Tensor],
-        condition_of: Tensor | None,
+        kept: Tensor | None,
+        budget: int | None,
     ) -> Iterator[tuple[Tensor, Output]]:
+        latents, timesteps, time_ids, conditions, condition_of = shown
         size: tuple[int, int] = (latents.shape[-2], latents.shape[-1])
-        latent_of = torch.arange(len(latents), device="cpu") if latent_of is None else latent_of
-        ids = self.model.time_ids(*(side * self.model.vae_scale_factor for side in size))
-        stream = partial(plan.stream, latents, timesteps, time_ids=ids, memory_budget=self.memory_budget)
         if conditions:
             states = texts.chosen().to(latents.device)
             residuals_of = partial(
@@ -245,12 +370,13 @@ class Engine:
                 timesteps,
                 states.states,
                 pooled=states.pooled,
-                time_ids=ids,
+                time_ids=time_ids,
             )
-        for keys, chosen, own in texts.groups(plan, text_of, size, self.memory_budget):
+        for keys, chosen, own in texts.groups(plan, text_of, size, budget):
             at_once, residuals = len(chosen), None
             if conditions:
-                at_once = self._controlled_rows(latents, texts.tokens, 0 if keys is None else plan.text_bytes(keys))
+                beside = 0 if keys is None else plan.text_bytes(keys)
+                at_once = self._controlled_rows(latents, texts.tokens, beside, budget)
             for start in range(0, len(chosen), max(1, at_once)):
                 rows, local = chosen[start : start + at_once], own[start : start + at_once]
                 if conditions:
@@ -264,6 +390,7 @@ class Engine:
                     latent_index=latent_of[rows],
                     text_index=None if keys is None else local,
                     residuals=residuals,
+                    kept=kept if kept is None or len(rows) == len(kept) else kept[upload(rows, kept.device)],
                     map_tokens=None if keys is None else tokens,
                 )
                 for part, out in batches:
@@ -274,30 +401,41 @@ class Engine:
         texts: Texts,
         text_of: Tensor,
         *,
+        latent_of: Tensor | None = None,
         conditions: Sequence[Tensor] = (),
         condition_of: Tensor | None = None,
-    ) -> Predict:
-        """Make what samplers and inversions call for the model's output for B latents at one timestep; no gradients.
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        cache_interval: int = 1,
+        cache_branch_id: int = 0,
+    ) -> Prediction:
+        """Make what samplers and inversions call for the model's output for P latents at one timestep; no gradients.
 
-        Keys and values are made once for all timesteps where they fit the budget.
+        Latents of another floating type are taken in the network's. Keys and values are made once for all timesteps
+        where they fit the budget.
 
         Args:
-            texts, text_of, conditions, condition_of: as for :meth:`rows`.
+            texts, text_of, latent_of, conditions, condition_of, time_ids, timestep_cond: as for :meth:`rows`.
+            cache_interval: run the whole network at every so many calls, and between them the shallow steps alone, on
+                what the last whole run left of the deep ones (Ma et al. 2023, "DeepCache: Accelerating Diffusion Models
+                for Free"); for one walk at a time, of falling timesteps. See :class:`Prediction` for when it runs whole
+                besides.
+            cache_branch_id: of :attr:`UNetProgram.entries`, where the shallow steps enter.
+
+        Returns:
+            A prediction of B rows, row b with text ``text_of[b]`` of latent ``latent_of[b]``, B = P without it.
+
+        Raises:
+            ValueError: a branch that the network does not have.
         """
 
-        def output(latents: Tensor, t: float) -> Tensor:
-            result = torch.empty_like(latents)
-            times = as_tensor([t]).repeat(len(latents))
-            for rows, out in self.rows(
-                self._noise_plan, latents, times, texts, text_of, conditions=conditions, condition_of=condition_of
-            ):
-                assert out.noise_pred is not None
-                result[upload(rows, result.device)] = out.noise_pred
-            return result
+        send = partial(self.rows, texts=texts, conditions=conditions, time_ids=time_ids, timestep_cond=timestep_cond)
+        rows = (text_of, latent_of, condition_of)
+        if cache_interval == 1:
+            return Prediction(send, *rows, self.noise_plan)
+        return Prediction(send, *rows, *self.keeping_plans(cache_branch_id), cache_interval)
 
-        return output
-
-    def _controlled_rows(self, latents: Tensor, tokens: int, keys: int) -> int:
+    def _controlled_rows(self, latents: Tensor, tokens: int, keys: int, budget: int | None) -> int:
         """Rows whose residuals are made together.
 
         A ControlNet holds what the whole network's first half does, whatever the plan's end, and its residuals before
@@ -307,5 +445,5 @@ class Engine:
         shapes = self.program.residual_shapes(height, width)
         residuals = (3 + min(len(self.controls), 2)) * sum(map(math.prod, shapes)) * latents.itemsize
         return rows_at_once(
-            self._noise_plan, height, width, tokens, keys=keys, residuals=residuals, memory_budget=self.memory_budget
+            self.noise_plan, height, width, tokens, keys=keys, residuals=residuals, memory_budget=budget
         )

@@ -100,7 +100,7 @@ class Items:
                     raise ValueError(f"{what}[{number}] is of type {type(each).__name__}, expected str")
 
     def __iter__(self) -> Iterator[Item]:
-        read = ahead(_read, self._images, workers=_READERS, read_ahead=_READ_AHEAD, name="dsd-read")
+        read = ahead(read_source, self._images, workers=_READERS, read_ahead=_READ_AHEAD, name="dsd-read")
         for number, (source, known) in enumerate(read):
             yield self._item(number, source, known)
 
@@ -198,7 +198,8 @@ def _of(what: str, given: Sequence[str], number: int) -> str:
     return given[number]
 
 
-def _read(source: ImageSource) -> tuple[ImageSource, _Known]:
+def read_source(source: ImageSource) -> tuple[ImageSource, _Known]:
+    """An image out of its owner's reach, and its content's digest, height and width; None of what says no size."""
     return (source, _from_file(Path(source))) if isinstance(source, os.PathLike) else _from_object(source)
 
 

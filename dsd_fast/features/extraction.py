@@ -14,7 +14,7 @@ from dsd_fast.engine import Engine
 from dsd_fast.features.attention import KEY, AttentionTap
 from dsd_fast.features.capture import Capture, exits
 from dsd_fast.features.config import FeatureConfig
-from dsd_fast.features.inputs import Inputs, Prompts, draws_of_noise, own_prompts
+from dsd_fast.features.inputs import Inputs, Prompts, chosen_seeds, own_prompts
 from dsd_fast.features.latents import Way, told_timesteps, used_timesteps
 from dsd_fast.features.layers import Layers, resolve_layers
 from dsd_fast.features.pca import PCA
@@ -187,7 +187,7 @@ class Extraction:
 
         def inputs(numbers: list[int], pixels: list[Tensor]) -> Inputs:
             latents = self.engine.encode_images(pixels).to(self.model.device)
-            return Inputs(numbers, pixels, latents, draws_of_noise(seed, seeds, numbers, self.config.draws, latents))
+            return Inputs(numbers, pixels, latents, chosen_seeds(seed, seeds, numbers), self.config.draws)
 
         chunks = decode_chunks(images, self.size, at_once)
         return ((inputs(numbers, pixels), errors) for numbers, pixels, errors in chunks)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion import Predict
+from dsd_fast.diffusion import Predict, RowNoise
 from dsd_fast.engine import Engine, draw_noise
 from dsd_fast.features.technique import Technique
 from dsd_fast.images import to_picture
@@ -57,15 +57,34 @@ class Inputs:
         numbers: their positions in the request.
         pixels: each (3, height, width) in [−1, 1].
         latents: (n, C, h, w) clean latents in the network's type.
-        noise: (1, 1, D, C, h, w), or (n, …) where each image has its own.
+        seeds: of their noise, n of them.
+        noise: (1, 1, D, C, h, w), or (n, …) where each image has its own, float32 on the CPU.
+
+    Args:
+        seeds: of the noise, one for all images, or one each.
+        draws: D.
+
+    Raises:
+        ValueError: a seed that is none.
     """
 
-    def __init__(self, numbers: Sequence[int], pixels: Sequence[Tensor], latents: Tensor, epsilon: Tensor) -> None:
-        self.numbers, self.pixels, self.latents, self.noise = numbers, pixels, latents, epsilon
+    def __init__(
+        self, numbers: Sequence[int], pixels: Sequence[Tensor], latents: Tensor, seeds: Sequence[int], draws: int
+    ) -> None:
+        self.numbers, self.pixels, self.latents = numbers, pixels, latents
+        self.noise = torch.empty(0, dtype=torch.float32, device="cpu")
+        if numbers:
+            self.noise = draw_noise(seeds, draws, latents.shape[1:])[:, None]
+        self.seeds = list(seeds) if len(seeds) == len(numbers) else [*seeds] * len(numbers)
         self._conditions: dict[object, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def step_noise(self) -> RowNoise:
+        """Make what a scheduler draws at its steps for n · D latents, image by image; none of it is ``noise``."""
+        draws = self.noise.shape[2]
+        return RowNoise([seed for seed in self.seeds for _ in range(draws)], starts=draws)
 
     def conditions(self, controls: Sequence[Control]) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] for each net, where the latents are and in their type; the same function of the
@@ -79,38 +98,36 @@ class Inputs:
         return [self._conditions[control.condition] for control in controls]
 
 
-def draws_of_noise(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int], draws: int, shape: Tensor) -> Tensor:
-    """The noise of :class:`Inputs`, float32 on the CPU.
-
-    Args:
-        seed: of all images, unless there are ``seeds``, one for each image of the request.
-        shape: latents (n, C, h, w) that it is for.
+def chosen_seeds(seed: int, seeds: Sequence[int] | None, numbers: Sequence[int]) -> Sequence[int]:
+    """The seeds of the images of those numbers: of all images the one, unless there is one for each of the request.
 
     Raises:
-        ValueError: fewer seeds than images, or one that is no integer of 32 bits.
+        ValueError: fewer seeds than images.
     """
-    if not numbers:
-        return torch.empty(0, dtype=torch.float32, device="cpu")
-    if seeds is not None and max(numbers) >= len(seeds):
+    if seeds is None:
+        return [seed]
+    if numbers and max(numbers) >= len(seeds):
         raise ValueError(f"seeds: got {len(seeds)}, expected one per image")
-    chosen = [seed] if seeds is None else [seeds[number] for number in numbers]
-    return draw_noise(chosen, draws, shape.shape[1:])[:, None]  # (1 or n, 1, D, C, h, w)
+    return [seeds[number] for number in numbers]
 
 
 def predictor(
     engine: Engine, inputs: Inputs, prompts: Sequence[str | None], repeats: int = 1, controlled: bool = True
 ) -> Predict:
-    """Make what samplers call for the model's output: B = m · repeats latents, image by image, with their prompts.
+    """Make what samplers call for the model's output for n · repeats latents, image by image, with their prompts.
 
     Args:
-        prompts: m of them, one for each of the n images, or that several times over; None is the absent prompt of the
-            family's sampler.
-        repeats: rows in a row that belong to one image.
+        prompts: one for each of the n images, or that several times over, for as many rows of each latent; None is the
+            absent prompt of the family's sampler.
+        repeats: latents in a row that belong to one image.
         controlled: whether the engine's ControlNets take part.
     """
-    image_of = (
-        torch.arange(len(inputs), device="cpu").repeat(len(prompts) // len(inputs)).repeat_interleave(repeats)
-    )  # (B,)
+    latent_of = torch.arange(len(inputs) * repeats, device="cpu").repeat(len(prompts) // len(inputs))  # (B,)
     texts, text_of = engine.texts(prompts)
-    conditions = inputs.conditions(engine.controls) if controlled else ()
-    return engine.predict(texts, text_of.repeat_interleave(repeats), conditions=conditions, condition_of=image_of)
+    return engine.predict(
+        texts,
+        text_of.repeat_interleave(repeats),
+        latent_of=latent_of,
+        conditions=inputs.conditions(engine.controls) if controlled else (),
+        condition_of=latent_of // repeats,
+    )

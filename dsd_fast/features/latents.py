@@ -139,7 +139,9 @@ class Way:
                 continue
             steps, strength = official_denoising(top, t, model.schedule.num_train_timesteps)
             _, start = scheduler_noised(model.new_scheduler(), clean, epsilon, steps, strength)
-            *_, (last, z) = scheduler_steps(model.new_scheduler(), predict, start, steps, strength, until=t)
+            *_, (last, z) = scheduler_steps(
+                model.new_scheduler(), predict, start, steps, strength, until=t, draws=inputs.step_noise()
+            )
             result[:, position] = z.view(images, draws, *z.shape[1:])
             stood.append(last)
         return result, stood

@@ -5,9 +5,9 @@ from dsd_fast.jobs.files import remove_stale, replacing, sync_folder
 from dsd_fast.jobs.filling import Exported, fill
 from dsd_fast.jobs.ids import file_digest, row_id, tensors_hash, weights_hash, worker_of
 from dsd_fast.jobs.job import Counts, Job
-from dsd_fast.jobs.lock import locked, waiting
+from dsd_fast.jobs.lock import all_ended, locked, waiting
 from dsd_fast.jobs.manifest import open_manifest, read_manifest
-from dsd_fast.jobs.store import Row, ShardFiles, read_index, storable
+from dsd_fast.jobs.store import Row, ShardFiles, read_index, read_shard, storable
 from dsd_fast.jobs.tensors import read_tensors, stream_tensors, write_tensors
 from dsd_fast.jobs.timeline import Timeline
 from dsd_fast.jobs.writer import Writer
@@ -23,12 +23,14 @@ __all__ = [
     "ShardFiles",
     "Timeline",
     "Writer",
+    "all_ended",
     "file_digest",
     "fill",
     "locked",
     "open_manifest",
     "read_index",
     "read_manifest",
+    "read_shard",
     "read_tensors",
     "remove_stale",
     "replacing",

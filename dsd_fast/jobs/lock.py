@@ -55,7 +55,27 @@ def locked_worker(folder: Path, worker: int, workers: int) -> Iterator[None]:
                 other = f"{folder} is being written by worker {found[1]} of {found[2]}, and this is one of {workers}"
                 with _held(file, fcntl.LOCK_SH, other):
                     pass
+        _ended(folder, worker, workers).unlink(missing_ok=True)
         yield
+
+
+def mark_ended(folder: Path, worker: int, workers: int) -> None:
+    """Notes that a worker, which has its lock, has made all its rows; :func:`locked_worker` takes that back.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if workers > 1:
+        _ended(folder, worker, workers).touch()
+
+
+def all_ended(folder: Path, workers: int) -> bool:
+    """Tells whether each of several workers has made all its rows; of two that end at once, both may see it."""
+    return workers == 1 or all(_ended(folder, worker, workers).exists() for worker in range(workers))
+
+
+def _ended(folder: Path, worker: int, workers: int) -> Path:
+    return folder / f"{NAME}-{worker}of{workers}-ended"
 
 
 @contextmanager

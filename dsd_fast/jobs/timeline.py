@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,21 +48,27 @@ class Timeline:
         return sorted(found, key=lambda span: span[1])
 
     def seconds(self, name: str) -> float:
-        """In all spans of the name."""
-        return sum(end - start for start, end in self._spans.get(name, ()))
+        """In all spans of the name, and of "<name>-0", "<name>-1", …, as threads that do the same are called."""
+        return sum(end - start for spans in self._lanes(name) for start, end in spans)
 
     def overlap(self, name: str, during: str) -> float:
-        """What share of the time in spans of ``name`` lies inside spans of ``during``; 0 where there is no time."""
+        """What share of :meth:`seconds` of ``name`` lies inside spans of ``during``; 0 where there is no time."""
         total, shared = self.seconds(name), 0.0
-        others, first = self._spans.get(during, []), 0
-        for start, end in self._spans.get(name, ()):
-            while first < len(others) and others[first][1] <= start:
-                first += 1
-            for other in range(first, len(others)):
-                if others[other][0] >= end:
-                    break
-                shared += min(end, others[other][1]) - max(start, others[other][0])
+        others = self._spans.get(during, [])
+        for spans in self._lanes(name):
+            first = 0
+            for start, end in spans:
+                while first < len(others) and others[first][1] <= start:
+                    first += 1
+                for other in range(first, len(others)):
+                    if others[other][0] >= end:
+                        break
+                    shared += min(end, others[other][1]) - max(start, others[other][0])
         return shared / total if total else 0.0
+
+    def _lanes(self, name: str) -> list[list[list[float]]]:
+        spans = list(self._spans.items())
+        return [found for each, found in spans if each == name or re.fullmatch(rf"{re.escape(name)}-\d+", each)]
 
     def save(self, file: Path) -> None:
         """Writes {"unit": "seconds", "spans": [{"name", "start", "end"}, …]}.

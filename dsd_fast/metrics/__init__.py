@@ -1,6 +1,7 @@
 """Figures of merit and how sure they are."""
 
 from dsd_fast.metrics.correspondence import PCK, box_extents, correct_keypoints, pck
+from dsd_fast.metrics.images import clip_score, frechet_distance, guide_accuracy, kernel_distance
 from dsd_fast.metrics.intervals import bootstrap, wilson
 from dsd_fast.metrics.retrieval import Winoground, mean_reciprocal_rank, median_rank, ranks, recall_at, winoground
 from dsd_fast.metrics.segmentation import (
@@ -19,8 +20,12 @@ __all__ = [
     "box_extents",
     "class_accuracy",
     "class_iou",
+    "clip_score",
     "confusion_matrix",
     "correct_keypoints",
+    "frechet_distance",
+    "guide_accuracy",
+    "kernel_distance",
     "mean_accuracy",
     "mean_iou",
     "mean_reciprocal_rank",

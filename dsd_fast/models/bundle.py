@@ -19,6 +19,7 @@ from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
 from dsd_fast.models.private import uncompiled
 from dsd_fast.models.prompts import PromptStates, encode_prompts
+from dsd_fast.models.tokens import TokenSource, with_tokens
 from dsd_fast.models.tuners import standing
 
 
@@ -124,7 +125,9 @@ class Model:
             raise ValueError(f"image_size: got {size}, expected multiples of {factor} pixels")
         return size[0] // factor, size[1] // factor
 
-    def encode_images(self, pixels: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    def encode_images(
+        self, pixels: Tensor, sample: bool = False, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
         """Images to the scaled latents z₀ that the UNet is given.
 
         (m − shift) · scale with m the mean of the VAE's posterior (Rombach et al. 2022, "High-Resolution Image
@@ -135,7 +138,7 @@ class Model:
             pixels: (N, 3, H, W) in [−1, 1], any floating-point type and device; H and W multiples of
                 `vae_scale_factor`.
             sample: draw from the posterior instead.
-            generator: of the draw.
+            generator: of the draw; or one for each image.
 
         Returns:
             (N, C, H / f, W / f) in the UNet's type and on the VAE's device, f = vae_scale_factor.
@@ -181,20 +184,25 @@ class Model:
             pixels: Tensor = vae.decode((latents / scale + shift).to(weight.dtype)).sample
         return pixels.clamp(-1, 1).to(self.dtype)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> PromptStates:
         """Prompts to text states, equal to what the stock pipeline's `encode_prompt` gives for the prompt itself.
 
         Each prompt is padded to the tokenizer's limit (77 tokens for the published models). An empty prompt is encoded
         like any other; see :meth:`encode_unconditional` for SDXL's rule that an absent prompt becomes zeros.
 
+        Args:
+            clip_skip: layers left out at the encoders' end, as diffusers counts them: 1 takes the state before the one
+                that is taken else. None takes what the pipeline takes.
+
         Raises:
-            ValueError: `prompts` is a str or holds something else than str, or a prompt is longer than the limit.
+            ValueError: `prompts` is a str or holds something else than str, a prompt is longer than the limit, or
+                `clip_skip` leaves no layer.
         """
         with ExitStack() as entered:
             entered.enter_context(own_types(self.device))
             for encoder in self.text_encoders:
                 entered.enter_context(standing(encoder))
-            return encode_prompts(self.tokenizers, self.text_encoders, prompts)
+            return encode_prompts(self.tokenizers, self.text_encoders, prompts, clip_skip)
 
     def encode_unconditional(self) -> PromptStates:
         """The one absent prompt of the family's sampler, M = 1: the empty prompt, or zeros where SDXL asks for them."""
@@ -252,6 +260,25 @@ class Model:
         """This model with another UNet of the same configuration; all other parts are shared."""
         other = copy.copy(self)
         other.unet = uncompiled(unet)
+        return other
+
+    @ordinary()
+    def with_tokens(self, source: TokenSource) -> "Model":
+        """This model with learned tokens of textual inversion, in tokenizers and text encoders of its own.
+
+        Their other weights, and all other parts, are shared. A token of v vectors counts as v tokens of a prompt.
+
+        Args:
+            source: a .safetensors file, a folder of them, or several of these; of diffusers (one tensor (E,) or (v, E)
+                under the token's name) or of A1111 ("emb_params", the file's name being the token; SDXL's "clip_l" and
+                "clip_g"). Or the vectors themselves: token → (E,) or (v, E), or {"clip_l": …, "clip_g": …}.
+
+        Raises:
+            ModelError: no such file, a pickle, vectors that do not fit, a name that the tokenizers know already or
+                that could be mixed up with another.
+        """
+        other = copy.copy(self)
+        other.tokenizers, other.text_encoders = with_tokens(self.tokenizers, self.text_encoders, source)
         return other
 
     def with_scheduler(self, scheduler: Any) -> "Model":

@@ -69,7 +69,7 @@ class Control:
 
     def settings(self) -> dict[str, Any]:
         """What of it changes results, but for the net's weights, as JSON."""
-        return {"condition": None if self.condition is None else _named(self.condition), "scale": self.scale}
+        return {"condition": None if self.condition is None else named(self.condition), "scale": self.scale}
 
     def prepare(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
         """The condition of a picture as the net takes it.
@@ -299,11 +299,11 @@ def _residuals(network: Any) -> list[tuple[int, int]]:
     return [*found, (middle, level)]
 
 
-def _named(function: Callable[..., Any]) -> str:
+def named(function: Callable[..., Any]) -> str:
     """The same in every process, as far as a function has a name; an object is told by its representation."""
     if isinstance(function, partial):
         given = [repr(value) for value in function.args] + [f"{k}={v!r}" for k, v in sorted(function.keywords.items())]
-        return f"{_named(function.func)}({', '.join(given)})"
+        return f"{named(function.func)}({', '.join(given)})"
     if isinstance(function, FunctionType | BuiltinFunctionType | type):
         return f"{function.__module__}.{function.__qualname__}"
     return f"{type(function).__module__}.{function!r}"

@@ -71,8 +71,11 @@ def token_limit(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> int:
     return min(limits)
 
 
-def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prompts: Sequence[str]) -> PromptStates:
+def encode_prompts(
+    tokenizers: Sequence[Any], text_encoders: Sequence[Any], prompts: Sequence[str], clip_skip: int | None = None
+) -> PromptStates:
     """See `Model.encode_prompts`."""
+    check_clip_skip(text_encoders, clip_skip)
     if isinstance(prompts, str):
         raise ValueError("prompts is a str, expected a sequence of str")
     texts = list(prompts)
@@ -81,12 +84,13 @@ def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prom
             raise ValueError(f"prompts[{index}] is of type {type(text).__name__}, expected str")
     if not texts:
         # transformers' encoders cannot run on no rows.
-        return encode_prompts(tokenizers, text_encoders, [""])[:0]
+        return encode_prompts(tokenizers, text_encoders, [""], clip_skip)[:0]
     limit = token_limit(tokenizers, text_encoders)
     tokens = [tokenize(tokenizer, texts, limit) for tokenizer in tokenizers]
     chunks = (slice(start, start + _PROMPTS_AT_ONCE) for start in range(0, len(texts), _PROMPTS_AT_ONCE))
     states, pooled = zip(
-        *(_encode(text_encoders, [(ids[chunk], mask[chunk]) for ids, mask in tokens]) for chunk in chunks), strict=True
+        *(_encode(text_encoders, [(ids[chunk], mask[chunk]) for ids, mask in tokens], clip_skip) for chunk in chunks),
+        strict=True,
     )
     return PromptStates(
         states=torch.cat(states),
@@ -94,6 +98,20 @@ def encode_prompts(tokenizers: Sequence[Any], text_encoders: Sequence[Any], prom
         lengths=torch.stack([mask.sum(dim=1) for _, mask in tokens]).amax(dim=0),
         token_ids=tokens[0][0],
     )
+
+
+def check_clip_skip(text_encoders: Sequence[Any], clip_skip: int | None) -> None:
+    """Refuses to leave out more layers than there are.
+
+    Raises:
+        ValueError: no integer from 0 to the layers of the shallowest encoder, or to one less for two encoders, of which
+            the state before the last is taken anyway.
+    """
+    if clip_skip is None:
+        return
+    most = min(int(encoder.config.num_hidden_layers) for encoder in text_encoders) - (len(text_encoders) == 2)
+    if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
+        raise ValueError(f"clip_skip: got {clip_skip!r}, expected an integer from 0 to {most}")
 
 
 def check_unicode(name: str, text: str) -> None:
@@ -135,7 +153,9 @@ def as_tokens(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
         return tokenizer(texts, verbose=False, **options)
 
 
-def _encode(text_encoders: Sequence[Any], tokens: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+def _encode(
+    text_encoders: Sequence[Any], tokens: list[tuple[Tensor, Tensor]], clip_skip: int | None
+) -> tuple[Tensor, Tensor | None]:
     """States and pooled state of one chunk; SDXL is known by its second encoder."""
     two = len(text_encoders) == 2
     states, pooled = [], None
@@ -144,7 +164,18 @@ def _encode(text_encoders: Sequence[Any], tokens: list[tuple[Tensor, Tensor]]) -
         # SDXL's pipeline never masks padding; that of SD 1.x and 2.x does where the encoder's config says so.
         masked = not two and getattr(encoder.config, "use_attention_mask", False)
         read = upload(mask, device) if masked else None
-        output = encoder(upload(ids, device), attention_mask=read, output_hidden_states=two)
-        states.append(output.hidden_states[-2] if two else output[0])
-        pooled = output[0] if two else None
+        hidden = two or bool(clip_skip)
+        output = encoder(upload(ids, device), attention_mask=read, output_hidden_states=hidden)
+        if two:
+            states.append(output.hidden_states[-((clip_skip or 0) + 2)])
+            pooled = output[0]
+        elif not clip_skip:
+            states.append(output[0])
+        else:
+            states.append(_final_norm(encoder)(output.hidden_states[-(clip_skip + 1)]))
     return torch.cat(states, dim=-1).to(text_encoders[-1].dtype), pooled
+
+
+def _final_norm(encoder: Any) -> Any:
+    """The layer norm at the end of a CLIPTextModel, which transformers has moved."""
+    return getattr(encoder, "text_model", encoder).final_layer_norm

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dsd_fast as dsd
 from dsd_fast.cli.features.pictures import Pictures
-from dsd_fast.cli.features.report import files_of, sized
+from dsd_fast.cli.job_report import files_of, sized
 from dsd_fast.cli.options import ModelOptions
 from dsd_fast.cli.report import lane
 from dsd_fast.features.pca import picture

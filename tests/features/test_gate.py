@@ -165,7 +165,7 @@ def test_the_guide_compiles_what_it_runs(model, extractor):
     plain, compiled = (
         Guide(extractor.engine, [RED], steps=2, shown=0, runtime=runtime) for runtime in (None, "inductor")
     )
-    assert [guide._engines[0]._noise_plan.runtime for guide in (plain, compiled)] == [None, "inductor"]
+    assert [guide._engines[0].noise_plan.runtime for guide in (plain, compiled)] == [None, "inductor"]
     with pytest.raises(ValueError, match="runtime: got 'fast'"):
         Guide(extractor.engine, [RED], runtime="fast")
 

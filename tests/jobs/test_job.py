@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsd_fast.jobs import Counts, Job, ManifestError, read_index, row_id, worker_of
+from dsd_fast.jobs import Counts, Job, ManifestError, all_ended, read_index, row_id, worker_of
 from tests.jobs.numbers import BAD, COUNT, NUMBERS, SETTINGS, check_readable, ended, files, identity, run, start
 
 FIRST = Counts(inputs=25, ok=21, errors=2, duplicates=2)
@@ -97,6 +97,43 @@ def test_workers_at_once_share_a_folder(tmp_path):
     workers = [start(lambda worker=worker: run(tmp_path, worker=worker, workers=4)) for worker in range(4)]
     assert [ended(worker) for worker in workers] == [0] * 4
     assert {row["number"] for row in check_readable(tmp_path)} == set(range(COUNT))
+
+
+@pytest.fixture
+def indices_read(monkeypatch):
+    """The shards whose index is read, in a list that may be emptied."""
+    read, original = [], pq.ParquetFile
+
+    def noted(file, *arguments, **options):
+        read.append(file.stem)
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", noted)
+    return read
+
+
+def test_a_worker_reads_the_index_of_its_own_part_where_the_folder_has_no_other_parts(tmp_path, indices_read):
+    for worker in range(4):
+        run(tmp_path, range(15), worker=worker, workers=4, shard_rows=1)
+        assert indices_read == []
+    shards = sorted(file.stem for file in (tmp_path / "index").iterdir())
+    for worker in range(4):
+        own = [shard for shard in shards if f"-{worker}of4-" in shard]
+        assert 0 < len(own) < len(shards)
+        counts = run(tmp_path, range(15), worker=worker, workers=4, each=lambda number: pytest.fail("made again"))
+        assert (counts.done, counts.not_reached) == (counts.inputs, 0)
+        assert indices_read == own
+        indices_read.clear()
+    # Of other parts, one row may stand in any shard.
+    assert run(tmp_path, worker=1, workers=2, shard_rows=1).not_reached == 0
+    assert indices_read == shards
+    assert run(tmp_path, worker=0, workers=2, shard_rows=1).not_reached == 0
+    indices_read.clear()
+    shards = {file.stem for file in (tmp_path / "index").iterdir()}
+    for worker in range(4):
+        run(tmp_path, worker=worker, workers=4, each=lambda number: pytest.fail("made again"))
+        assert set(indices_read) == shards
+        indices_read.clear()
 
 
 def test_errors_are_tried_again_only_when_asked(tmp_path):
@@ -251,3 +288,23 @@ def test_the_timeline_tells_writing_from_computing(tmp_path):
     assert all(0 <= span["start"] <= span["end"] for span in content["spans"])
     run(tmp_path / "shared", worker=1, workers=2)
     assert (tmp_path / "shared" / "timeline-1of2.json").exists()
+
+
+def test_the_last_of_several_workers_knows_it(tmp_path):
+    def fail(number):
+        raise KeyError
+
+    seen = []
+    for worker in (2, 0, 1):
+        run(tmp_path, worker=worker, workers=3)
+        seen.append(all_ended(tmp_path, 3))
+    assert seen == [False, False, True]
+    assert not all_ended(tmp_path, 2)
+    # One that has begun again and has not ended well is at work, or dead.
+    with pytest.raises(KeyError):
+        run(tmp_path, [*NUMBERS, *range(100, 200)], worker=0, workers=3, each=fail)
+    assert not all_ended(tmp_path, 3)
+    run(tmp_path, worker=0, workers=3)
+    assert all_ended(tmp_path, 3)
+    run(tmp_path / "alone")
+    assert all_ended(tmp_path / "alone", 1)

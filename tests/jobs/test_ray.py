@@ -3,33 +3,34 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from dsd_fast.jobs import JobError
+from dsd_fast.jobs import JobError, LockedError, ManifestError
 from dsd_fast.jobs.lock import locked_worker
-from dsd_fast.jobs.ray import run_on_ray
+from dsd_fast.jobs.ray import _start, _Worker, run_on_ray
 from tests.jobs.numbers import COUNT, NUMBERS, files, run
 
+ray = pytest.importorskip("ray")
 PARTITIONS, ACTORS = 4, 2
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray with room for two actors."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
-    # Of the paths that Ray makes sockets of, which a system limits to about a hundred characters.
-    with pytest.MonkeyPatch.context() as patched:
-        ray.init(
-            address="local", num_cpus=ACTORS + 1, object_store_memory=128 << 20, include_dashboard=False,
-            log_to_driver=False, _node_ip_address="127.0.0.1",
-        )  # fmt: skip
-        yield
+    ray.init(
+        address="local",
+        num_cpus=ACTORS + 1,
+        object_store_memory=128 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
     ray.shutdown()
 
 
@@ -40,6 +41,19 @@ def once(file: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def work(folder: Path):
+    """Makes a task that does what the name of a file says."""
+
+    def task(worker, workers, progress):
+        if (folder / "dies").exists() and worker == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (folder / "refused").exists() and worker == 1:
+            raise ManifestError("it is of another job")
+        return {"inputs": 2 * worker}
+
+    return task
 
 
 def numbers_of(folder: Path, killed: Path | None = None):
@@ -69,3 +83,95 @@ def test_a_partition_whose_actor_was_killed_is_taken_up_again(cluster, tmp_path)
     assert sum(each["inputs"] for each in found) == told[-1] == len(NUMBERS)
     # What the killed actor had written was not made again.
     assert any(each["done"] for each in found)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "message"),
+    [
+        ("refused", ManifestError, "^it is of another job$"),
+        (
+            "dies",
+            JobError,
+            "^partitions 1 of 3 are not made: 3 actors died at each, as they do without memory; the oth",
+        ),
+    ],
+)
+def test_what_a_partition_raises_comes_back_as_its_sentence(cluster, tmp_path, case, kind, message):
+    (tmp_path / case).touch()
+    with pytest.raises(kind, match=message):
+        run_on_ray(partial(work, tmp_path), partitions=3, workers=ACTORS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "^workers: got 0, expected at least 1"),
+        ({"partitions": 0}, "^partitions: got 0, expected at least 1"),
+        ({"gpus_per_worker": -1}, "^gpus_per_worker: got -1, expected at least 0"),
+        (
+            {"workers": 3},
+            r"^workers: got 3, each of 1 CPU and 0 GPUs, .* at most 2: Ray knows 3 CPUs, of which one stays",
+        ),
+        (
+            {"gpus_per_worker": 0.5},
+            r"^workers: got 2, each of 1 CPU and 0.5 GPUs, .* at most 0: .* and 0 GPUs, on 1 node",
+        ),
+        ({"address": "127.0.0.1:1"}, "^address: got '127.0.0.1:1', but Ray runs in this program"),
+        (
+            {"make": partial(work, bytes(1 << 20))},
+            r"^make: takes 1,04\d,\d\d\d bytes to travel, expected at most 1,048,576",
+        ),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused(cluster, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_on_ray(**{"make": partial(work, tmp_path), "partitions": 4, "workers": ACTORS, **options})
+
+
+def test_what_cannot_be_made_comes_back_as_its_sentence(cluster):
+    def make():
+        raise FileNotFoundError("no model in words")
+
+    row = _Worker(make, PARTITIONS, Counting(deaths=0))({"partition": [2]})
+    assert row == {"partition": [2], "error": ["OSError"], "content": ["no model in words"]}
+
+
+def test_no_cluster_at_the_address_is_said():
+    with pytest.raises(ValueError, match=r"^address: no Ray cluster can be joined at '127.0.0.1:1': .* refused"):
+        _start("127.0.0.1:1", 1)
+
+
+class Counting:
+    """Stands in for the actor that counts."""
+
+    def __init__(self, deaths):
+        self.begin = self.advance = self
+        self.deaths = deaths
+
+    def remote(self, *arguments):
+        return ray.put(1 + self.deaths)
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_a_partition_waits_for_the_lock_of_a_dead_one_and_then_says_it(cluster, tmp_path, monkeypatch, deaths):
+    tries = []
+
+    def task(worker, workers, progress):
+        tries.append(worker)
+        with locked_worker(tmp_path, worker, workers):
+            return {"inputs": 1}
+
+    monkeypatch.setattr("dsd_fast.jobs.ray._REPORT_SECONDS", 0.1)
+    monkeypatch.setattr("dsd_fast.jobs.ray._PATIENCE", 0.5)
+    monkeypatch.setattr("dsd_fast.jobs.ray._PATIENCE_AFTER_DEATH", 60)
+    actor = _Worker(lambda: task, PARTITIONS, Counting(deaths))
+    with ThreadPoolExecutor(1) as pool:
+        with locked_worker(tmp_path, 2, PARTITIONS):
+            found = pool.submit(actor, {"partition": [2]})
+            if not deaths:
+                assert found.result()["error"] == [LockedError.__name__]
+                assert found.result()["content"] == [f"{tmp_path} is being written by worker 2 of 4"]
+            while len(tries) < 3:
+                time.sleep(0.01)
+        if deaths:
+            assert found.result()["error"] == [""]

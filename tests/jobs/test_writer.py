@@ -103,6 +103,11 @@ def test_the_overlap_is_the_share_of_one_inside_the_other():
     assert timeline.overlap("compute", "write") == pytest.approx(1.5 / 3)
     assert timeline.seconds("write") == pytest.approx(4)
     assert timeline.overlap("decode", "compute") == timeline.overlap("write", "decode") == 0
+    for name, start, end in (("encode-0", 0, 2), ("encode-11", 1.5, 5), ("encode-x", 0, 9), ("encoded", 0, 9)):
+        timeline.add(name, start, end)
+    # Threads that do the same count together: 1 of 2 seconds, and 1 of 3.5.
+    assert timeline.seconds("encode") == pytest.approx(5.5)
+    assert timeline.overlap("encode", "compute") == pytest.approx(2 / 5.5)
 
 
 def test_spans_that_follow_each_other_at_once_are_one(tmp_path):

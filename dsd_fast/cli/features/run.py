@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -13,16 +12,16 @@ from dsd_fast.cli import cluster
 from dsd_fast.cli.features.options import FeaturesRequest
 from dsd_fast.cli.features.pca import fitted
 from dsd_fast.cli.features.pictures import FOLDER, NAMES, Pictures, Shown, first_usable, save
-from dsd_fast.cli.features.report import files_of, render
+from dsd_fast.cli.features.report import render
 from dsd_fast.cli.files import check_folder, replacing_files, writing
 from dsd_fast.cli.images import ImageFiles, read_prompts
+from dsd_fast.cli.job_report import files_of, last_timeline
 from dsd_fast.cli.results import versions
 from dsd_fast.features import FeatureExtractor, Technique
 from dsd_fast.features.export import check_layout, extract_to
 from dsd_fast.features.extraction import check_inversion
 from dsd_fast.jobs import Counts, read_index, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
-from dsd_fast.jobs.timeline import Timeline
 
 # Errors in a summary; the index has all.
 _ERRORS = 50
@@ -118,7 +117,7 @@ class Features:
             layers = () if self.pictures is None else self.pictures.layers
             loading = _loading(settings["layout"], self.extractor, out)
             with replacing(out / "report.html") as file:
-                file.write(render(content, shown, layers, _timeline(out), loading))
+                file.write(render(content, shown, layers, last_timeline(out), loading))
 
     def _draw(self, pictures: Pictures) -> list[Shown]:
         numbers, images, own = first_usable(pictures.model, self.files, self.prompts, self.request.files.pictures)
@@ -171,15 +170,6 @@ def _summary(numbers: Mapping[str, float] | None, images: int, out: Path) -> dic
         "overlap": overlap,
         "seconds": seconds,
     }
-
-
-def _timeline(out: Path) -> Timeline:
-    """Of the last run that wrote anything."""
-    line = Timeline()
-    files = sorted(out.glob("timeline*.json"), key=lambda file: file.stat().st_mtime)
-    for span in json.loads(files[-1].read_bytes())["spans"] if files else ():
-        line.add(span["name"], span["start"], span["end"])
-    return line
 
 
 def _loading(layout: str, extractor: FeatureExtractor, out: Path) -> str:

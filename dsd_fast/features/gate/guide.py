@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsd_fast.diffusion import guided, img2img
+from dsd_fast.diffusion import RowNoise, guided, img2img
 from dsd_fast.engine import Engine
 from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.features.inputs import Inputs, Prompts, own_prompts, predictor
@@ -196,12 +196,13 @@ class Guide:
             inputs.noise[:, 0, 0],
             strength=self._strength,
             steps=self._steps,
+            draws=RowNoise(inputs.seeds),
         )
         distances = [latent_distance(latents, inputs.latents)]
+        pixels = engine.decode_latents(latents[: kept if self._clip is None else None])
         if self._clip is not None and target is not None:
-            distances.append(clip_distance(self._clip.of_latents(latents), target).to(latents.device))
-        pictures = [to_picture(self._model.decode_latents(latent[None])[0].float()) for latent in latents[:kept]]
-        return distances, pictures
+            distances.append(clip_distance(self._clip.of_pixels(pixels), target).to(latents.device))
+        return distances, [to_picture(each.float()) for each in pixels[:kept]]
 
 
 def latent_distance(latents: Tensor, target: Tensor) -> Tensor:

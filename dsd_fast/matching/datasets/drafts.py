@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,8 @@ from pathlib import Path
 from dsd_fast.images import ImageError, ImageSource, load_image
 from dsd_fast.images.header import HeaderError, read_header
 from dsd_fast.jobs import replacing
+from dsd_fast.jobs.tables import image_path
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -62,23 +60,9 @@ class ImageFinder:
             ValueError: a name that is no file name, or bytes that are no image.
             OSError: the folder of extracted images cannot be written.
         """
-        return self.path(image, place) if isinstance(image, str) else self._embedded(image, place)
-
-    def path(self, name: str, place: str) -> Path:
-        """The path of a named image; whether it exists is not looked at.
-
-        Absolute names stand as they are. Relative ones may have "..", but not leave the folder.
-        """
-        if _URL.match(name):
-            raise ValueError(f"{place}: the image {name[:80]!r} is a URL, which is not followed; expected a file name")
-        if "\0" in name or not name.strip():
-            raise ValueError(f"{place}: the image {name[:80]!r} is no file name")
-        if not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == os.pardir:
-            raise ValueError(
-                f"{place}: the image {name[:80]!r} leaves the folder of images, {self.folder}; "
-                "give that folder as images=, or absolute names"
-            )
-        return self.folder / name
+        if isinstance(image, str):
+            return image_path(self.folder, image, place)
+        return self._embedded(image, place)
 
     def _embedded(self, data: bytes, place: str) -> ImageSource:
         digest = hashlib.sha256(data).hexdigest()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from dsd_fast.jobs.tables import Row, is_text
 from dsd_fast.matching.datasets.drafts import Draft
-from dsd_fast.matching.datasets.tables import Row, is_text
 
 # Sentences of VQA that each image is asked about besides the right one.
 _VQA_NEGATIVES = 9

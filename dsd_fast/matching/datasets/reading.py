@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from dsd_fast.jobs.tables import SUFFIXES, read_json, read_rows
 from dsd_fast.matching.datasets.drafts import Draft, ImageFinder
 from dsd_fast.matching.datasets.layouts import LAYOUTS, PLAIN, drafter, layout_of
 from dsd_fast.matching.datasets.refcocog import REFS, refcocog_drafts
-from dsd_fast.matching.datasets.tables import SUFFIXES, read_json, read_rows
 from dsd_fast.matching.datasets.vqa_binary import vqa_binary_drafts
 from dsd_fast.matching.groups import Group
 

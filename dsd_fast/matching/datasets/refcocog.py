@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dsd_fast.jobs.tables import is_text, read_json
 from dsd_fast.matching.datasets.drafts import Draft
 from dsd_fast.matching.datasets.layouts import file_name
 from dsd_fast.matching.datasets.negatives import NEGATIVES, Draws
-from dsd_fast.matching.datasets.tables import is_text, read_json
 
 REFS, INSTANCES = "refs(google).json", "instances.json"
 

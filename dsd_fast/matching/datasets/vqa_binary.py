@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dsd_fast.jobs.tables import is_text, read_json, read_lines
 from dsd_fast.matching.datasets.drafts import Draft
 from dsd_fast.matching.datasets.negatives import NEGATIVES, Draws
-from dsd_fast.matching.datasets.tables import is_text, read_json, read_lines
 
 # How a line says what kind of question it has; the official code reads those of this kind alone.
 _BINARY = "The question is asking about yes or no"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "p
 
 # Rows of a Parquet file held as Python objects at once; images may be embedded in them.
 _BATCH = 64
+_EXACT = 1 << 53
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,27 @@ class Row:
         value = self.value(column)
         if isinstance(value, str):
             text = value.strip().lower()
-            if re.fullmatch(r"-?[0-9]{1,18}(\.0*)?", text):
-                return int(text.partition(".")[0])
+            if re.fullmatch(r"-?[0-9]{1,20}", text):
+                return int(text)
+            if re.fullmatch(r"-?[0-9]{1,20}\.0*", text):
+                value = float(text)
             value = {"true": True, "false": False}.get(text, value)
         if not isinstance(value, (int, float)) or value != value or value % 1:
             raise self.wrong(column, "a whole number")
+        if isinstance(value, float) and abs(value) > _EXACT:
+            # Of a column with gaps, say, which pandas makes floating-point.
+            raise self.wrong(column, "a whole number with all its digits, which floating point has not beyond 2**53")
         return int(value)
+
+    def number(self, column: str) -> float:
+        """A number, or the text of one."""
+        value = self.value(column)
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self.wrong(column, "a number") from None
 
     def items(self, column: str) -> list[Any]:
         """A list; in a CSV as JSON."""
@@ -90,6 +108,26 @@ class Row:
         if not is_text(value):
             raise self.wrong(column, "a text or a whole number")
         return str(value)
+
+
+def image_path(folder: Path, name: str, place: str) -> Path:
+    """The path of an image that a table names, below a folder; whether it exists is not looked at.
+
+    Absolute names stand as they are. Relative ones may have "..", but not leave the folder.
+
+    Raises:
+        ValueError: a URL, or another name that is none of a file there.
+    """
+    if _URL.match(name):
+        raise ValueError(f"{place}: the image {name[:80]!r} is a URL, which is not followed; expected a file name")
+    if "\0" in name or not name.strip():
+        raise ValueError(f"{place}: the image {name[:80]!r} is no file name")
+    if not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise ValueError(
+            f"{place}: the image {name[:80]!r} leaves the folder of images, {folder}; "
+            "give that folder as images=, or absolute names"
+        )
+    return folder / name
 
 
 def is_text(value: object) -> bool:

@@ -1,0 +1,1 @@
+"""``dsd-fast generate``: images from texts, as files."""

@@ -1,0 +1,223 @@
+"""A generation: rows through a Sampler into a job's folder, its end, and report.html."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dsd_fast.cli import cluster
+from dsd_fast.cli.files import check_folder, writing
+from dsd_fast.cli.generate.options import GenerateRequest
+from dsd_fast.cli.generate.report import Tile, render
+from dsd_fast.cli.job_report import files_of, last_timeline
+from dsd_fast.cli.results import versions
+from dsd_fast.cli.terminal import CommandError
+from dsd_fast.generation.card import loading
+from dsd_fast.generation.closing import close
+from dsd_fast.generation.config import GenerateConfig
+from dsd_fast.generation.encoding import check_format
+from dsd_fast.generation.export import generate_to
+from dsd_fast.generation.files import check_layout, read_image
+from dsd_fast.generation.grids import grid, read_classes
+from dsd_fast.generation.reading import read_rows
+from dsd_fast.generation.rows import GenerateRow
+from dsd_fast.generation.sampler import Sampler
+from dsd_fast.jobs import Counts, all_ended, read_index, read_manifest, replacing
+from dsd_fast.jobs.lock import waiting
+
+# Errors in a summary; the index has all.
+_ERRORS = 50
+# Images of the contact sheet, and the longer side of each.
+_TILES, _SIDE = 48, 256
+
+
+def run(request: GenerateRequest) -> dict[str, Any]:
+    """Makes all images; Ctrl-C ends it early, and the same command goes on.
+
+    Returns:
+        "complete"; "counts" of this run, or of the folder where it was interrupted; "errors", the first; "seconds", and
+        "encoding" and "writing", the shares of these that went on while images were computed; "folder", what the
+        closing step tells of all, where this was the last worker.
+
+    Raises:
+        CommandError: `out` belongs to another job or cannot be written; rows that are not there, or in two ways.
+        ValueError: settings, or rows of a file, that are not what is expected.
+    """
+    config = GenerateConfig(**request.sampling.config(request.memory))
+    _check(request)
+    # Once without a model, so that what is wrong with a file is said before one is loaded.
+    total = sum(1 for _ in _rows(request))
+    if request.acceptance.per_class is not None:
+        total = request.acceptance.per_class * len(_classes(request))
+    make = partial(Generation, request, config)
+    finish = partial(_finish, request)
+    numbers = cluster.run(request.workers, make, request.out, total=total, unit="images", finish=finish)
+    return _summary(numbers, total, request.out)
+
+
+class Generation:
+    """The work of the command, with all that it needs loaded."""
+
+    def __init__(self, request: GenerateRequest, config: GenerateConfig) -> None:
+        self.request = request
+        model = request.source.load()
+        self.sampler = Sampler(model, config, controls=request.controls.load(model, request.source))
+        if request.memory.runtime is not None:
+            self.sampler.engine.compile(request.memory.runtime)
+        self.accept = request.acceptance.load(model, _classes(request), request.source)
+
+    def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> dict[str, float]:
+        """Makes one worker's images."""
+        files, acceptance = self.request.files, self.request.acceptance
+        made = generate_to(
+            self.sampler,
+            _rows(self.request),
+            self.request.out,
+            accept=self.accept,
+            per_class=acceptance.per_class,
+            max_tries=acceptance.max_tries,
+            near_duplicates=acceptance.near_duplicates,
+            layout=files.layout,
+            format=files.format,
+            quality=files.quality,
+            mark=not files.no_mark,
+            shard_rows=files.shard_rows,
+            batch=files.batch,
+            worker=worker,
+            workers=workers,
+            retry_errors=files.retry_errors,
+            closes=False,
+            progress=progress,
+        )
+        return {
+            **asdict(made.counts),
+            "writing": made.write_seconds,
+            "writing_hidden": made.overlap * made.write_seconds,
+            "encoding": made.encode_seconds,
+            "encoding_hidden": made.encode_overlap * made.encode_seconds,
+        }
+
+
+def _rows(request: GenerateRequest) -> Iterator[GenerateRow]:
+    """What the options ask for, each time anew.
+
+    Raises:
+        ValueError: by option, or by line and column of a file.
+    """
+    chosen, seeds = request.rows, request.rows.values()["seeds"]
+    if chosen.prompts is not None:
+        rows = read_rows(chosen.prompts, seeds, ignore=chosen.ignore or ())
+    elif chosen.template:
+        rows = grid(chosen.template, _classes(request), 0 if seeds is None else seeds)
+    else:
+        each = (0,) if seeds is None else (seeds,) if isinstance(seeds, int) else seeds
+        rows = (GenerateRow(text, seed) for text in request.texts or () for seed in each)
+    return map(partial(_with_pictures, request), rows)
+
+
+def _classes(request: GenerateRequest) -> list[str]:
+    """The classes of the templates, or of the file's rows."""
+    chosen = request.rows
+    named = chosen.class_name or chosen.classes
+    if named:
+        return read_classes(named)
+    if request.acceptance.accept is None and request.acceptance.per_class is None:
+        return []
+    return list(dict.fromkeys(row.label for row in _rows(request) if row.label is not None))
+
+
+def _with_pictures(request: GenerateRequest, row: GenerateRow) -> GenerateRow:
+    """The row with the pictures of the command line in the place of those that it has not."""
+    chosen = request.rows
+    image, conditions = row.image or chosen.image, row.conditions or tuple(chosen.condition or ())
+    return row if image is None and not conditions else replace(row, image=image, conditions=conditions)
+
+
+def _check(request: GenerateRequest) -> None:
+    """Refuses what needs no model to be refused."""
+    chosen, files = request.rows, request.files
+    ways = {"PROMPT": request.texts, "--prompts": chosen.prompts, "--template": chosen.template}
+    said = [name for name, value in ways.items() if value]
+    if len(said) != 1:
+        raise CommandError(f"got {' and '.join(said) or 'nothing to make'}, expected PROMPT, --prompts or --template")
+    if chosen.template and not (chosen.class_name or chosen.classes):
+        raise CommandError("--template: given without --class or --classes")
+    if not chosen.template and (chosen.class_name or chosen.classes):
+        raise CommandError("--class: given without --template, whose places it fills")
+    if chosen.class_name and chosen.classes:
+        raise CommandError("--class: given with --classes, expected one of them")
+    if chosen.ignore and chosen.prompts is None:
+        raise CommandError("--ignore: given without --prompts, a table")
+    nets = len(request.controls.control or [])
+    if chosen.condition and len(chosen.condition) != nets:
+        raise CommandError(f"--condition: got {len(chosen.condition)} for {nets} --control, expected one each")
+    request.acceptance.check()
+    request.workers.check()
+    request.source.check()
+    request.memory.check(request.source.device)
+    request.controls.check()
+    check_layout(files.layout)
+    check_format(files.format, files.quality)
+    check_folder(request.out)
+
+
+def _finish(request: GenerateRequest, work: Generation, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Closes the folder, and writes report.html; of several processes the last one does."""
+    out = request.out
+    if request.workers.engine is None and not all_ended(out, request.workers.share()[1]):
+        return {}
+    folder = close(out)
+    if request.files.report:
+        with writing(out), waiting(out, "report"):
+            summary = _summary({**numbers, "folder": folder}, 0, out)
+            settings = read_manifest(out)["settings"]
+            summary |= {"settings": settings, "versions": versions(), "files": files_of(out)}
+            _, code = next(iter(loading(settings).items()))
+            with replacing(out / "report.html") as file:
+                file.write(render(summary, contact_sheet(out), last_timeline(out), code))
+    return {"folder": folder}
+
+
+def contact_sheet(out: Path) -> list[Tile]:
+    """The first images of a folder, classes in turn."""
+    import pyarrow.compute as pc
+
+    index = read_index(out, ["label"])
+    by_class: dict[Any, list[str]] = {}
+    for row in index.filter(pc.equal(index["status"], "ok")).select(["id", "label"]).to_pylist():
+        ids = by_class.setdefault(row["label"], [])
+        if len(ids) < _TILES:
+            ids.append(row["id"])
+    turns = [ids[turn] for turn in range(_TILES) for ids in by_class.values() if turn < len(ids)]
+    tiles = []
+    for name in turns[:_TILES]:
+        content, row = read_image(out, name)
+        with Image.open(io.BytesIO(content)) as image:
+            image.thumbnail((_SIDE, _SIDE))
+            tiles.append(Tile(image.convert("RGB"), row["prompt"], row["seed"]))
+    return tiles
+
+
+def _summary(numbers: Mapping[str, Any] | None, rows: int, out: Path) -> dict[str, Any]:
+    import pyarrow.compute as pc
+
+    index = read_index(out, ["name", "prompt", "reason", "message"])
+    errors = index.filter(pc.not_equal(index["status"], "ok"))
+    summary: dict[str, Any] = {"complete": numbers is not None, "seconds": 0.0, "encoding": 0.0, "writing": 0.0}
+    if numbers is None:
+        counts = dict.fromkeys(("duplicates", "done", "done_errors", "elsewhere"), 0)
+        counts |= {"inputs": rows, "ok": len(index) - len(errors), "errors": len(errors)}
+        counts["not_reached"] = max(0, rows - len(index))
+    else:
+        made = Counts(**{field.name: int(numbers[field.name]) for field in fields(Counts)})
+        counts = {**asdict(made), "not_reached": made.not_reached}
+        summary |= {"seconds": numbers["seconds"], "folder": numbers.get("folder")}
+        for what in ("encoding", "writing"):
+            summary[what] = numbers[f"{what}_hidden"] / numbers[what] if numbers[what] else 0.0
+    return {**summary, "counts": counts, "errors": errors.slice(0, _ERRORS).to_pylist()}
