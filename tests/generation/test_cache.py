@@ -219,6 +219,9 @@ def test_a_row_without_guidance_among_others_and_another_walk_of_one_prediction(
     start = RowNoise([3]).start((4, 16, 16))
     walks = [dsd.diffusion.sample(made.model.new_scheduler(), predict, start, steps=6) for _ in range(2)]
     assert torch.equal(*walks)
+    # The shallow steps read the whole network's keys.
+    assert len(texts._kept) == 2
+    assert len({id(keys) for keys in texts._kept.values()}) == 1
 
 
 def test_branches_that_a_network_does_not_have_are_refused():

@@ -302,7 +302,7 @@ def test_texts_whose_keys_do_not_fit_are_taken_in_parts():
     tight = sampler(
         "sd15", scheduler="ddim", steps=3, memory_budget=engine.noise_plan.run_bytes(1, 16, 16, 77) * 4 + 3 * one
     )
-    tight.engine.texts_together = lambda plan, size: 3
+    tight.engine.texts_together = lambda plan, size, held: 3
     assert tight.rows_at_once(rows[0]) <= 2
     counted = rows_seen(tight, rows)
     # The absent one with "a dog", "a red cat"; with "", "dog dog", "a cat on a red dog"; with "cat", "a dog".
