@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dsd_fast.jobs import ManifestError
-from tests.jobs.numbers import COUNT, run
+
+SHARD_ROWS = 2
 
 
 def once(file: Path) -> bool:
@@ -31,16 +32,36 @@ def work(folder: Path):
     return task
 
 
-def numbers_of(folder: Path, killed: Path | None = None):
-    """The work of an actor; the first that comes to the last number of all dies."""
+def images_of(folder: Path, rows: int, killed: Path | None = None):
+    """Generates images of a partition; of all actors the first that has made so many dies, its first shard whole.
 
-    def each(number: int) -> None:
-        if killed is not None and number == COUNT - 1 and once(killed):
-            os.kill(os.getpid(), signal.SIGKILL)
+    A shard is handed over when few are ahead of it, so the first one is on the disk when the third is handed over.
+    """
+    # What other cases do not wait for.
+    import dsd_fast as dsd
+    from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
+    from dsd_fast.generation.export import generate_to
+    from tests.tiny import tiny_pipeline
+
+    sampler = Sampler(dsd.from_pipeline(tiny_pipeline("sd15")), GenerateConfig(steps=1, guidance=2.0))
 
     def task(worker, workers, progress):
-        counts = run(folder, each=each, worker=worker, workers=workers, shard_rows=2)
-        progress(counts.inputs)
-        return asdict(counts)
+        def told(done: int) -> None:
+            progress(done)
+            if killed is not None and done >= 3 * SHARD_ROWS and once(killed):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        made = generate_to(
+            sampler,
+            (GenerateRow("a red cat", seed) for seed in range(rows)),
+            folder,
+            shard_rows=SHARD_ROWS,
+            batch=2,
+            worker=worker,
+            workers=workers,
+            closes=False,
+            progress=told,
+        )
+        return asdict(made.counts)
 
     return task
