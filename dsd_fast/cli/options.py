@@ -297,8 +297,8 @@ class WorkerOptions(Options, panel=WORKER_PANEL):
         float | None, typer.Option(min=0, metavar="G", help="GPUs of each of Ray's workers; 0 if none.")
     ] = None
 
-    def check(self) -> None:
-        """Refuses options that do not go together.
+    def check(self, device: str) -> None:
+        """Refuses options that do not go together, or not with the device of the networks.
 
         Raises:
             CommandError: by option.
@@ -312,6 +312,9 @@ class WorkerOptions(Options, panel=WORKER_PANEL):
             raise CommandError(f"--engine: got {self.engine!r}, expected ray")
         elif self.worker is not None:
             raise CommandError("--worker: given with --engine ray, which numbers the workers itself")
+        elif bool(self.gpus_per_worker) != device.startswith("cuda"):
+            given = f"--gpus-per-worker: got {self.gpus_per_worker or 0:g} with --device {device}"
+            raise CommandError(f"{given}, expected GPUs for cuda, and none for cpu")
 
     def share(self) -> tuple[int, int]:
         """Tells which worker of how many this process is: (worker, workers).

@@ -112,7 +112,7 @@ class AcceptClip(Judge):
         super().__init__(check_threshold(threshold, -1), clip=clip_about(model))
 
     def __call__(self, images: Images, rows: Sequence[GenerateRow]) -> list[Verdict]:
-        with torch.inference_mode():
+        with torch.no_grad():
             texts = self._space.of_texts([row.prompt for row in rows])
             scores = (self._space.of_pixels(to_pixels(images)) * texts).sum(-1).tolist()
         return [by_score(score, self.threshold, "low-clip-score") for score in scores]
@@ -135,7 +135,7 @@ class NearDuplicates:
 
     def vectors(self, images: Images) -> npt.NDArray[np.float32]:
         """Embed (n, H, W, 3) images of 8 bits as (n, E) of unit length."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._space.of_pixels(to_pixels(images)).cpu().numpy()
 
     def near(self, vector: npt.NDArray[np.float32], others: Sequence[npt.NDArray[np.float32]]) -> bool:

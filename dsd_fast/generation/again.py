@@ -16,8 +16,7 @@ from PIL import Image
 from dsd_fast.engine.items import read_source
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.encoding import Encoder
-from dsd_fast.generation.export import KIND
-from dsd_fast.generation.files import read_image, read_settings
+from dsd_fast.generation.files import KIND, read_image, read_settings
 from dsd_fast.generation.rows import from_columns
 from dsd_fast.generation.sampler import Sampler, to_uint8
 from dsd_fast.generation.units import id_of

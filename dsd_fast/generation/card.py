@@ -13,13 +13,14 @@ CARD = "dataset_card.md"
 # Of the hub: upper bound → name.
 _SIZES = {
     10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M",
-    10**8: "10M<n<100M", 10**9: "100M<n<1B",
+    10**8: "10M<n<100M", 10**9: "100M<n<1B", 10**10: "1B<n<10B",
 }  # fmt: skip
 _MOST_CLASSES = 50
 
-_ROWS = """import pyarrow.parquet as pq
+_ROWS = """from dsd_fast.jobs import read_index
 
-print(pq.read_table("index", columns=["id", "status", "reason", "prompt"]).slice(0, 3))
+rows = read_index(".", ["reason", "prompt"])
+print(rows.slice(0, 3).to_pylist())
 """
 _SNIPPETS = {
     "webdataset": {
@@ -41,7 +42,13 @@ images = load_dataset("webdataset", data_files=shards, split="train", streaming=
 sample = next(iter(images))
 print(sample["{format}"].size, sample["txt"], sample["cls"], sample["json"])
 """,
-        "pyarrow: the rows, with those that have no image": _ROWS,
+        "pyarrow: the rows of the shards": """from pathlib import Path
+
+import pyarrow.parquet as pq
+
+rows = pq.read_table(sorted(map(str, Path().glob("[0-9]*.parquet"))))
+print(rows.slice(0, 3).to_pylist())
+""",
     },
     "parquet": {
         "datasets": """from pathlib import Path
@@ -63,7 +70,7 @@ shards = Path("shards.txt").read_text().split()
 sample = next(pq.ParquetFile(shards[0]).iter_batches(1)).to_pylist()[0]
 print(Image.open(io.BytesIO(sample["image"]["bytes"])).size, sample["text"], sample["cls"])
 """,
-        "pyarrow: the rows, with those that have no image": _ROWS,
+        "dsd_fast: all rows, with those that have no image": _ROWS,
     },
     "folder": {
         "datasets": """from datasets import load_dataset
@@ -81,7 +88,7 @@ with Path("images/metadata.jsonl").open() as lines:
     sample = json.loads(next(lines))
 print(Image.open(Path("images") / sample["file_name"]).size, sample["text"])
 """,
-        "pyarrow: the rows, with those that have no image": _ROWS,
+        "dsd_fast: all rows, with those that have no image": _ROWS,
     },
 }
 
@@ -127,7 +134,7 @@ def loading(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _header(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     tasks = ["text-to-image", *(["image-classification"] if counts["classes"] else [])]
-    size = next((name for bound, name in _SIZES.items() if counts["images"] < bound), "n>1T")
+    size = next((name for bound, name in _SIZES.items() if counts["images"] < bound), "10B<n<100B")
     lines = ["---", "task_categories:", *(f"- {task}" for task in tasks), "size_categories:", f"- {size}"]
     lines += ["tags:", "- synthetic", "- dsd-fast"]
     if counts["images"]:
@@ -148,8 +155,9 @@ def _counts(counts: Mapping[str, Any]) -> str:
     rows += [(f"no image: {reason}", number) for reason, number in counts["errors"].items()]
     rows += [(f"tries rejected: {reason}", number) for reason, number in counts["rejected"].items()]
     if counts["near_duplicates"] is not None:
-        rows.append(("near-duplicates of another image of their class (near_duplicates.parquet)", None))
-        rows[-1] = (rows[-1][0], counts["near_duplicates"])
+        rows.append(
+            ("near-duplicates of another image of their class (near_duplicates.parquet)", counts["near_duplicates"])
+        )
     return _table(("", "number"), rows)
 
 

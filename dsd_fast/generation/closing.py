@@ -17,7 +17,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,7 +50,8 @@ def close(folder: str | os.PathLike[str]) -> dict[str, Any]:
     last of them sees all shards. Where the file system has no hard links, shards.txt names the files in shards/ instead
     of copies, which would take as much room again.
 
-    Memory is that of the index's ids, and of its CLIP vectors (two bytes a value) where near-duplicates are marked.
+    Memory is that of the index's ids, and of its CLIP vectors where near-duplicates are marked: two bytes a value,
+    twice over while they are put together.
 
     Returns:
         {"rows", "images", "errors": reason → rows, "rejected": reason → tries, "classes": [{"cls", "label", "images",
@@ -136,8 +137,8 @@ class _Closing:
             lines = stack.enter_context(self._metadata()) if self.layout == "folder" else None
             for shard, table in self._shards():
                 if VECTOR in table.column_names:
-                    if self.threshold is not None:
-                        vectors.append(_vectors(table, groups))
+                    if self.threshold is not None and (those := _vectors(table, groups)) is not None:
+                        vectors.append(those)
                     table = table.drop_columns([VECTOR])
                 rows = table.to_pylist()
                 statistics = totals.add(rows)
@@ -225,8 +226,10 @@ class _Closing:
             digest.update(ids[row].tobytes() + vectors[row].tobytes())
         of = digest.hexdigest().encode()
         # Of the same images it would be the same, and it is the one part that takes long.
-        if file.exists() and (pq.read_schema(file).metadata or {}).get(_OF) == of:
-            return int(pq.read_metadata(file).num_rows)
+        with suppress(FileNotFoundError, pa.ArrowInvalid):
+            before = pq.read_metadata(file)
+            if (before.metadata or {}).get(_OF) == of:
+                return int(before.num_rows)
         marks = near_duplicates(ids, vectors, classes, self.threshold)
         columns = list(zip(*marks, strict=True)) or [(), (), ()]
         kinds = {"id": pa.string(), "near": pa.string(), "cosine": pa.float32()}
@@ -245,14 +248,15 @@ class _Closing:
                 stream.write(content)
 
 
-def _vectors(table: Any, groups: dict[tuple[int, str], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _vectors(table: Any, groups: dict[tuple[int, str], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Of the images that have a CLIP vector: ids (n,), the number of their class (n,) and the vectors (n, d)."""
     rows = [row for row in table.to_pylist() if row["status"] == "ok" and row[VECTOR] is not None]
-    vectors = [np.frombuffer(row[VECTOR], np.float16) for row in rows]
+    if not rows:
+        return None
     return (
         np.array([row["id"] for row in rows], "S32"),
         np.array([groups.setdefault(_class(row), len(groups)) for row in rows], np.int64),
-        np.stack(vectors) if vectors else np.empty((0, 0), np.float16),
+        np.stack([np.frombuffer(row[VECTOR], np.float16) for row in rows]),
     )
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ SAMPLE_NAMES = {"image": "source_image"}
 _PNG_LEVEL = 4
 _MOST_THREADS = 4
 _NO_CLASS = -1
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Encoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        # Of an error too: few are on their way, and a shard that is complete waits for them to be written.
+        self._pool.shutdown()
 
     def submit(self, pixels: np.ndarray, row: Mapping[str, Any]) -> Future[Encoded]:
         """Encodes a picture in another thread, after a wait while twice as many pictures as threads are on their way.
@@ -176,5 +179,6 @@ def described(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_bytes(values: Any) -> bytes:
-    """One line of JSON in UTF-8; what of a text is none becomes escapes."""
-    return storable(json.dumps(values, ensure_ascii=False, allow_nan=False)).encode()
+    """One line of JSON in UTF-8; of what is no text :func:`dsd_fast.jobs.storable`'s escapes."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    return _HALVES.sub(lambda half: f"\\\\u{ord(half[0]):04x}", text).encode()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from dsd_fast.generation.accept import Accept, NearDuplicates, Verdict, accept_settings, clip_about, verdicts
 from dsd_fast.generation.closing import close
 from dsd_fast.generation.encoding import QUALITY, Encoded, Encoder
-from dsd_fast.generation.files import VECTOR, writer_of
+from dsd_fast.generation.files import KIND, VECTOR, writer_of
 from dsd_fast.generation.rows import COLUMNS, GenerateRow, columns, identified, taken
 from dsd_fast.generation.sampler import Sampler, to_uint8
 from dsd_fast.generation.units import COLUMNS as UNIT_COLUMNS
@@ -26,8 +26,6 @@ from dsd_fast.images import ImageError, Taken, load_image
 from dsd_fast.images.batch import ahead
 from dsd_fast.jobs import Exported, Job, all_ended, fill
 from dsd_fast.kernels.common.transfer import Download, one_behind
-
-KIND = "generation"
 
 # Reading files waits more than it works; rows without any are told by the dozen.
 _READERS = 4

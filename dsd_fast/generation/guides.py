@@ -27,6 +27,7 @@ from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.jobs import row_id, weights_hash
 from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.kernels.common.transfer import upload
+from dsd_fast.models.controlnet import named
 from dsd_fast.models.hub import find_folder
 from dsd_fast.models.load import (
     TRANSFORMERS_STEM,
@@ -66,7 +67,7 @@ class Guide(Judge):
 
     def __call__(self, images: Images, rows: Sequence[GenerateRow]) -> list[Verdict]:
         wanted = [self.output_of(row.label) for row in rows]
-        with torch.inference_mode():
+        with torch.no_grad():
             found = self.probabilities(images)
             # NaN is no probability, and argmax would take it for the largest.
             firsts = found.nan_to_num(nan=-1).argmax(-1).tolist()
@@ -133,7 +134,12 @@ class AcceptClassifier(Guide):
                 raise ValueError(f"mean, std: got {mean} and {std}, expected three numbers each for a module")
             if classifier.training:
                 raise ValueError("classifier: it is in training mode, expected a module after eval()")
-            network, self._processor, about = classifier, None, {**normalisation, "name": type(classifier).__qualname__}
+            network, self._processor = classifier, None
+            about: dict[str, Any] = {
+                name: None if value is None else [float(each) for each in value]
+                for name, value in normalisation.items()
+            }
+            about["name"] = named(type(classifier))
         else:
             given = [name for name, value in normalisation.items() if value is not None]
             if given:
@@ -142,7 +148,10 @@ class AcceptClassifier(Guide):
                 )
             network, self._processor = _load(classifier, resolve_device(device), revision, local_files_only, cache_dir)
             labels = _labels_of(network) if labels is None else labels
-            about = {"processor": row_id(json.dumps(self._processor.to_dict(), sort_keys=True, default=str))}
+            # What is off or not set may as well be missing, as in a library that knows less.
+            said = self._processor.to_dict().items()
+            known = {name: value for name, value in said if value is not None and value is not False and name[0] != "_"}
+            about = {"processor": row_id(json.dumps(known, sort_keys=True, default=str))}
         self._network, self._size = network, size
         self._weight = next(network.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
         super().__init__(classes, threshold, weights=weights_hash([network]), labels=labels and list(labels), **about)
@@ -208,7 +217,7 @@ class AcceptZeroShot(Guide):
         self._space, self._scale = clip_space(model), model.clip.logit_scale
         super().__init__(classes, threshold, template=text, **clip_about(model))
         self._outputs = {name: number for number, name in enumerate(self.classes)}
-        with torch.inference_mode():
+        with torch.no_grad():
             self._texts = self._space.of_texts([filled(text, name) for name in self.classes])
 
     def probabilities(self, images: Images) -> Tensor:

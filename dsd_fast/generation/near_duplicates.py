@@ -16,8 +16,8 @@ def near_duplicates(
     """Name each row that is nearly an earlier one of its class; without all of them no two near rows are left.
 
     Rows are ordered by id, so that neither workers nor the order in which they were made count. A class of n rows with
-    vectors of d values costs n² · d floating-point operations: 10^6 rows in 1000 classes with d = 768 are 8·10^11, in
-    one class 8·10^14. Memory beside the vectors is that of a block.
+    vectors of d values costs about n² · d floating-point operations: 10^6 rows in 1000 classes with d = 768 are
+    8·10^11, in one class 8·10^14. Memory beside the vectors is that of a block.
 
     Args:
         rows: (N,) ids, S32.

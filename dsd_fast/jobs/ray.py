@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 import warnings
@@ -27,7 +28,7 @@ _STORE_BYTES = 128 << 20
 _DEATHS, _LOST = 3, "lost"
 # The lock of a process that died is free at once on a local disk, and on NFS when its client's lease has ended.
 _PATIENCE, _PATIENCE_AFTER_DEATH = 10.0, 150.0
-_REPORT_SECONDS = 1.0
+_REPORT_SECONDS, _CONNECT_SECONDS = 1.0, 10.0
 
 # What a user can cause comes back as a sentence; Ray would wrap it in its own stack.
 _KINDS: dict[str, type[Exception]] = {
@@ -216,9 +217,13 @@ def _start(address: str | None, actors: int) -> None:
     import ray
 
     if address is not None:
+        host, _, port = address.rpartition(":")
         try:
+            if host and port.isdecimal():
+                # Ray itself goes on trying.
+                socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"address: no Ray cluster can be joined at {address!r}: {error}") from error
         return
     ray.init(

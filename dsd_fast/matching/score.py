@@ -134,10 +134,10 @@ class PairScorer:
             ValueError: a memory budget that does not hold one row.
         """
         engine = self.engine
+        together = engine.images_together(self.plan, per_image * len(self.timesteps), texts.tokens)
         if not texts.fits(self.plan, engine.latent_size, engine.memory_budget):
             # The keys of all texts do not fit together and are made again for each chunk: the fewer, the better.
             return self.images_at_once
-        together = engine.images_together(self.plan, per_image * len(self.timesteps), texts.tokens)
         return min(self.images_at_once, together)
 
     def latents(

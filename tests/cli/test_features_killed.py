@@ -51,11 +51,12 @@ def run(out, prepare=lambda: None):
     return ended(start(child))
 
 
-def watched(moment=None):
+def watched(moment=None, last=Job.__exit__):
     """Kills this process before a call of a function, Python's or C's, in whatever thread.
 
     Args:
-        moment: which call, from 0 at the job's start; None: none, and the file "calls" says at the job's end how many.
+        moment: which call, from 0 at the job's start; None: none, and the file "calls" says at the end how many.
+        last: the function whose return is the end.
     """
     count, inside = 0, False
 
@@ -63,7 +64,7 @@ def watched(moment=None):
         nonlocal count, inside
         if event == "call" and frame.f_code is Job.__enter__.__code__:
             inside = True
-        elif inside and event == "return" and frame.f_code is Job.__exit__.__code__:
+        elif inside and event == "return" and frame.f_code is last.__code__:
             inside = False
             Path("calls").write_text(str(count))
         if inside and event in ("call", "c_call"):

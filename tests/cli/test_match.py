@@ -13,6 +13,7 @@ import torch
 import dsd_fast as dsd
 from dsd_fast.jobs import storable
 from tests.cli.conftest import CAPTIONS
+from tests.jobs.numbers import files
 from tests.tiny import save_tiny_lora, tiny_pipeline
 
 TIMESTEPS = [300, 700]
@@ -27,12 +28,29 @@ def results(out):
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
+def zeros(self, images, texts, together):
+    """In place of a matcher's scores."""
+    for number, _ in enumerate(images):
+        yield number, torch.zeros(len(texts))
+
+
+def shown(out):
+    """The names in a folder, but for locks."""
+    return sorted(name for name in os.listdir(out) if not name.startswith("."))
+
+
+def found(out):
+    """The files of a folder, but for what may differ from run to run."""
+    return {name: content for name, content in files(Path(out)).items() if name != "results.json"}
+
+
 def wanted(images, captions=CAPTIONS, **settings):
     return dsd.Matcher(dsd.load("mini"), dsd.MatchConfig(timesteps=TIMESTEPS, **settings)).score(images, captions)
 
 
 def test_bad_images_among_good_ones(cli, good_images, bad_images, tmp_path):
-    bad = list(bad_images)
+    # A folder stands for the images in it.
+    bad = [path for path in bad_images if not path.is_dir()]
     images = [bad[0], *good_images[:3], *bad[1:5], *good_images[3:], *bad[5:]]
     done = cli("match", *images, *caption_options(), *COMMON, "--out", "out", "--top-k", 3)
     assert done.exit_code == 1, done.stderr
@@ -49,9 +67,9 @@ def test_bad_images_among_good_ones(cli, good_images, bad_images, tmp_path):
     }
     entries = {Path(entry["path"]): entry for entry in content["images"]}
     assert list(entries) == images
-    assert {path: entries[path]["error"]["reason"] for path in bad} == bad_images
+    assert {path: entries[path]["error"]["reason"] for path in bad} == {path: bad_images[path] for path in bad}
     assert all(str(path) in entries[path]["error"]["message"] for path in bad)
-    assert all(reason in done.stdout for reason in bad_images.values())
+    assert all(bad_images[path] in done.stdout for path in bad)
 
     table = pq.read_table(tmp_path / "out/scores.parquet").to_pylist()
     assert [(row["image_index"], row["caption_index"]) for row in table] == [
@@ -78,16 +96,21 @@ def test_good_images_and_what_the_files_say(cli, good_images, tmp_path):
     assert done.exit_code == 2
     assert "--captions c.txt cannot be read" in done.stderr
     (tmp_path / "c.txt").write_text("\n".join(CAPTIONS))
-    options = ["--captions", "c.txt", "--official", "--seed", 3, "--memory-budget", "64MiB", *COMMON]
-    # The same folder twice: the second run's results replace the first one's.
-    for seed in (4, 3):
-        done = cli("match", *good_images[:2], good_images[0], *options, "--out", "deep/out", "--seed", seed)
-        assert done.exit_code == 0, done.stderr
+    options = ["--captions", "c.txt", "--official", "--memory-budget", "64MiB", *COMMON, "--out", "deep/out"]
+    done = cli("match", *good_images[:2], good_images[0], *options, "--seed", 3)
+    assert done.exit_code == 0, done.stderr
+    # Equal files of one name are one row.
+    assert "3 images: 3 scored, 0 errors, 1 duplicate. 8 pairs in" in done.stdout
+    before = found("deep/out")
+    refused = cli("match", *good_images[:2], *options, "--seed", 4)
+    assert refused.exit_code == 2
+    assert "--out deep/out holds results made otherwise: seed 3 there, 4 now" in refused.stderr
+    assert found("deep/out") == before
     scores = wanted(good_images[:2], official=True, seed=3)
     content, table = results(tmp_path / "deep/out"), pq.read_table(tmp_path / "deep/out/scores.parquet")
-    assert sorted(os.listdir("deep/out")) == ["results.json", "scores.parquet"]
-    found = torch.tensor(table["score"].to_pylist()).view(3, -1)
-    torch.testing.assert_close(found, scores[[0, 1, 0]], rtol=1e-5, atol=1e-5)
+    assert shown("deep/out") == ["index", "manifest.json", "results.json", "scores.parquet", "timeline.json"]
+    values = torch.tensor(table["score"].to_pylist()).view(3, -1)
+    torch.testing.assert_close(values, scores[[0, 1, 0]], rtol=1e-5, atol=1e-5)
     assert str(table.schema.field("score").type) == "float"
 
     settings = content["settings"]
@@ -108,7 +131,6 @@ def test_good_images_and_what_the_files_say(cli, good_images, tmp_path):
     lines = done.stdout.splitlines()
     best = content["images"][0]["ranked"][0]
     assert any(good_images[0].name in line and f"{best['score']:.4f}" in line for line in lines)
-    assert "3 images: 3 scored, 0 errors. 12 pairs in" in done.stdout
 
 
 def test_an_adapter_changes_the_scores(cli, good_images, tmp_path):
@@ -203,17 +225,17 @@ def test_usage_errors_are_one_sentence(cli, good_images, tmp_path, arguments, me
 def test_a_failed_run_leaves_the_results_before_it(cli, good_images, tmp_path):
     command = ["match", good_images[0], *COMMON, "--out", "out", "--caption"]
     assert cli(*command, "a").exit_code == 0
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    before = files(Path("out"))
     assert cli(*command, "word " * 40).exit_code == 2
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert files(Path("out")) == before
 
 
 def test_a_score_that_is_no_number_is_an_error_row(cli, good_images, tmp_path, monkeypatch):
-    def score_iter(self, images, captions):
-        yield 0, torch.tensor([float("nan"), 1.0])
-        yield 1, torch.tensor([0.5, 1.0])
+    def scores(self, images, texts, together):
+        for number, _ in enumerate(images):
+            yield number, torch.tensor([0.5 if number else float("nan"), 1.0])
 
-    monkeypatch.setattr(dsd.Matcher, "score_iter", score_iter)
+    monkeypatch.setattr(dsd.Matcher, "_scores", scores)
     done = cli("match", *good_images[:2], *caption_options(["a", "b"]), "--out", "out")
     assert done.exit_code == 1
     first, second = results(tmp_path / "out")["images"]
@@ -235,24 +257,21 @@ def test_a_run_that_fails_while_it_scores_leaves_nothing_open(cli, good_images, 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_out_of_memory_is_one_sentence(cli, good_images, monkeypatch, error):
-    def score_iter(self, images, captions):
+    def scores(self, images, texts, together):
         raise error
+        yield
 
-    monkeypatch.setattr(dsd.Matcher, "score_iter", score_iter)
+    monkeypatch.setattr(dsd.Matcher, "_scores", scores)
     done = cli("match", good_images[0], "--caption", "a", "--out", "out")
     assert done.exit_code == 2
     assert "out of memory; give a smaller --memory-budget" in done.stderr
-    assert list(Path("out").iterdir()) == []
+    assert shown("out") == ["manifest.json"]
 
 
 def test_scores_are_written_as_they_come(cli, good_images, monkeypatch):
     """Row groups leave memory while the run goes on: what is held does not grow with the number of images."""
 
-    def score_iter(self, images, captions):
-        for index in range(len(images)):
-            yield index, torch.zeros(len(captions))
-
-    monkeypatch.setattr(dsd.Matcher, "score_iter", score_iter)
+    monkeypatch.setattr(dsd.Matcher, "_scores", zeros)
     monkeypatch.setattr("dsd_fast.cli.results._GROUP_ROWS", 40)
     done = cli("match", *[good_images[0]] * 60, *caption_options(), "--out", "out")
     assert done.exit_code == 0, done.stderr

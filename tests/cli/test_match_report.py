@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from safetensors import safe_open
 
 import dsd_fast as dsd
 from dsd_fast.cli.match.report import MatchReport
+from dsd_fast.engine import items
 from dsd_fast.images.panel import panel
 from dsd_fast.matching.heatmaps import map_layers
 from dsd_fast.unet import UNetProgram
-from tests.cli.test_match import COMMON, TIMESTEPS, caption_options, results
+from tests.cli.test_match import COMMON, TIMESTEPS, caption_options, results, shown, zeros
 from tests.cli.test_report import Seen
 
 CAPTIONS = ["a red <b>circle</b>", "?!", "a small blue square"]
@@ -74,18 +76,14 @@ def test_maps_of_the_best_captions(cli, good_images, bad_images, tmp_path):
 def test_the_page_alone(cli, good_images, tmp_path):
     done = cli("match", *good_images[:2], *caption_options(CAPTIONS), *COMMON, "--out", "out", "--report")
     assert done.exit_code == 0, done.stderr
-    assert sorted(path.name for path in Path("out").iterdir()) == ["report.html", "results.json", "scores.parquet"]
+    assert {"report.html", "results.json", "scores.parquet"} < set(shown("out"))
     page = Seen(Path("out/report.html").read_text(encoding="utf-8"))
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
     assert "2 images scored with 3 captions by mini." in page.text
 
 
 def test_the_page_has_the_first_images_and_says_so(cli, good_images, monkeypatch):
-    def score_iter(self, images, captions):
-        for index in range(len(images)):
-            yield index, torch.zeros(len(captions))
-
-    monkeypatch.setattr(dsd.Matcher, "score_iter", score_iter)
+    monkeypatch.setattr(dsd.Matcher, "_scores", zeros)
     monkeypatch.setattr("dsd_fast.cli.match.report.SHOWN", 4)
     done = cli("match", *[good_images[0]] * 9, "--caption", "a red ring", *COMMON, "--out", "out", "--heatmaps", 1)
     assert done.exit_code == 0, done.stderr
@@ -115,7 +113,7 @@ def test_a_page_of_large_pictures_holds_text_alone(cli, good_images, tmp_path, m
         report.add(index, good_images[0], "picture", [dict(row) for row in rows], 0.0, 1.0)
     assert pictures() == before
     summary = {
-        "counts": {"scored": 2, "captions": 3, "errors": 0, "not_reached": 0}, "complete": True, "images": [],
+        "counts": {"scored": 2, "captions": 3, "errors": 0, "not_reached": 0}, "complete": True, "errors": [],
         "settings": {"model": "mini", "layers": []}, "versions": {},
     }  # fmt: skip
     assert page(report).marked == ["a", "red", "ring", "a"] * 2
@@ -137,7 +135,7 @@ def test_a_budget_too_small_for_the_maps_is_found_before_scoring(cli, good_image
     done = cli(*command, "--heatmaps", 1)
     assert done.exit_code == 2
     assert f"Error: --heatmaps: memory_budget: {budget:,} bytes cannot hold" in done.stderr
-    assert "matching" not in done.stderr
+    assert "images" not in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
     assert cli(*command).exit_code == 0
 
@@ -148,7 +146,7 @@ def test_words_without_places_are_found_before_scoring(cli, good_images, tmp_pat
     done = cli(*command, "--heatmaps", 1)
     assert done.exit_code == 2
     assert "Error: --heatmaps: tokenizer: " in done.stderr
-    assert "matching" not in done.stderr
+    assert "images" not in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
     assert cli(*command).exit_code == 0
 
@@ -159,7 +157,10 @@ def test_a_later_run_takes_the_place_of_all_that_an_earlier_one_left(cli, good_i
     out, command = tmp_path / "out", ["match", "--caption", "a ring", "--caption", "a cross", *COMMON, "--out", "out"]
 
     def found():
-        return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+        """The results, but for the job's own files."""
+        given = [out / name for name in ("report.html", "results.json", "scores.parquet")]
+        there = [path for path in [*given, *out.glob("heatmaps/*")] if path.exists()]
+        return {str(path.relative_to(out)): path.read_bytes() for path in there}
 
     assert cli(*command, one, other, "--heatmaps", 2).exit_code == 0
     (out / "heatmaps/notes.txt").write_text("not ours")
@@ -168,17 +169,22 @@ def test_a_later_run_takes_the_place_of_all_that_an_earlier_one_left(cli, good_i
 
     # A run that fails in its middle, when it has made other maps, leaves the whole set.
     with monkeypatch.context() as patch:
-        score_iter = dsd.Matcher.score_iter
+        heatmaps, calls = dsd.Matcher.heatmaps, []
 
-        def fails(self, images, captions):
-            yield next(score_iter(self, images, captions))
-            raise MemoryError
+        def fails(self, image, captions):
+            calls.append(image)
+            if len(calls) == 2:
+                raise MemoryError
+            return heatmaps(self, image, captions)
 
-        patch.setattr(dsd.Matcher, "score_iter", fails)
+        patch.setattr(dsd.Matcher, "heatmaps", fails)
         done = cli(*command, other, one, "--heatmaps", 1)
     assert done.exit_code == 2
     assert found() == first
 
+    # What a kill inside the writing leaves is removed.
+    (out / ".heatmaps.0123abcd.tmp").mkdir()
+    (out / ".results.json.0123abcd.tmp").touch()
     assert cli(*command, other, "--heatmaps", 1).exit_code == 0
     second = found()
     assert sorted(second) == [
@@ -187,24 +193,22 @@ def test_a_later_run_takes_the_place_of_all_that_an_earlier_one_left(cli, good_i
     ]  # fmt: skip
     assert second["report.html"] != first["report.html"]
     assert second["heatmaps/00000-1.png"] != first["heatmaps/00000-1.png"]
+    assert not list(out.glob(".*.tmp"))
 
     assert cli(*command, other).exit_code == 0
     assert sorted(found()) == ["heatmaps/notes.txt", "results.json", "scores.parquet"]
     (out / "heatmaps/notes.txt").unlink()
     assert cli(*command, other).exit_code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["results.json", "scores.parquet"]
+    assert sorted(found()) == ["results.json", "scores.parquet"]
+    assert not (out / "heatmaps").exists()
 
 
 def test_heat_maps_do_not_count_as_scoring(cli, good_images, tmp_path, monkeypatch):
-    def score_iter(self, images, captions):
-        for index in range(len(images)):
-            yield index, torch.zeros(len(captions))
-
     def slow(self, image, captions):
         time.sleep(0.3)
         return [[] for _ in captions]
 
-    monkeypatch.setattr(dsd.Matcher, "score_iter", score_iter)
+    monkeypatch.setattr(dsd.Matcher, "_scores", zeros)
     monkeypatch.setattr(dsd.Matcher, "heatmaps", slow)
     command = ["match", *good_images[:3], "--caption", "a ring", *COMMON, "--out", "out"]
     done = cli(*command, "--heatmaps", 1)
@@ -222,14 +226,14 @@ def test_heat_maps_do_not_count_as_scoring(cli, good_images, tmp_path, monkeypat
 def test_a_file_that_has_gone_since_it_was_scored(cli, good_images, tmp_path, monkeypatch):
     picture = tmp_path / "picture.png"
     picture.write_bytes(good_images[0].read_bytes())
-    score_iter = dsd.Matcher.score_iter
+    scores = dsd.Matcher._scores
 
-    def then_remove(self, images, captions):
-        for found in score_iter(self, images, captions):
+    def then_remove(self, images, texts, together):
+        for found in scores(self, images, texts, together=together):
             picture.unlink()
             yield found
 
-    monkeypatch.setattr(dsd.Matcher, "score_iter", then_remove)
+    monkeypatch.setattr(dsd.Matcher, "_scores", then_remove)
     done = cli("match", picture, "--caption", "a red ring", *COMMON, "--out", "out", "--heatmaps", 1)
     assert done.exit_code == 0, done.stderr
     assert "heatmap" not in results(tmp_path / "out")["images"][0]["ranked"][0]
@@ -250,16 +254,47 @@ def test_a_name_that_is_taken_is_one_sentence(cli, good_images, tmp_path, name):
 
 
 def test_an_interrupted_run_says_so_on_its_page(cli, good_images, monkeypatch):
-    import signal
+    scores = dsd.Matcher._scores
 
-    score_iter = dsd.Matcher.score_iter
-
-    def interrupted(self, images, captions):
-        yield next(score_iter(self, images, captions))
+    def interrupted(self, images, texts, together):
+        yield next(scores(self, images, texts, together=together))
         signal.raise_signal(signal.SIGINT)
         yield 1, torch.zeros(1)
 
-    monkeypatch.setattr(dsd.Matcher, "score_iter", interrupted)
-    done = cli("match", *[good_images[0]] * 3, "--caption", "a ring", *COMMON, "--out", "out", "--report")
+    monkeypatch.setattr(dsd.Matcher, "_scores", interrupted)
+    done = cli("match", *good_images[:3], "--caption", "a ring", *COMMON, "--out", "out", "--report")
     assert done.exit_code == 130
     assert "Interrupted: 2 images not reached." in Path("out/report.html").read_text(encoding="utf-8")
+
+
+def test_interruptions_after_scoring_lose_no_scores(cli, good_images, tmp_path, monkeypatch):
+    def interrupted(self, image, captions):
+        signal.raise_signal(signal.SIGINT)
+        return [[] for _ in captions]
+
+    monkeypatch.setattr(dsd.Matcher, "_scores", zeros)
+    command = ["match", *good_images[:3], "--caption", "a ring", *COMMON, "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(dsd.Matcher, "heatmaps", interrupted)
+        done = cli(*command, "--heatmaps", 1)
+    assert done.exit_code == 130
+    assert "3 images: 3 scored, 0 errors. " in done.stdout
+    assert "not all heat maps in " in done.stdout
+    content = results(tmp_path / "out")
+    assert (content["complete"], content["counts"]["scored"]) == (False, 3)
+    assert ["heatmap" in entry["ranked"][0] for entry in content["images"]] == [True, False, False]
+    assert "Interrupted: heat maps are missing." in Path("out/report.html").read_text(encoding="utf-8")
+    assert cli(*command).exit_code == 0
+
+    # While the files are looked at again, of which none is to be scored.
+    digest = items.file_digest
+
+    def again(path):
+        signal.raise_signal(signal.SIGINT)
+        return digest(path)
+
+    before = (tmp_path / "out/results.json").read_bytes()
+    monkeypatch.setattr(items, "file_digest", again)
+    done = cli(*command)
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert (tmp_path / "out/results.json").read_bytes() == before

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import dsd_fast as dsd
-from dsd_fast.engine.items import COLUMNS
-from dsd_fast.features.export import _images_at_once, _rows_of_a_shard, extract_to
+from dsd_fast.engine.items import COLUMNS, images_of_a_shard
+from dsd_fast.features.export import _rows_of_a_shard, extract_to
 from dsd_fast.features.export_layouts import aggregated
 from dsd_fast.jobs import Counts, JobError, ManifestError, file_digest, read_index, read_tensors, row_id
 
@@ -302,7 +302,7 @@ def test_shards_begin_where_batches_begin(model):
     most = extractor.images_at_once()
     assert most > 2
     for rows in (1, 2, most - 1, most, most + 1, most + 2, 2 * most, 3 * most - 1):
-        together = _images_at_once(extractor, extractor.technique, rows)
+        together = images_of_a_shard(rows, most, extractor.size)
         assert together == max(count for count in range(1, most + 1) if rows % count == 0)
 
 

@@ -135,6 +135,9 @@ def test_a_module_gets_normalised_pixels_of_its_size():
     assert [each.accepted for each in guide(images, rows_of("ababab"))] == [
         int(each.argmax()) == number % 2 for number, each in enumerate(want)
     ]
+    assert json.dumps(guide.settings()) == json.dumps(
+        AcceptClassifier(network, ["a", "b"], mean=np.array(mean), std=tuple(std)).settings()
+    )
     # Pictures of another size are brought to the module's.
     large = np.repeat(np.repeat(images, 2, 1), 2, 2)
     sized = AcceptClassifier(network, ["a", "b"], size=(8, 8), mean=mean, std=std)

@@ -26,7 +26,7 @@ def features(request: FeaturesRequest) -> None:
     chosen = request.features
     if chosen.prompt and chosen.prompts is not None:
         raise CommandError("give either --prompt TEXT or --prompts FILE")
-    request.workers.check()
+    request.workers.check(request.source.device)
     settings = chosen.settings(request.memory)
     from dsd_fast.cli.features.run import run
 

@@ -42,7 +42,6 @@ def run(request: FeaturesRequest, settings: Mapping[str, Any]) -> dict[str, Any]
         ValueError: settings that do not fit the model.
     """
     files, prompts = _inputs(request)
-    _check(request, settings)
     make = partial(Features, request, settings)
     if request.workers.engine is None:
         make = partial(Features, request, settings, files, prompts)
@@ -70,6 +69,7 @@ class Features:
         if files is None:
             files, prompts = _inputs(request)
         self.request, self.files, self.prompts = request, files, prompts
+        _check(request, settings)
         model = request.source.load()
         technique = Technique(controls=request.controls.load(model, request.source), **asdict(request.latents))
         extractor = FeatureExtractor(model, **settings, technique=technique)

@@ -66,6 +66,10 @@ class Generation:
 
     def __init__(self, request: GenerateRequest, config: GenerateConfig) -> None:
         self.request = request
+        # Of the machine that computes, which with Ray is another one.
+        request.source.check()
+        request.memory.check(request.source.device)
+        request.controls.check()
         model = request.source.load()
         self.sampler = Sampler(model, config, controls=request.controls.load(model, request.source))
         if request.memory.runtime is not None:
@@ -158,10 +162,7 @@ def _check(request: GenerateRequest) -> None:
     if chosen.condition and len(chosen.condition) != nets:
         raise CommandError(f"--condition: got {len(chosen.condition)} for {nets} --control, expected one each")
     request.acceptance.check()
-    request.workers.check()
-    request.source.check()
-    request.memory.check(request.source.device)
-    request.controls.check()
+    request.workers.check(request.source.device)
     check_layout(files.layout)
     check_format(files.format, files.quality)
     check_folder(request.out)

@@ -1,4 +1,4 @@
-"""Captions from a file, and the check that the model can read them."""
+"""Captions from options or a file, and the check that the model can read them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsd_fast.cli.match.options import MatchRequest
+from dsd_fast.cli.terminal import CommandError
+from dsd_fast.jobs import storable
+
 if TYPE_CHECKING:
     from dsd_fast.models import Model
+
+
+def captions_of(request: MatchRequest) -> list[str]:
+    """Gives the captions that the options stand for.
+
+    Raises:
+        CommandError: not one of the two options, or text that is not UTF-8.
+        ValueError: see :func:`read_captions`.
+    """
+    file, texts = request.captions, request.caption or []
+    if (file is None) == (not texts):
+        raise CommandError("give either --captions FILE or --caption TEXT, one or more times")
+    if file is not None:
+        return read_captions(file)
+    for number, text in enumerate(texts, start=1):
+        # Bytes that are no UTF-8 arrive as lone surrogates.
+        if storable(text) != text:
+            raise CommandError(f"--caption number {number} ({text!r}) is not UTF-8 text")
+    return texts
 
 
 def read_captions(file: Path) -> list[str]:

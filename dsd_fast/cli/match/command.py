@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dsd_fast.cli.groups import command
-from dsd_fast.cli.match.captions import read_captions
+from dsd_fast.cli.match.captions import captions_of
 from dsd_fast.cli.match.options import MatchRequest
 from dsd_fast.cli.terminal import CommandError, counted, end, printable, show_errors, show_line
-from dsd_fast.jobs import storable
 
 
 @command
@@ -29,30 +28,18 @@ def match(request: MatchRequest) -> None:
     Exit code: 0 when every image was scored, 1 when some were not, 2 when nothing could be done, 130 after Ctrl-C,
     which keeps what has been scored.
     """
-    request.workers.check()
-    captions = _captions(request)
+    request.workers.check(request.source.device)
+    captions = captions_of(request)
     if request.heatmaps > request.top_k:
         raise CommandError(f"--heatmaps: got {request.heatmaps}, expected at most --top-k, {request.top_k}")
-    config = request.score.config(request.memory)
+    # Text that is no value of its option is refused before torch is loaded for more.
+    request.score.config(request.memory)
     from dsd_fast.cli.match.run import run
 
-    numbers = run(request, captions, config)
+    numbers = run(request, captions)
     results = numbers["results"]
     _show(numbers, results, len(captions), request)
     end(results["complete"], results["counts"]["errors"])
-
-
-def _captions(request: MatchRequest) -> list[str]:
-    file, texts = request.captions, request.caption or []
-    if (file is None) == (not texts):
-        raise CommandError("give either --captions FILE or --caption TEXT, one or more times")
-    if file is not None:
-        return read_captions(file)
-    for number, text in enumerate(texts, start=1):
-        # Bytes that are no UTF-8 arrive as lone surrogates.
-        if storable(text) != text:
-            raise CommandError(f"--caption number {number} ({text!r}) is not UTF-8 text")
-    return texts
 
 
 def _show(numbers: dict[str, Any], results: dict[str, Any], captions: int, request: MatchRequest) -> None:
@@ -60,9 +47,10 @@ def _show(numbers: dict[str, Any], results: dict[str, Any], captions: int, reque
     console, counts = Console(), results["counts"]
     if "shown" in results:
         _show_images(console, results, captions)
-    line = f"{counted(counts['images'], 'image')}: {counts['scored']:,} scored, {counted(counts['errors'], 'error')}"
-    if numbers["done"]:
-        line += f", {numbers['done']:,} of them before"
+    line = f"{counted(counts['images'], 'image')}: {counts['scored']:,} scored, "
+    if before := numbers["done"] - numbers["done_errors"]:
+        line += f"{before:,} of them before, "
+    line += counted(counts["errors"], "error")
     if numbers["duplicates"]:
         line += f", {counted(numbers['duplicates'], 'duplicate')}"
     if counts["not_reached"]:
@@ -71,7 +59,7 @@ def _show(numbers: dict[str, Any], results: dict[str, Any], captions: int, reque
     pairs, seconds = numbers["ok"] * captions, numbers["seconds"]
     line += f". {counted(pairs, 'pair')} in {seconds:.1f} s ({pairs / max(seconds, 1e-9):.1f} pairs/s)"
     if request.heatmaps and "shown" in results:
-        line += f", heat maps in {results['heatmap_seconds']:.1f} s"
+        line += f", {'' if results['complete'] else 'not all '}heat maps in {results['heatmap_seconds']:.1f} s"
     show_line(console, f"{line}. Results: {request.out}")
 
 

@@ -10,22 +10,22 @@ from typing import Any
 from dsd_fast.cli import cluster
 from dsd_fast.cli.files import writing
 from dsd_fast.cli.images import ImageFiles
-from dsd_fast.cli.match.captions import check_lengths
+from dsd_fast.cli.match.captions import captions_of, check_lengths
 from dsd_fast.cli.match.options import MatchRequest
 from dsd_fast.cli.match.results import check_names, write_results
 from dsd_fast.cli.terminal import CommandError, Interrupt
 from dsd_fast.engine.items import Items, prompt_check
-from dsd_fast.matching import MatchConfig, Matcher
+from dsd_fast.matching import Matcher
 from dsd_fast.matching.export import score_to
 
 
-def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> dict[str, Any]:
+def run(request: MatchRequest, captions: Sequence[str]) -> dict[str, Any]:
     """Scores every image with every caption; Ctrl-C ends it early, with what has been scored.
 
     The model is loaded once the folder is known to be writable.
 
     Returns:
-        The counts of the run, see :class:`dsd_fast.jobs.Counts`, its "seconds", and as "results" what
+        The counts of the run, see :class:`dsd_fast.jobs.Counts`, the "seconds" that scoring took, and as "results" what
         :func:`write_results` returns.
 
     Raises:
@@ -36,14 +36,11 @@ def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> 
     """
     out = request.out
     files = ImageFiles(request.images, without=out)
-    request.source.check()
-    request.memory.check(request.source.device)
-    with writing(out):
-        check_names(out)
-    make = partial(Matching, request, captions, config)
+    # What travels is small.
+    make = partial(Matching, request)
     with Interrupt() as interrupt:
         if request.workers.engine is None:
-            make = partial(Matching, request, captions, config, files, interrupt)
+            make = partial(Matching, request, captions, files, interrupt)
         numbers = cluster.run(request.workers, make, out, total=len(files), unit="images", finish=Matching.results)
     if numbers is None or "results" not in numbers:
         raise KeyboardInterrupt
@@ -54,27 +51,31 @@ class Matching:
     """The work of the command, with all that it needs loaded.
 
     Args:
-        files: those of the request; found where not given.
+        captions, files: those of the request; found where not given.
         interrupt: that ends the scoring early.
     """
 
     def __init__(
         self,
         request: MatchRequest,
-        captions: Sequence[str],
-        config: MatchConfig,
+        captions: Sequence[str] | None = None,
         files: ImageFiles | None = None,
         interrupt: Interrupt | None = None,
     ) -> None:
-        self.request, self.captions, self.interrupt = request, captions, interrupt
-        self.files = ImageFiles(request.images, without=request.out) if files is None else files
+        self.request, self.interrupt = request, interrupt
+        self.captions = captions or captions_of(request)
+        self.files = files or ImageFiles(request.images, without=request.out)
+        request.source.check()
+        request.memory.check(request.source.device)
+        with writing(request.out):
+            check_names(request.out)
         model = request.source.load()
-        check_lengths(model, captions)
-        self.matcher = request.memory.compiled(Matcher(model, config))
+        check_lengths(model, self.captions)
+        self.matcher = request.memory.compiled(Matcher(model, request.score.config(request.memory)))
         if request.heatmaps:
             try:
                 # What refuses them is found here rather than after hours of scoring.
-                self.matcher.check_heatmaps(captions)
+                self.matcher.check_heatmaps(self.captions)
             except ValueError as error:
                 raise CommandError(f"--heatmaps: {error}") from error
         self._ids: list[bytes] = []
@@ -96,7 +97,7 @@ class Matching:
             seen=self._seen,
             until=iter if self.interrupt is None else self.interrupt.until,
         )
-        return asdict(exported.counts)
+        return {**asdict(exported.counts), "compute": exported.compute_seconds}
 
     def results(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the results of all workers, see :func:`write_results`; none where Ctrl-C came before a new row."""
@@ -108,10 +109,12 @@ class Matching:
             config = self.matcher.config
             for item in Items(self.files, "", config.seed, self.files.names, prompt_check(self.matcher.model)):
                 self._seen(item.id)
+        # Of one process without what comes before and after; of many these overlap.
+        seconds = numbers["compute" if self.request.workers.engine is None else "seconds"]
         written = write_results(
-            self.request, self.captions, self.matcher, self.files, self._ids, numbers["seconds"], self.interrupt
+            self.request, self.captions, self.matcher, self.files, self._ids, seconds, self.interrupt
         )
-        return {"results": written}
+        return {"results": written, "seconds": seconds}
 
     def _seen(self, row: str) -> None:
         self._ids.append(bytes.fromhex(row))
