@@ -19,6 +19,7 @@ from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
 from dsd_fast.models.private import uncompiled
 from dsd_fast.models.prompts import PromptStates, encode_prompts
+from dsd_fast.models.tokens import TokenSource, with_tokens
 from dsd_fast.models.tuners import standing
 
 
@@ -259,6 +260,25 @@ class Model:
         """This model with another UNet of the same configuration; all other parts are shared."""
         other = copy.copy(self)
         other.unet = uncompiled(unet)
+        return other
+
+    @ordinary()
+    def with_tokens(self, source: TokenSource) -> "Model":
+        """This model with learned tokens of textual inversion, in tokenizers and text encoders of its own.
+
+        Their other weights, and all other parts, are shared. A token of v vectors counts as v tokens of a prompt.
+
+        Args:
+            source: a .safetensors file, a folder of them, or several of these; of diffusers (one tensor (E,) or (v, E)
+                under the token's name) or of A1111 ("emb_params", the file's name being the token; SDXL's "clip_l" and
+                "clip_g"). Or the vectors themselves: token → (E,) or (v, E), or {"clip_l": …, "clip_g": …}.
+
+        Raises:
+            ModelError: no such file, a pickle, vectors that do not fit, a name that the tokenizers know already or
+                that could be mixed up with another.
+        """
+        other = copy.copy(self)
+        other.tokenizers, other.text_encoders = with_tokens(self.tokenizers, self.text_encoders, source)
         return other
 
     def with_scheduler(self, scheduler: Any) -> "Model":

@@ -197,6 +197,26 @@ def _nearest(x: Tensor, size: Size) -> Tensor:
     return wide.reshape(rows, *size, channels).permute(0, 3, 1, 2)
 
 
+def entering_step(entered: Step) -> Step:
+    """Puts a kept activation, one row per requested row, where ``entered`` would have left its own."""
+
+    def run(state: State, want: Want) -> Taken:
+        assert state.kept is not None
+        state.live, state.expanded = {"x": state.kept}, True
+        return NOTHING
+
+    return Step(
+        "kept",
+        entered.level,
+        run,
+        flops=lambda s, t: 0,
+        elements=lambda s, t: 0,
+        shape=entered.shape,
+        region="kept",
+        bare=True,
+    )
+
+
 def mid_residual_step(level: int) -> Step:
     """Adds a ControlNet's middle residual; nothing without one."""
 

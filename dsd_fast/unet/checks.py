@@ -13,6 +13,7 @@ from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.network import Network
+from dsd_fast.unet.step import Size
 from dsd_fast.unet.text import TextKV
 
 Index = Sequence[int] | Tensor
@@ -118,7 +119,7 @@ def text(cut: Cut, value: TextKV | None) -> None:
     """Refuse texts that the cut cannot read, or that were encoded under other adapters than those active now."""
     if value is None:
         if cut.reads_text:
-            raise ValueError(f"text: needed by step {cut.steps[cut.boundary].name!r}")
+            raise ValueError(f"text: needed by step {next(step.name for step in cut.steps if step.reads_text)!r}")
         return
     missing = [name for name in cut.key_layers if name not in value.k]
     missing += [name for name in cut.value_layers if name not in value.v]
@@ -153,6 +154,19 @@ def residuals(network: Network, value: Residuals, rows: int, height: int, width:
         if residual.shape != shape:
             which = "the middle one" if number == len(down) else f"down residual {number}"
             raise ValueError(f"residuals: {which} is {tuple(residual.shape)}, expected {shape}, one per requested row")
+
+
+def kept(cut: Cut, value: Tensor | None, rows: int, sizes: Sequence[Size], device: torch.device | None) -> None:
+    """Refuse a kept activation that is not one for each row (on ``device``, or anywhere), or enters nowhere."""
+    if cut.entry is None or cut.entry.shape is None:
+        if value is not None:
+            raise ValueError("kept: given, expected None: this plan enters the network at its start; see enter of plan")
+        return
+    wanted = (rows, *cut.entry.shape(sizes[cut.entry.level], 0))
+    if value is None or value.shape != wanted:
+        got = None if value is None else tuple(value.shape)
+        raise ValueError(f"kept: got {got}, expected {wanted}: {cut.enter!r} of each requested row")
+    _type(cut.network, "kept", value, value.device if device is None else device)
 
 
 def positions(name: str, value: Tensor | Sequence[int] | None, rows: int, limit: int, device: torch.device) -> Tensor:

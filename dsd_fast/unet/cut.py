@@ -40,9 +40,11 @@ class Cut:
     Attributes:
         network: what is cut.
         features, scores, maps, noise_pred, pool: what was asked for.
+        enter: the id whose kept activation it enters the network with, or None.
+        entry: the step that does so, or None.
         steps: the steps that run, in order.
         wants: what is taken from each of them.
-        boundary: how many of the steps do not depend on the text and run once per noised latent.
+        boundary: how many of the steps depend neither on the text nor on what is kept, and run once per noised latent.
         kept_skips: numbers of the skip connections that a step uses; no other is kept.
         maps_text: whether maps of a cross-attention are asked for.
         reads_time: whether a step reads the time embedding.
@@ -56,6 +58,8 @@ class Cut:
     maps: tuple[str, ...] = ()
     noise_pred: bool = False
     pool: str | float = "mean"
+    enter: str | None = None
+    entry: Step | None = field(init=False)
     steps: tuple[Step, ...] = field(init=False)
     wants: tuple[Want, ...] = field(init=False)
     boundary: int = field(init=False)
@@ -67,7 +71,10 @@ class Cut:
     regions: tuple[Region, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        every = self.network.steps
+        every, entry = self.network.steps, None
+        if self.enter is not None:
+            head, entry, rest = self.network.entered(self.enter)
+            every = (*head, entry, *rest)
         shown = {*self.features, *([self.network.output_id] if self.noise_pred else [])}
         tapped = {*shown, *self.scores, *self.maps}
         end = max(i for i, step in enumerate(every) if step.name in tapped)
@@ -88,9 +95,10 @@ class Cut:
         cross = tuple(step.name for step in steps if step.score)
         # Past the guard of a frozen dataclass, which these attributes have from here on.
         vars(self).update(
+            entry=entry,
             steps=steps,
             wants=wants,
-            boundary=next((i for i, step in enumerate(steps) if step.reads_text), len(steps)),
+            boundary=next((i for i, step in enumerate(steps) if step.reads_text or step is entry), len(steps)),
             kept_skips=frozenset(range(pushes - pops, pushes)),
             maps_text=any(name in self.maps for name in cross),
             reads_time=any(name in ran for name, _ in self.network.time_blocks),
@@ -102,7 +110,7 @@ class Cut:
     @property
     def reads_text(self) -> bool:
         """Whether a step reads the text."""
-        return self.boundary < len(self.steps)
+        return any(step.reads_text for step in self.steps)
 
     @property
     def compiled(self) -> bool:

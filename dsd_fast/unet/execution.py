@@ -136,6 +136,7 @@ def start(cut: Cut, request: Request, embedding: Tensor | None, layers: Layers) 
         layers=layers,
         activated=activated,
         residuals=request.residuals,
+        kept=request.kept,
         embedding_expanded=request.time_ids is not None,
         live={"x": request.latents},
     )

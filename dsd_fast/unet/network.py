@@ -31,6 +31,9 @@ class Network:
         output_id: the step whose value is the model's output.
         layer_ids: the ids of the reference's grammar that can be tapped as features, in execution order.
         score_ids: one per cross-attention, that id without a suffix: ``up-level1-repeat1-vit-block0-cross``.
+        entries: the ids that a plan can enter the network with a kept activation of (Ma et al. 2023, "DeepCache",
+            arXiv 2312.00858), the last one first: after ``entries[b]`` b + 1 skip connections are used, so that b is
+            DeepCache's branch.
         map_ids: the same and one per self-attention, ``…-self``, whose attention maps can be asked for.
         time_blocks: the residual blocks, each with the name of the step that reads the time embedding for it.
         latent_channels: C of the latents that it is given.
@@ -71,6 +74,7 @@ class Network:
         self.layer_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.shape is not None)
         self.score_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score)
         self.map_ids: tuple[str, ...] = tuple(step.name for step in self.steps if step.score or step.self_maps)
+        self.entries: tuple[str, ...] = tuple(_entries(self.steps))
         self.inductor = Inductor()
         self.weights = Weights(unet)
 
@@ -108,6 +112,13 @@ class Network:
         """Where the network is."""
         weight: Tensor = self.module.conv_in.weight
         return weight.device
+
+    def entered(self, entry: str) -> tuple[tuple[Step, ...], Step, tuple[Step, ...]]:
+        """Give the steps that push what the steps after an entry pop, the step that enters, and the steps after it."""
+        place = next(i for i, step in enumerate(self.steps) if step.name == entry)
+        pushing = [i for i, step in enumerate(self.steps) if step.pushes]
+        deepest = pushing[self.entries.index(entry)]
+        return self.steps[: deepest + 1], blocks.entering_step(self.steps[place]), self.steps[place + 1 :]
 
     def sizes(self, height: int, width: int) -> list[Size]:
         """Give the image size at each level, from the latents' size."""
@@ -214,3 +225,18 @@ class Network:
         for index, block in enumerate(vit.transformer_blocks):
             self._cross[f"{prefix}-block{index}-cross"] = block.attn2
         yield from transformer_steps(vit, prefix, level, push=push)
+
+
+def _entries(steps: tuple[Step, ...]) -> Iterator[str]:
+    """The ids of the values that steps which pop a skip connection are given, the last one first.
+
+    A popping step begins a residual block: beside skip connections that value is all that the rest reads. It counts
+    where it lies behind all steps that push what the rest pops, so that something is left out.
+    """
+    pushing = [i for i, step in enumerate(steps) if step.pushes]
+    popping = [i for i, step in enumerate(steps) if step.pops]
+    for deepest, place in zip(pushing, reversed(popping), strict=True):
+        # What no id names between the two, a ControlNet's addition, is done after entering.
+        before = max(i for i in range(place) if steps[i].shape is not None)
+        if deepest < before:
+            yield steps[before].name

@@ -42,16 +42,17 @@ class Plan(Cut):
         maps: tuple[str, ...],
         noise_pred: bool,
         pool: str | float,
+        enter: str | None,
         adapter: str | Sequence[str] | None,
     ) -> None:
-        super().__init__(network, features, scores, maps, noise_pred, pool)
+        super().__init__(network, features, scores, maps, noise_pred, pool, enter)
         self._adapter = AdapterScope(network.module, adapter)
         self.runtime: str | None = None
         self._runtime: Runtime | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as the same plan, compiled for the same runtime, of a copy of the program."""
-        cut = (self.features, self.scores, self.maps, self.noise_pred, self.pool)
+        cut = (self.features, self.scores, self.maps, self.noise_pred, self.pool, self.enter)
         return _planned, (self.network, cut, self._adapter, self.runtime)
 
     @property
@@ -134,6 +135,7 @@ class Plan(Cut):
         timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
+        kept: Tensor | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
         out: Output | None = None,
         checkpoint: bool = False,
@@ -151,6 +153,8 @@ class Plan(Cut):
                 network that reads them (LCM); None leaves them out, as diffusers does.
             time_ids: (P, 6) or (6,) original size, crop and target size in pixels (SDXL).
             residuals: a ControlNet's (down, mid) residuals, one row per requested row.
+            kept: (B, C, h, w), for a plan that enters the network after its start: what :attr:`Output.features` of
+                ``enter`` were, of an earlier run of the same latents, texts and rows.
             map_tokens: (n,) or (B, n) token positions for ``maps``.
             out: an :class:`Output` to fill and return.
             checkpoint: where gradients are wanted, drop the activations of each region (a residual block, a transformer
@@ -170,7 +174,7 @@ class Plan(Cut):
             checkpoint = checkpoint or (torch.is_grad_enabled() and self.network.checkpointing)
         with self._adapter.active():
             rows = (latent_index, text_index, timestep_cond, time_ids, residuals, map_tokens)
-            return self._answer(Request(self, latents, timesteps, text, *rows, checkpoint=checkpoint), out)
+            return self._answer(Request(self, latents, timesteps, text, *rows, kept=kept, checkpoint=checkpoint), out)
 
     @overload
     def stream(
@@ -184,6 +188,7 @@ class Plan(Cut):
         timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
+        kept: Tensor | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
         out: None = None,
         memory_budget: int | None = None,
@@ -201,6 +206,7 @@ class Plan(Cut):
         timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
+        kept: Tensor | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
         out: Output,
         memory_budget: int | None = None,
@@ -217,15 +223,16 @@ class Plan(Cut):
         timestep_cond: Tensor | None = None,
         time_ids: Tensor | None = None,
         residuals: Residuals | None = None,
+        kept: Tensor | None = None,
         map_tokens: Tensor | Sequence[int] | None = None,
         out: Output | None = None,
         memory_budget: int | None = None,
     ) -> Output | Iterator[tuple[Tensor, Output]]:
         """:meth:`run` for any number of rows, split by a memory budget; no gradients.
 
-        Rows of one latent are kept together, so that what does not depend on the text is computed once. Latents and
-        residuals may lie in host memory; each micro-batch moves its own to the network's device. When the device runs
-        out of memory the micro-batch is halved, once, with a warning.
+        Rows of one latent are kept together, so that what does not depend on the text is computed once. Latents,
+        residuals and what is kept may lie in host memory; each micro-batch moves its own to the network's device. When
+        the device runs out of memory the micro-batch is halved, once, with a warning.
 
         Args:
             memory_budget: bytes for activations and text keys together, and for the copy of the keys that a compiled
@@ -246,7 +253,7 @@ class Plan(Cut):
         # The arguments are checked here, so under the plan's adapters; each micro-batch switches to them itself.
         with self._adapter.active():
             rows = (latent_index, text_index, timestep_cond, time_ids, residuals, map_tokens)
-            request = Request(self, latents, timesteps, text, *rows, device=HOST)
+            request = Request(self, latents, timesteps, text, *rows, kept=kept, device=HOST)
             tokens = request.index.tokens
             size = rows_at_once(
                 self,
@@ -329,7 +336,7 @@ class Plan(Cut):
 
 
 def _planned(network: Network, cut: tuple[Any, ...], adapter: AdapterScope, runtime: str | None) -> Plan:
-    features, scores, maps, noise_pred, pool = cut
-    plan = Plan(network, features, scores, maps, noise_pred, pool, None)
+    features, scores, maps, noise_pred, pool, enter = cut
+    plan = Plan(network, features, scores, maps, noise_pred, pool, enter, None)
     plan._adapter = adapter
     return plan if runtime is None else plan.compile(runtime)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dsd_fast.unet.network import Network
 from dsd_fast.unet.plan import Plan
@@ -29,6 +29,7 @@ class UNetProgram(Network):
         noise_pred: bool = False,
         pool: str | float = "mean",
         adapter: str | Sequence[str] | None = None,
+        enter: str | None = None,
     ) -> Plan:
         """A cut through the program: what to tap, and nothing after the last tap runs.
 
@@ -42,9 +43,14 @@ class UNetProgram(Network):
                 τ·log mean exp(score/τ).
             adapter: names of the adapters active during the plan's calls, PEFT's of any kind; () for none; None leaves
                 the network as it stands at each call. Calls of several threads see nothing of each other's.
+            enter: one of :attr:`entries`. The steps before it run no further than the skip connections that the rest
+                uses, and each run is given the activation of that id in ``kept``: what it was at an earlier timestep
+                differs little (Ma et al. 2023, "DeepCache: Accelerating Diffusion Models for Free"). A ControlNet's
+                residuals are added where they were; None: the whole network up to the last tap.
 
         Raises:
-            ValueError: an unknown id (with the nearest legal ones), nothing asked for, a bad ``pool`` or ``adapter``.
+            ValueError: an unknown id (with the nearest legal ones), nothing asked for, or nothing of what runs after
+                ``enter``; a bad ``pool`` or ``adapter``.
         """
         for name, ids, legal in (
             ("features", features, self.layer_ids),
@@ -56,8 +62,21 @@ class UNetProgram(Network):
             raise ValueError("plan: nothing is asked for; give features, scores, maps or noise_pred=True")
         if pool not in ("mean", "max") and not (isinstance(pool, (int, float)) and pool > 0):
             raise ValueError(f"pool: got {pool!r}, expected 'mean', 'max' or a temperature > 0")
+        if enter is not None:
+            _check_ids("enter", [enter], self.entries)
+            self._check_entry(enter, {"features": features, "scores": scores, "maps": maps}, noise_pred)
         self.check()
-        return Plan(self, tuple(features), tuple(scores), tuple(maps), noise_pred, pool, adapter)
+        return Plan(self, tuple(features), tuple(scores), tuple(maps), noise_pred, pool, enter, adapter)
+
+    def _check_entry(self, enter: str, asked: Mapping[str, Sequence[str]], noise_pred: bool) -> None:
+        head, _, rest = self.entered(enter)
+        before, after = ({step.name for step in steps} for steps in (head, rest))
+        for name, ids in asked.items():
+            for given in ids:
+                if given not in before | after:
+                    raise ValueError(f"{name}: {given!r} is not computed where the network is entered at {enter!r}")
+        if not noise_pred and not any(given in after for ids in asked.values() for given in ids):
+            raise ValueError(f"enter: nothing is asked for that comes after {enter!r}")
 
 
 def _check_ids(name: str, ids: Sequence[str], legal: Sequence[str]) -> None:

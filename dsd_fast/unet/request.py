@@ -32,6 +32,7 @@ class Request:
         timestep_cond: (P, E) guidance embeddings, or None.
         time_ids: (P, 6), or None for a network that does not read image sizes.
         residuals: a ControlNet's, B rows, or None.
+        kept: (B, C, h, w) the activation that the cut enters the network with, channels-last for a run, or None.
         checkpoint: whether gradients are computed with the activations of one region at a time.
         last: whether these are the last rows of a stream.
     """
@@ -49,13 +50,14 @@ class Request:
         residuals: Residuals | None,
         map_tokens: Tensor | Sequence[int] | None,
         *,
+        kept: Tensor | None = None,
         checkpoint: bool = False,
         device: torch.device | None = None,
     ) -> None:
         """Check the arguments; see :meth:`Plan.run` for them.
 
         Args:
-            device: where all but latents and residuals go, which then stay where they are: the host's, to
+            device: where all but latents, residuals and what is kept go, which then stay where they are: the host's, to
                 :meth:`take` rows of it. None: the network's, on which the latents must be.
 
         Raises:
@@ -63,7 +65,7 @@ class Request:
         """
         checks.latents(cut.network, latents, cut.network.device if device is None else latents.device)
         count, (height, width) = len(latents), latents.shape[-2:]
-        self.latents, self.last = latents, False
+        self.latents, self.kept, self.last, stays = latents, kept, False, device is not None
         if device is None:
             device = latents.device
             self.latents = latents.contiguous(memory_format=torch.channels_last)
@@ -81,6 +83,9 @@ class Request:
         self.residuals = residuals
         if residuals is not None:
             checks.residuals(cut.network, residuals, self.rows, height, width)
+        checks.kept(cut, kept, self.rows, self.sizes, None if stays else device)
+        if kept is not None and not stays:
+            self.kept = kept.contiguous(memory_format=torch.channels_last)
         if text is not None and cut.maps_text:
             tokens = checks.positions("map_tokens", map_tokens, self.rows, text.tokens, device)
         self.text = None if text is None else text.narrowed(cut.key_layers, cut.value_layers)
@@ -105,6 +110,8 @@ class Request:
         taken.index = RowIndex(None, None, self.index.tokens)
         taken = taken._map(len(rows), of(used), of(rows))
         taken.latents = taken.latents.contiguous(memory_format=torch.channels_last)
+        if taken.kept is not None:
+            taken.kept = taken.kept.contiguous(memory_format=torch.channels_last)
         taken.index = taken.index._replace(
             latent=upload(local, device), text=None if self.text is None else upload(texts, device)
         )
@@ -142,6 +149,8 @@ class Request:
         if self.residuals is not None:
             down, mid = self.residuals
             changed.residuals = [of_rows(value) for value in down], of_rows(mid)
+        if self.kept is not None:
+            changed.kept = of_rows(self.kept)
         return changed
 
     def embedded(
@@ -182,7 +191,7 @@ class Request:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors save the texts', in a fixed order."""
-        rest = (*self.index, self.timestep_cond, self.time_ids, *self.every_residual)
+        rest = (*self.index, self.timestep_cond, self.time_ids, *self.every_residual, self.kept)
         return (x for x in (self.latents, self.times, *rest) if x is not None)
 
     @property

@@ -44,6 +44,7 @@ class State:
         keep: numbers of the skip connections that the plan will use.
         layers: what steps call for the layers.
         text: the texts as the attention layer of the running step sees them.
+        kept: (B, C, h, w), the activation that a plan enters the network with; None where it enters at its start.
         live: values that later steps read, by name; at first "x", the (P, C, h, w) noised latents.
     """
 
@@ -54,6 +55,7 @@ class State:
     layers: Layers
     text: LayerText | None = None
     residuals: tuple[Sequence[Tensor], Tensor] | None = None
+    kept: Tensor | None = None
     activated: bool = True
     embedding_expanded: bool = False
     expanded: bool = False
