@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dsd_fast.cli.report import lane, paragraph, section, table, visible
 from dsd_fast.jobs import Timeline
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+_NUMBER = re.compile(r"^\d{5,}")
 
 
 def last_timeline(out: Path) -> Timeline:
@@ -44,8 +46,12 @@ def timeline(line: Timeline, hidden: Mapping[str, str], computing: str) -> str:
 
 
 def files_of(out: Path) -> list[tuple[str, int, int]]:
-    """Lists (kind, files, bytes) of what lies in the folder, by the folder at the top and the ending."""
+    """Lists (kind, files, bytes) of what lies in the folder, by the folder at the top and the ending.
+
+    Numbered files are one kind, too, and a file of several names (hard links) takes room once, under the first kind.
+    """
     found: dict[str, list[int]] = {}
+    seen = set()
     for parent, folders, names in os.walk(out):
         folders[:] = [name for name in folders if not name.startswith(".")]
         top = Path(parent).relative_to(out).parts[:1]
@@ -53,10 +59,12 @@ def files_of(out: Path) -> list[tuple[str, int, int]]:
             # The report cannot know its own size, and locks and files half written are no results.
             if name.startswith(".") or (not top and name == "report.html"):
                 continue
-            kind = f"{top[0]}/*{Path(name).suffix}" if top else name
+            kind = f"{top[0]}/*{Path(name).suffix}" if top else _NUMBER.sub("*", name)
+            status = (Path(parent) / name).stat()
             count = found.setdefault(kind, [0, 0])
             count[0] += 1
-            count[1] += (Path(parent) / name).stat().st_size
+            count[1] += 0 if (status.st_dev, status.st_ino) in seen else status.st_size
+            seen.add((status.st_dev, status.st_ino))
     return [(kind, count, size) for kind, (count, size) in sorted(found.items())]
 
 

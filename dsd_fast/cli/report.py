@@ -112,19 +112,22 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], nu
     )
 
 
-def errors(title: str, caption: str, rows: Sequence[Sequence[str]], total: int = 0, where: str = "") -> str:
-    """Makes the section of images that could not be used.
+def errors(
+    title: str, caption: str, rows: Sequence[Sequence[str]], total: int = 0, where: str = "", first: str = "file"
+) -> str:
+    """Makes the section of inputs that could not be used.
 
     Args:
         title, caption: of the section and its table.
-        rows: file, reason and what it means, as plain text; the first are shown.
+        rows: the input, reason and what it means, as plain text; the first are shown.
         total: how many errors there are.
         where: that all of them stand.
+        first: what an input is.
     """
     shown = [[visible(text) for text in row] for row in rows[:_ERRORS]]
     left = total - len(shown)
     more = paragraph(f"{counted(left, 'more error')} in {where}.") if left > 0 else ""
-    return section(title, table(caption, ["file", "reason", "what"], shown), more)
+    return section(title, table(caption, [first, "reason", "what"], shown), more)
 
 
 def share(value: float, interval: tuple[float, float], chance: float) -> str:

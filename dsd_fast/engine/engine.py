@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion import Predict
 from dsd_fast.engine.adapters import Adapters
+from dsd_fast.engine.prediction import KEPT_COPIES, Prediction
 from dsd_fast.engine.texts import Texts, texts_held
-from dsd_fast.kernels.common.host import as_tensor, own_types
+from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals
 from dsd_fast.models.prompts import PromptStates, token_limit
@@ -33,6 +33,8 @@ _ENCODER_TENSORS = 6
 _DECODER_TENSORS = 8
 # Micro-batches computed together: enough that a partly filled last one costs little, few enough that results come soon.
 _MICRO_BATCHES = 4
+# Of the memory budget, activations that are kept from call to call take at most one in so many parts.
+_KEPT_SHARE = 4
 # Requests whose text states are remembered: the techniques of one chunk of images.
 _REMEMBERED = 7
 
@@ -80,6 +82,7 @@ class Engine:
         check_controls(controls, model)
         self.model, self.program, self.adapters, self.controls = model, program, adapters, tuple(controls)
         self.noise_plan = self.plan(noise_pred=True)
+        self._keeping: dict[int, tuple[Plan, Plan]] = {}
 
     def under(self, adapter: str | Sequence[str] | None, controls: Sequence[Control] = ()) -> Engine:
         """View the same engine under other adapters and ControlNets; equal encoders' adapters share text states.
@@ -105,6 +108,7 @@ class Engine:
     def compile(self, runtime: str) -> None:
         """Let :meth:`predict` run compiled from now on, see :meth:`dsd_fast.unet.plan.Plan.compile`."""
         self.noise_plan.compile(runtime)
+        self._keeping.clear()
 
     @property
     def memory(self) -> int:
@@ -119,11 +123,36 @@ class Engine:
         maps: Sequence[str] = (),
         noise_pred: bool = False,
         pool: str | float = "mean",
+        enter: str | None = None,
     ) -> Plan:
         """Cut the network, under the engine's adapters, see :meth:`UNetProgram.plan`."""
         return self.program.plan(
-            features=features, scores=scores, maps=maps, noise_pred=noise_pred, pool=pool, adapter=self.adapters.unet
+            features=features,
+            scores=scores,
+            maps=maps,
+            noise_pred=noise_pred,
+            pool=pool,
+            adapter=self.adapters.unet,
+            enter=enter,
         )
+
+    def keeping_plans(self, branch: int) -> tuple[Plan, Plan]:
+        """Make the two plans of :meth:`predict` with ``cache_branch_id=branch``: the whole network, its shallow steps.
+
+        Raises:
+            ValueError: a branch that the network does not have.
+        """
+        entries = self.program.entries
+        if not 0 <= branch < len(entries):
+            raise ValueError(f"cache_branch_id: got {branch}, expected 0 to {len(entries) - 1} for this network")
+        if branch not in self._keeping:
+            name = entries[branch]
+            plans = self.plan(noise_pred=True, features=[name]), self.plan(noise_pred=True, enter=name)
+            if self.noise_plan.runtime is not None:
+                for plan in plans:
+                    plan.compile(self.noise_plan.runtime)
+            self._keeping[branch] = plans
+        return self._keeping[branch]
 
     def encode_prompts(self, prompts: Sequence[str] | None, clip_skip: int | None = None) -> PromptStates:
         """Encode M prompts, or the absent one for None, under the engine's adapters; no gradients.
@@ -238,10 +267,27 @@ class Engine:
         at_once = rows_at_once(plan, *(size or self.latent_size), tokens, memory_budget=self.memory_budget)
         return max(1, -(-_MICRO_BATCHES * at_once // rows))
 
-    def texts_together(self, plan: Plan, size: tuple[int, int] | None = None) -> int:
-        """Tell how many texts' keys and values are held at once beside a row of (h, w) latents; see Texts.groups."""
+    def rows_kept(self, branch: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Tell how many rows' activations :meth:`predict` may keep, one at least, and the bytes that those then take.
+
+        Args:
+            size: (h, w) of the latents.
+        """
+        row = math.prod(self.keeping_plans(branch)[1].kept_shape(*size)) * self.model.dtype.itemsize
+        rows = max(1, self.memory // (_KEPT_SHARE * KEPT_COPIES * row))
+        return rows, rows * KEPT_COPIES * row
+
+    def texts_together(self, plan: Plan, size: tuple[int, int] | None = None, held: int = 0) -> int:
+        """Tell how many texts' keys and values are held at once beside a row of (h, w) latents; see Texts.groups.
+
+        Args:
+            held: bytes of a given memory budget that are taken already.
+        """
         tokens = token_limit(self.model.tokenizers, self.model.text_encoders)
-        return texts_held(plan, size or self.latent_size, tokens, self.memory_budget)
+        return texts_held(plan, size or self.latent_size, tokens, self._budget(held))
+
+    def _budget(self, held: int) -> int | None:
+        return None if self.memory_budget is None else self.memory_budget - held
 
     def rows(
         self,
@@ -257,6 +303,8 @@ class Engine:
         condition_of: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        kept: Tensor | None = None,
+        held: int = 0,
     ) -> Iterator[tuple[Tensor, Output]]:
         """Send any number of rows through a plan: (rows, output) of micro-batches, as :meth:`Plan.stream` yields them.
 
@@ -273,7 +321,10 @@ class Engine:
             time_ids: (P, 6) on the CPU, SDXL's image sizes; None: those of the latents, see
                 :meth:`dsd_fast.models.Model.time_ids`.
             timestep_cond: (P, E) on the CPU, see :meth:`Plan.run`.
+            kept: (B, C, h, w) that a plan enters the network with, see :meth:`Plan.run`.
+            held: bytes of a given memory budget that are taken already.
         """
+        budget = self._budget(held)
         if time_ids is None:
             time_ids = self.model.time_ids(*(side * self.model.vae_scale_factor for side in latents.shape[-2:]))
         stream = partial(
@@ -282,11 +333,11 @@ class Engine:
             timesteps,
             time_ids=time_ids,
             timestep_cond=timestep_cond,
-            memory_budget=self.memory_budget,
+            memory_budget=budget,
         )
         latent_of = torch.arange(len(latents), device="cpu") if latent_of is None else latent_of
         shown = (latents, timesteps, time_ids, conditions, condition_of)
-        batches = self._rows(plan, stream, shown, texts, text_of, latent_of, tokens)
+        batches = self._rows(plan, stream, shown, texts, text_of, latent_of, tokens, kept, budget)
         while True:
             # Not around the yield: what the caller's own program is under is none of our business.
             with own_types(self.model.device):
@@ -304,6 +355,8 @@ class Engine:
         text_of: Tensor,
         latent_of: Tensor,
         tokens: Tensor | Sequence[int] | None,
+        kept: Tensor | None,
+        budget: int | None,
     ) -> Iterator[tuple[Tensor, Output]]:
         latents, timesteps, time_ids, conditions, condition_of = shown
         size: tuple[int, int] = (latents.shape[-2], latents.shape[-1])
@@ -319,10 +372,11 @@ class Engine:
                 pooled=states.pooled,
                 time_ids=time_ids,
             )
-        for keys, chosen, own in texts.groups(plan, text_of, size, self.memory_budget):
+        for keys, chosen, own in texts.groups(plan, text_of, size, budget):
             at_once, residuals = len(chosen), None
             if conditions:
-                at_once = self._controlled_rows(latents, texts.tokens, 0 if keys is None else plan.text_bytes(keys))
+                beside = 0 if keys is None else plan.text_bytes(keys)
+                at_once = self._controlled_rows(latents, texts.tokens, beside, budget)
             for start in range(0, len(chosen), max(1, at_once)):
                 rows, local = chosen[start : start + at_once], own[start : start + at_once]
                 if conditions:
@@ -336,6 +390,7 @@ class Engine:
                     latent_index=latent_of[rows],
                     text_index=None if keys is None else local,
                     residuals=residuals,
+                    kept=kept if kept is None or len(rows) == len(kept) else kept[upload(rows, kept.device)],
                     map_tokens=None if keys is None else tokens,
                 )
                 for part, out in batches:
@@ -351,7 +406,9 @@ class Engine:
         condition_of: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
-    ) -> Predict:
+        cache_interval: int = 1,
+        cache_branch_id: int = 0,
+    ) -> Prediction:
         """Make what samplers and inversions call for the model's output for P latents at one timestep; no gradients.
 
         Latents of another floating type are taken in the network's. Keys and values are made once for all timesteps
@@ -359,34 +416,26 @@ class Engine:
 
         Args:
             texts, text_of, latent_of, conditions, condition_of, time_ids, timestep_cond: as for :meth:`rows`.
+            cache_interval: run the whole network at every so many calls, and between them the shallow steps alone, on
+                what the last whole run left of the deep ones (Ma et al. 2023, "DeepCache: Accelerating Diffusion Models
+                for Free"); for one walk at a time, of falling timesteps. See :class:`Prediction` for when it runs whole
+                besides.
+            cache_branch_id: of :attr:`UNetProgram.entries`, where the shallow steps enter.
 
         Returns:
             A prediction of B rows, row b with text ``text_of[b]`` of latent ``latent_of[b]``, B = P without it.
+
+        Raises:
+            ValueError: a branch that the network does not have.
         """
 
-        def output(latents: Tensor, t: float) -> Tensor:
-            latents = latents.to(self.model.dtype)
-            result = latents.new_empty(len(text_of), *latents.shape[1:])
-            batches = self.rows(
-                self.noise_plan,
-                latents,
-                as_tensor([t]).repeat(len(latents)),
-                texts,
-                text_of,
-                latent_of=latent_of,
-                conditions=conditions,
-                condition_of=condition_of,
-                time_ids=time_ids,
-                timestep_cond=timestep_cond,
-            )
-            for rows, out in batches:
-                assert out.noise_pred is not None
-                result[upload(rows, result.device)] = out.noise_pred
-            return result
+        send = partial(self.rows, texts=texts, conditions=conditions, time_ids=time_ids, timestep_cond=timestep_cond)
+        rows = (text_of, latent_of, condition_of)
+        if cache_interval == 1:
+            return Prediction(send, *rows, self.noise_plan)
+        return Prediction(send, *rows, *self.keeping_plans(cache_branch_id), cache_interval)
 
-        return output
-
-    def _controlled_rows(self, latents: Tensor, tokens: int, keys: int) -> int:
+    def _controlled_rows(self, latents: Tensor, tokens: int, keys: int, budget: int | None) -> int:
         """Rows whose residuals are made together.
 
         A ControlNet holds what the whole network's first half does, whatever the plan's end, and its residuals before
@@ -396,5 +445,5 @@ class Engine:
         shapes = self.program.residual_shapes(height, width)
         residuals = (3 + min(len(self.controls), 2)) * sum(map(math.prod, shapes)) * latents.itemsize
         return rows_at_once(
-            self.noise_plan, height, width, tokens, keys=keys, residuals=residuals, memory_budget=self.memory_budget
+            self.noise_plan, height, width, tokens, keys=keys, residuals=residuals, memory_budget=budget
         )

@@ -48,7 +48,7 @@ class Texts:
 
     def fits(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
         """Tell whether the keys of all texts are held at once; see :meth:`groups`."""
-        return plan in self._kept or self._at_once(plan, size, memory_budget) >= self._count
+        return self._known(plan) is not None or self._at_once(plan, size, memory_budget) >= self._count
 
     def chosen(self, numbers: Tensor | None = None) -> PromptStates:
         """Give the states of texts by ascending numbers, all of them by default, the unconditional one last."""
@@ -96,11 +96,12 @@ class Texts:
             yield None, every, text_of
             return
         if self.fits(plan, size, memory_budget):
-            if plan not in self._kept:
+            keys = self._known(plan)
+            if keys is None:
                 # What is kept may meet gradients later.
                 with torch.inference_mode(False), torch.no_grad():
-                    self._kept[plan] = self.keys(plan)
-            yield self._kept[plan], every, text_of
+                    keys = self._kept[plan] = self.keys(plan)
+            yield keys, every, text_of
             return
         at_once = self._at_once(plan, size, memory_budget)
         used, place = torch.unique(text_of, return_inverse=True)
@@ -110,12 +111,28 @@ class Texts:
                 keys = self.keys(plan, used[start : start + at_once])
             yield keys, rows, place[rows] - start
 
+    def _known(self, plan: Plan) -> TextKV | None:
+        """Keys and values that were made for a plan, or for another of its network whose layers are also its own."""
+        if plan not in self._kept:
+            for other, keys in tuple(self._kept.items()):
+                if other.program is plan.program and _covers(keys, plan):
+                    self._kept[plan] = keys
+        return self._kept.get(plan)
+
     @property
     def _count(self) -> int:
         return len(self) + int(self.unconditional is not None)
 
     def _at_once(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> int:
         return texts_held(plan, size, self.tokens, memory_budget)
+
+
+def _covers(keys: TextKV, plan: Plan) -> bool:
+    """Whether a plan reads those keys and values as its own: of its layers, under its adapters."""
+    with plan.active():
+        now = plan.signatures()
+    made = keys.signature or {}
+    return set(plan.value_layers) <= keys.v.keys() and all(made.get(name) == state for name, state in now.items())
 
 
 def texts_held(plan: Plan, size: tuple[int, int], tokens: int, memory_budget: int | None) -> int:

@@ -161,7 +161,10 @@ def clip_space(model: Model) -> ClipSpace:
 
 def clip_about(model: Model) -> dict[str, Any]:
     """What of a model's CLIP changes verdicts, as JSON."""
-    return {"weights": weights_hash([model.clip]), "tokenizer": row_id(json.dumps(model.tokenizers[0].get_vocab()))}
+    return {
+        "weights": weights_hash([model.clip]),
+        "tokenizer": row_id(json.dumps(model.tokenizers[0].get_vocab(), sort_keys=True)),
+    }
 
 
 def check_threshold(value: float, low: int) -> float:

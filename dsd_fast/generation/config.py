@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,24 +61,15 @@ class GenerateConfig:
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check_field(field.name, getattr(self, field.name))
-
-
-def check_field(name: str, value: object) -> None:
-    """Refuse a value outside the range of a field of :class:`GenerateConfig`, whatever the model.
-
-    Raises:
-        ValueError: naming the field, what was given and what was expected.
-    """
-    allowed, expected = _FIELDS[name]
-    if not allowed(value):
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
-def is_size(value: object, least: int = 1) -> bool:
-    """Whether a value is two integers of at least ``least``."""
-    return isinstance(value, tuple) and len(value) == 2 and all(map(_integer(least), value))
+        for name, (allowed, expected) in _FIELDS.items():
+            value = getattr(self, name)
+            # Plain Python values, of which JSON is made, and back.
+            value = tuple(value) if isinstance(value, list) else value
+            value = value.item() if isinstance(value, np.generic) else value
+            # Past the guard of a frozen dataclass.
+            object.__setattr__(self, name, value)
+            if not allowed(value):
+                raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _integer(least: int) -> Callable[[object], bool]:
@@ -91,6 +82,10 @@ def _number(low: float, high: float) -> Callable[[object], bool]:
 
 def _or_none(allowed: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda x: x is None or allowed(x)
+
+
+def _is_size(x: object) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and all(map(_integer(1), x))
 
 
 def _is_text(x: object) -> bool:
@@ -120,7 +115,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "guidance_rescale": (_number(0, 1), "a number from 0 to 1"),
     "negative_prompt": (_or_none(_is_text), "a str or None"),
     "strength": (_is_strength, "a number above 0 and at most 1"),
-    "image_size": (_or_none(is_size), "(height, width) in pixels, or None"),
+    "image_size": (_or_none(_is_size), "(height, width) in pixels, or None"),
     "clip_skip": (_or_none(_integer(0)), "an integer of at least 0, or None"),
     "scheduler": (_or_none(_is_scheduler), f"one of {', '.join(SAMPLERS)}, a diffusers scheduler, or None"),
     "eta": (_number(0, 1), "a number from 0 to 1"),

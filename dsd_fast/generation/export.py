@@ -38,6 +38,9 @@ _LOADERS = 2
 
 _NOT_FINITE = "not-finite"
 
+# Of the configuration, in the JSON of an image, where its row does not say it otherwise.
+_SAID = ("steps", "guidance", "negative_prompt", "scheduler")
+
 
 @dataclass(frozen=True)
 class Generated(Exported):
@@ -176,8 +179,8 @@ def generate_to(
         workers=workers,
         retry_errors=retry_errors,
     )
-    said = {name: value for name, value in settings["config"].items() if value is not None}
-    about = {"model": settings["model"], "revision": settings["revision"] or "", **said}
+    about = {"model": settings["model"]}
+    about |= {name: value for name in _SAID if (value := settings["config"][name]) is not None}
     # Outside of the job, whose end waits for what is being encoded.
     with Encoder(format, quality, mark=mark, about=about, timeline=job.timeline) as encoder, job:
         making = _Making(sampler, encoder, accept, max_tries, near, batch)

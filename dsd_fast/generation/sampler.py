@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,17 @@ from dsd_fast.diffusion import (
     scheduler_timesteps,
     within,
 )
-from dsd_fast.diffusion.noise import check_seed
 from dsd_fast.diffusion.schedulers import check_draws
 from dsd_fast.engine import Engine
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
 from dsd_fast.engine.items import prompt_check
-from dsd_fast.generation.config import GenerateConfig, check_field, is_size
+from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.images import load_image, to_tensor
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import Control
 from dsd_fast.models.prompts import check_clip_skip, token_limit
+from dsd_fast.models.tuners import adapter_names
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -79,6 +80,8 @@ class Sampler:
         self._engines: dict[tuple[str, ...] | None, Engine] = {_names(config.adapter): self.engine}
         self._wrong = prompt_check(self.model)
         self._walks: dict[tuple[int, float], int] = {}
+        # Refuses a branch that the network does not have.
+        self.engine.keeping_plans(config.cache_branch_id)
 
     def resolve(self, row: GenerateRow) -> GenerateRow:
         """Fill in what a row leaves to the configuration, and check it; a resolved row stays as it is.
@@ -89,24 +92,20 @@ class Sampler:
             ValueError: a value outside its range or that does not fit the model, by field; strength without an image,
                 SDXL's sizes of another model, another number of conditions than of ControlNets.
         """
-        filled: dict[str, Any] = {name: getattr(row, name) for name in _DEFAULTS}
-        for name, value in filled.items():
-            if value is None:
-                filled[name] = getattr(self.config, name)
-            else:
-                check_field(name, value)
+        own, config = vars(row), vars(self.config)
+        filled = {name: config[name] if own[name] is None else own[name] for name in _DEFAULTS}
         self._check_text("prompt", row.prompt)
         if filled["negative_prompt"] is not None:
             self._check_text("negative_prompt", filled["negative_prompt"])
         check_clip_skip(self.model.text_encoders, filled["clip_skip"])
-        check_seed("seed", row.seed)
-        size = filled["size"] = self._size(row.size or self.engine.size)
+        size = filled["size"] = row.size or self.engine.size
+        if any(side % self.model.vae_scale_factor for side in size):
+            raise ValueError(f"size: got {size}, expected multiples of {self.model.vae_scale_factor} pixels")
         strength = row.strength
         if row.image is None and strength is not None:
             raise ValueError(f"strength: got {strength!r} without an image to start from, expected None")
-        if row.image is not None:
-            strength = self.config.strength if strength is None else strength
-            check_field("strength", strength)
+        if row.image is not None and strength is None:
+            strength = self.config.strength
         filled["strength"] = strength
         self._steps_taken(filled["steps"], strength)
         filled["adapter"] = _names(self.config.adapter if row.adapter is None else row.adapter)
@@ -116,14 +115,10 @@ class Sampler:
                 f"conditions: got {len(row.conditions)} for {len(self.controls)} ControlNets, expected one for each"
             )
         for name in _MICRO_CONDITIONING:
-            value = getattr(row, name)
-            if self.model.family != "sdxl":
-                if value is not None:
-                    raise ValueError(f"{name}: got {value!r} for a model that reads no image sizes, expected None")
-                continue
-            filled[name] = ((0, 0) if name == "crop" else size) if value is None else value
-            if not is_size(filled[name], 0 if name == "crop" else 1):
-                raise ValueError(f"{name}: got {value!r}, expected two integers, in pixels")
+            if self.model.family == "sdxl":
+                filled[name] = own[name] or ((0, 0) if name == "crop" else size)
+            elif own[name] is not None:
+                raise ValueError(f"{name}: got {own[name]!r} for a model that reads no image sizes, expected None")
         return replace(row, **filled)
 
     def group(self, row: GenerateRow) -> Hashable:
@@ -138,7 +133,8 @@ class Sampler:
         size = self.model.latent_size(row.size)
         tokens = token_limit(self.model.tokenizers, self.model.text_encoders)
         together = engine.images_together(engine.noise_plan, 1 + self._is_guided(row), tokens, size)
-        return max(1, min(together, engine.texts_together(engine.noise_plan, size) - 1))
+        texts, kept = self._held(engine, size)
+        return max(1, min(together, texts - 1, kept // (1 + self._is_guided(row))))
 
     @torch.no_grad()
     def latents(self, rows: Sequence[GenerateRow]) -> Tensor:
@@ -162,36 +158,61 @@ class Sampler:
         return self._under(rows[0].adapter).decode_latents(self.latents(rows))
 
     def settings(self) -> dict[str, Any]:
-        """Tell what changes images besides the rows, as JSON: the model, the scheduler, ControlNets, ways to sample.
+        """Tell what changes images besides the rows, as JSON.
+
+        The model's, see :func:`~dsd_fast.engine.fingerprint.model_settings`; "row_adapters", the same of the other
+        adapters that rows may name; "scheduler"; "controls"; and "config", of which :class:`GenerateConfig` is made
+        again but for its memory budget and a scheduler that is no name.
 
         Raises:
             ValueError: a ControlNet's condition that a later run could not tell from another.
         """
-        config = self.config
+        config = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        del config["memory_budget"]
+        if not isinstance(config["scheduler"], str):
+            config["scheduler"] = None
         return {
             **model_settings(self.engine),
+            "row_adapters": {name: self._adapter_settings(name) for name in sorted(self._other_adapters())},
             "scheduler": scheduler_settings(self.model),
-            "eta": config.eta,
-            "noise": config.noise,
-            "guidance_interval": config.guidance_interval and list(config.guidance_interval),
             "controls": [control.settings() for control in self.controls],
+            "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
         }
 
+    def _other_adapters(self) -> set[str]:
+        """Names of the adapters that rows may be under, and the configuration is not."""
+        networks = (self.model.unet, *self.model.text_encoders)
+        return set().union(*map(adapter_names, networks)) - set(_names(self.config.adapter) or ())
+
+    def _adapter_settings(self, name: str) -> list[Any]:
+        told = model_settings(self._under((name,)))
+        return [told["weights"], told["adapters"], told["adapter_strengths"]]
+
     def _parts(self, engine: Engine, rows: Sequence[GenerateRow]) -> Iterator[Sequence[GenerateRow]]:
-        """Rows whose texts' keys are held at once, so that they are made once for all steps."""
-        most = engine.texts_together(engine.noise_plan, self.model.latent_size(rows[0].size))
+        """Rows whose texts' keys, made once for all steps, and whose kept activations are held at once."""
+        most, most_kept = self._held(engine, self.model.latent_size(rows[0].size))
         part: list[GenerateRow] = []
         texts: set[object] = set()
+        kept = 0
         for row in rows:
             own: set[object] = {(row.prompt, row.clip_skip)}
             if self._is_guided(row):
                 own.add((row.negative_prompt, None))
-            if part and len(texts | own) > most:
+            sent = 1 + self._is_guided(row)
+            if part and (len(texts | own) > most or kept + sent > most_kept):
                 yield part
-                part, texts = [], set()
+                part, texts, kept = [], set(), 0
             part.append(row)
             texts |= own
+            kept += sent
         yield part
+
+    def _held(self, engine: Engine, size: tuple[int, int]) -> tuple[int, int]:
+        """How many texts' keys, and how many rows' kept activations, are held at once."""
+        kept, taken = sys.maxsize, 0
+        if self.config.cache_interval > 1:
+            kept, taken = engine.rows_kept(self.config.cache_branch_id, size)
+        return engine.texts_together(engine.noise_plan, size, taken), kept
 
     def _sampled(self, engine: Engine, rows: Sequence[GenerateRow]) -> Tensor:
         first, config, device = rows[0], self.config, self.model.device
@@ -218,22 +239,24 @@ class Sampler:
         prompts = [*(rows[number].negative_prompt for number in with_guide), *(row.prompt for row in rows)]
         texts, text_of = engine.texts(prompts, [*[None] * len(with_guide), *(row.clip_skip for row in rows)])
         latent_of = torch.tensor([*with_guide, *range(len(rows))], dtype=torch.int64, device="cpu")
-        predict = partial(
-            engine.predict,
+        predict = engine.predict(
             texts,
+            text_of,
+            latent_of=latent_of,
+            condition_of=latent_of,
             conditions=self._conditions(rows),
             time_ids=self._time_ids(rows),
             timestep_cond=self._guidance_embedding(rows),
+            cache_interval=self.config.cache_interval,
+            cache_branch_id=self.config.cache_branch_id,
         )
-        whole = predict(text_of, latent_of=latent_of, condition_of=latent_of)
         if not with_guide:
-            return whole
+            return predict
         scales = [float(row.guidance or 0) if self._is_guided(row) else 1.0 for row in rows]
-        answer = guided(whole, scales, [float(row.guidance_rescale or 0) for row in rows])
+        answer = guided(predict, scales, [float(row.guidance_rescale or 0) for row in rows])
         if self.config.guidance_interval is None:
             return answer
-        only = slice(len(with_guide), None)
-        plain = predict(text_of[only], latent_of=latent_of[only], condition_of=latent_of[only])
+        plain = partial(predict, part=slice(len(with_guide), None))
         return within(self.model.schedule, self.config.guidance_interval, answer, plain)
 
     def _conditions(self, rows: Sequence[GenerateRow]) -> list[Tensor]:
@@ -271,18 +294,10 @@ class Sampler:
             self._engines[adapter] = self.engine.under(adapter, self.controls)
         return self._engines[adapter]
 
-    def _check_text(self, name: str, text: object) -> None:
-        if not isinstance(text, str):
-            raise ValueError(f"{name}: got {text!r}, expected a str")
+    def _check_text(self, name: str, text: str) -> None:
         wrong = self._wrong(text)
         if wrong is not None:
             raise ValueError(f"{name}: {wrong[1]}")
-
-    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
-        factor = self.model.vae_scale_factor
-        if not is_size(size) or any(side % factor for side in size):
-            raise ValueError(f"size: got {size!r}, expected (height, width), multiples of {factor} pixels")
-        return int(size[0]), int(size[1])
 
     def _steps_taken(self, steps: int, strength: float | None) -> int:
         """Of a walk that the scheduler takes; asked once for each."""
@@ -293,9 +308,9 @@ class Sampler:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Round (n, 3, H, W) pixels in [−1, 1] to (n, H, W, 3) uint8 on the CPU."""
+    """Round (n, 3, H, W) pixels in [−1, 1] to (n, H, W, 3) uint8, where they are."""
     values = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return values.permute(0, 2, 3, 1).contiguous().cpu()
+    return values.permute(0, 2, 3, 1).contiguous()
 
 
 def _under_scheduler(model: Model, scheduler: Any) -> Model:

@@ -13,7 +13,6 @@ from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS
 from dsd_fast.unet.cut import Cut
 from dsd_fast.unet.network import Network
-from dsd_fast.unet.step import Size
 from dsd_fast.unet.text import TextKV
 
 Index = Sequence[int] | Tensor
@@ -156,13 +155,13 @@ def residuals(network: Network, value: Residuals, rows: int, height: int, width:
             raise ValueError(f"residuals: {which} is {tuple(residual.shape)}, expected {shape}, one per requested row")
 
 
-def kept(cut: Cut, value: Tensor | None, rows: int, sizes: Sequence[Size], device: torch.device | None) -> None:
+def kept(cut: Cut, value: Tensor | None, rows: int, height: int, width: int, device: torch.device | None) -> None:
     """Refuse a kept activation that is not one for each row (on ``device``, or anywhere), or enters nowhere."""
-    if cut.entry is None or cut.entry.shape is None:
+    if cut.entry is None:
         if value is not None:
             raise ValueError("kept: given, expected None: this plan enters the network at its start; see enter of plan")
         return
-    wanted = (rows, *cut.entry.shape(sizes[cut.entry.level], 0))
+    wanted = (rows, *cut.kept_shape(height, width))
     if value is None or value.shape != wanted:
         got = None if value is None else tuple(value.shape)
         raise ValueError(f"kept: got {got}, expected {wanted}: {cut.enter!r} of each requested row")

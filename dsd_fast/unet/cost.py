@@ -102,8 +102,8 @@ def _alive(cut: Cut, sizes: Sequence[Size], tokens: int, maps: int) -> set[tuple
     real = max(4, itemsize)
     # The row's latents, time embedding, and what it enters the network with live as long as the run.
     held = itemsize * (network.latent_channels * area(sizes[0]) + 4 * network.time_width)
-    if cut.entry is not None and cut.entry.shape is not None:
-        held += math.prod(cut.entry.shape(sizes[cut.entry.level], tokens)) * itemsize
+    if cut.entry is not None:
+        held += math.prod(cut.kept_shape(*sizes[0])) * itemsize
     kept = pushed = 0
     stack: list[int] = []
     result = set()

@@ -117,6 +117,16 @@ class Cut:
         """Whether runs are computed in buckets, as compiled runtimes do."""
         return False
 
+    def kept_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Give the (C, h, w) of one row of the activation it enters the network with; () where it enters at its start.
+
+        Args:
+            height, width: of the latents.
+        """
+        if self.entry is None or self.entry.shape is None:
+            return ()
+        return self.entry.shape(self.network.sizes(height, width)[self.entry.level], 0)
+
     def room(self, available: int) -> int:
         """Tell the bytes that a stream's activations may take where so many are available."""
         return available

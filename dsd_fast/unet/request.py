@@ -83,7 +83,7 @@ class Request:
         self.residuals = residuals
         if residuals is not None:
             checks.residuals(cut.network, residuals, self.rows, height, width)
-        checks.kept(cut, kept, self.rows, self.sizes, None if stays else device)
+        checks.kept(cut, kept, self.rows, height, width, None if stays else device)
         if kept is not None and not stays:
             self.kept = kept.contiguous(memory_format=torch.channels_last)
         if text is not None and cut.maps_text:

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
-from dsd_fast.diffusion import noise
+from dsd_fast.diffusion import RowNoise, noise
 
 SHAPE = (4, 16, 16)
 
@@ -32,6 +33,8 @@ def test_noise_is_a_known_number():
 
 def test_noise_of_neighbouring_pairs_is_unrelated():
     pairs = [(s, d) for s in range(4) for d in range(4)] + [(2**32 - 1, 0), (0, 2**32 - 1)]
+    # Wider seeds have the words of others: (2**32 + 1, 0) those of (1, 1).
+    pairs += [(s, d) for s in (2**32, 2**32 + 1, 2**63, 2**64 - 1) for d in (0, 1)]
     draws = torch.stack([noise(s, d, SHAPE).flatten() for s, d in pairs]).double()
     n = draws.shape[1]
     gram = draws @ draws.T / n
@@ -41,11 +44,18 @@ def test_noise_of_neighbouring_pairs_is_unrelated():
 
 
 @pytest.mark.parametrize(
-    ("seed", "draw", "named"),
-    [(-1, 0, "seed"), (0, -1, "draw"), (2**32, 0, "seed"), (0, 2**32, "draw"), (1.0, 0, "seed"), (True, 0, "seed")],
+    ("seed", "draw", "named", "limit"),
+    [
+        (-1, 0, "seed", 64),
+        (0, -1, "draw", 32),
+        (2**64, 0, "seed", 64),
+        (0, 2**32, "draw", 32),
+        (1.0, 0, "seed", 64),
+        (True, 0, "seed", 64),
+    ],
 )
-def test_noise_refuses(seed, draw, named):
-    with pytest.raises(ValueError, match=f"^{named} is .*expected an integer with 0 <= {named} < 2\\*\\*32"):
+def test_noise_refuses(seed, draw, named, limit):
+    with pytest.raises(ValueError, match=f"^{named} is .*expected an integer with 0 <= {named} < 2\\*\\*{limit}"):
         noise(seed, draw, SHAPE)
 
 
@@ -54,9 +64,40 @@ def test_noise_refuses_shape():
         noise(0, 0, (4, -1))
 
 
-def test_wide_seeds_would_collide():
-    # Why the range ends at 2**32: the words of (2**32 + 5, 0) are those of (5, 1).
-    def mix(seed, draw):
-        return np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0]
+def test_wide_seeds_are_no_other_pairs():
+    # The words of (2**32 + 5, 0) are those of (5, 1), and a draw of its own behind them makes five.
+    wide = [noise(2**32 + 5, draw, (4,)) for draw in range(2)]
+    assert not torch.equal(wide[0], noise(5, 1, (4,)))
+    state = int(np.random.SeedSequence([5, 1, 0, 0, 1]).generate_state(1, np.uint64)[0]) >> 1
+    assert torch.equal(wide[1], torch.randn(4, generator=torch.Generator().manual_seed(state)))
 
-    assert mix(2**32 + 5, 0) == mix(5, 1)
+
+def test_rows_draw_their_own_noise():
+    seeds = [7, 2**64 - 1]
+    rows = RowNoise(seeds, starts=2)
+    assert torch.equal(rows.start((4, 2)), torch.stack([noise(seed, 0, (4, 2)) for seed in seeds]))
+    for step in (1, 0):
+        drawn = torch.stack([torch.randn(4, 2, generator=each) for each in rows.step(step)])
+        assert torch.equal(drawn, torch.stack([noise(seed, 2 + step, (4, 2)) for seed in seeds]))
+    assert rows.from_posterior is None
+    assert rows.held is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_draw_what_a_generator_gives_a_stock_pipeline(dtype):
+    seeds = [7, 2**64 - 1]
+    rows = RowNoise(seeds, "diffusers", dtype)
+    theirs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    ways = (rows.start((4, 2)), torch.stack([torch.randn(4, 2, generator=each, dtype=dtype) for each in rows.step(5)]))
+    for drawn in ways:
+        expected = randn_tensor((2, 4, 2), generator=theirs, dtype=dtype)
+        assert torch.equal(drawn, expected)
+        assert drawn.dtype == dtype
+    assert rows.held == dtype
+
+
+def test_row_noise_refuses():
+    with pytest.raises(ValueError, match="seed is -1, expected an integer"):
+        RowNoise([0, -1])
+    with pytest.raises(ValueError, match="noise: got 'other', expected one of dsd_fast, diffusers"):
+        RowNoise([0], "other")

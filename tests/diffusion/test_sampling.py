@@ -6,6 +6,7 @@ import dsd_fast as dsd
 from dsd_fast.diffusion import (
     CLEAN,
     NoiseSchedule,
+    RowNoise,
     guidance_embedding,
     guided,
     img2img,
@@ -54,7 +55,7 @@ def network(model):
         states = model.encode_prompts(["", "", "a red circle", "a blue square"]).states
 
     def predict(latents, t):
-        return model.unet(latents, t, encoder_hidden_states=states).sample
+        return model.unet(torch.cat([latents, latents]), t, encoder_hidden_states=states).sample
 
     return guided(predict, 3.0)
 
@@ -81,12 +82,12 @@ def test_img2img_is_the_stock_pipeline(name, model, network):
         strength=0.7,
         num_inference_steps=5,
         guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(7),
+        generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)],
         output_type="latent",
     ).images
-    draws = torch.Generator().manual_seed(7)
-    noise = torch.randn(2, 4, 16, 16, generator=draws)
-    ours = img2img(scheduler(name), network, latents, noise, strength=0.7, steps=5, generator=draws)
+    draws = RowNoise([7, 8], "diffusers")
+    noise = draws.start((4, 16, 16))
+    ours = img2img(scheduler(name), network, latents, noise, strength=0.7, steps=5, draws=draws)
     torch.testing.assert_close(ours, expected, **CLOSE)
 
 
@@ -105,9 +106,8 @@ def test_sampling_is_the_stock_pipeline(name, model, network):
         width=64,
         output_type="latent",
     ).images
-    draws = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-    noise = torch.cat([torch.randn(1, 4, 16, 16, generator=each) for each in draws])
-    ours = sample(scheduler(name), network, noise, steps=5, generator=draws)
+    draws = RowNoise([7, 8], "diffusers")
+    ours = sample(scheduler(name), network, draws.start((4, 16, 16)), steps=5, draws=draws)
     torch.testing.assert_close(ours, expected, **CLOSE)
 
 
@@ -192,10 +192,8 @@ def test_timesteps_are_ints_where_they_are_whole():
 def test_guidance_is_linear():
     latents, _ = batch()
 
-    def predict(both, t):
-        unconditional, conditional = both.chunk(2)
-        assert torch.equal(unconditional, conditional)
-        return torch.cat([unconditional, 2 * conditional])
+    def predict(latents, t):
+        return torch.cat([latents, 2 * latents])
 
     # u + s (c - u) with u = z and c = 2 z.
     torch.testing.assert_close(guided(predict, 3.0)(latents, 5), 4 * latents)

@@ -80,7 +80,7 @@ class Rows:
         return stock(self.unet, name, self.kept[name], *arguments, **options)
 
 
-@pytest.mark.parametrize("shape", (*FAMILIES, *SHAPES))
+@pytest.mark.parametrize("shape", [*FAMILIES, *SHAPES])
 @torch.no_grad()
 def test_every_entry_is_stock_diffusers_with_the_activation_put_there(shape):
     rows = Rows(shape)

@@ -24,15 +24,10 @@ def run_again(request: GenerateRequest, row: str) -> Again:
         CommandError: options that the folder has answered already, no folder of generated images, another model than
             it was made with, or no image of that row.
     """
-    given = [
-        *request.rows.changed(),
-        *request.sampling.changed(),
-        *request.acceptance.changed(),
-        *request.files.changed(),
-    ]
-    if request.texts or given:
-        what = f"--{given[0].replace('_', '-')}" if given else "PROMPT"
-        raise CommandError(f"--row: got {what} too, expected none: the folder says how its images were made")
+    groups = (request.rows, request.sampling, request.acceptance, request.files, request.workers)
+    given = ["PROMPT"] if request.texts else [name for group in groups for name in group.changed()]
+    if given:
+        raise CommandError(f"--row: got {given[0]} too, expected none: the folder says how its images were made")
     try:
         settings = read_settings(request.out)
         config = config_of(request.out, parse_bytes(request.memory.memory_budget))

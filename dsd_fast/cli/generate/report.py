@@ -51,11 +51,11 @@ def render(summary: Mapping[str, Any], tiles: Sequence[Tile], line: Timeline, lo
     if folder["rejected"]:
         parts.append(_rejected(folder["rejected"]))
     if failed:
-        rows = [(error["name"] or error["id"], error["reason"], error["message"]) for error in summary["errors"]]
+        rows = [(error["name"] or error["prompt"], error["reason"], error["message"]) for error in summary["errors"]]
         parts.append(errors("No image", "Rows that could not be made", rows, failed, "the index", first="row"))
     if line.spans:
         parts.append(timeline(line, {"encode": "encoding", "write": "writing"}, "images were computed"))
-    parts += [files(summary["files"]), section("Reading an image", code(loading))]
+    parts += [files(summary["files"]), section("Reading an image, inside the folder", code(loading))]
     parts.append(settings({**summary["settings"], **summary["versions"]}))
     return page("Images from texts", lead, parts)
 

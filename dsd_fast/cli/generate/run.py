@@ -68,7 +68,7 @@ class Generation:
         model = request.source.load()
         self.sampler = Sampler(model, config, controls=request.controls.load(model, request.source))
         if request.memory.runtime is not None:
-            self.sampler.compile(request.memory.runtime)
+            self.sampler.engine.compile(request.memory.runtime)
         self.accept = request.acceptance.load(model, _classes(request), request.source)
 
     def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> dict[str, float]:
@@ -205,7 +205,7 @@ def contact_sheet(out: Path) -> list[Tile]:
 def _summary(numbers: Mapping[str, Any] | None, rows: int, out: Path) -> dict[str, Any]:
     import pyarrow.compute as pc
 
-    index = read_index(out, ["name", "reason", "message"])
+    index = read_index(out, ["name", "prompt", "reason", "message"])
     errors = index.filter(pc.not_equal(index["status"], "ok"))
     summary: dict[str, Any] = {"complete": numbers is not None, "seconds": 0.0, "encoding": 0.0, "writing": 0.0}
     if numbers is None:
