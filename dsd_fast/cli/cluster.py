@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dsd_fast.cli.options import WorkerOptions
 from dsd_fast.cli.terminal import CommandError, progress
@@ -37,8 +37,8 @@ def run(
     *,
     total: int,
     unit: str,
-    finish: Callable[[W, dict[str, float]], None] | None = None,
-) -> dict[str, float] | None:
+    finish: Callable[[W, dict[str, Any]], Mapping[str, Any] | None] | None = None,
+) -> dict[str, Any] | None:
     """Runs a job to its end, with its progress on stderr; Ctrl-C ends it early, and the same command goes on.
 
     Args:
@@ -48,7 +48,8 @@ def run(
         out: the job's folder.
         total: inputs of all workers.
         unit: of the inputs, as "images".
-        finish: called as ``finish(work, numbers)`` after all workers of this run, in a process that has the work.
+        finish: called as ``finish(work, numbers)`` after all workers of this run, in a process that has the work;
+            what it returns is added to the numbers.
 
     Returns:
         The sums of the numbers, and "seconds", the time that the work took; None after Ctrl-C.
@@ -68,13 +69,13 @@ def run(
                 display.update(task, completed=done, units=done)
 
             try:
-                numbers = dict(work(worker, workers, show))
+                numbers: dict[str, Any] = dict(work(worker, workers, show))
             except KeyboardInterrupt:
                 return None
             display.update(task, total=numbers["inputs"])
         numbers["seconds"] = time.perf_counter() - start
         if finish is not None:
-            finish(work, numbers)
+            numbers |= finish(work, numbers) or {}
         return numbers
     except JobError as error:
         raise CommandError(f"--out {error}") from error

@@ -45,7 +45,8 @@ def check_folder(out: Path) -> None:
 def replacing_files(folder: Path, ours: re.Pattern[str]) -> Iterator[Path]:
     """Gives a folder to write files into, which move to `folder` when the block ends.
 
-    They take the place of all files there that `ours` names; others stay. After an exception nothing has changed.
+    They take the place of all files there that `ours` names; others stay. After an exception nothing has changed. One
+    process at a time may do this: what one that was killed has left is removed.
 
     Raises:
         OSError: the folder cannot be written; before the block where `folder` is a file.
@@ -54,6 +55,8 @@ def replacing_files(folder: Path, ours: re.Pattern[str]) -> Iterator[Path]:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     # A link may lead to another disk, where files cannot move to from here.
     folder = folder.resolve()
+    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:

@@ -78,6 +78,6 @@ def sized(count: float) -> str:
 
 def files(found: Sequence[tuple[str, int, int]]) -> str:
     """Makes the section of what lies in the folder, as :func:`files_of` lists it."""
-    rows = [[visible(kind), f"{count:,}", sized(size)] for kind, count, size in found]
+    rows = [[visible(kind), f"{count:,}", sized(size) if size else "counted above"] for kind, count, size in found]
     rows.append(["together", f"{sum(each[1] for each in found):,}", sized(sum(each[2] for each in found))])
     return section("Files", table("What lies in the folder", ["files", "count", "size"], rows, numbers=2))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from textwrap import indent
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -160,5 +161,32 @@ def versions() -> dict[str, str]:
 
 def write_json(file: BinaryIO, content: Mapping[str, Any]) -> None:
     """Writes indented UTF-8 JSON; bytes of a path that are none are JSON's own escapes."""
-    file.write(storable(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)).encode() + b"\n")
+    file.write(storable(_json(content)).encode() + b"\n")
     file.flush()
+
+
+def stream_json(
+    file: BinaryIO,
+    head: Mapping[str, Any],
+    name: str,
+    items: Iterable[Mapping[str, Any]],
+    end: Callable[[], Mapping[str, Any]],
+) -> Mapping[str, Any]:
+    """Writes what :func:`write_json` writes of {**head, name: [*items], **end()}, with one item at a time in memory.
+
+    Returns:
+        What `end` gave, which is called after the last item and has at least one entry.
+    """
+    file.write(storable(_json(head).removesuffix("\n}") + f",\n  {json.dumps(name)}: [").encode())
+    between = "\n"
+    for item in items:
+        file.write(storable(between + indent(_json(item), "    ")).encode())
+        between = ",\n"
+    tail = end()
+    file.write(storable(("],\n" if between == "\n" else "\n  ],\n") + _json(tail).removeprefix("{\n") + "\n").encode())
+    file.flush()
+    return tail
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)

@@ -13,17 +13,16 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dsd_fast.generation.accept import Accept, NearDuplicates, Verdict, accept_settings, clip_about, verdicts
 from dsd_fast.generation.closing import close
 from dsd_fast.generation.encoding import QUALITY, Encoded, Encoder
 from dsd_fast.generation.files import VECTOR, writer_of
-from dsd_fast.generation.rows import COLUMNS, GenerateRow, columns, identified
+from dsd_fast.generation.rows import COLUMNS, GenerateRow, columns, identified, taken
 from dsd_fast.generation.sampler import Sampler, to_uint8
 from dsd_fast.generation.units import COLUMNS as UNIT_COLUMNS
 from dsd_fast.generation.units import NOT_ACCEPTED, Unit, accepted, units_of
-from dsd_fast.images import ImageError, Taken, load_image, take
+from dsd_fast.images import ImageError, Taken, load_image
 from dsd_fast.images.batch import ahead
 from dsd_fast.jobs import Exported, Job, all_ended, fill
 from dsd_fast.kernels.common.transfer import Download, one_behind
@@ -224,18 +223,10 @@ def job_settings(
 
 def _works(units: Iterable[Unit]) -> Iterator[_Work]:
     """The units with their ids; image files are read by threads, a few rows ahead."""
-    source = map(_taken, units)
+    source = (replace(unit, row=taken(unit.row)) for unit in units)
     parts = iter(lambda: list(islice(source, _ROWS_READ)), [])
     for works in ahead(_identified, parts, workers=_READERS, read_ahead=_READERS, name="dsd-read"):
         yield from works
-
-
-def _taken(unit: Unit) -> Unit:
-    """The unit with its images out of their owner's reach, who may fill them again for the next one."""
-    row = unit.row
-    if not row.sources:
-        return unit
-    return replace(unit, row=replace(row, image=take(row.image), conditions=tuple(map(take, row.conditions))))
 
 
 def _identified(units: Sequence[Unit]) -> list[_Work]:
@@ -250,7 +241,9 @@ def _compute(pending: Iterator[_Work], *, making: _Making, shard_rows: int) -> G
     """The results of the pending works, in their order, as soon as none is missing before them."""
     windows = iter(lambda: _Window(list(islice(pending, shard_rows))), None)
     batches = making.batches(takewhile(lambda window: window.works, windows))
-    with closing(ahead(_loaded, batches, workers=_LOADERS, read_ahead=_LOADERS, name="dsd-decode")) as loaded:
+    loaded = ahead(_loaded, batches, workers=_LOADERS, read_ahead=_LOADERS, name="dsd-decode")
+    # Nothing goes on loading when the job ends early.
+    with closing(cast("Generator[_Batch]", loaded)):
         for window in making.made(loaded):
             yield window.leave()
 

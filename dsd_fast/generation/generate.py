@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,9 @@ from dsd_fast.generation.accept import Accept
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.export import Generated, generate_to
 from dsd_fast.generation.reading import Prompts, Seeds, rows_of
-from dsd_fast.generation.rows import GenerateRow
+from dsd_fast.generation.rows import GenerateRow, taken
 from dsd_fast.generation.sampler import Sampler, to_uint8
 from dsd_fast.generation.units import accepted, units_of
-from dsd_fast.images import take
 from dsd_fast.models.controlnet import Control
 from dsd_fast.models.tokens import TokenSource
 
@@ -81,7 +79,7 @@ def generate(
 def _pictures(
     sampler: Sampler, rows: Iterable[GenerateRow], accept: Accept | None, per_class: int | None, max_tries: int
 ) -> Iterator[Image.Image]:
-    resolved = (sampler.resolve(_taken(row)) for row in rows)
+    resolved = (sampler.resolve(taken(row)) for row in rows)
     first = next(resolved, None)
     if first is None:
         return
@@ -96,12 +94,3 @@ def _pictures(
     for outcome in outcomes:
         if outcome.image is not None:
             yield Image.fromarray(outcome.image)
-
-
-def _taken(row: GenerateRow) -> GenerateRow:
-    """The row with its images out of their owner's reach, who may fill them again for the next one."""
-    if not row.sources:
-        return row
-    return replace(
-        row, image=None if row.image is None else take(row.image), conditions=tuple(map(take, row.conditions))
-    )

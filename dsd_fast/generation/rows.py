@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsd_fast.engine.items import read_source
-from dsd_fast.images import ImageSource
+from dsd_fast.images import ImageSource, take
 from dsd_fast.jobs import row_id, storable
 
 
@@ -207,6 +207,13 @@ def identified(row: GenerateRow) -> tuple[str, GenerateRow]:
     start = row.image is not None
     taken = replace(row, image=found[0] if start else None, conditions=found[start:])
     return row_id_of(row, [digest for _, (digest, _, _) in read]), taken
+
+
+def taken(row: GenerateRow) -> GenerateRow:
+    """The row with its images out of their owners' reach, who may fill them again for the next one."""
+    if not row.sources:
+        return row
+    return replace(row, image=take(row.image), conditions=tuple(map(take, row.conditions)))
 
 
 def columns(row: GenerateRow) -> dict[str, Any]:

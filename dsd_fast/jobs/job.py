@@ -74,7 +74,7 @@ class Job:
         settings: all that changes results, as JSON knows it; see `open_manifest`.
         write: called as ``write(files, rows)``, in another thread, with the results of a shard in their order; it
             writes their payloads by ``files.open(…)``, the same bytes for the same rows. None: the index is all.
-        columns: of the index besides its own: name → type, as pyarrow names it ("string", "int64", "float32") or has it.
+        columns: of the index besides its own: name → type, as pyarrow has it or names it ("string", "int64").
         shard_rows: rows of a shard, errors included.
         worker: which of ``workers`` this is, from 0. Each row is one worker's, by its id.
         workers: processes that share the job. They may run at once or one after the other.

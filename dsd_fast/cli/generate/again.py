@@ -38,6 +38,6 @@ def run_again(request: GenerateRequest, row: str) -> Again:
         request.controls.check()
         model = source.load()
         sampler = Sampler(model, config, controls=request.controls.load(model, source))
-        return again(sampler, request.out, row)
+        return next(again(sampler, request.out, [row]))
     except (JobError, ImageError) as error:
         raise CommandError(f"--row: {error}") from error

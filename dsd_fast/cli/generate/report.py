@@ -81,7 +81,7 @@ def _classes(classes: Sequence[Mapping[str, Any]]) -> str:
     ]
     return section(
         "Classes",
-        paragraph(f"{counted(len(classes), 'class')}, of which each has {min(counts):,} to {max(counts):,} images."),
+        paragraph(f"{len(classes):,} in all, with {min(counts):,} to {max(counts):,} images each."),
         table("Images of each class", ["class", "index", "images", "errors"], rows, numbers=3),
     )
 

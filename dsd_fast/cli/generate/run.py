@@ -123,8 +123,9 @@ def _rows(request: GenerateRequest) -> Iterator[GenerateRow]:
 def _classes(request: GenerateRequest) -> list[str]:
     """The classes of the templates, or of the file's rows."""
     chosen = request.rows
-    if chosen.class_name or chosen.classes is not None:
-        return read_classes(chosen.class_name or chosen.classes)
+    named = chosen.class_name or chosen.classes
+    if named:
+        return read_classes(named)
     if request.acceptance.accept is None and request.acceptance.per_class is None:
         return []
     return list(dict.fromkeys(row.label for row in _rows(request) if row.label is not None))

@@ -63,7 +63,7 @@ class MatchReport:
             self._cards.append(card(Card(path, enlarged(image), ranked, lowest, highest, maps)))
 
     def page(self, summary: Mapping[str, Any]) -> bytes:
-        """Makes report.html of a run from the content of its results.json."""
+        """Makes report.html of a run: of its "settings", "versions", "counts", "complete" and the first "errors"."""
         counts, chosen = summary["counts"], summary["settings"]
         scored = counts["scored"]
         lead = [
@@ -83,12 +83,15 @@ class MatchReport:
         parts = []
         if scored:
             parts.append(section("Best captions", paragraph(what), cards(self._cards, scored)))
-        rows = [
-            (entry["path"], entry["error"]["reason"], entry["error"]["message"])
-            for entry in summary["images"]
-            if "error" in entry
-        ]
-        if rows:
-            parts.append(errors("Not scored", "Images that could not be scored", rows, len(rows), "results.json"))
+        if counts["errors"]:
+            parts.append(
+                errors(
+                    "Not scored",
+                    "Images that could not be scored",
+                    summary["errors"],
+                    counts["errors"],
+                    "results.json",
+                )
+            )
         parts.append(settings({**chosen, "layers": ", ".join(chosen["layers"]), **summary["versions"]}))
         return page("Which caption describes the image?", lead, parts)

@@ -1,152 +1,117 @@
-"""A matching run: images through a Matcher into scores.parquet, results.json, heat maps and report.html."""
+"""A matching run: images through a Matcher into a job's folder, and the results of its rows."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
-from dsd_fast.cli.files import removing, replacing_files, writing
-from dsd_fast.cli.heatmaps import FOLDER, NAMES
+from dsd_fast.cli import cluster
+from dsd_fast.cli.files import writing
+from dsd_fast.cli.images import ImageFiles
 from dsd_fast.cli.match.captions import check_lengths
 from dsd_fast.cli.match.options import MatchRequest
-from dsd_fast.cli.match.report import MatchReport
-from dsd_fast.cli.results import ScoreFile, metadata, ranked, settings_of, versions, write_json
-from dsd_fast.cli.terminal import CommandError, Interrupt, progress
-from dsd_fast.images import ImageError
-from dsd_fast.jobs import replacing, storable
+from dsd_fast.cli.match.results import check_names, write_results
+from dsd_fast.cli.terminal import CommandError, Interrupt
+from dsd_fast.engine.items import Items, prompt_check
 from dsd_fast.matching import MatchConfig, Matcher
+from dsd_fast.matching.export import score_to
 
 
 def run(request: MatchRequest, captions: Sequence[str], config: MatchConfig) -> dict[str, Any]:
     """Scores every image with every caption; Ctrl-C ends it early, with what has been scored.
 
-    When the results take their names, report.html and heat maps of an earlier run that are not among them are removed.
     The model is loaded once the folder is known to be writable.
 
     Returns:
-        The content of results.json.
+        The counts of the run, see :class:`dsd_fast.jobs.Counts`, its "seconds", and as "results" what
+        :func:`write_results` returns.
 
     Raises:
-        CommandError: `out` cannot be written, or captions or a memory budget allow no heat maps.
+        CommandError: `out` belongs to another job or cannot be written; images that are not there; captions or a memory
+            budget that allow no heat maps.
+        KeyboardInterrupt: before there was anything to keep.
         ValueError: settings, captions, a runtime or a memory budget that do not fit the model.
     """
-    images, out, heatmaps = request.images, request.out, request.heatmaps
+    out = request.out
+    files = ImageFiles(request.images, without=out)
     request.source.check()
     request.memory.check(request.source.device)
-    # results.json opens first, so that it takes its name last: it vouches for the scores.
-    with (
-        Interrupt() as interrupt,
-        writing(out),
-        # What an earlier run has left goes after that, since its own results.json names it.
-        ExitStack() as afterwards,
-        replacing(out / "results.json") as results,
-        replacing(out / "scores.parquet") as table,
-        ExitStack() as stack,
-    ):
-        page, folder = None, out / FOLDER
-        if heatmaps or folder.is_dir():
-            folder = afterwards.enter_context(replacing_files(folder, NAMES))
-        if request.report or heatmaps:
-            page = stack.enter_context(replacing(out / "report.html"))
-        else:
-            afterwards.enter_context(removing(out / "report.html"))
+    with writing(out):
+        check_names(out)
+    make = partial(Matching, request, captions, config)
+    with Interrupt() as interrupt:
+        if request.workers.engine is None:
+            make = partial(Matching, request, captions, config, files, interrupt)
+        numbers = cluster.run(request.workers, make, out, total=len(files), unit="images", finish=Matching.results)
+    if numbers is None or "results" not in numbers:
+        raise KeyboardInterrupt
+    return numbers
+
+
+class Matching:
+    """The work of the command, with all that it needs loaded.
+
+    Args:
+        files: those of the request; found where not given.
+        interrupt: that ends the scoring early.
+    """
+
+    def __init__(
+        self,
+        request: MatchRequest,
+        captions: Sequence[str],
+        config: MatchConfig,
+        files: ImageFiles | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> None:
+        self.request, self.captions, self.interrupt = request, captions, interrupt
+        self.files = ImageFiles(request.images, without=request.out) if files is None else files
         model = request.source.load()
         check_lengths(model, captions)
-        matcher = request.memory.compiled(Matcher(model, config))
-        if heatmaps:
-            _check_heatmaps(matcher, captions)
-        settings = {
-            **settings_of(matcher),
-            "adapter": request.source.adapter,
-            "top_k": request.top_k,
-            "heatmaps": heatmaps,
-        }
-        gallery = None if page is None else MatchReport(folder, matcher, heatmaps)
-        with ScoreFile(table, metadata(settings)) as scores:
-            entries, scoring, drawing = _score(matcher, images, captions, scores, request.top_k, interrupt, gallery)
-            complete = len(entries) == len(images)
-            scores.close(complete)
-        summary = {
-            "command": "match",
-            "complete": complete,
-            "settings": settings,
-            "versions": versions(),
-            "counts": _counts(entries, len(images), len(captions)),
-            "seconds": scoring,
-            "heatmap_seconds": drawing if heatmaps else 0.0,
-            "captions": list(captions),
-            "images": entries,
-        }
-        if page is not None and gallery is not None:
-            page.write(gallery.page(summary))
-        write_json(results, summary)
-    return summary
+        self.matcher = request.memory.compiled(Matcher(model, config))
+        if request.heatmaps:
+            try:
+                # What refuses them is found here rather than after hours of scoring.
+                self.matcher.check_heatmaps(captions)
+            except ValueError as error:
+                raise CommandError(f"--heatmaps: {error}") from error
+        self._ids: list[bytes] = []
 
+    def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> dict[str, Any]:
+        """Scores one worker's images."""
+        self._ids = []
+        exported = score_to(
+            self.matcher,
+            self.request.out,
+            self.files,
+            self.captions,
+            names=self.files.names,
+            shard_rows=self.request.files.shard_rows,
+            worker=worker,
+            workers=workers,
+            retry_errors=self.request.files.retry_errors,
+            progress=progress,
+            seen=self._seen,
+            until=iter if self.interrupt is None else self.interrupt.until,
+        )
+        return asdict(exported.counts)
 
-def _check_heatmaps(matcher: Matcher, captions: Sequence[str]) -> None:
-    """What refuses heat maps is found here rather than after hours of scoring."""
-    try:
-        matcher.check_heatmaps(captions)
-    except ValueError as error:
-        raise CommandError(f"--heatmaps: {error}") from error
+    def results(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the results of all workers, see :func:`write_results`; none where Ctrl-C came before a new row."""
+        interrupted = self.interrupt is not None and self.interrupt.requested
+        if interrupted and not numbers["ok"] + numbers["errors"]:
+            return {}
+        if not self._ids:
+            # Of a process in which none of the workers ran.
+            config = self.matcher.config
+            for item in Items(self.files, "", config.seed, self.files.names, prompt_check(self.matcher.model)):
+                self._seen(item.id)
+        written = write_results(
+            self.request, self.captions, self.matcher, self.files, self._ids, numbers["seconds"], self.interrupt
+        )
+        return {"results": written}
 
-
-def _score(
-    matcher: Matcher,
-    images: Sequence[Path],
-    captions: Sequence[str],
-    file: ScoreFile,
-    top_k: int,
-    interrupt: Interrupt,
-    gallery: MatchReport | None,
-) -> tuple[list[dict[str, Any]], float, float]:
-    """Puts the scores into the file and the images into the report.
-
-    Returns:
-        One entry per image, in order; seconds spent on scores, and on heat maps and the pictures of the page.
-    """
-    entries: list[dict[str, Any]] = []
-    column = pa.array(captions, pa.string())
-    pairs, scoring, drawing, start = 0, 0.0, 0.0, time.perf_counter()
-    with progress("pairs") as display:
-        task = display.add_task("matching", total=len(images), units=0)
-        for index, result in interrupt.until(matcher.score_iter(images, captions)):
-            path = storable(str(images[index]))
-            if isinstance(result, ImageError):
-                entries.append(_error(path, result.reason, str(result)))
-            elif bad := int((~result.isfinite()).sum()):
-                message = f"{path} has {bad} scores that are no finite numbers, which --dtype float32 may avoid"
-                entries.append(_error(path, "not-finite", message))
-            else:
-                values = result.numpy()
-                order = file.add(index, path, column, values)
-                rows = ranked(order, captions, values, top_k)
-                if gallery is not None:
-                    before = time.perf_counter()
-                    gallery.add(index, images[index], path, rows, float(values.min()), float(values.max()))
-                    drawing += time.perf_counter() - before
-                entries.append({"path": path, "ranked": rows})
-                pairs += len(captions)
-            scoring = time.perf_counter() - start - drawing
-            display.update(task, advance=1, units=pairs, seconds=scoring)
-    return entries, scoring, drawing
-
-
-def _error(path: str, reason: str, message: str) -> dict[str, Any]:
-    return {"path": path, "error": {"reason": reason, "message": storable(message)}}
-
-
-def _counts(entries: Sequence[Mapping[str, Any]], images: int, captions: int) -> dict[str, int]:
-    errors = sum("error" in entry for entry in entries)
-    return {
-        "images": images,
-        "captions": captions,
-        "scored": len(entries) - errors,
-        "errors": errors,
-        "not_reached": images - len(entries),
-    }
+    def _seen(self, row: str) -> None:
+        self._ids.append(bytes.fromhex(row))
