@@ -83,7 +83,7 @@ def test_settings_reach_the_sampler(cli, tmp_path):
     }  # fmt: skip
     assert settings["controls"] == [{"condition": None, "scale": 0.5}]
     assert list(settings["adapters"]) == ["unet"]
-    assert (settings["format"], settings["quality"], settings["mark"], settings["layout"]) == ("jpg", 90, False, "parquet")
+    assert [settings[name] for name in ("format", "quality", "mark", "layout")] == ["jpg", 90, False, "parquet"]
     (row,) = rows()
     assert (row["image"], row["conditions"]) == ("a.png", '["a.png"]')
     assert picture(row).shape == (64, 48, 3)
