@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dsd_fast.cli.files import removing, writing
+from dsd_fast.cli.files import writing
 from dsd_fast.cli.options import WorkerOptions
 from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.jobs import JobError
@@ -117,7 +117,7 @@ def _run_on_ray(
     with writing(out):
         seen.touch()
     there = partial(_Elsewhere, make, os.getcwd(), seen)
-    with removing(seen):
+    try:
         run = partial(run_on_ray, address=options.address, gpus_per_worker=options.gpus_per_worker or 0)
         try:
             with _counted(unit, total) as show:
@@ -132,6 +132,8 @@ def _run_on_ray(
         if finish is not None:
             # A node has the device that the work needs; this one perhaps not.
             numbers |= run(partial(_Finish, there, finish, numbers), partitions=1, workers=1)[0]
+    finally:
+        seen.unlink(missing_ok=True)
     return numbers
 
 

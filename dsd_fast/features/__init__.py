@@ -2,6 +2,7 @@
 
 from dsd_fast.features.amalgamation import Amalgamation
 from dsd_fast.features.attention import AttentionTap
+from dsd_fast.features.batches import ExtractBatch
 from dsd_fast.features.config import FeatureConfig
 from dsd_fast.features.export import extract_to
 from dsd_fast.features.extraction import Extracted
@@ -17,6 +18,7 @@ __all__ = [
     "Amalgamation",
     "AttentionTap",
     "Exported",
+    "ExtractBatch",
     "Extracted",
     "FeatureConfig",
     "FeatureExtractor",

@@ -1,6 +1,7 @@
 """Images from texts: any number, each of them again from its row."""
 
 from dsd_fast.generation.accept import AcceptClip, Verdict
+from dsd_fast.generation.batches import GenerateBatch
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.generate import generate
 from dsd_fast.generation.grids import grid
@@ -13,6 +14,7 @@ __all__ = [
     "AcceptClassifier",
     "AcceptClip",
     "AcceptZeroShot",
+    "GenerateBatch",
     "GenerateConfig",
     "GenerateRow",
     "Sampler",

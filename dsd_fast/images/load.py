@@ -1,6 +1,7 @@
 """Any accepted image source to an RGB Pillow image: every failure is an `ImageError`, and nothing global changes."""
 
 import hashlib
+import io
 import os
 import re
 import stat
@@ -145,6 +146,23 @@ def load_image(source: ImageSource) -> Image.Image:
     raise _type_error(type(source).__name__)
 
 
+def load_bytes(content: bytes, name: str) -> Image.Image:
+    """An RGB image of what a file holds, as :func:`load_image` gives it of the file.
+
+    Args:
+        content: of a JPEG, PNG or WebP file.
+        name: for errors.
+
+    Raises:
+        ImageError: the content cannot be used; `.reason` says why.
+    """
+    if not content:
+        raise ImageError(name, "empty", f"{name} is empty")
+    if len(content) > MAX_BYTES:
+        raise ImageError(name, "too-large", f"{name} has {len(content)} bytes, the limit is {MAX_BYTES}")
+    return _decode(io.BytesIO(content), name, len(content))
+
+
 def _from_file(path: Path) -> Image.Image:
     try:
         status = path.stat()
@@ -168,7 +186,7 @@ def _from_file(path: Path) -> Image.Image:
         raise ImageError(path, "unreadable", f"{path} cannot be read: {text}") from error
 
 
-def _decode(file: BinaryIO, path: Path, num_bytes: int) -> Image.Image:
+def _decode(file: BinaryIO, path: Path | str, num_bytes: int) -> Image.Image:
     try:
         kind, width, height = read_header(file, num_bytes)
     except HeaderError as error:
@@ -193,7 +211,7 @@ def _decode(file: BinaryIO, path: Path, num_bytes: int) -> Image.Image:
         raise ImageError(path, "corrupt", f"{path} has a damaged {kind} stream") from error
 
 
-def _pixels(file: BinaryIO, kind: str, path: Path) -> Image.Image:
+def _pixels(file: BinaryIO, kind: str, path: Path | str) -> Image.Image:
     if kind == "PNG":
         # Only this looks at the checksums of the pixel data.
         file.seek(0)

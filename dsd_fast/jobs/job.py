@@ -15,7 +15,7 @@ from dsd_fast.jobs.files import remove_stale
 from dsd_fast.jobs.ids import packed, worker_of
 from dsd_fast.jobs.lock import locked_worker, mark_ended, waiting
 from dsd_fast.jobs.manifest import open_manifest
-from dsd_fast.jobs.store import OK, Row, ShardFiles, next_number, read_index, remove_leftovers, work_folder
+from dsd_fast.jobs.store import OK, Row, ShardFiles, index_parts, next_number, remove_leftovers, work_folder
 from dsd_fast.jobs.timeline import Timeline
 from dsd_fast.jobs.writer import Writer
 
@@ -258,12 +258,16 @@ class Job:
 
     def _resume(self) -> None:
         self._number = next_number(self.folder, self._worker, self._workers)
-        table = read_index(self.folder, ["id", "status"])
-        for name, status in zip(table["id"].to_pylist(), table["status"].to_pylist(), strict=True):
-            if worker_of(name, self._workers) == self._worker:
-                self._safe += 1
-                if status == OK or not self._retry_errors:
-                    self._done[packed(name)] = status == OK
+        # Shard by shard: texts take several times the room that an id takes here.
+        for part in index_parts(self.folder, ["id", "status"], (self._worker, self._workers)):
+            for name, status in zip(part["id"].to_pylist(), part["status"].to_pylist(), strict=True):
+                if worker_of(name, self._workers) == self._worker:
+                    row = packed(name)
+                    # A result counts before an error, whichever was made last.
+                    self._done[row] = status == OK or self._done.get(row, False)
+        self._safe = len(self._done)
+        if self._retry_errors:
+            self._done = {row: True for row, ok in self._done.items() if ok}
 
     def _error(self, error: OSError) -> JobError:
         reason = "it is a file" if self.folder.is_file() else error.strerror or error

@@ -176,7 +176,7 @@ def read_index(folder: str | os.PathLike[str], columns: Sequence[str] | None = N
 
     path = Path(folder)
     names = None if columns is None else list(dict.fromkeys(["id", *columns, "status", "shard"]))
-    tables = [table for shard in marked_shards(path) if (table := read_shard(path, shard, names)) is not None]
+    tables = list(index_parts(path, names))
     if not tables:
         kinds = {name: pa.int32() if name == "row" else pa.string() for name in names or _COLUMNS}
         return pa.schema(kinds).empty_table()
@@ -191,17 +191,35 @@ def read_index(folder: str | os.PathLike[str], columns: Sequence[str] | None = N
     return table.take(pa.array(sorted(each % count for each in best["rank_max"].to_pylist())))
 
 
-def marked_shards(folder: Path) -> list[str]:
-    """The names of the shards that have an index, by their numbers; only reading tells whether they are whole."""
-    return [match[0] for match in sorted(_marked(folder), key=lambda match: (int(match[1]), match[0]))]
+def index_parts(
+    folder: Path, names: Sequence[str] | None = None, of: tuple[int, int] | None = None
+) -> Iterator[pa.Table]:
+    """The index, shard by shard; a row that was made anew comes each time.
+
+    Args:
+        names: of the columns; None: all.
+        of: (worker, workers): its shards alone where all in the folder are of so many workers, as then they hold all
+            rows that are its own; else the shards of all.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    shards = [(match[0], (int(match[2]), int(match[3]))) for match in _marked(folder)]
+    if of is not None and all(workers == of[1] for _, (_, workers) in shards):
+        shards = [each for each in shards if each[1] == of]
+    for shard, _ in shards:
+        if (table := read_shard(folder, shard, names)) is not None:
+            yield table
 
 
 def _marked(folder: Path) -> list[re.Match[str]]:
+    """The names of the shards that have an index, by their numbers; only reading tells whether they are whole."""
     try:
         names = [file.stem for file in (folder / INDEX).iterdir() if file.suffix == ".parquet"]
     except FileNotFoundError:
         return []
-    return [match for name in names if (match := _SHARD.fullmatch(name))]
+    found = [match for name in names if (match := _SHARD.fullmatch(name))]
+    return sorted(found, key=lambda match: (int(match[1]), match[0]))
 
 
 def next_number(folder: Path, worker: int, workers: int) -> int:
@@ -223,7 +241,7 @@ def remove_leftovers(folder: Path, worker: int, workers: int) -> None:
         if (found := _WORK.fullmatch(file.name)) and _is_free(found, 1, worker, workers):
             shutil.rmtree(file)
     if (folder / SHARDS).is_dir():
-        marked = set(marked_shards(folder))
+        marked = {match[0] for match in _marked(folder)}
         for file in list((folder / SHARDS).iterdir()):
             shard = file.name.split(".")[0]
             if shard not in marked and (found := _SHARD.fullmatch(shard)) and _is_free(found, 2, worker, workers):

@@ -1,5 +1,6 @@
 """Image–text matching by diffusion models (DSD)."""
 
+from dsd_fast.matching.batches import ScoreBatch
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.datasets import official_split, read_groups
 from dsd_fast.matching.evaluation import Evaluation, evaluate
@@ -18,6 +19,7 @@ __all__ = [
     "Group",
     "MatchConfig",
     "Matcher",
+    "ScoreBatch",
     "evaluate",
     "official_layers",
     "official_split",

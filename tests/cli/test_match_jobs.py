@@ -2,12 +2,12 @@
 
 import json
 import os
-import pickle
 import random
 import signal
 import sys
 from collections import Counter
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from tests.cli.test_features import command_line
 from tests.cli.test_features_killed import watched
 from tests.jobs.numbers import ended, files, start
 
-KILLS = 6
+KILLS = 4
 CAPTIONS = ["a red ring", "a blue cross", "a green disc"]
 COMMAND = ["match", "in", *(part for each in CAPTIONS for part in ("--caption", each)), "--shard-rows", "2"]
 
@@ -99,7 +99,7 @@ def test_the_last_of_several_workers_writes_the_results_of_all(cli, pictures):
 
 def in_turn(make, *, partitions, workers, gpus_per_worker, address, progress=None):
     """In place of Ray: what travels, travels, and the partitions run one after the other."""
-    task = pickle.loads(pickle.dumps(make))()
+    task = ForkingPickler.loads(ForkingPickler.dumps(make))()
     return [json.loads(json.dumps(task(each, partitions, progress or list))) for each in range(partitions)]
 
 
@@ -140,8 +140,9 @@ def test_killed_at_random_points_and_the_identical_set(pictures):
     calls = int(Path("calls").read_text())
     draw, kills, found = random.Random(0), 0, Counter()
     while kills < KILLS:
+        # In each of as many parts of the run.
         out = Path(f"killed-{kills}")
-        how = run(out, partial(watched, draw.randrange(calls), write_results))
+        how = run(out, partial(watched, int(calls * (kills + draw.random()) / KILLS), write_results))
         assert how in (-1, signal.SIGKILL)
         kills += how == signal.SIGKILL
         found["results" if len(read_index(out)) == 8 else "job"] += 1

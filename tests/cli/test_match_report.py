@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 import dsd_fast as dsd
 from dsd_fast.cli.match.report import MatchReport
+from dsd_fast.engine import items
 from dsd_fast.images.panel import panel
 from dsd_fast.matching.heatmaps import map_layers
 from dsd_fast.unet import UNetProgram
@@ -252,8 +254,6 @@ def test_a_name_that_is_taken_is_one_sentence(cli, good_images, tmp_path, name):
 
 
 def test_an_interrupted_run_says_so_on_its_page(cli, good_images, monkeypatch):
-    import signal
-
     scores = dsd.Matcher._scores
 
     def interrupted(self, images, texts, together):
@@ -265,3 +265,36 @@ def test_an_interrupted_run_says_so_on_its_page(cli, good_images, monkeypatch):
     done = cli("match", *good_images[:3], "--caption", "a ring", *COMMON, "--out", "out", "--report")
     assert done.exit_code == 130
     assert "Interrupted: 2 images not reached." in Path("out/report.html").read_text(encoding="utf-8")
+
+
+def test_interruptions_after_scoring_lose_no_scores(cli, good_images, tmp_path, monkeypatch):
+    def interrupted(self, image, captions):
+        signal.raise_signal(signal.SIGINT)
+        return [[] for _ in captions]
+
+    monkeypatch.setattr(dsd.Matcher, "_scores", zeros)
+    command = ["match", *good_images[:3], "--caption", "a ring", *COMMON, "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(dsd.Matcher, "heatmaps", interrupted)
+        done = cli(*command, "--heatmaps", 1)
+    assert done.exit_code == 130
+    assert "3 images: 3 scored, 0 errors. " in done.stdout
+    assert "not all heat maps in " in done.stdout
+    content = results(tmp_path / "out")
+    assert (content["complete"], content["counts"]["scored"]) == (False, 3)
+    assert ["heatmap" in entry["ranked"][0] for entry in content["images"]] == [True, False, False]
+    assert "Interrupted: heat maps are missing." in Path("out/report.html").read_text(encoding="utf-8")
+    assert cli(*command).exit_code == 0
+
+    # While the files are looked at again, of which none is to be scored.
+    digest = items.file_digest
+
+    def again(path):
+        signal.raise_signal(signal.SIGINT)
+        return digest(path)
+
+    before = (tmp_path / "out/results.json").read_bytes()
+    monkeypatch.setattr(items, "file_digest", again)
+    done = cli(*command)
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert (tmp_path / "out/results.json").read_bytes() == before

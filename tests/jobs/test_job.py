@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +98,59 @@ def test_workers_at_once_share_a_folder(tmp_path):
     workers = [start(lambda worker=worker: run(tmp_path, worker=worker, workers=4)) for worker in range(4)]
     assert [ended(worker) for worker in workers] == [0] * 4
     assert {row["number"] for row in check_readable(tmp_path)} == set(range(COUNT))
+
+
+@pytest.fixture
+def indices_read(monkeypatch):
+    """The shards whose index is read, in a list that may be emptied."""
+    read, original = [], pq.ParquetFile
+
+    def noted(file, *arguments, **options):
+        read.append(file.stem)
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", noted)
+    return read
+
+
+def test_a_worker_reads_the_index_of_its_own_part_where_the_folder_has_no_other_parts(tmp_path, indices_read):
+    for worker in range(4):
+        run(tmp_path, range(15), worker=worker, workers=4, shard_rows=1)
+        assert indices_read == []
+    shards = sorted(file.stem for file in (tmp_path / "index").iterdir())
+    for worker in range(4):
+        own = [shard for shard in shards if f"-{worker}of4-" in shard]
+        assert 0 < len(own) < len(shards)
+        counts = run(tmp_path, range(15), worker=worker, workers=4, each=lambda number: pytest.fail("made again"))
+        assert (counts.done, counts.not_reached) == (counts.inputs, 0)
+        assert indices_read == own
+        indices_read.clear()
+    # Of other parts, one row may stand in any shard.
+    assert run(tmp_path, worker=1, workers=2, shard_rows=1).not_reached == 0
+    assert indices_read == shards
+    assert run(tmp_path, worker=0, workers=2, shard_rows=1).not_reached == 0
+    indices_read.clear()
+    shards = {file.stem for file in (tmp_path / "index").iterdir()}
+    for worker in range(4):
+        run(tmp_path, worker=worker, workers=4, each=lambda number: pytest.fail("made again"))
+        assert set(indices_read) == shards
+        indices_read.clear()
+
+
+def test_memory_is_that_of_a_workers_own_ids(tmp_path):
+    """At most 256 bytes a row, as docs/clusters.md says; of so many rows tables of hashes are as empty as they get."""
+    ids = [row_id(str(number)) for number in range(87_500)]
+    with Job(tmp_path, "ids", {}, shard_rows=4096) as job:
+        for each in job.pending(ids, str):
+            job.put(each, "")
+    tracemalloc.start()
+    try:
+        with Job(tmp_path, "ids", {}) as job:
+            assert list(job.pending(ids, str)) == []
+        assert tracemalloc.get_traced_memory()[1] < 256 * len(ids)
+    finally:
+        tracemalloc.stop()
+    assert job.counts.done == len(ids)
 
 
 def test_errors_are_tried_again_only_when_asked(tmp_path):

@@ -59,7 +59,7 @@ def _show(numbers: dict[str, Any], results: dict[str, Any], captions: int, reque
     pairs, seconds = numbers["ok"] * captions, numbers["seconds"]
     line += f". {counted(pairs, 'pair')} in {seconds:.1f} s ({pairs / max(seconds, 1e-9):.1f} pairs/s)"
     if request.heatmaps and "shown" in results:
-        line += f", heat maps in {results['heatmap_seconds']:.1f} s"
+        line += f", {'' if results['complete'] else 'not all '}heat maps in {results['heatmap_seconds']:.1f} s"
     show_line(console, f"{line}. Results: {request.out}")
 
 

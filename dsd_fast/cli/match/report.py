@@ -24,10 +24,14 @@ class MatchReport:
         folder: of the heat maps.
         matcher: that scores, for the heat maps.
         heatmaps: of how many of each image's best captions.
+
+    Attributes:
+        stopped: whether no more heat maps are drawn.
     """
 
     def __init__(self, folder: Path, matcher: Matcher, heatmaps: int) -> None:
         self.folder, self.matcher, self.heatmaps = folder, matcher, heatmaps
+        self.stopped = False
         self._cards: list[str] = []
 
     def add(
@@ -43,7 +47,8 @@ class MatchReport:
             lowest, highest: of all its scores.
         """
         wanted = len(self._cards) < SHOWN
-        if not wanted and not self.heatmaps:
+        mapped = [] if self.stopped else ranked[: self.heatmaps]
+        if not wanted and not mapped:
             return
         try:
             image = load_image(source)
@@ -51,7 +56,6 @@ class MatchReport:
             # It was there when it was scored, so the scores stand.
             self._cards += [card(Card(path, None, ranked, lowest, highest))] if wanted else []
             return
-        mapped = ranked[: self.heatmaps]
         every = self.matcher.heatmaps(image, [row["caption"] for row in mapped]) if mapped else []
         maps, room = [], _WORDS
         for rank, (row, own) in enumerate(zip(mapped, every, strict=True), start=1):
@@ -71,7 +75,8 @@ class MatchReport:
             "A higher score is a better match."
         ]
         if not summary["complete"]:
-            lead.append(f"Interrupted: {counted(counts['not_reached'], 'image')} not reached.")
+            left = f"{counted(counts['not_reached'], 'image')} not reached"
+            lead.append(f"Interrupted: {left if counts['not_reached'] else 'heat maps are missing'}.")
         if counts["errors"]:
             lead.append(f"{counted(counts['errors'], 'image')} could not be scored; the reasons are at the end.")
         what = "Bars go from the lowest score of an image, over all captions, to its highest."

@@ -207,8 +207,7 @@ class _Entries:
         best = ranked(self._file.add(index, path, self._column, found), self._captions, found, self._top_k)
         if self._gallery is not None:
             start = time.perf_counter()
-            if self._interrupt is not None and self._interrupt.requested:
-                self._gallery.heatmaps = 0
+            self._gallery.stopped = self._interrupt is not None and self._interrupt.requested
             lowest, highest = float(found.min()), float(found.max())
             self._gallery.add(index, self._images[index], path, best, lowest, highest)
             self.drawing += time.perf_counter() - start
