@@ -208,6 +208,16 @@ def test_rows_that_enter_the_interval_of_guidance_run_whole_and_start_anew(sent)
     ]
 
 
+def test_when_a_row_runs_whole_does_not_depend_on_the_rows_beside_it():
+    interval = {"scheduler": "ddim", "guidance_interval": (0.7, 3.0)}
+    rows = [GenerateRow("a dog", 5, guidance=guidance) for guidance in (4.0, 1.0)]
+    made, plain = (sampler("sd15", cache_interval=number, **interval) for number in (3, 1))
+    assert len({made.group(made.resolve(row)) for row in rows}) == 2
+    assert len({plain.group(plain.resolve(row)) for row in rows}) == 1
+    with pytest.raises(ValueError, match="rows: got 2 of 2 groups"):
+        latents(made, rows)
+
+
 def test_a_row_without_guidance_among_others_and_another_walk_of_one_prediction():
     made = sampler("sd15", scheduler="ddim", cache_interval=2)
     rows = [GenerateRow("a dog", 1), GenerateRow("a cat", 2, guidance=1.0)]
