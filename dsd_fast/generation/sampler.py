@@ -79,9 +79,21 @@ class Sampler:
         )
         self._engines: dict[tuple[str, ...] | None, Engine] = {_names(config.adapter): self.engine}
         self._wrong = prompt_check(self.model)
+        self._runtime: str | None = None
         self._walks: dict[tuple[int, float], int] = {}
         # Refuses a branch that the network does not have.
         self.engine.keeping_plans(config.cache_branch_id)
+
+    def compile(self, runtime: str = "inductor") -> Sampler:
+        """From now on the network runs compiled, see :meth:`dsd_fast.unet.plan.Plan.compile`; the sampler itself.
+
+        Raises:
+            ValueError: an unknown runtime; "cudagraph" with a model that is not on a CUDA device.
+        """
+        for engine in self._engines.values():
+            engine.compile(runtime)
+        self._runtime = runtime
+        return self
 
     def resolve(self, row: GenerateRow) -> GenerateRow:
         """Fill in what a row leaves to the configuration, and check it; a resolved row stays as it is.
@@ -295,7 +307,9 @@ class Sampler:
 
     def _under(self, adapter: tuple[str, ...] | None) -> Engine:
         if adapter not in self._engines:
-            self._engines[adapter] = self.engine.under(adapter, self.controls)
+            engine = self._engines[adapter] = self.engine.under(adapter, self.controls)
+            if self._runtime is not None:
+                engine.compile(self._runtime)
         return self._engines[adapter]
 
     def _check_text(self, name: str, text: str) -> None:

@@ -157,6 +157,9 @@ class Model:
         weight = next(vae.parameters())
         with own_types(weight.device):
             posterior = vae.encode(upload(pixels, weight.device, weight.dtype)).latent_dist
+        if sample and self.family == "sdxl" and vae.config.force_upcast:
+            # Where stock pipelines compute in float32, they draw in it, and other types have other numbers.
+            posterior = type(posterior)(posterior.parameters.float())
         latents: Tensor = posterior.sample(generator) if sample else posterior.mean
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         shift, scale = self._latent_affine(latents)

@@ -1,6 +1,7 @@
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 import dsd_fast as dsd
 from dsd_fast.diffusion import (
@@ -16,6 +17,7 @@ from dsd_fast.diffusion import (
     scheduler_noised,
     scheduler_steps,
     scheduler_timesteps,
+    within,
 )
 from tests.tiny import tiny_scheduler
 
@@ -197,6 +199,39 @@ def test_guidance_is_linear():
 
     # u + s (c - u) with u = z and c = 2 z.
     torch.testing.assert_close(guided(predict, 3.0)(latents, 5), 4 * latents)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7, [0.7, 0.3, 0.0]])
+@pytest.mark.parametrize("scale", [5.0, [5.0, 1.0, 0.5]])
+def test_guidance_is_of_each_row_as_diffusers_has_it(scale, rescale):
+    unconditional, conditional = torch.randn(2, 3, 4, 6, 5, generator=torch.Generator().manual_seed(1))
+    scales, shares = (each if isinstance(each, list) else [each] * 3 for each in (scale, rescale))
+    asked = [row for row in range(3) if scales[row] != 1]
+    latents = torch.zeros(3, 4, 6, 5)
+    got = guided(lambda z, t: torch.cat([unconditional[asked], conditional]), scale, rescale)(latents, 5)
+    for row in range(3):
+        u, c = unconditional[row : row + 1], conditional[row : row + 1]
+        expected = u + scales[row] * (c - u)
+        if scales[row] != 1 and shares[row]:
+            expected = rescale_noise_cfg(expected, c, guidance_rescale=shares[row])
+        torch.testing.assert_close(got[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[1], conditional[1]) == (scales[1] == 1)
+
+
+def test_without_guidance_the_prediction_is_itself():
+    def predict(latents, t):
+        return latents
+
+    assert guided(predict, 1.0) is predict
+    assert guided(predict, [1.0, 1.0], 0.7) is predict
+
+
+def test_an_interval_is_open_below_and_closed_above():
+    ours = NoiseSchedule.from_scheduler(scheduler("DDIM"))
+    low, high = ours.sigma(300), ours.sigma(600)
+    predict = within(ours, (low, high), lambda z, t: z + 1, lambda z, t: z)
+    seen = [float(predict(torch.zeros(1), t)) for t in (300, 300.5, 301, 600, 600.5)]
+    assert seen == [0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

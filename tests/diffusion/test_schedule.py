@@ -214,3 +214,19 @@ def test_shapes_and_types_that_do_not_fit():
         s.add_noise(z0, noise[None], 1)
     with pytest.raises(ValueError, match=r"model_output has shape \(4, 4, 6, 5\), expected \(5, 4, 6, 5\)"):
         s.to_epsilon(noise[:4], z0, 1)
+
+
+def test_sigma_of_a_timestep_and_between_two_is_that_of_diffusers():
+    euler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True
+    )
+    schedule = NoiseSchedule.from_scheduler(euler)
+    euler.set_timesteps(10)
+    # Karras' levels lie between the schedule's, and the timesteps are found from them by diffusers.
+    assert any(not float(t).is_integer() for t in euler.timesteps)
+    found = [schedule.sigma(float(t)) for t in euler.timesteps]
+    assert found == pytest.approx(euler.sigmas[:-1].tolist(), rel=1e-4)
+    with pytest.raises(ValueError, match="timesteps holds 1000"):
+        schedule.sigma(999.5)
+    snr = NoiseSchedule.from_scheduler({**euler.config, "rescale_betas_zero_snr": True})
+    assert snr.sigma(999) == float("inf")

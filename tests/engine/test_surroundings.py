@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import dsd_fast as dsd
 from dsd_fast.features.gate import gate
 from dsd_fast.features.pca import PCA
+from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
 from dsd_fast.models.controlnet import Control, load_controlnet
 
 IMAGES = [np.full((64, 64, 3), colour, np.uint8) for colour in ((220, 30, 30), (30, 60, 220))]
@@ -61,6 +62,17 @@ def guided(folder):
     return like([value for row in result.rows() for value in row.values() if isinstance(value, float)])
 
 
+def generated(folder):
+    row = GenerateRow(TEXTS[0], 1, image=IMAGES[0], conditions=(IMAGES[0],), guidance_rescale=0.5)
+    made = []
+    # UniPC solves a system that it makes in the default type.
+    for name in ("pndm", "dpm++2m-sde", "lcm"):
+        config = GenerateConfig(steps=2, guidance=3.0, scheduler=name, adapter=(), guidance_interval=(1.0, 9.0))
+        one = Sampler(MODEL, config, controls=[Control(load_controlnet(), condition=None)])
+        made.append(one.latents([one.resolve(GenerateRow(TEXTS[1]))]))
+    return torch.cat([each.flatten() for each in (*made, one.pixels([one.resolve(row)]))])
+
+
 def fitted(folder):
     config = dsd.FitConfig(steps=2, batch_size=2, lora_dropout=0.2)
     one = matcher(MODEL)
@@ -72,7 +84,7 @@ def like(values):
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-CALLS = (loaded, scored, mapped, extracted, exported, guided, fitted)
+CALLS = (loaded, scored, mapped, extracted, exported, guided, generated, fitted)
 MODEL = None
 
 

@@ -17,6 +17,7 @@ from dsd_fast.features.gate.guide import Guide
 from dsd_fast.features.host import on_host
 from dsd_fast.features.inputs import Prompts
 from dsd_fast.features.shift import ShiftMeter
+from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
 from dsd_fast.jobs import read_tensors
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting import loop
@@ -159,6 +160,13 @@ def guided(place):
     return [torch.from_numpy(guide.result().distances)]
 
 
+def generated(place):
+    config = GenerateConfig(steps=4, guidance=3.0, guidance_interval=(0.0, 9.0), memory_budget=place.budget)
+    sampler = Sampler(place.model, config)
+    rows = [GenerateRow(text, seed=1, guidance_rescale=0.5) for text in TEXTS[:2]] + [GenerateRow("", guidance=1.0)]
+    return [sampler.pixels([sampler.resolve(row) for row in rows])]
+
+
 def fitted(place):
     told = []
     settings = dsd.MatchConfig(timesteps=[300], memory_budget=place.budget)
@@ -189,10 +197,20 @@ CALLS = {
     "extract to the host": (extracted_to_host, FEATURES),
     "content shift": (shifted, SHIFT),
     "guide": (guided, GUIDE),
+    "generate": (generated, {}),
     "fit": (fitted, FIT),
 }
 # What is read later than it is computed, or by another way than on the CPU: the numbers are compared.
-COMPARED = {"stream, out in host memory", "stream, out on the device", "score", "predict", "heatmap", "guide", "fit"}
+COMPARED = {
+    "stream, out in host memory",
+    "stream, out on the device",
+    "score",
+    "predict",
+    "heatmap",
+    "guide",
+    "fit",
+    "generate",
+}
 
 
 @pytest.fixture(scope="module")

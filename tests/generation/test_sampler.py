@@ -104,8 +104,7 @@ def test_seven_rows_are_each_alone_and_the_stock_pipeline(case):
         eta=made.config.eta,
     )  # fmt: skip
     assert_close(seven, expected)
-    for number in (0, 5):
-        assert_close(latents(made, rows[number]), seven[number : number + 1])
+    assert_close(latents(made, rows[5]), seven[5:6])
     assert not torch.allclose(seven[0], seven[6], rtol=0, atol=0.1)
 
 
@@ -188,8 +187,8 @@ def test_a_half_model_draws_in_its_type(dtype):
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
-    # Roundings of 8 or 11 bits at some hundred places; other draws are other images.
-    assert float((got - expected).abs().max()) < 30 * torch.finfo(dtype).eps * float(expected.abs().max())
+    # Latents are rounded at each step, draws once, and the network's sums come in another order: a few roundings.
+    assert float((got - expected).abs().max()) < 4 * torch.finfo(dtype).eps * float(expected.abs().max())
 
 
 def test_rows_of_one_batch_have_options_of_their_own():
@@ -280,8 +279,8 @@ def test_what_texts_do_not_change_runs_once():
     rows = [made.resolve(GenerateRow(prompt, seed)) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
     rows[3] = replace(rows[3], guidance=1.0)
     counted = rows_seen(made, rows)
-    # Seven latents; seven conditional rows and six unconditional ones; of seven prompts six are different, and the empty
-    # one is the absent one too.
+    # Seven latents; seven conditional rows and six unconditional ones; of seven prompts six are different, and the
+    # empty one is the absent one too.
     keys = {count for name, count in counted.items() if name.startswith("key")}
     assert (counted["in"], counted["up"], keys, counted["texts"]) == (3 * 7, 3 * 13, {6}, 6)
     # A budget of two rows: the keys of the texts still once for all steps, where they fit.
@@ -302,7 +301,7 @@ def test_texts_whose_keys_do_not_fit_are_taken_in_parts():
     tight = sampler(
         "sd15", scheduler="ddim", steps=3, memory_budget=engine.noise_plan.run_bytes(1, 16, 16, 77) * 4 + 3 * one
     )
-    tight.engine.texts_together = lambda plan, size, held: 3
+    tight.engine.texts_together = lambda *_: 3
     assert tight.rows_at_once(rows[0]) <= 2
     counted = rows_seen(tight, rows)
     # The absent one with "a dog", "a red cat"; with "", "dog dog", "a cat on a red dog"; with "cat", "a dog".
