@@ -4,6 +4,7 @@ import itertools
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -455,3 +456,15 @@ def tiny_net(model, seed):
 
     net = ControlNetModel.from_unet(model.unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 8, 8))
     return trained_like(net, seed).eval().requires_grad_(False)
+
+
+def test_noise_of_a_schedulers_steps_is_of_the_images_seed(model, images):
+    """Of a scheduler that draws at each step: by (seed, draw), whatever else is computed, and never what was drawn."""
+    own = model.with_scheduler(diffusers.EulerAncestralDiscreteScheduler.from_config(model.scheduler_config))
+    walk = Technique(denoise_from=53, adapter=())
+    extractor = FeatureExtractor(
+        own, LAYERS[:1], [50], official_timesteps=True, technique=walk, draws=2, keep_draws=True
+    )
+    (both,) = extractor.extract(images[:2], seeds=[7, 8]).values()
+    (alone,) = extractor.extract(images[1:2], seeds=[8]).values()
+    torch.testing.assert_close(alone, both[1:], rtol=0, atol=1e-5 * float(both.abs().max()))
