@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -134,6 +135,22 @@ def test_a_worker_reads_the_index_of_its_own_part_where_the_folder_has_no_other_
         run(tmp_path, worker=worker, workers=4, each=lambda number: pytest.fail("made again"))
         assert set(indices_read) == shards
         indices_read.clear()
+
+
+def test_memory_is_that_of_a_workers_own_ids(tmp_path):
+    """At most 256 bytes a row, as docs/clusters.md says; of so many rows tables of hashes are as empty as they get."""
+    ids = [row_id(str(number)) for number in range(87_500)]
+    with Job(tmp_path, "ids", {}, shard_rows=4096) as job:
+        for each in job.pending(ids, str):
+            job.put(each, "")
+    tracemalloc.start()
+    try:
+        with Job(tmp_path, "ids", {}) as job:
+            assert list(job.pending(ids, str)) == []
+        assert tracemalloc.get_traced_memory()[1] < 256 * len(ids)
+    finally:
+        tracemalloc.stop()
+    assert job.counts.done == len(ids)
 
 
 def test_errors_are_tried_again_only_when_asked(tmp_path):
