@@ -69,8 +69,7 @@ class Guide(Judge):
         wanted = [self.output_of(row.label) for row in rows]
         with torch.no_grad():
             found = self.probabilities(images)
-            # NaN is no probability, and argmax would take it for the largest.
-            firsts = found.nan_to_num(nan=-1).argmax(-1).tolist()
+            firsts = found.argmax(-1).tolist()
             scores = found[range(len(wanted)), wanted].tolist()
         return [
             by_score(score, self.threshold, "low-probability")

@@ -25,7 +25,7 @@ from tests.cli.test_features import command_line
 from tests.cli.test_features_killed import watched
 from tests.jobs.numbers import ended, files, start
 
-KILLS = 6
+KILLS = 4
 CAPTIONS = ["a red ring", "a blue cross", "a green disc"]
 COMMAND = ["match", "in", *(part for each in CAPTIONS for part in ("--caption", each)), "--shard-rows", "2"]
 
@@ -140,8 +140,9 @@ def test_killed_at_random_points_and_the_identical_set(pictures):
     calls = int(Path("calls").read_text())
     draw, kills, found = random.Random(0), 0, Counter()
     while kills < KILLS:
+        # In each of as many parts of the run.
         out = Path(f"killed-{kills}")
-        how = run(out, partial(watched, draw.randrange(calls), write_results))
+        how = run(out, partial(watched, int(calls * (kills + draw.random()) / KILLS), write_results))
         assert how in (-1, signal.SIGKILL)
         kills += how == signal.SIGKILL
         found["results" if len(read_index(out)) == 8 else "job"] += 1

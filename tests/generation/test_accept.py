@@ -138,6 +138,11 @@ def test_a_module_gets_normalised_pixels_of_its_size():
     assert json.dumps(guide.settings()) == json.dumps(
         AcceptClassifier(network, ["a", "b"], mean=np.array(mean), std=tuple(std)).settings()
     )
+    # What is no number accepts nothing.
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval()
+    broken[1].bias.data.fill_(np.nan)
+    (verdict,) = AcceptClassifier(broken, ["a", "b"], mean=mean, std=std)(images[:1], rows_of("a"))
+    assert verdict == Verdict(False, "low-probability")
     # Pictures of another size are brought to the module's.
     large = np.repeat(np.repeat(images, 2, 1), 2, 2)
     sized = AcceptClassifier(network, ["a", "b"], size=(8, 8), mean=mean, std=std)

@@ -26,7 +26,8 @@ class Maker:
 
 def judge(images, rows):
     scores = [int(image[0, 0, 0]) / 256 for image in images]
-    return [Verdict(score >= 0.7, "" if score >= 0.7 else "low", score) for score in scores]
+    # A judge may have a reason for what it accepts, too.
+    return [Verdict(score >= 0.7, "high" if score >= 0.7 else "low", score) for score in scores]
 
 
 class Corner:
@@ -47,8 +48,8 @@ def one_by_one(units, max_tries, near):
             row = unit.attempt(j)
             image = Maker()([row])
             (verdict,) = judge(image, [row])
-            reason, corner = verdict.reason, int(image[0, -1, -1, -1]) >> 6
-            if not reason and near and corner in seen:
+            reason, corner = "" if verdict.accepted else verdict.reason, int(image[0, -1, -1, -1]) >> 6
+            if verdict.accepted and near and corner in seen:
                 reason = "near-duplicate"
             if not reason:
                 yield row, image[0].tolist(), verdict.score, tries
