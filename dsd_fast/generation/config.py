@@ -33,8 +33,9 @@ class GenerateConfig:
         noise: "dsd_fast": by (seed, draw), the start's draw 0 and each step's its own; "diffusers": of one
             ``torch.Generator("cpu").manual_seed(seed)`` a row, what a stock pipeline draws of it.
         guidance_interval: (low, high), the noise levels σ = √((1 − ᾱ) / ᾱ) with low < σ ≤ high inside which guidance is
-            applied, no upper bound where high is None; elsewhere the conditional row runs alone. Kynkäänniemi et al. 2024, "Applying Guidance in a
-            Limited Interval Improves Sample and Distribution Quality in Diffusion Models". None: everywhere.
+            applied; elsewhere the conditional row runs alone. A high of None is no bound. Kynkäänniemi et al. 2024,
+            "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models".
+            None: everywhere.
         cache_interval: the whole network runs at every so many steps, and between them its shallow steps alone, on the
             deep activations of the last whole run. Ma et al. 2023, "DeepCache". 1: at every step.
         cache_branch_id: how many of the last skip connections beside the last one the shallow steps have, as in
