@@ -23,7 +23,7 @@ from dsd_fast.generation.closing import close
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.encoding import check_format
 from dsd_fast.generation.export import generate_to
-from dsd_fast.generation.files import check_layout, read_image
+from dsd_fast.generation.files import check_layout, read_images
 from dsd_fast.generation.grids import grid, read_classes
 from dsd_fast.generation.reading import read_rows
 from dsd_fast.generation.rows import GenerateRow
@@ -197,8 +197,7 @@ def contact_sheet(out: Path) -> list[Tile]:
             ids.append(row["id"])
     turns = [ids[turn] for turn in range(_TILES) for ids in by_class.values() if turn < len(ids)]
     tiles = []
-    for name in turns[:_TILES]:
-        content, row = read_image(out, name)
+    for content, row in read_images(out, turns[:_TILES]):
         with Image.open(io.BytesIO(content)) as image:
             image.thumbnail((_SIDE, _SIDE))
             tiles.append(Tile(image.convert("RGB"), row["prompt"], row["seed"]))
