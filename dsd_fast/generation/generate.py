@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from PIL import Image
 
@@ -22,6 +22,40 @@ from dsd_fast.models.tokens import TokenSource
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
+
+
+@overload
+def generate(
+    model: Model,
+    prompts: Prompts,
+    config: GenerateConfig | None = None,
+    *,
+    out: None = None,
+    seeds: Seeds | None = None,
+    tokens: TokenSource | None = None,
+    accept: Accept | None = None,
+    per_class: int | None = None,
+    max_tries: int = 10,
+    controls: Sequence[Control] = (),
+) -> Iterator[Image.Image]: ...
+
+
+@overload
+def generate(
+    model: Model,
+    prompts: Prompts,
+    config: GenerateConfig | None = None,
+    *,
+    out: str | os.PathLike[str],
+    seeds: Seeds | None = None,
+    tokens: TokenSource | None = None,
+    accept: Accept | None = None,
+    per_class: int | None = None,
+    max_tries: int = 10,
+    resume: bool = True,
+    controls: Sequence[Control] = (),
+    **files: Any,
+) -> Generated: ...
 
 
 def generate(

@@ -2,12 +2,12 @@
 
 import json
 import os
-import pickle
 import random
 import signal
 import sys
 from collections import Counter
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ def test_the_last_of_several_workers_writes_the_results_of_all(cli, pictures):
 
 def in_turn(make, *, partitions, workers, gpus_per_worker, address, progress=None):
     """In place of Ray: what travels, travels, and the partitions run one after the other."""
-    task = pickle.loads(pickle.dumps(make))()
+    task = ForkingPickler.loads(ForkingPickler.dumps(make))()
     return [json.loads(json.dumps(task(each, partitions, progress or list))) for each in range(partitions)]
 
 

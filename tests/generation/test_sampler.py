@@ -187,8 +187,8 @@ def test_a_half_model_draws_in_its_type(dtype):
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
-    # Roundings of 8 or 11 bits at some hundred places; other draws are other images.
-    assert float((got - expected).abs().max()) < 30 * torch.finfo(dtype).eps * float(expected.abs().max())
+    # Latents are rounded at each step, draws once, and the network's sums come in another order: a few roundings.
+    assert float((got - expected).abs().max()) < 4 * torch.finfo(dtype).eps * float(expected.abs().max())
 
 
 def test_rows_of_one_batch_have_options_of_their_own():

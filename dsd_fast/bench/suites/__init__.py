@@ -29,6 +29,8 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "feature-quality": _suite("feature_quality", experiment),
     "features": _suite("features"),
     "fit": _suite("fit"),
+    "generate": _suite("generate"),
+    "generate-quality": _suite("generate_quality", experiment),
     "match": _suite("match"),
     "mini-card": _suite("mini_card", experiment),
     "ops": _suite("ops"),

@@ -1,0 +1,92 @@
+"""What leaving network steps out costs in quality: generated pictures that show what was asked for, by the judge.
+
+Every setting draws the same prompts from the same seeds. The speed of each is that of a few pictures beside the stock
+pipeline's, in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import nn
+
+from benchmarks.suites.mini_card.judge import judge, look
+from benchmarks.suites.mini_card.pictures import GUIDANCE, STEPS
+from dsd_fast.bench.case import Context, Figure, Group, Quality, Suite
+from dsd_fast.bench.measure import timer_for
+from dsd_fast.bench.suites.generate import FEWER, Job
+from dsd_fast.bench.suites.shared import mini
+from dsd_fast.bench.timing import interleave, ratio
+from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
+from dsd_fast.generation.sampler import to_uint8
+from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+
+__all__ = ["N", "quality", "suite"]
+
+N = 1000
+"""Pictures of one object each, new scenes."""
+
+SAMPLER = "ddim"
+TIMED, REPEATS = 32, 7
+_AT_ONCE = 32
+
+
+def quality(name: str, options: Mapping[str, Any], context: Context, n: int = N) -> list[Figure]:
+    """How many of the pictures show the object in colour, shape and size, and how fast they come."""
+    model = mini(context)
+    seeing: nn.Module = context.shared("judge", lambda: judge(model.vae).to(model.device))
+    asked = [scene(EVAL_SEED + i, objects=1).objects[0] for i in range(n)]
+    config = GenerateConfig(steps=STEPS, guidance=GUIDANCE, scheduler=SAMPLER, **options)
+    prompts = [f"a {item.size} {item.colour} {item.shape}" for item in asked]
+    found = [each.objects for each in look(seeing, drawn(Sampler(model, config), prompts))]
+    right = sum(seen == {item.colour: (item.shape, item.size)} for seen, item in zip(found, asked, strict=True))
+    job = Job(model, SAMPLER, TIMED, options)
+    # The first call of either pays for what later ones do not.
+    job.images()
+    job.own_images()
+    stock, ours = interleave([job.images, job.own_images], REPEATS, timer_for(context.device))
+    times, seconds = ratio(stock, ours), float(np.median(ours)) / TIMED
+    return [
+        Figure.share(f"{name}", right, n, sizes={"steps": STEPS}, seconds=seconds, item="picture"),
+        Figure(
+            f"{name}, beside diffusers",
+            times.median,
+            times.low,
+            times.high,
+            REPEATS,
+            unit="times faster",
+            sizes={"steps": STEPS, "pictures": TIMED},
+        ),
+    ]
+
+
+@torch.no_grad()
+def drawn(sampler: Sampler, prompts: Sequence[str]) -> np.ndarray:
+    """Pictures of the prompts, uint8 (N, H, W, 3); picture k has the seed k."""
+    rows = [sampler.resolve(GenerateRow(prompt, seed)) for seed, prompt in enumerate(prompts)]
+    starts = range(0, len(rows), _AT_ONCE)
+    made = [
+        to_uint8(sampler.pixels(rows[start : start + _AT_ONCE])) for start in track(starts, "pictures", transient=True)
+    ]
+    return torch.cat(made).numpy()
+
+
+suite = Suite(
+    "generate-quality",
+    groups=(
+        Group(
+            "fewer",
+            f"What may be left out, and what it costs: {N:,} pictures of one object, DDIM, {STEPS} steps, "
+            f"guidance {GUIDANCE:g}, the mini model; times of {TIMED} pictures at once",
+        ),
+    ),
+    cases=tuple(
+        Quality(f"fewer/{place}", "fewer", partial(quality, name, options))
+        for place, (name, options) in enumerate(FEWER.items())
+    ),
+)
