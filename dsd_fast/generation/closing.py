@@ -45,9 +45,9 @@ def close(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes what a folder of generated images is given at the end, and removes what an earlier end left otherwise.
 
     It may be called at any time and again: files whose content stands are left alone, but for metadata.jsonl, each
-    appears whole or not at all, and one that was killed is made good by the next. Of several workers that end at once one waits for the other; the
-    last of them sees all shards. Where the file system has no hard links, shards.txt names the files in shards/ instead
-    of copies, which would take as much room again.
+    appears whole or not at all, and one that was killed is made good by the next. Of several workers that end at once
+    one waits for the other; the last of them sees all shards. Where the file system has no hard links, shards.txt names
+    the files in shards/ instead of copies, which would take as much room again.
 
     Memory: 16 bytes a row and a shard's rows; where near-duplicates are marked, the CLIP vectors, two bytes a value,
     twice over while they are put together.
