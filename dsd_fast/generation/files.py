@@ -11,16 +11,24 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dsd_fast.generation.encoding import SAMPLE_NAMES
-from dsd_fast.jobs import ManifestError, Row, ShardFiles, index_shards, read_manifest, read_shard, row_id
+from dsd_fast.jobs import (
+    ManifestError,
+    Row,
+    ShardFiles,
+    Write,
+    index_shards,
+    parquet_bytes,
+    read_manifest,
+    read_shard,
+    row_id,
+)
 from dsd_fast.jobs.store import OK, SHARDS
-
-Write = Callable[[ShardFiles, Sequence[Row]], None]
 
 KIND = "generation"
 LAYOUTS = {"webdataset": ".tar", "parquet": ".parquet", "folder": ""}
@@ -179,16 +187,6 @@ def _from_parquet(file: Path, row: str) -> bytes:
                 content: bytes = stored.read_row_group(group, ["image"])["image"][position].as_py()["bytes"]
                 return content
     raise ValueError(f"{file} has no row {row}")
-
-
-def parquet_bytes(table: Any, **options: Any) -> memoryview:
-    """A table as a Parquet file, through memory, so that what the disk refuses is said by the file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    content = pa.BufferOutputStream()
-    pq.write_table(table, content, **options)
-    return memoryview(content.getvalue())
 
 
 def _with_images(rows: Sequence[Row], format: str, columns: Mapping[str, str]) -> Any:

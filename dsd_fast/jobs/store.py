@@ -113,7 +113,6 @@ class ShardFiles:
             OSError: the folder cannot be written, or the disk is full.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         self._sync()
         positions, position = [], 0
@@ -137,11 +136,8 @@ class ShardFiles:
             },
             metadata={_FILES: json.dumps(self._sizes)},
         )
-        # Through memory, so that what the disk refuses is said by the file and not by a Parquet writer.
-        content = pa.BufferOutputStream()
-        pq.write_table(table, content)
         with self.open(f"{INDEX}/{self.name}.parquet") as file:
-            file.write(content.getvalue())
+            file.write(parquet_bytes(table))
         sync_folder(self.folder / INDEX)
 
     def remove(self) -> None:
@@ -314,6 +310,16 @@ def read_shard(folder: Path, shard: str, columns: Sequence[str] | None = None) -
     except (pa.ArrowInvalid, FileNotFoundError, NotADirectoryError, KeyError, ValueError):
         # Copied in part, or changed by others: its rows are to be made again.
         return None
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> memoryview:
+    """Write a table as a Parquet file into memory, so that what the disk refuses is said by the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content, **options)
+    return memoryview(content.getvalue())
 
 
 def storable(text: str) -> str:
