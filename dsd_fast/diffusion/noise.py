@@ -65,7 +65,7 @@ class RowNoise:
     Args:
         seeds: B of them, 0 ≤ seed < 2**64.
         kind: one of :data:`NOISES`.
-        dtype: that "diffusers" draws in, the model's: the numbers depend on it.
+        dtype: that "diffusers" draws in, the model's, to which its numbers are rounded.
         starts: how many of a seed's first draws are starts, so that none is drawn again.
 
     Attributes:

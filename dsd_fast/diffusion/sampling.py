@@ -9,6 +9,7 @@ hold. Gradients flow, so wrap calls in `torch.no_grad()` where none are wanted.
 """
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -246,16 +247,16 @@ def guided(predict: Predict, scale: float | Sequence[float], rescale: float | Se
     return predict_guided
 
 
-def within(schedule: NoiseSchedule, interval: tuple[float, float], inside: Predict, outside: Predict) -> Predict:
+def within(schedule: NoiseSchedule, interval: tuple[float, float | None], inside: Predict, outside: Predict) -> Predict:
     """Predict by one function at some noise levels and by another elsewhere.
 
     Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
     Diffusion Models".
 
     Args:
-        interval: (low, high): `inside` is called where low < σ ≤ high, σ = √((1 − ᾱ) / ᾱ).
+        interval: (low, high): `inside` is called where low < σ ≤ high, σ = √((1 − ᾱ) / ᾱ); a high of None is no bound.
     """
-    low, high = interval
+    low, high = interval[0], math.inf if interval[1] is None else interval[1]
 
     def predict(latents: Tensor, t: float) -> Tensor:
         return (inside if low < schedule.sigma(t) <= high else outside)(latents, t)

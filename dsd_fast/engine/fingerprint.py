@@ -63,6 +63,8 @@ def scheduler_settings(model: Model) -> dict[str, Any]:
     scheduler = model.new_scheduler()
     kind = type(scheduler)
     settings: dict[str, Any] = json.loads(json.dumps(model.scheduler_config, default=str))
+    # Which of the values are defaults, in the order of a set, which is another one in another process.
+    settings.pop("_use_default_values", None)
     if not kind.__module__.startswith("diffusers."):
         settings["_class_name"] = f"{kind.__module__}.{kind.__qualname__}"
     changed = {name: _number(value) for name, value in sorted(changed_in_place(scheduler).items())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,8 @@ import numpy as np
 
 from dsd_fast.diffusion import SAMPLERS
 from dsd_fast.diffusion.noise import NOISES
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class GenerateConfig:
         noise: "dsd_fast": by (seed, draw), the start's draw 0 and each step's its own; "diffusers": of one
             ``torch.Generator("cpu").manual_seed(seed)`` a row, what a stock pipeline draws of it.
         guidance_interval: (low, high), the noise levels σ = √((1 − ᾱ) / ᾱ) with low < σ ≤ high inside which guidance is
-            applied; elsewhere the conditional row runs alone. Kynkäänniemi et al. 2024, "Applying Guidance in a
-            Limited Interval Improves Sample and Distribution Quality in Diffusion Models". None: everywhere.
+            applied; elsewhere the conditional row runs alone. A high of None is no bound. Kynkäänniemi et al. 2024,
+            "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models".
+            None: everywhere.
         cache_interval: the whole network runs at every so many steps, and between them its shallow steps alone, on the
             deep activations of the last whole run. Ma et al. 2023, "DeepCache". 1: at every step.
         cache_branch_id: how many of the last skip connections beside the last one the shallow steps have, as in
@@ -54,7 +57,7 @@ class GenerateConfig:
     scheduler: str | Any | None = None
     eta: float = 0.0
     noise: str = "dsd_fast"
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[float, float | None] | None = None
     cache_interval: int = 1
     cache_branch_id: int = 0
     adapter: str | tuple[str, ...] | None = None
@@ -97,8 +100,9 @@ def _is_strength(x: object) -> bool:
 
 
 def _is_interval(x: object) -> bool:
-    pair = isinstance(x, tuple) and len(x) == 2 and all(_number(0, math.inf)(each) for each in x)
-    return pair and isinstance(x, tuple) and x[0] < x[1]
+    if not isinstance(x, tuple) or len(x) != 2 or not _number(0, _LARGEST)(x[0]):
+        return False
+    return x[1] is None or (_number(0, _LARGEST)(x[1]) and bool(x[0] < x[1]))
 
 
 def _is_scheduler(x: object) -> bool:
@@ -120,7 +124,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "scheduler": (_or_none(_is_scheduler), f"one of {', '.join(SAMPLERS)}, a diffusers scheduler, or None"),
     "eta": (_number(0, 1), "a number from 0 to 1"),
     "noise": (lambda x: x in NOISES, f"one of {', '.join(NOISES)}"),
-    "guidance_interval": (_or_none(_is_interval), "(low, high) with 0 <= low < high, or None"),
+    "guidance_interval": (_or_none(_is_interval), "(low, high) with 0 <= low < high, or high None, or None"),
     "cache_interval": (_integer(1), "an integer of at least 1"),
     "cache_branch_id": (_integer(0), "an integer of at least 0"),
     "adapter": (_or_none(_are_names), "a name, a tuple of names, or None"),

@@ -137,7 +137,9 @@ class Sampler:
         """Tell of a resolved row what rows that are computed together have in common."""
         assert row.steps is not None
         started = None if row.image is None else self._steps_taken(row.steps, row.strength)
-        return row.size, row.steps, started, row.adapter, bool(row.conditions)
+        # A row that enters the interval of guidance makes all that it is with run whole.
+        own = self.config.cache_interval > 1 and self.config.guidance_interval is not None and self._is_guided(row)
+        return row.size, row.steps, started, row.adapter, bool(row.conditions), own
 
     def rows_at_once(self, row: GenerateRow) -> int:
         """Tell how many resolved rows like this one fill the memory budget."""

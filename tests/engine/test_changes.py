@@ -10,6 +10,7 @@ from torch import nn
 
 import dsd_fast as dsd
 from dsd_fast.engine.changes import changes
+from dsd_fast.engine.fingerprint import scheduler_settings
 from dsd_fast.jobs import tensors_hash
 from tests.tiny import tiny_pipeline
 
@@ -207,3 +208,11 @@ def test_what_a_later_run_could_not_tell_is_refused(model, change, name, monkeyp
         change(patch, model.vae.quant_conv)
         with pytest.raises(ValueError, match=f"{name}.*, which a later run could not tell from another; expected a"):
             changes(model.vae)
+
+
+def test_a_scheduler_is_told_alike_in_any_process():
+    """Diffusers lists the values that are defaults in the order of a set."""
+    model = dsd.from_pipeline(tiny_pipeline("sd15"))
+    assert model.scheduler_config["_use_default_values"]
+    told = scheduler_settings(model)
+    assert told == {name: told[name] for name in model.scheduler_config if name != "_use_default_values"}

@@ -97,11 +97,11 @@ def stock(pipe, made, **options):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """(entry, rows) of each stream of a plan."""
+    """(entry, rows, memory budget) of each stream of a plan."""
     seen, stream = [], Plan.stream
 
     def recorded(self, *arguments, **options):
-        seen.append((self.enter, len(options["latent_index"])))
+        seen.append((self.enter, len(options["latent_index"]), options["memory_budget"]))
         return stream(self, *arguments, **options)
 
     monkeypatch.setattr(Plan, "stream", recorded)
@@ -118,7 +118,7 @@ def test_rows_are_stock_diffusers_with_the_same_activations_kept(family, branch,
     calls = 7 if scheduler == "pndm" else 6
     entry = made.engine.program.entries[branch]
     # PNDM's repeated timestep counts as a call.
-    assert sent == [(entry if number % interval else None, 6) for number in range(calls)]
+    assert sent == [(entry if number % interval else None, 6, None) for number in range(calls)]
     pipe = pipeline(family)
     with kept_over(pipe.unet, KEPT[family, branch](pipe.unet), interval):
         want = stock(pipe, made)
@@ -133,9 +133,10 @@ def test_what_is_kept_counts_in_the_budget(sent):
     made, size = sampler("sd15", memory_budget=1_500_000, **config), (16, 16)
     rows = [GenerateRow("a dog", seed) for seed in SEEDS]
     # Two texts' keys and five rows of 32 · 16 · 16 float32 numbers, twice, which are a quarter at most.
-    assert made.engine.rows_kept(2, size) == (5, 5 * 2 * 32 * 16 * 16 * 4)
+    row = 2 * 32 * 16 * 16 * 4
+    assert made.engine.rows_kept(2, size) == (5, 5 * row)
     got = latents(made, rows)
-    assert [count for _, count in sent] == [4] * 6 + [2] * 6
+    assert [each[1:] for each in sent] == [(count, 1_500_000 - count * row) for count in [4] * 6 + [2] * 6]
     assert_close(got, latents(sampler("sd15", **config), rows))
     # They leave so much to the rest.
     one = made.engine.noise_plan.run_bytes(1, *size, 77)
@@ -197,7 +198,7 @@ def test_rows_that_enter_the_interval_of_guidance_run_whole_and_start_anew(sent)
     finally:
         handle.remove()
     assert_close(got, z)
-    assert [(entry is None, rows) for entry, rows in sent] == ran
+    assert [(entry is None, rows) for entry, rows, _ in sent] == ran
     # Whole at the start, where the unconditional row joins, and three calls later; it leaves without one.
     assert ran == [
         *((True, 1), (False, 1)),
@@ -205,6 +206,16 @@ def test_rows_that_enter_the_interval_of_guidance_run_whole_and_start_anew(sent)
         *((True, 2), (False, 1), (False, 1)),
         (True, 1),
     ]
+
+
+def test_when_a_row_runs_whole_does_not_depend_on_the_rows_beside_it():
+    interval = {"scheduler": "ddim", "guidance_interval": (0.7, 3.0)}
+    rows = [GenerateRow("a dog", 5, guidance=guidance) for guidance in (4.0, 1.0)]
+    made, plain = (sampler("sd15", cache_interval=number, **interval) for number in (3, 1))
+    assert len({made.group(made.resolve(row)) for row in rows}) == 2
+    assert len({plain.group(plain.resolve(row)) for row in rows}) == 1
+    with pytest.raises(ValueError, match="rows: got 2 of 2 groups"):
+        latents(made, rows)
 
 
 def test_a_row_without_guidance_among_others_and_another_walk_of_one_prediction():

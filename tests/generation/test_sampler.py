@@ -1,5 +1,6 @@
 """Latents of rows against stock diffusers' pipelines, given the same noise."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -187,8 +188,8 @@ def test_a_half_model_draws_in_its_type(dtype):
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
-    # Roundings of 8 or 11 bits at some hundred places; other draws are other images.
-    assert float((got - expected).abs().max()) < 30 * torch.finfo(dtype).eps * float(expected.abs().max())
+    # Latents are rounded at each step, draws once, and the network's sums come in another order: a few roundings.
+    assert float((got - expected).abs().max()) < 4 * torch.finfo(dtype).eps * float(expected.abs().max())
 
 
 def test_rows_of_one_batch_have_options_of_their_own():
@@ -236,8 +237,9 @@ def test_clip_skip_is_that_of_diffusers(skip, monkeypatch):
         model("sdxl").encode_prompts(["a dog"], 3)
 
 
-def test_guidance_in_an_interval_is_a_plain_loop():
-    made = sampler("sd15", scheduler="ddim", steps=6, guidance_interval=(0.5, 4.0))
+@pytest.mark.parametrize("high", [4.0, None])
+def test_guidance_in_an_interval_is_a_plain_loop(high):
+    made = sampler("sd15", scheduler="ddim", steps=6, guidance_interval=(0.5, high))
     pipe, scheduler = pipeline("sd15"), made.model.new_scheduler()
     scheduler.set_timesteps(6)
     states = torch.cat(pipe.encode_prompt("a dog", "cpu", 1, True)[::-1])
@@ -245,7 +247,7 @@ def test_guidance_in_an_interval_is_a_plain_loop():
     with torch.no_grad():
         for t in scheduler.timesteps:
             abar = float(schedule.alphas_cumprod[t])
-            applied.append(0.5 < ((1 - abar) / abar) ** 0.5 <= 4.0)
+            applied.append(0.5 < ((1 - abar) / abar) ** 0.5 <= (high or math.inf))
             both = pipe.unet(z.expand(2, -1, -1, -1), t, states).sample
             output = both[:1] + (4.0 if applied[-1] else 1.0) * (both[1:] - both[:1])
             z = scheduler.step(output, t, z).prev_sample
@@ -393,6 +395,7 @@ class DPMSolverSDEScheduler(diffusers.DPMSolverMultistepScheduler):
         ({"steps": 0}, "steps: got 0, expected an integer of at least 1"),
         ({"guidance": float("nan")}, "guidance: got nan"),
         ({"guidance_interval": (4.0, 0.5)}, "guidance_interval: got"),
+        ({"guidance_interval": (0.5, math.inf)}, "guidance_interval: got"),
         ({"noise": "numpy"}, "noise: got 'numpy', expected one of dsd_fast, diffusers"),
         ({"eta": 0.5, "scheduler": "euler"}, "eta: got 0.5, which EulerDiscreteScheduler does not read"),
         ({"image_size": (64, 65)}, "image_size: got"),

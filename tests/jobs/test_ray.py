@@ -37,7 +37,7 @@ def cluster():
 
 def test_a_partition_whose_actor_was_killed_is_taken_up_again(cluster, tmp_path):
     """Byte for byte what one process makes that runs the same partitions in turn."""
-    rows, told = 40, []
+    rows, told = 24, []
     make = partial(images_of, tmp_path / "rays", rows, tmp_path / "killed")
     found = run_on_ray(make, partitions=PARTITIONS, workers=ACTORS, progress=told.append)
     assert (tmp_path / "killed").exists()

@@ -135,6 +135,13 @@ def test_flops_are_those_of_the_modules_that_run():
         plan = rows.program.plan(noise_pred=True, enter=rows.program.entries[number])
         # Of three rows, each with a latent and a text of its own.
         assert plan.flops(latents=3, texts=3, rows=3, height=16, width=16, tokens=TOKENS) == want
+        # The first convolution (SDXL's first residual block's too) once for each latent, all else for each row.
+        one, three = (
+            plan.flops_by_step(latents=1, texts=1, rows=rows, height=16, width=16, tokens=TOKENS) for rows in (1, 3)
+        )
+        times = [three[step.name] // one[step.name] for step in plan.steps if one[step.name]]
+        shared = 2 if shape == "sdxl" else 1
+        assert times == [1] * shared + [3] * (len(times) - shared)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,14 +48,15 @@ LARGE = 8
 WRITTEN = 4
 """Images of 512 × 512 pixels that are written, each a shard."""
 
-INTERVAL = (0.3, 5.5)
 FEWER: Mapping[str, Mapping[str, Any]] = {
     "guidance at every step": {},
-    "guidance where 0.3 < σ ≤ 5.5": {"guidance_interval": INTERVAL},
+    "guidance where 0.3 < σ ≤ 5.5": {"guidance_interval": (0.3, 5.5)},
+    "guidance where 1 < σ": {"guidance_interval": (1.0, None)},
+    "guidance where 0.5 < σ": {"guidance_interval": (0.5, None)},
     "deep activations kept for 2 steps": {"cache_interval": 2},
     "deep activations kept for 3 steps": {"cache_interval": 3},
-    "guidance where 0.3 < σ ≤ 5.5, kept for 2 steps": {"guidance_interval": INTERVAL, "cache_interval": 2},
-    "guidance where 0.3 < σ ≤ 5.5, kept for 3 steps": {"guidance_interval": INTERVAL, "cache_interval": 3},
+    "guidance where 0.5 < σ, kept for 2 steps": {"guidance_interval": (0.5, None), "cache_interval": 2},
+    "guidance where 0.5 < σ, kept for 3 steps": {"guidance_interval": (0.5, None), "cache_interval": 3},
 }
 """What of the network's work is left out, by its name."""
 
@@ -183,11 +185,13 @@ def flops(context: Context) -> list[Figure]:
     whole, shallow = program.plan(noise_pred=True), program.plan(noise_pred=True, enter=program.entries[0])
     figures = [_count("diffusers, two rows at every step", STEPS * whole.flops(latents=2, rows=2, **sizes))]
     for name, options in FEWER.items():
-        low, high = options.get("guidance_interval", (0.0, float("inf")))
+        low, high = options.get("guidance_interval", (0.0, None))
         total = 0
         for number, t in enumerate(times):
             plan = shallow if number % options.get("cache_interval", 1) else whole
-            total += plan.flops(latents=1, rows=2 if low < model.schedule.sigma(t) <= high else 1, **sizes)
+            total += plan.flops(
+                latents=1, rows=2 if low < model.schedule.sigma(t) <= (high or math.inf) else 1, **sizes
+            )
         figures.append(_count(name, total))
     return figures
 

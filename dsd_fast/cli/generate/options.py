@@ -42,17 +42,17 @@ def parse_seeds(text: str | None) -> int | range | tuple[int, ...] | None:
     return int(parts[0]) if len(parts) == 1 else tuple(int(part) for part in parts)
 
 
-def parse_interval(text: str | None) -> tuple[float, float] | None:
-    """Reads two noise levels: 0.3,5; None stays None."""
+def parse_interval(text: str | None) -> tuple[float, float | None] | None:
+    """Reads two noise levels: 0.3,5; or one, from which on: 0.3, (with a comma after it); None stays None."""
     if text is None:
         return None
     try:
-        low, high = (float(part) for part in text.split(","))
+        low, high = text.split(",")
+        return float(low), float(high) if high.strip() else None
     except ValueError:
         raise ValueError(
-            f"--guidance-interval: {text!r} is no interval of noise levels, expected for instance 0.3,5"
+            f"--guidance-interval: {text!r} is no interval of noise levels, expected for instance 0.3,5 or 0.3,"
         ) from None
-    return low, high
 
 
 class RowOptions(Options, panel="Rows"):
@@ -132,7 +132,7 @@ class SamplingOptions(Options, panel="Sampling"):
     ] = "dsd_fast"
     guidance_interval: Annotated[
         str | None,
-        typer.Option(metavar="LOW,HIGH", help="Guidance only at noise levels σ between these; everywhere if none."),
+        typer.Option(metavar="LOW,[HIGH]", help="Guidance only at noise levels σ between these; everywhere if none."),
         parse_interval,
     ] = None
     cache_interval: Annotated[

@@ -55,6 +55,8 @@ def run(request: GenerateRequest) -> dict[str, Any]:
     total = sum(1 for _ in _rows(request))
     if request.acceptance.per_class is not None:
         total = request.acceptance.per_class * len(_classes(request))
+        if not total:
+            raise CommandError("--per-class: given without classes, expected --template, or a table with labels")
     make = partial(Generation, request, config)
     finish = partial(_finish, request)
     numbers = cluster.run(request.workers, make, request.out, total=total, unit="images", finish=finish)
@@ -73,7 +75,7 @@ class Generation:
         model = request.source.load()
         self.sampler = Sampler(model, config, controls=request.controls.load(model, request.source))
         if request.memory.runtime is not None:
-            self.sampler.engine.compile(request.memory.runtime)
+            self.sampler.compile(request.memory.runtime)
         self.accept = request.acceptance.load(model, _classes(request), request.source)
 
     def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> dict[str, float]:
