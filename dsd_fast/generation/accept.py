@@ -106,6 +106,13 @@ class Judge:
         self.threshold = threshold
         self._about = about
 
+    def check(self, row: GenerateRow) -> None:
+        """Refuse a row whose images could not be judged.
+
+        Raises:
+            ValueError: says why.
+        """
+
     def settings(self) -> dict[str, Any]:
         """Tell all that changes verdicts, as JSON."""
         return {"kind": type(self).__name__, "threshold": self.threshold, **self._about}
@@ -125,6 +132,10 @@ class AcceptClip(Judge):
     def __init__(self, model: Model, threshold: float) -> None:
         self._space = clip_space(model, "crop")
         super().__init__(check_threshold(threshold, -1), clip=clip_about(model))
+
+    def check(self, row: GenerateRow) -> None:
+        """Refuse a row whose prompt CLIP does not read."""
+        self._space.tokens([row.prompt])
 
     def __call__(self, images: Images, rows: Sequence[GenerateRow]) -> list[Verdict]:
         with torch.no_grad():

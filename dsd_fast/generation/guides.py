@@ -82,6 +82,10 @@ class Guide(Judge):
             for first, output, score in zip(firsts, wanted, scores, strict=True)
         ]
 
+    def check(self, row: GenerateRow) -> None:
+        """Refuse a row of another class."""
+        self.output_of(row.label)
+
     def output_of(self, label: str | None) -> int:
         """The output of a class.
 
@@ -89,7 +93,7 @@ class Guide(Judge):
             ValueError: it is none of the classes.
         """
         if label is None or label not in self._outputs:
-            raise ValueError(f"accept: got a row of the class {label!r}, expected one of {_some(self.classes)}")
+            raise ValueError(f"label: got {label!r}, expected one of accept's classes: {_some(self.classes)}")
         return self._outputs[label]
 
 

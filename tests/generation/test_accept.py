@@ -101,8 +101,8 @@ def test_clip_tells_classes_without_having_seen_them(model, scenes):
     assert [each.accepted for each in found] == (right & (scores >= 0.5)).tolist()
     # It is a CLIP that was trained on such scenes.
     assert right.float().mean() > 0.5
-    with pytest.raises(ValueError, match="accept: got a row of the class 'x', expected one of 'blue"):
-        guide(images[:1], rows_of(["x"]))
+    with pytest.raises(ValueError, match="label: got 'x', expected one of accept's classes: 'blue"):
+        guide.check(GenerateRow("a", label="x"))
 
 
 def test_a_classifier_of_transformers_says_what_its_pipeline_says(classifier):
@@ -272,5 +272,8 @@ def test_clip_refuses_learned_tokens():
     model = dsd.load("mini")
     pipe = model.to_pipeline()
     pipe.load_textual_inversion({"<new>": torch.ones(1, model.text_width)}, token="<new>")
-    with pytest.raises(ValueError, match="texts: 'a <new>' has tokens beyond CLIP's"):
-        AcceptClip(dsd.from_pipeline(pipe, clip=model.clip), 0.5)(pictures(1), [GenerateRow("a <new>")])
+    judge = AcceptClip(dsd.from_pipeline(pipe, clip=model.clip), 0.5)
+    judge.check(GenerateRow("a cat"))
+    for ask in (judge.check, lambda row: judge(pictures(1), [row])):
+        with pytest.raises(ValueError, match="texts: 'a <new>' has tokens beyond CLIP's"):
+            ask(GenerateRow("a <new>"))
