@@ -85,7 +85,7 @@ def _halves(table: pa.Table) -> np.ndarray:
     """(N,) the first 8 bytes of each id: what differs in them differs."""
     import numpy as np
 
-    return np.frombuffer(bytes.fromhex("".join(table["id"].to_pylist())), np.uint64)[::2]
+    return np.frombuffer(bytes.fromhex("".join(table["id"].to_pylist())), np.uint64)[::2].copy()
 
 
 def _whole(folder: Path, shard: str, names: Sequence[str] | None) -> pa.Table:
