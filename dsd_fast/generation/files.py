@@ -11,14 +11,14 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dsd_fast.generation.encoding import SAMPLE_NAMES
-from dsd_fast.jobs import ManifestError, Row, ShardFiles, read_index, read_manifest, read_shard, row_id
-from dsd_fast.jobs.store import SHARDS
+from dsd_fast.jobs import ManifestError, Row, ShardFiles, index_shards, read_manifest, read_shard, row_id
+from dsd_fast.jobs.store import OK, SHARDS
 
 Write = Callable[[ShardFiles, Sequence[Row]], None]
 
@@ -125,31 +125,39 @@ def image_path(row: str, label: str | None, format: str) -> str:
     return f"{name}/{row}.{format}"
 
 
-def read_image(folder: str | os.PathLike[str], row: str) -> tuple[bytes, dict[str, Any]]:
-    """The image file of a row, in whichever layout, and its columns of the index.
+def read_images(folder: str | os.PathLike[str], rows: Sequence[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Reads the image files of some rows, in whichever layout, and their columns of the index; which is read once.
 
     Raises:
         ValueError: the folder has no such row, or an error in its place.
         ManifestError: it is no folder of generated images.
         OSError: it cannot be read.
     """
-    path = Path(folder)
+    path, wanted = Path(folder), set(rows)
     settings = read_settings(path)
-    index = read_index(path, [])
-    position = index["id"].index(row).as_py()
-    if position < 0:
-        raise ValueError(f"row: {folder} has no row {row!r}, expected one of its {len(index)} ids")
-    shard = index["shard"][position].as_py()
-    rows = read_shard(path, shard)
-    if rows is None:
+    shard_of: dict[str, str] = {}
+    for table in index_shards(path, ["id", "shard"]):
+        here = wanted.intersection(table["id"].to_pylist())
+        shard_of |= dict.fromkeys(here, table["shard"][0].as_py())
+        if len(shard_of) == len(wanted):
+            break
+    for row in rows:
+        if row not in shard_of:
+            raise ValueError(f"row: {folder} has no row {row!r}, expected the id of one")
+    for row in rows:
+        yield _read(path, settings["layout"], settings["format"], shard_of[row], row)
+
+
+def _read(folder: Path, layout: str, format: str, shard: str, row: str) -> tuple[bytes, dict[str, Any]]:
+    table = read_shard(folder, shard)
+    if table is None:
         raise FileNotFoundError(f"{folder}: the files of shard {shard} have changed while they were read")
-    columns = rows.slice(rows["id"].index(row).as_py(), 1).to_pylist()[0]
-    if columns["status"] != "ok":
+    columns = table.slice(table["id"].index(row).as_py(), 1).to_pylist()[0]
+    if columns["status"] != OK:
         raise ValueError(f"row: {row} has no image: {columns['reason']}: {columns['message']}")
-    layout, format = settings["layout"], settings["format"]
-    file = path / SHARDS / f"{shard}{LAYOUTS[layout]}"
     if layout == "folder":
-        return (path / IMAGES / image_path(row, columns.get("label"), format)).read_bytes(), columns
+        return (folder / IMAGES / image_path(row, columns.get("label"), format)).read_bytes(), columns
+    file = folder / SHARDS / f"{shard}{LAYOUTS[layout]}"
     return (_from_tar(file, f"{row}.{format}") if layout == "webdataset" else _from_parquet(file, row)), columns
 
 

@@ -7,7 +7,7 @@ from dsd_fast.jobs.ids import file_digest, row_id, tensors_hash, weights_hash, w
 from dsd_fast.jobs.job import Counts, Job
 from dsd_fast.jobs.lock import all_ended, locked, waiting
 from dsd_fast.jobs.manifest import open_manifest, read_manifest
-from dsd_fast.jobs.store import Row, ShardFiles, read_index, read_shard, storable
+from dsd_fast.jobs.store import Row, ShardFiles, index_shards, read_index, read_shard, storable
 from dsd_fast.jobs.tensors import read_tensors, stream_tensors, write_tensors
 from dsd_fast.jobs.timeline import Timeline
 from dsd_fast.jobs.writer import Writer
@@ -26,6 +26,7 @@ __all__ = [
     "all_ended",
     "file_digest",
     "fill",
+    "index_shards",
     "locked",
     "open_manifest",
     "read_index",

@@ -121,6 +121,7 @@ class Job:
         self._open: set[bytes] = set()
         self._done: dict[bytes, bool] = {}
         self._safe = self._number = 0
+        self._asked = False
 
     def __enter__(self) -> Job:
         """Takes the folder.
@@ -160,7 +161,7 @@ class Job:
                         self._queue()
                 finally:
                     self._writer.close()
-                if kind is None:
+                if kind is None and self._asked and not self._open:
                     mark_ended(self.folder, self._worker, self._workers)
             except OSError as refused:
                 # An exception that is already on its way tells more, and may be this one.
@@ -201,6 +202,7 @@ class Job:
             else:
                 self.counts.done += 1
                 self.counts.done_errors += not ok
+        self._asked = True
 
     def put(self, id: str, name: str, payload: Any = None, **columns: Any) -> None:
         """A result, whose ``payload`` is held as it is until its shard is written: it is not to be filled again.

@@ -10,6 +10,7 @@ length. Whatever else lies in the folder is ignored.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from dsd_fast.jobs.files import renaming, sync_folder
 from dsd_fast.jobs.ids import row_id
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 INDEX = "index"
@@ -172,32 +174,72 @@ def read_index(folder: str | os.PathLike[str], columns: Sequence[str] | None = N
         OSError: the folder cannot be read.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     path = Path(folder)
     names = None if columns is None else list(dict.fromkeys(["id", *columns, "status", "shard"]))
-    tables = list(index_parts(path, names))
-    if not tables:
-        kinds = {name: pa.int32() if name == "row" else pa.string() for name in names or _COLUMNS}
-        return pa.schema(kinds).empty_table()
-    table = pa.concat_tables(tables, promote_options="default")
-    # The larger of two rows of an id counts: made without an error, then made later.
-    count = len(table)
-    results = pc.cast(pc.equal(table["status"], OK), pa.int64())
-    rank = pc.add(pa.array(range(count), pa.int64()), pc.multiply(results, count))
-    best = pa.table({"id": table["id"], "rank": rank}).group_by("id", use_threads=False).aggregate([("rank", "max")])
-    if len(best) == count:
-        return table
-    return table.take(pa.array(sorted(each % count for each in best["rank_max"].to_pylist())))
+    tables = list(index_shards(path, names))
+    if tables:
+        return pa.concat_tables(tables, promote_options="default")
+    kinds = {name: pa.int32() if name == "row" else pa.string() for name in names or _COLUMNS}
+    return pa.schema(kinds).empty_table()
 
 
-def index_parts(
-    folder: Path, names: Sequence[str] | None = None, of: tuple[int, int] | None = None
-) -> Iterator[pa.Table]:
-    """The index, shard by shard; a row that was made anew comes each time.
+def index_shards(folder: Path, names: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of :func:`read_index`, shard by shard, those shards left out of which no row is left.
+
+    Memory: a shard, 16 bytes for each row in the folder, and a few hundred for each that was made anew.
 
     Args:
-        names: of the columns; None: all.
+        names: of the columns, "id" among them; None: all.
+
+    Raises:
+        OSError: the folder cannot be read, or a shard has gone meanwhile.
+    """
+    import numpy as np
+
+    # Of shards that are finished meanwhile none counts.
+    shards, halves = [], [np.empty(0, np.uint64)]
+    for match in _marked(folder):
+        if (table := read_shard(folder, match[0], ["id"])) is not None:
+            shards.append(match[0])
+            halves.append(_halves(table))
+    every = np.concatenate(halves)
+    halves.clear()
+    every.sort()
+    again = np.unique(every[1:][every[1:] == every[:-1]])
+    del every
+    # The larger of two rows of an id counts: made without an error, then made later.
+    best: dict[str, tuple[bool, int]] = {}
+    for number, shard in enumerate(shards if len(again) else ()):
+        table = _whole(folder, shard, ["id", "status"])
+        for row in table.filter(np.isin(_halves(table), again)).to_pylist():
+            best[row["id"]] = max(best.get(row["id"], (False, -1)), (row["status"] == OK, number))
+    for number, shard in enumerate(shards):
+        table = _whole(folder, shard, names)
+        if len(again):
+            table = table.filter([best.get(row, (True, number))[1] == number for row in table["id"].to_pylist()])
+        if len(table):
+            yield table
+
+
+def _halves(table: pa.Table) -> np.ndarray:
+    """(N,) the first 8 bytes of each id: what differs in them differs."""
+    import numpy as np
+
+    return np.frombuffer(bytes.fromhex("".join(table["id"].to_pylist())), np.uint64)[::2]
+
+
+def _whole(folder: Path, shard: str, names: Sequence[str] | None) -> pa.Table:
+    if (table := read_shard(folder, shard, names)) is None:
+        raise FileNotFoundError(errno.ENOENT, f"the files of shard {shard} have changed while they were read")
+    return table
+
+
+def index_parts(folder: Path, names: Sequence[str], of: tuple[int, int]) -> Iterator[pa.Table]:
+    """What a worker must know of the index, shard by shard; a row that was made anew comes each time.
+
+    Args:
+        names: of the columns.
         of: (worker, workers): its shards alone where all in the folder are of so many workers, as then they hold all
             rows that are its own; else the shards of all.
 
@@ -205,7 +247,7 @@ def index_parts(
         OSError: the folder cannot be read.
     """
     shards = [(match[0], (int(match[2]), int(match[3]))) for match in _marked(folder)]
-    if of is not None and all(workers == of[1] for _, (_, workers) in shards):
+    if all(workers == of[1] for _, (_, workers) in shards):
         shards = [each for each in shards if each[1] == of]
     for shard, _ in shards:
         if (table := read_shard(folder, shard, names)) is not None:

@@ -15,7 +15,7 @@ from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, to_uint8
 from dsd_fast.generation.accept import Judge, Verdict
 from dsd_fast.generation.again import again, config_of
 from dsd_fast.generation.export import generate_to
-from dsd_fast.generation.files import read_image
+from dsd_fast.generation.files import read_images
 from dsd_fast.generation.rows import from_columns
 from dsd_fast.generation.units import try_seed
 from dsd_fast.jobs import ManifestError, read_index
@@ -39,7 +39,7 @@ def rows_of(count, **more):
 
 
 def pixels_of(folder, row):
-    with Image.open(io.BytesIO(read_image(folder, row)[0])) as image:
+    with Image.open(io.BytesIO(next(read_images(folder, [row]))[0])) as image:
         return np.asarray(image).astype(int)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dsd_fast.generation.closing import close
-from dsd_fast.generation.files import LAYOUTS, image_path, read_image, writer_of
+from dsd_fast.generation.files import LAYOUTS, image_path, read_images, writer_of
 from dsd_fast.jobs import ManifestError, open_manifest, read_index
 from tests.generation.pictures import BAD, COUNT, identity, picture, rows, run
 from tests.jobs.numbers import files
@@ -72,7 +72,7 @@ def test_json_leaves_out_what_is_not_set_and_keeps_every_digit_of_a_seed(folders
     for number, row in enumerate(rows()):
         if number in BAD:
             continue
-        shard = read_image(folders["webdataset"], identity(number))[1]["shard"]
+        shard = next(read_images(folders["webdataset"], [identity(number)]))[1]["shard"]
         with tarfile.open(folders["webdataset"] / "shards" / f"{shard}.tar") as archive:
             told = json.loads(archive.extractfile(f"{identity(number)}.json").read())
         assert told["seed"] == str(row.seed)
@@ -134,20 +134,20 @@ def test_datasets_reads_the_folder(folders, datasets, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_read_image(folders, layout):
+def test_read_images(folders, layout):
     for number in GOOD:
-        content, row = read_image(folders[layout], identity(number))
+        content, row = next(read_images(folders[layout], [identity(number)]))
         np.testing.assert_array_equal(pixels(content), picture(number))
         assert (row["id"], row["seed"], row["name"]) == (identity(number), rows()[number].seed, f"n{number}")
     with pytest.raises(ValueError, match=r"has no image: not-accepted: 4 was never accepted"):
-        read_image(folders[layout], identity(4))
-    with pytest.raises(ValueError, match=r"has no row 'ab', expected one of its 11 ids"):
-        read_image(folders[layout], "ab")
+        next(read_images(folders[layout], [identity(4)]))
+    with pytest.raises(ValueError, match=r"has no row 'ab', expected the id of one"):
+        next(read_images(folders[layout], ["ab"]))
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path):
     open_manifest(tmp_path, "features", {"layout": "shards"})
-    for call in (close, lambda folder: read_image(folder, "ab")):
+    for call in (close, lambda folder: next(read_images(folder, ["ab"]))):
         with pytest.raises(ManifestError, match="holds results of features, expected generated images"):
             call(tmp_path)
 
