@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -83,7 +84,7 @@ def verdicts(accept: Accept | None, images: Images, rows: Sequence[GenerateRow])
 
 
 def accept_settings(accept: Accept | None) -> Any:
-    """Tell what of a judge changes results, as JSON; of a function its name.
+    """Tell what of a judge changes results, as JSON; of a function its name, and the weights of modules bound to it.
 
     Raises:
         ValueError: a function that another process could not tell from another, as a lambda.
@@ -96,7 +97,10 @@ def accept_settings(accept: Accept | None) -> Any:
             f"accept is {name}, which a later run could not tell from another; expected a function of a module, "
             "functools.partial of one, or a judge of dsd_fast.generation"
         )
-    return name
+    bound = (*accept.args, *accept.keywords.values()) if isinstance(accept, partial) else (accept,)
+    # Which their representations do not tell.
+    networks = [each for each in bound if isinstance(each, torch.nn.Module)]
+    return {"name": name, "weights": weights_hash(networks)} if networks else name
 
 
 class Judge:

@@ -251,6 +251,11 @@ def test_what_judges_a_folder_is_in_its_settings(model):
     assert accept_settings(functools.partial(rows_of, limit=3)) == f"{__name__}.rows_of(limit=3)"
     with pytest.raises(ValueError, match=r"accept is .*<lambda>, which a later run could not tell from another"):
         accept_settings(lambda images, rows: [])
+    # Modules that are alike but for their weights.
+    networks = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    told = [accept_settings(functools.partial(rows_of, network=network)) for network in (*networks, networks[0])]
+    assert told[0] == told[2] != told[1]
+    assert accept_settings(networks[0]) != accept_settings(networks[1])
     settings = accept_settings(AcceptClip(model, 0.25))
     assert settings == json.loads(json.dumps(settings))
     assert (settings["kind"], settings["threshold"]) == ("AcceptClip", 0.25)
