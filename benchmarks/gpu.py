@@ -46,12 +46,12 @@ from dsd_fast.bench.suites import SUITES
 from dsd_fast.bench.tables import summary
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("ops", "unet", "features", "fit")
+NAMES = ("ops", "unet", "features", "fit", "generate")
 DEVICE = "cuda"
 _SUITES = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 
 # What the suites import beyond torch and Triton.
-NEEDS = {"unet": "diffusers", "features": "diffusers", "fit": "diffusers"}
+NEEDS = {"unet": "diffusers", "features": "diffusers", "fit": "diffusers", "generate": "diffusers"}
 
 SANITIZER = Path("/usr/local/cuda/bin/compute-sanitizer")
 
@@ -95,14 +95,15 @@ PLAN = (
             ]
         },
     ),
-    Step("tuning", 60, cases={"ops": ["tune/*"]}),
-    Step("unet", 105, cases={"unet": ["sd15/16", "sd15/64"]}),
+    Step("tuning", 50, cases={"ops": ["tune/*"]}),
+    Step("unet", 90, cases={"unet": ["sd15/16", "sd15/64"]}),
     Step(
         "elementwise, features",
-        90,
+        75,
         cases={"ops": ["elementwise/*", "features/*", "token-maps/sd15/4096"], "features": ["sd15/against-official"]},
     ),
-    Step("remaining checks", 80, "gpu and not smoke"),
+    Step("generation", 60, cases={"generate": ["sd15/images"]}),
+    Step("remaining checks", 70, "gpu and not smoke"),
 )
 MOST_SECONDS = 480
 

@@ -1,4 +1,4 @@
-"""Diffusion models as discriminative learners, fast: image-text matching and features with Stable Diffusion.
+"""Diffusion models as discriminative learners, fast: matching, features and images by the million.
 
 Public names load on first use: importing this package imports neither torch nor Triton nor diffusers, compiles
 nothing, and touches neither a GPU nor the network.
@@ -12,9 +12,12 @@ __all__ = [
     "Control",
     "FeatureExtractor",
     "FitConfig",
+    "GenerateConfig",
+    "GenerateRow",
     "Group",
     "MatchConfig",
     "Matcher",
+    "Sampler",
     "Technique",
     "__version__",
     "bench",
@@ -23,6 +26,8 @@ __all__ = [
     "engine",
     "features",
     "from_pipeline",
+    "generate",
+    "generation",
     "images",
     "jobs",
     "kernels",
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
         diffusion,
         engine,
         features,
+        generation,
         images,
         jobs,
         kernels,
@@ -53,6 +59,7 @@ if TYPE_CHECKING:
         unet,
     )
     from dsd_fast.features import FeatureExtractor, Technique
+    from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, generate
     from dsd_fast.matching import FitConfig, Group, MatchConfig, Matcher, read_groups
     from dsd_fast.models import Control, from_pipeline, load, load_controlnet
 else:
@@ -61,11 +68,15 @@ else:
         "Control": "dsd_fast.models",
         "FeatureExtractor": "dsd_fast.features",
         "FitConfig": "dsd_fast.matching",
+        "GenerateConfig": "dsd_fast.generation",
+        "GenerateRow": "dsd_fast.generation",
         "Group": "dsd_fast.matching",
         "MatchConfig": "dsd_fast.matching",
         "Matcher": "dsd_fast.matching",
+        "Sampler": "dsd_fast.generation",
         "Technique": "dsd_fast.features",
         "from_pipeline": "dsd_fast.models",
+        "generate": "dsd_fast.generation",
         "load": "dsd_fast.models",
         "load_controlnet": "dsd_fast.models",
         "read_groups": "dsd_fast.matching",

@@ -22,8 +22,11 @@ from dsd_fast.bench.measure import timer_for
 from dsd_fast.bench.suites.generate import FEWER, Job
 from dsd_fast.bench.suites.shared import mini
 from dsd_fast.bench.timing import interleave, ratio
+from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
 from dsd_fast.generation.sampler import to_uint8
+from dsd_fast.metrics import clip_score, frechet_distance
+from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 
 __all__ = ["N", "quality", "suite"]
@@ -37,32 +40,57 @@ _AT_ONCE = 32
 
 
 def quality(name: str, options: Mapping[str, Any], context: Context, n: int = N) -> list[Figure]:
-    """How many of the pictures show the object in colour, shape and size, and how fast they come."""
+    """How many of the pictures show the object in colour, shape and size, how near they are, and how fast they come."""
     model = mini(context)
     seeing: nn.Module = context.shared("judge", lambda: judge(model.vae).to(model.device))
-    asked = [scene(EVAL_SEED + i, objects=1).objects[0] for i in range(n)]
-    config = GenerateConfig(steps=STEPS, guidance=GUIDANCE, scheduler=SAMPLER, **options)
+    scenes = [scene(EVAL_SEED + i, objects=1) for i in range(n)]
+    asked = [each.objects[0] for each in scenes]
     prompts = [f"a {item.size} {item.colour} {item.shape}" for item in asked]
-    found = [each.objects for each in look(seeing, drawn(Sampler(model, config), prompts))]
+    config = GenerateConfig(steps=STEPS, guidance=GUIDANCE, scheduler=SAMPLER, **options)
+    pictures = drawn(Sampler(model, config), prompts)
+    found = [each.objects for each in look(seeing, pictures)]
     right = sum(seen == {item.colour: (item.shape, item.size)} for seen, item in zip(found, asked, strict=True))
+    real = context.shared("real", lambda: features(seeing, np.stack([each.image for each in scenes])))
+    distance = frechet_distance(real, features(seeing, pictures))
+    space = ClipSpace(model)
+    with torch.no_grad():
+        embeds = torch.cat(
+            [space.of_pixels(preprocess(each)) for each in torch.split(torch.from_numpy(pictures), _AT_ONCE)]
+        )
+        alike = clip_score(embeds.cpu(), space.of_texts(prompts).cpu())
     job = Job(model, SAMPLER, TIMED, options)
     # The first call of either pays for what later ones do not.
     job.images()
     job.own_images()
     stock, ours = interleave([job.images, job.own_images], REPEATS, timer_for(context.device))
-    times, seconds = ratio(stock, ours), float(np.median(ours)) / TIMED
+    times, seconds, sizes = ratio(stock, ours), float(np.median(ours)) / TIMED, {"steps": STEPS}
     return [
-        Figure.share(f"{name}", right, n, sizes={"steps": STEPS}, seconds=seconds, item="picture"),
+        Figure.share(f"{name}: right", right, n, sizes=sizes, seconds=seconds, item="picture"),
+        Figure(f"{name}: Fréchet distance", distance, distance, distance, n, unit="distance", sizes=sizes),
+        Figure(f"{name}: CLIP score", alike, alike, alike, n, unit="cosine in hundredths", sizes=sizes),
         Figure(
-            f"{name}, beside diffusers",
+            f"{name}: times faster than diffusers",
             times.median,
             times.low,
             times.high,
             REPEATS,
             unit="times faster",
-            sizes={"steps": STEPS, "pictures": TIMED},
+            sizes={**sizes, "pictures": TIMED},
         ),
     ]
+
+
+@torch.inference_mode()
+def features(network: nn.Module, images: np.ndarray) -> np.ndarray:
+    """What the judge's last layer reads of uint8 (N, 64, 64, 3) images, (N, 256)."""
+    kept: list[torch.Tensor] = []
+    answer = network.get_submodule("answer")
+    handle = answer.register_forward_pre_hook(lambda _, given: kept.append(given[0].cpu()))
+    try:
+        look(network, images)
+    finally:
+        handle.remove()
+    return torch.cat(kept).numpy()
 
 
 @torch.no_grad()
@@ -82,7 +110,9 @@ suite = Suite(
         Group(
             "fewer",
             f"What may be left out, and what it costs: {N:,} pictures of one object, DDIM, {STEPS} steps, "
-            f"guidance {GUIDANCE:g}, the mini model; times of {TIMED} pictures at once",
+            f"guidance {GUIDANCE:g}, the mini model; times of {TIMED} pictures at once, distances by "
+            "the judge's features",
+            columns=": ",
         ),
     ),
     cases=tuple(

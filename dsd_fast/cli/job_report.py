@@ -1,4 +1,4 @@
-"""What the reports of jobs share: when what was done, and what lies in the folder."""
+"""What the reports of jobs share: what became of the rows, when what was done, and what lies in the folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,53 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from dsd_fast.cli.report import lane, paragraph, section, table, visible
-from dsd_fast.jobs import Timeline
+from dsd_fast.jobs import Counts, Timeline, index_shards
+from dsd_fast.jobs.store import OK
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _NUMBER = re.compile(r"^\d{5,}")
+# Errors in a summary; the index has all.
+_ERRORS = 50
+
+
+def summary(numbers: Mapping[str, Any] | None, inputs: int, out: Path, columns: Sequence[str]) -> dict[str, Any]:
+    """Tells what became of a job's rows.
+
+    Args:
+        numbers: of the run, see :func:`dsd_fast.cli.cluster.run`; None where it was interrupted.
+        inputs: of all workers, that count where it was.
+        columns: of an error.
+
+    Returns:
+        "complete"; "counts" of this run, or of the folder where it was interrupted; "folder", the "ok" and "errors" of
+        all; "errors", the first; "seconds".
+    """
+    import pyarrow.compute as pc
+
+    folder, errors = {"ok": 0, "errors": 0}, list[dict[str, Any]]()
+    for rows in index_shards(out, ["id", *columns, "status", "reason", "message"]):
+        bad = rows.filter(pc.not_equal(rows["status"], OK))
+        folder["ok"] += len(rows) - len(bad)
+        folder["errors"] += len(bad)
+        errors += bad.slice(0, _ERRORS - len(errors)).to_pylist()
+    if numbers is None:
+        left = max(0, inputs - sum(folder.values()))
+        counts = {**asdict(Counts(inputs=inputs)), **folder, "not_reached": left}
+    else:
+        made = Counts(**{field.name: int(numbers[field.name]) for field in fields(Counts)})
+        counts = {**asdict(made), "not_reached": made.not_reached}
+    seconds = 0.0 if numbers is None else numbers["seconds"]
+    return {"complete": numbers is not None, "counts": counts, "folder": folder, "errors": errors, "seconds": seconds}
+
+
+def hidden_share(numbers: Mapping[str, Any] | None, what: str) -> float:
+    """Tells what share of the "writing", say, went on beside computing; 0 where there was none."""
+    return numbers[f"{what}_hidden"] / numbers[what] if numbers and numbers[what] else 0.0
 
 
 def last_timeline(out: Path) -> Timeline:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Of CLIP (Radford et al. 2021), where a model says nothing else.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+# Bounds the activations of long lists, as of all classes of a job.
+_TEXTS_AT_ONCE = 256
+
 
 class ClipSpace:
     """Embed pictures and texts with the model's CLIP.
@@ -61,6 +64,19 @@ class ClipSpace:
         """Embed texts as (n, E) float32 of unit length; the tokenizer is the model's first, which has CLIP's words.
 
         Raises:
+            ValueError: a text that :meth:`tokens` refuses.
+        """
+        tokens = self.tokens(texts)
+        parts = (tokens[start : start + _TEXTS_AT_ONCE] for start in range(0, len(tokens), _TEXTS_AT_ONCE))
+        with own_types(self._mean.device):
+            pooled = [self._clip.text_model(upload(part, self._mean.device)).pooler_output for part in parts]
+            embeds = self._clip.text_projection(torch.cat(pooled))
+        return F.normalize(embeds.float(), dim=-1)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (n, T) int64 of texts.
+
+        Raises:
             ValueError: a text that is too long, or has learned tokens, which CLIP does not know.
         """
         encoder = self._clip.text_model
@@ -69,9 +85,7 @@ class ClipSpace:
         known = int(encoder.config.vocab_size)
         if unknown := [text for text, ids in zip(texts, tokens, strict=True) if int(ids.max()) >= known]:
             raise ValueError(f"texts: {unknown[0][:80]!r} has tokens beyond CLIP's {known}, as learned ones are")
-        with own_types(self._mean.device):
-            embeds = self._clip.text_projection(encoder(upload(tokens, self._mean.device)).pooler_output)
-        return F.normalize(embeds.float(), dim=-1)
+        return tokens
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """Resize and normalise (n, 3, H, W) in [−1, 1] to what CLIP takes, (n, 3, S, S) in its type."""

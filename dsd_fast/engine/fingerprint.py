@@ -62,7 +62,8 @@ def scheduler_settings(model: Model) -> dict[str, Any]:
     """Tell what of a model's scheduler changes its own steps, as JSON: class, config, what was changed in place."""
     scheduler = model.new_scheduler()
     kind = type(scheduler)
-    settings: dict[str, Any] = json.loads(json.dumps(model.scheduler_config, default=str))
+    # DPM++ has an infinite number in its config, which JSON has no number for.
+    settings: dict[str, Any] = json.loads(json.dumps(model.scheduler_config, default=str), parse_constant=str)
     # Which of the values are defaults, in the order of a set, which is another one in another process.
     settings.pop("_use_default_values", None)
     if not kind.__module__.startswith("diffusers."):

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,13 +32,29 @@ class Verdict:
 
     Attributes:
         accepted: whether it is one of the results.
-        reason: a word, of one that is not.
-        score: that it was judged by, or None.
+        reason: a word, of one that is not; "rejected" where none is given.
+        score: that it was judged by, or None; what is not finite becomes None.
+
+    Raises:
+        ValueError: ``accepted`` is a score, say, or the score no number.
     """
 
     accepted: bool
     reason: str = ""
     score: float | None = None
+
+    def __post_init__(self) -> None:
+        score = self.score
+        try:
+            if not isinstance(self.accepted, bool | np.bool_) or not isinstance(self.reason, str):
+                raise TypeError
+            score = None if score is None or not math.isfinite(score) else float(score)
+        except (TypeError, ValueError):
+            raise ValueError(f"verdict: got {self!r:.200}, expected True or False, a text, and a number") from None
+        # Plain Python values, of which JSON is made.
+        object.__setattr__(self, "accepted", bool(self.accepted))
+        object.__setattr__(self, "reason", self.reason or ("" if self.accepted else "rejected"))
+        object.__setattr__(self, "score", score)
 
 
 class Accept(Protocol):
@@ -63,12 +80,11 @@ def verdicts(accept: Accept | None, images: Images, rows: Sequence[GenerateRow])
     for verdict in given:
         if not isinstance(verdict, bool | np.bool_ | Verdict):
             raise ValueError(f"accept gave {repr(verdict)[:80]}, expected True, False or a Verdict for each image")
-    judged = [verdict if isinstance(verdict, Verdict) else Verdict(bool(verdict)) for verdict in given]
-    return [each if each.accepted or each.reason else Verdict(False, "rejected", each.score) for each in judged]
+    return [verdict if isinstance(verdict, Verdict) else Verdict(verdict) for verdict in given]
 
 
 def accept_settings(accept: Accept | None) -> Any:
-    """Tell what of a judge changes results, as JSON; of a function its name.
+    """Tell what of a judge changes results, as JSON; of a function its name, and the weights of modules bound to it.
 
     Raises:
         ValueError: a function that another process could not tell from another, as a lambda.
@@ -81,7 +97,10 @@ def accept_settings(accept: Accept | None) -> Any:
             f"accept is {name}, which a later run could not tell from another; expected a function of a module, "
             "functools.partial of one, or a judge of dsd_fast.generation"
         )
-    return name
+    bound = (*accept.args, *accept.keywords.values()) if isinstance(accept, partial) else (accept,)
+    # Which their representations do not tell.
+    networks = [each for each in bound if isinstance(each, torch.nn.Module)]
+    return {"name": name, "weights": weights_hash(networks)} if networks else name
 
 
 class Judge:
@@ -90,6 +109,13 @@ class Judge:
     def __init__(self, threshold: float, **about: Any) -> None:
         self.threshold = threshold
         self._about = about
+
+    def check(self, row: GenerateRow) -> None:
+        """Refuse a row whose images could not be judged.
+
+        Raises:
+            ValueError: says why.
+        """
 
     def settings(self) -> dict[str, Any]:
         """Tell all that changes verdicts, as JSON."""
@@ -108,8 +134,12 @@ class AcceptClip(Judge):
     """
 
     def __init__(self, model: Model, threshold: float) -> None:
-        self._space = clip_space(model)
+        self._space = clip_space(model, "crop")
         super().__init__(check_threshold(threshold, -1), clip=clip_about(model))
+
+    def check(self, row: GenerateRow) -> None:
+        """Refuse a row whose prompt CLIP does not read."""
+        self._space.tokens([row.prompt])
 
     def __call__(self, images: Images, rows: Sequence[GenerateRow]) -> list[Verdict]:
         with torch.no_grad():
@@ -148,15 +178,15 @@ def to_pixels(images: Images) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1)
 
 
-def clip_space(model: Model) -> ClipSpace:
-    """The space of a model's CLIP.
+def clip_space(model: Model, resize: str = "whole") -> ClipSpace:
+    """The space of a model's CLIP; to judge images as CLIP's own preprocessing does, they are to "crop".
 
     Raises:
         ValueError: it has none.
     """
     if model.clip is None:
         raise ValueError(f"model {model.name!r} has no CLIP; load it with clip=, a CLIPModel, a folder or a hub id")
-    return ClipSpace(model)
+    return ClipSpace(model, resize=resize)
 
 
 def clip_about(model: Model) -> dict[str, Any]:
@@ -179,7 +209,5 @@ def check_threshold(value: float, low: int) -> float:
 
 
 def by_score(score: float, threshold: float, reason: str) -> Verdict:
-    """The verdict of a score; NaN is none, and below any threshold."""
-    if math.isnan(score):
-        return Verdict(False, reason)
+    """The verdict of a score; NaN is below any threshold."""
     return Verdict(score >= threshold, "" if score >= threshold else reason, score)

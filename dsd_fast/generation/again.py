@@ -16,7 +16,7 @@ from PIL import Image
 from dsd_fast.engine.items import read_source
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.encoding import Encoder
-from dsd_fast.generation.files import KIND, read_image, read_settings
+from dsd_fast.generation.files import KIND, read_images, read_settings
 from dsd_fast.generation.rows import from_columns
 from dsd_fast.generation.sampler import Sampler, to_uint8
 from dsd_fast.generation.units import id_of
@@ -76,8 +76,8 @@ def again(sampler: Sampler, folder: str | os.PathLike[str], rows: Iterable[str])
     open_manifest(path, KIND, {**settings, **sampler.settings()})
     options = {"mark": settings["mark"], "about": {"model": settings["model"]}, "timeline": Timeline(), "threads": 1}
     with Encoder(settings["format"], settings["quality"], **options) as encoder:
-        for row in rows:
-            content, columns = read_image(path, row)
+        for content, columns in read_images(path, list(rows)):
+            row = columns["id"]
             said = from_columns(columns)
             if id_of(columns, said, [digest for _, (digest, _, _) in map(read_source, said.sources)]) != row:
                 images = ", ".join(map(str, said.sources)) or "none"

@@ -91,6 +91,13 @@ print(Image.open(Path("images") / sample["file_name"]).size, sample["text"])
         "dsd_fast: all rows, with those that have no image": _ROWS,
     },
 }
+_LEFT_OUT = {
+    "webdataset": " From `json` datasets takes the names that the first samples have, and leaves out what only later "
+    "ones say, as a negative prompt; the tables beside the shards have all.",
+    "parquet": "",
+    "folder": " From `metadata.jsonl` datasets takes the names that its first 10 MB have, and leaves out what only "
+    "later lines say, as a negative prompt; the index has all.",
+}
 
 
 def card(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
@@ -122,7 +129,8 @@ def card(settings: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     if images:
         snippets = "\n".join(f"With {name}:\n\n```python\n{code}```\n" for name, code in loading(settings).items())
         parts.append(
-            f"## Loading\n\nIn this folder. On the Hugging Face hub this file is to be named README.md.\n\n{snippets}"
+            "## Loading\n\nIn this folder. On the Hugging Face hub this file is to be named README.md."
+            f"{_LEFT_OUT[settings['layout']]}\n\n{snippets}"
         )
     return storable("\n".join(parts))
 

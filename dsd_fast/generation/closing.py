@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +25,9 @@ import numpy as np
 
 from dsd_fast.generation.card import CARD, card
 from dsd_fast.generation.encoding import described, json_bytes
-from dsd_fast.generation.files import IMAGES, LAYOUTS, VECTOR, image_path, parquet_bytes, read_settings
+from dsd_fast.generation.files import IMAGES, LAYOUTS, VECTOR, image_path, read_settings
 from dsd_fast.generation.near_duplicates import near_duplicates
-from dsd_fast.jobs import JobError, read_index, read_shard, sync_folder, waiting
+from dsd_fast.jobs import JobError, index_shards, parquet_bytes, sync_folder, waiting
 from dsd_fast.jobs.files import renaming
 from dsd_fast.jobs.store import SHARDS
 
@@ -45,12 +44,12 @@ _OF_THE_INDEX = {"status", "reason", "message", "shard", "row"}
 def close(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes what a folder of generated images is given at the end, and removes what an earlier end left otherwise.
 
-    It may be called at any time and again: files whose content stands are left alone, each appears whole or not at all,
-    and one that was killed is made good by the next. Of several workers that end at once one waits for the other; the
-    last of them sees all shards. Where the file system has no hard links, shards.txt names the files in shards/ instead
-    of copies, which would take as much room again.
+    It may be called at any time and again: files whose content stands are left alone, but for metadata.jsonl, each
+    appears whole or not at all, and one that was killed is made good by the next. Of several workers that end at once
+    one waits for the other; the last of them sees all shards. Where the file system has no hard links, shards.txt names
+    the files in shards/ instead of copies, which would take as much room again.
 
-    Memory is that of the index's ids, and of its CLIP vectors where near-duplicates are marked: two bytes a value,
+    Memory: 16 bytes a row and a shard's rows; where near-duplicates are marked, the CLIP vectors, two bytes a value,
     twice over while they are put together.
 
     Returns:
@@ -135,7 +134,7 @@ class _Closing:
         groups: dict[tuple[int, str], int] = {}
         with ExitStack() as stack:
             lines = stack.enter_context(self._metadata()) if self.layout == "folder" else None
-            for shard, table in self._shards():
+            for table in index_shards(self.folder):
                 if VECTOR in table.column_names:
                     if self.threshold is not None and (those := _vectors(table, groups)) is not None:
                         vectors.append(those)
@@ -146,7 +145,7 @@ class _Closing:
                     for row in rows:
                         self._line(lines, row)
                 elif statistics["successes"]:
-                    names.append(self._shard(len(names), shard, table, statistics))
+                    names.append(self._shard(len(names), rows[0]["shard"], table, statistics))
         told = {**totals.told(), "near_duplicates": self._mark(vectors), "shards": names}
         if lines is None:
             for file in list(self.folder.iterdir()):
@@ -158,23 +157,6 @@ class _Closing:
         sync_folder(self.folder)
         self._work.rmdir()
         return told
-
-    def _shards(self) -> Iterator[tuple[str, Any]]:
-        """The shards that have rows, each with those of its rows that no other shard supersedes."""
-        import pyarrow.compute as pc
-
-        index = read_index(self.folder, [])
-        shards = itertools.chain.from_iterable(chunk.to_pylist() for chunk in index["shard"].chunks)
-        start = 0
-        for shard, rows in itertools.groupby(shards):
-            count = sum(1 for _ in rows)
-            table = read_shard(self.folder, shard)
-            if table is None:
-                raise FileNotFoundError(errno.ENOENT, f"the files of shard {shard} have changed while they were read")
-            if len(table) != count:
-                table = table.filter(pc.is_in(table["id"], value_set=index["id"].slice(start, count)))
-            start += count
-            yield shard, table
 
     def _shard(self, number: int, shard: str, table: Any, statistics: dict[str, Any]) -> str:
         """What a shard is given; the name by which readers find it."""

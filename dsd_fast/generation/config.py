@@ -31,7 +31,8 @@ class GenerateConfig:
         scheduler: one of :data:`dsd_fast.diffusion.schedulers.SAMPLERS`, or a diffusers scheduler; None: the model's.
         eta: of DDIM, 0 to 1.
         noise: "dsd_fast": by (seed, draw), the start's draw 0 and each step's its own; "diffusers": of one
-            ``torch.Generator("cpu").manual_seed(seed)`` a row, what a stock pipeline draws of it.
+            ``torch.Generator("cpu").manual_seed(seed)`` a row, what a stock pipeline draws of it; a seed's lower
+            32 bits count.
         guidance_interval: (low, high), the noise levels σ = √((1 − ᾱ) / ᾱ) with low < σ ≤ high inside which guidance is
             applied; elsewhere the conditional row runs alone. A high of None is no bound. Kynkäänniemi et al. 2024,
             "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models".

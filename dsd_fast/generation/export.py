@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dsd_fast.generation.accept import Accept, NearDuplicates, Verdict, accept_settings, clip_about, verdicts
+from dsd_fast.generation.accept import Accept, Judge, NearDuplicates, Verdict, accept_settings, clip_about, verdicts
 from dsd_fast.generation.closing import close
 from dsd_fast.generation.encoding import QUALITY, Encoded, Encoder
 from dsd_fast.generation.files import KIND, VECTOR, writer_of
@@ -292,6 +292,8 @@ class _Making:
             for place, work in enumerate(window.works):
                 try:
                     row = self.sampler.resolve(work.unit.row)
+                    if isinstance(self.accept, Judge):
+                        self.accept.check(row)
                 except ValueError as error:
                     window.fail(place, "refused", str(error))
                 else:
@@ -368,8 +370,10 @@ class _Making:
     ) -> _Result:
         if vector is not None:
             more[VECTOR] = vector.astype(np.float16).tobytes()
-        found = {**columns(row), **more}
-        return _Result(found, self.encoder.submit(image, {"id": work.id, "name": row.name, **found}))
+        said = columns(row)
+        # Not what it was judged by, whose last digits are the batch's.
+        sample = self.encoder.submit(image, {"id": work.id, "name": row.name, **said})
+        return _Result({**said, **more}, sample)
 
 
 def _on_host(copy: Download) -> tuple[npt.NDArray[np.uint8], list[bool]]:

@@ -55,11 +55,15 @@ class Guide(Judge):
         classes: the job's.
     """
 
-    _outputs: Mapping[str, int]
-
     def __init__(self, classes: Sequence[str] | os.PathLike[str], threshold: float, **about: Any) -> None:
         self.classes = read_classes(classes)
         super().__init__(check_threshold(threshold, 0), classes=self.classes, **about)
+
+    def _know(self, outputs: Mapping[str, int], count: int) -> None:
+        """Tell which outputs the classes are, of so many."""
+        if count < 2:
+            raise ValueError("classes: there is one output, whose probability is 1 of any image; expected at least two")
+        self._outputs, self._count = outputs, count
 
     def probabilities(self, images: Images) -> Tensor:
         """Give (n, outputs) float32 of (n, H, W, 3) images of 8 bits."""
@@ -78,6 +82,10 @@ class Guide(Judge):
             for first, output, score in zip(firsts, wanted, scores, strict=True)
         ]
 
+    def check(self, row: GenerateRow) -> None:
+        """Refuse a row of another class."""
+        self.output_of(row.label)
+
     def output_of(self, label: str | None) -> int:
         """The output of a class.
 
@@ -85,7 +93,7 @@ class Guide(Judge):
             ValueError: it is none of the classes.
         """
         if label is None or label not in self._outputs:
-            raise ValueError(f"accept: got a row of the class {label!r}, expected one of {_some(self.classes)}")
+            raise ValueError(f"label: got {label!r}, expected one of accept's classes: {_some(self.classes)}")
         return self._outputs[label]
 
 
@@ -127,13 +135,14 @@ class AcceptClassifier(Guide):
         local_files_only: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__(classes, threshold)
         normalisation = {"size": size, "mean": mean, "std": std}
         if isinstance(classifier, nn.Module):
             if mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
                 raise ValueError(f"mean, std: got {mean} and {std}, expected three numbers each for a module")
             if classifier.training:
                 raise ValueError("classifier: it is in training mode, expected a module after eval()")
-            network, self._processor = classifier, None
+            network, self._processor, outputs = classifier, None, None
             about: dict[str, Any] = {
                 name: None if value is None else [float(each) for each in value]
                 for name, value in normalisation.items()
@@ -147,16 +156,22 @@ class AcceptClassifier(Guide):
                 )
             network, self._processor = _load(classifier, resolve_device(device), revision, local_files_only, cache_dir)
             labels = _labels_of(network) if labels is None else labels
+            outputs = network.config.num_labels
             # What is off or not set may as well be missing, as in a library that knows less.
             said = self._processor.to_dict().items()
             known = {name: value for name, value in said if value is not None and value is not False and name[0] != "_"}
             about = {"processor": row_id(json.dumps(known, sort_keys=True, default=str))}
         self._network, self._size = network, size
         self._weight = next(network.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
-        super().__init__(classes, threshold, weights=weights_hash([network]), labels=labels and list(labels), **about)
-        # Without names the classes are the outputs, which probabilities() sees to.
+        self._about |= {"weights": weights_hash([network]), "labels": labels and list(labels), **about}
+        # Without names the classes are the outputs, of a module as many as probabilities() finds.
         names = self.classes if labels is None else labels
-        self._count, self._outputs = len(names), outputs_of(self.classes, names)
+        if outputs not in (None, len(names)):
+            raise ValueError(
+                f"labels: got {len(names)} names for the {outputs} outputs of {classifier!r}, expected one each; where "
+                "it has none, the classes are they"
+            )
+        self._know(outputs_of(self.classes, names), len(names))
         self._statistics = (mean, std)
 
     def probabilities(self, images: Images) -> Tensor:
@@ -213,9 +228,9 @@ class AcceptZeroShot(Guide):
         template: str = "a photo of a {}",
     ) -> None:
         (text,) = check_templates(template)
-        self._space, self._scale = clip_space(model), model.clip.logit_scale
+        self._space, self._scale = clip_space(model, "crop"), model.clip.logit_scale
         super().__init__(classes, threshold, template=text, **clip_about(model))
-        self._outputs = {name: number for number, name in enumerate(self.classes)}
+        self._know({name: number for number, name in enumerate(self.classes)}, len(self.classes))
         with torch.no_grad():
             self._texts = self._space.of_texts([filled(text, name) for name in self.classes])
 

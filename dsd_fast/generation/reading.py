@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsd_fast.generation.rows import GenerateRow, check_seed
 from dsd_fast.jobs import tables
 from dsd_fast.jobs.tables import SUFFIXES, Row, image_path, read_lines
@@ -55,7 +57,7 @@ def rows_of(prompts: Prompts, seeds: Seeds | None = None) -> Iterator[GenerateRo
             ``seeds``, by its number; another number of seeds than of prompts, at once where theirs is known.
     """
     chosen = check_seeds(seeds)
-    own = chosen if hasattr(seeds, "__getitem__") else None
+    own = None if _is_one(seeds) else chosen
     if isinstance(prompts, os.PathLike):
         return _of_file(Path(prompts), _Seeds(chosen, own is not None), None, ())
     if isinstance(prompts, str):
@@ -111,10 +113,10 @@ def check_seeds(seeds: Seeds | None) -> range | tuple[int, ...] | None:
     """
     if seeds is None:
         return None
-    several: Any = seeds if hasattr(seeds, "__getitem__") else (seeds,)
+    several: Any = (seeds,) if _is_one(seeds) else seeds
     given: range | tuple[int, ...]
     try:
-        if isinstance(several, str | bytes | Mapping):
+        if isinstance(several, str | bytes | Mapping) or not hasattr(several, "__getitem__"):
             raise TypeError
         if isinstance(several, range):
             given = several
@@ -129,6 +131,10 @@ def check_seeds(seeds: Seeds | None) -> range | tuple[int, ...] | None:
     if not given:
         raise ValueError("seeds: got none, expected at least one")
     return given
+
+
+def _is_one(seeds: Any) -> bool:
+    return isinstance(seeds, int | np.integer)
 
 
 @dataclass(frozen=True)

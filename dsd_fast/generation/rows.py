@@ -84,11 +84,16 @@ def check_seed(value: Any) -> int:
     return _whole(value, 0, (1 << 64) - 1)
 
 
-def _whole(value: Any, low: int, high: int | None = None) -> int:
+def _whole(value: Any, low: int, high: int) -> int:
     number = operator.index(value)
-    if isinstance(value, bool) or number < low or (high is not None and number > high):
+    if isinstance(value, bool) or not low <= number <= high:
         raise ValueError
     return number
+
+
+def _int32(value: Any, low: int) -> int:
+    """What a column of the index holds."""
+    return _whole(value, low, (1 << 31) - 1)
 
 
 def _real(value: Any, holds: Callable[[float], bool] = math.isfinite) -> float:
@@ -99,7 +104,7 @@ def _real(value: Any, holds: Callable[[float], bool] = math.isfinite) -> float:
 
 def _pair(value: Any, low: int) -> tuple[int, int]:
     first, second = value
-    return _whole(first, low), _whole(second, low)
+    return _int32(first, low), _int32(second, low)
 
 
 def _text(value: Any) -> str:
@@ -122,26 +127,26 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(map(_text, (value,) if isinstance(value, str) else value))
 
 
-_SIZE = partial(_pair, low=1), "(height, width), two positive integers"
+_SIZE = partial(_pair, low=1), "(height, width), two positive integers below 2**31"
 _SOURCE = "a pathlib.Path, a Pillow image, an array or a tensor; strings are text"
 _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "prompt": (_text, "a text"),
     "seed": (check_seed, "an integer from 0 to 2**64 - 1"),
     "negative_prompt": (_text, "a text"),
     "size": _SIZE,
-    "steps": (partial(_whole, low=1), "a positive integer"),
+    "steps": (partial(_int32, low=1), "a positive integer below 2**31"),
     "guidance": (_real, "a finite number"),
     "guidance_rescale": (partial(_real, holds=lambda value: 0 <= value <= 1), "a number from 0 to 1"),
-    "clip_skip": (partial(_whole, low=0), "an integer of at least 0"),
+    "clip_skip": (partial(_int32, low=0), "an integer from 0, below 2**31"),
     "image": (_image, _SOURCE),
     "strength": (partial(_real, holds=lambda value: 0 < value <= 1), "a number above 0, at most 1"),
     "conditions": (_images, f"images, each {_SOURCE}"),
     "adapter": (_names, "names of adapters"),
     "original_size": _SIZE,
-    "crop": (partial(_pair, low=0), "(top, left), two integers of at least 0"),
+    "crop": (partial(_pair, low=0), "(top, left), two integers from 0, below 2**31"),
     "target_size": _SIZE,
     "label": (_text, "a text"),
-    "cls": (partial(_whole, low=0), "an integer of at least 0"),
+    "cls": (partial(_int32, low=0), "an integer from 0, below 2**31"),
     "name": (_text, "a text"),
 }
 _NEEDED = {"prompt", "seed", "conditions", "name"}

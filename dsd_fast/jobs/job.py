@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dsd_fast.jobs.errors import JobError
 from dsd_fast.jobs.files import remove_stale
 from dsd_fast.jobs.ids import packed, worker_of
+from dsd_fast.jobs.index import index_parts
 from dsd_fast.jobs.lock import locked_worker, mark_ended, waiting
 from dsd_fast.jobs.manifest import open_manifest
-from dsd_fast.jobs.store import OK, Row, ShardFiles, index_parts, next_number, remove_leftovers, work_folder
+from dsd_fast.jobs.store import OK, Row, ShardFiles, next_number, remove_leftovers, work_folder
 from dsd_fast.jobs.timeline import Timeline
 from dsd_fast.jobs.writer import Writer
 
@@ -121,6 +122,7 @@ class Job:
         self._open: set[bytes] = set()
         self._done: dict[bytes, bool] = {}
         self._safe = self._number = 0
+        self._asked = False
 
     def __enter__(self) -> Job:
         """Takes the folder.
@@ -160,7 +162,7 @@ class Job:
                         self._queue()
                 finally:
                     self._writer.close()
-                if kind is None:
+                if kind is None and self._asked and not self._open:
                     mark_ended(self.folder, self._worker, self._workers)
             except OSError as refused:
                 # An exception that is already on its way tells more, and may be this one.
@@ -201,6 +203,7 @@ class Job:
             else:
                 self.counts.done += 1
                 self.counts.done_errors += not ok
+        self._asked = True
 
     def put(self, id: str, name: str, payload: Any = None, **columns: Any) -> None:
         """A result, whose ``payload`` is held as it is until its shard is written: it is not to be filled again.

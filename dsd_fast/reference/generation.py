@@ -107,13 +107,15 @@ def generate(
 
 
 def _generator(seed: int, draw: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_state(seed, draw))
-
-
-def _state(seed: int, draw: int) -> int:
-    narrow = seed < 2**32
-    mixed = np.random.SeedSequence([seed, draw]) if narrow else np.random.SeedSequence(seed, spawn_key=(draw,))
-    return int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    generator = torch.Generator()
+    if seed < 2**32:
+        mixed = np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0]
+        return generator.manual_seed(int(mixed >> np.uint64(1)))
+    drawn = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(draw,))).random_raw(312)
+    # Of MT19937 each 32-bit word in eight bytes, behind 24 others; low halves first.
+    words = torch.from_numpy(np.stack([drawn % 2**32, drawn >> np.uint64(32)], axis=1).reshape(624))
+    state = generator.manual_seed(0).get_state()
+    return generator.set_state(torch.cat([state[:24], words.view(torch.uint8), state[24 + 8 * 624 :]]))
 
 
 def _seed_before_each_step(scheduler: Any, seeds: Sequence[int], generators: Sequence[torch.Generator]) -> None:
@@ -123,7 +125,7 @@ def _seed_before_each_step(scheduler: Any, seeds: Sequence[int], generators: Seq
     def seeded(*args: Any, **kwargs: Any) -> Any:
         draw = next(taken)
         for generator, seed in zip(generators, seeds, strict=True):
-            generator.manual_seed(_state(seed, draw))
+            generator.set_state(_generator(seed, draw).get_state())
         return step(*args, **kwargs)
 
     scheduler.step = seeded

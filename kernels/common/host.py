@@ -28,7 +28,7 @@ def as_tensor(value: Any) -> Tensor:
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Around what libraries make: by torch's own defaults, see :func:`own_defaults`, and no tensors of inference mode."""
+    """Around what libraries make: torch's own defaults (:func:`own_defaults`), and no tensors of inference mode."""
     with torch.inference_mode(False), own_defaults():
         yield
 

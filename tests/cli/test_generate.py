@@ -13,7 +13,7 @@ from PIL import Image
 import dsd_fast as dsd
 from dsd_fast.cli.options import AdaptedModelOptions
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, to_uint8
-from dsd_fast.generation.files import read_image
+from dsd_fast.generation.files import read_images
 from dsd_fast.jobs import read_index, read_manifest
 from tests.cli.browser import BROWSER, Page
 from tests.cli.test_report_in_browser import PROBE
@@ -39,7 +39,7 @@ def rows(out="out"):
 
 
 def picture(row, out="out"):
-    with Image.open(io.BytesIO(read_image(out, row["id"])[0])) as image:
+    with Image.open(io.BytesIO(next(read_images(out, [row["id"]]))[0])) as image:
         return np.asarray(image).astype(int)
 
 

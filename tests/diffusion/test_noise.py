@@ -68,8 +68,22 @@ def test_wide_seeds_are_no_other_pairs():
     # The words of (2**32 + 5, 0) are those of (5, 1), and a draw of its own behind them makes five.
     wide = [noise(2**32 + 5, draw, (4,)) for draw in range(2)]
     assert not torch.equal(wide[0], noise(5, 1, (4,)))
-    state = int(np.random.SeedSequence([5, 1, 0, 0, 1]).generate_state(1, np.uint64)[0]) >> 1
-    assert torch.equal(wide[1], torch.randn(4, generator=torch.Generator().manual_seed(state)))
+    assert not torch.equal(wide[0], wide[1])
+    # Two of 2**17 seeds whose first 32 bits agree, of which alone manual_seed would make the same noise.
+    first, second = 2**32 + 36379, 2**32 + 86718
+    bits = [np.random.SeedSequence(seed, spawn_key=(0,)).generate_state(1)[0] for seed in (first, second)]
+    assert bits[0] == bits[1]
+    assert not torch.equal(noise(first, 0, (4,)), noise(second, 0, (4,)))
+
+
+def test_a_wide_seeds_stream_is_that_of_its_words():
+    (generator,) = RowNoise([2**32 + 5]).step(0)
+    other = np.random.MT19937(0)
+    words = np.random.PCG64(np.random.SeedSequence([5, 1, 0, 0, 1])).random_raw(312).astype("<u8").view("<u4")
+    other.state = {**other.state, "state": {"key": words, "pos": 624}}
+    # Of each word torch takes 24 bits.
+    drawn = torch.rand(2000, generator=generator) * 2**24
+    assert np.array_equal(drawn.numpy(), other.random_raw(2000) % 2**24)
 
 
 def test_rows_draw_their_own_noise():

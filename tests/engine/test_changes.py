@@ -1,6 +1,7 @@
 """What neither weights nor configs tell of a network: told where it changes answers, refused where it has no name."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 import dsd_fast as dsd
+from dsd_fast.diffusion import SAMPLERS, named_scheduler
 from dsd_fast.engine.changes import changes
 from dsd_fast.engine.fingerprint import scheduler_settings
 from dsd_fast.jobs import tensors_hash
@@ -216,3 +218,9 @@ def test_a_scheduler_is_told_alike_in_any_process():
     assert model.scheduler_config["_use_default_values"]
     told = scheduler_settings(model)
     assert told == {name: told[name] for name in model.scheduler_config if name != "_use_default_values"}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_scheduler_is_told_as_json(name, model):
+    told = scheduler_settings(model.with_scheduler(named_scheduler(name, model.new_scheduler())))
+    assert json.loads(json.dumps(told, allow_nan=False)) == told

@@ -47,3 +47,14 @@ def test_the_whole_picture_is_squeezed(model):
 def test_another_resize_is_refused(model):
     with pytest.raises(ValueError, match="resize: got 'pad', expected 'whole' or 'crop'"):
         ClipSpace(model, resize="pad")
+
+
+@torch.no_grad()
+def test_long_lists_of_texts_go_in_parts(model):
+    texts, sent = [f"a {word} {number}" for number in range(90) for word in ("red", "cross", "ring")], []
+    hook = model.clip.text_model.register_forward_pre_hook(lambda module, args: sent.append(len(args[0])))
+    space = ClipSpace(model)
+    together = space.of_texts(texts)
+    assert sent == [256, 14]
+    torch.testing.assert_close(together[250:260], space.of_texts(texts[250:260]))
+    hook.remove()

@@ -61,6 +61,12 @@ def rows_of(labels):
     return [GenerateRow("a", label=label) for label in labels]
 
 
+def wide(images):
+    """What CLIP's own preprocessing cuts off on both sides, beside the images."""
+    bars = np.random.default_rng(0).integers(0, 256, (2, *images.shape), dtype=np.uint8)
+    return np.concatenate([bars[0], images, bars[1]], axis=2)
+
+
 @torch.no_grad()
 def clips_logits(model, images, texts):
     """What CLIPModel says of images and texts, by its own processor and tokenizer."""
@@ -71,7 +77,7 @@ def clips_logits(model, images, texts):
 
 
 def test_clip_accepts_by_the_cosine_with_the_prompt(model, scenes):
-    images = np.stack([each.image for each in scenes])
+    images = wide(np.stack([each.image for each in scenes]))
     logits = clips_logits(model, images, [each.caption for each in scenes])
     want = (logits / model.clip.logit_scale.exp()).diagonal()
     middle = float(want.sort().values[5:7].mean())
@@ -85,7 +91,7 @@ def test_clip_accepts_by_the_cosine_with_the_prompt(model, scenes):
 def test_clip_tells_classes_without_having_seen_them(model, scenes):
     classes = sorted({f"{each.objects[0].colour} {each.objects[0].shape}" for each in scenes})
     labels = [f"{each.objects[0].colour} {each.objects[0].shape}" for each in scenes]
-    images = np.stack([each.image for each in scenes])
+    images = wide(np.stack([each.image for each in scenes]))
     want = clips_logits(model, images, [f"one {name}" for name in classes]).softmax(-1)
     guide = AcceptZeroShot(model, classes, 0.5, template="one {}")
     np.testing.assert_allclose(guide.probabilities(images), want, atol=1e-4)
@@ -95,8 +101,8 @@ def test_clip_tells_classes_without_having_seen_them(model, scenes):
     assert [each.accepted for each in found] == (right & (scores >= 0.5)).tolist()
     # It is a CLIP that was trained on such scenes.
     assert right.float().mean() > 0.5
-    with pytest.raises(ValueError, match="accept: got a row of the class 'x', expected one of 'blue"):
-        guide(images[:1], rows_of(["x"]))
+    with pytest.raises(ValueError, match="label: got 'x', expected one of accept's classes: 'blue"):
+        guide.check(GenerateRow("a", label="x"))
 
 
 def test_a_classifier_of_transformers_says_what_its_pipeline_says(classifier):
@@ -154,9 +160,11 @@ def test_a_module_gets_normalised_pixels_of_its_size():
         ({"mean": mean, "std": [1, 1, 0]}, "mean, std: got"),
         ({"mean": mean, "std": std, "threshold": 1.5}, "threshold: got 1.5, expected a number from 0 to 1"),
         ({"mean": mean, "std": std, "labels": ["b", "c"]}, "classes: 'a' is none of the classifier's labels"),
+        # Its softmax is 1, whatever the image is.
+        ({"mean": mean, "std": std, "classes": ["a"]}, "classes: there is one output, whose probability is 1 of any"),
     ):
         with pytest.raises(ValueError, match=wrong):
-            AcceptClassifier(network, ["a", "b"], **options)
+            AcceptClassifier(network, **{"classes": ["a", "b"], **options})
     with pytest.raises(ValueError, match="classifier: it is in training mode"):
         AcceptClassifier(network.train(), ["a", "b"], mean=mean, std=std)
 
@@ -192,8 +200,11 @@ def test_outputs_without_names_are_the_classes_where_they_are_as_many(classifier
     named = AcceptClassifier(tmp_path, ["xyz"], labels=["q", "xyz", "r"])
     assert named(images, rows_of(["xyz"] * 6)) == want
     assert AcceptClassifier(tmp_path, ["x", "y", "z"])(images, rows_of("yyyyyy")) == want
-    with pytest.raises(ValueError, match=r"expected \(6, 2\): an output for each"):
-        AcceptClassifier(tmp_path, ["x", "y"])(images, rows_of("yyyyyy"))
+    with pytest.raises(ValueError, match="classes: got none"):
+        AcceptClassifier(tmp_path / "missing", [])
+    for classes, options in ((["x", "y"], {}), (["x"], {"labels": ["x", "y"]})):
+        with pytest.raises(ValueError, match=r"labels: got 2 names for the 3 outputs of .*, expected one each"):
+            AcceptClassifier(tmp_path, classes, **options)
     (tmp_path / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
     with pytest.raises(ValueError, match="gives each label a probability of its own"):
         AcceptClassifier(tmp_path, ["x", "y", "z"])
@@ -221,6 +232,13 @@ def test_any_function_is_a_judge():
     given = verdicts(lambda images, rows: np.array([True, False]), images, rows)
     assert given == [Verdict(True), Verdict(False, "rejected")]
     assert verdicts(lambda images, rows: [Verdict(False, "dark", 0.1), True], images, rows)[0].reason == "dark"
+    # Of a judge's own arithmetic; what is not finite has no place in JSON.
+    for score, plain in ((np.float32(0.5), 0.5), (torch.tensor(0.5), 0.5), (float("nan"), None), (np.inf, None)):
+        made = Verdict(np.bool_(True), "", score)
+        assert (type(made.accepted), made.score, json.loads(json.dumps(made.score))) == (bool, plain, plain)
+    for about in ((0.3,), (True, None), (True, "", "high"), (True, "", np.zeros(2))):
+        with pytest.raises(ValueError, match=r"verdict: got Verdict.*, expected True or False, a text, and a number"):
+            Verdict(*about)
     # A score is no verdict: 0.01 would be true.
     for answer, wrong in (([0.01, 0.9], "accept gave 0.01, expected True, False"), ([True], "1 verdicts for 2 images")):
         with pytest.raises(ValueError, match=wrong):
@@ -233,12 +251,19 @@ def test_what_judges_a_folder_is_in_its_settings(model):
     assert accept_settings(functools.partial(rows_of, limit=3)) == f"{__name__}.rows_of(limit=3)"
     with pytest.raises(ValueError, match=r"accept is .*<lambda>, which a later run could not tell from another"):
         accept_settings(lambda images, rows: [])
+    # Modules that are alike but for their weights.
+    networks = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    told = [accept_settings(functools.partial(rows_of, network=network)) for network in (*networks, networks[0])]
+    assert told[0] == told[2] != told[1]
+    assert accept_settings(networks[0]) != accept_settings(networks[1])
     settings = accept_settings(AcceptClip(model, 0.25))
     assert settings == json.loads(json.dumps(settings))
     assert (settings["kind"], settings["threshold"]) == ("AcceptClip", 0.25)
 
 
-@pytest.mark.parametrize("make", [AcceptClip, NearDuplicates, lambda model, value: AcceptZeroShot(model, ["a"], value)])
+@pytest.mark.parametrize(
+    "make", [AcceptClip, NearDuplicates, lambda model, value: AcceptZeroShot(model, ["a", "b"], value)]
+)
 def test_what_clip_cannot_judge_is_refused(model, make):
     for value in (1.5, "0.5", True, float("nan")):
         with pytest.raises(ValueError, match="threshold: got"):
@@ -252,5 +277,8 @@ def test_clip_refuses_learned_tokens():
     model = dsd.load("mini")
     pipe = model.to_pipeline()
     pipe.load_textual_inversion({"<new>": torch.ones(1, model.text_width)}, token="<new>")
-    with pytest.raises(ValueError, match="texts: 'a <new>' has tokens beyond CLIP's"):
-        AcceptClip(dsd.from_pipeline(pipe, clip=model.clip), 0.5)(pictures(1), [GenerateRow("a <new>")])
+    judge = AcceptClip(dsd.from_pipeline(pipe, clip=model.clip), 0.5)
+    judge.check(GenerateRow("a cat"))
+    for ask in (judge.check, lambda row: judge(pictures(1), [row])):
+        with pytest.raises(ValueError, match="texts: 'a <new>' has tokens beyond CLIP's"):
+            ask(GenerateRow("a <new>"))

@@ -36,6 +36,10 @@ def test_its_examples_run_and_the_hub_finds_the_images(tmp_path, monkeypatch, ca
     found = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(found) == COUNT - len(BAD)
     assert found[0]["webp" if layout == "webdataset" else "image"].size == (40, 24)
+    # Only later rows have one.
+    said = found.features["json"] if layout == "webdataset" else found.features
+    assert ("negative_prompt" in said) == (layout != "webdataset")
+    assert ("leaves out" in text) == (layout != "parquet")
 
 
 def test_it_says_what_is_in_the_folder(tmp_path):

@@ -12,9 +12,10 @@ from PIL import Image
 
 import dsd_fast as dsd
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, to_uint8
+from dsd_fast.generation.accept import Judge, Verdict
 from dsd_fast.generation.again import again, config_of
 from dsd_fast.generation.export import generate_to
-from dsd_fast.generation.files import read_image
+from dsd_fast.generation.files import read_images
 from dsd_fast.generation.rows import from_columns
 from dsd_fast.generation.units import try_seed
 from dsd_fast.jobs import ManifestError, read_index
@@ -38,7 +39,7 @@ def rows_of(count, **more):
 
 
 def pixels_of(folder, row):
-    with Image.open(io.BytesIO(read_image(folder, row)[0])) as image:
+    with Image.open(io.BytesIO(next(read_images(folder, [row]))[0])) as image:
         return np.asarray(image).astype(int)
 
 
@@ -223,6 +224,32 @@ def test_units_are_tried_until_one_is_accepted(sampler, tmp_path):
     assert (more.counts.done, more.counts.ok + more.counts.errors) == (10, 2)
     with pytest.raises(ManifestError, match="max_tries 2 there, 4 now"):
         generate_to(sampler, templates, tmp_path / "a", **options | {"max_tries": 4})
+
+
+class OfCats(Judge):
+    """Its scores differ from batch to batch, as those of any network do in their last digits."""
+
+    def check(self, row):
+        if row.label != "cat":
+            raise ValueError(f"label: got {row.label!r}, expected 'cat'")
+
+    def __call__(self, images, rows):
+        assert {row.label for row in rows} == {"cat"}
+        return [Verdict(row.seed > 0, "low", 1 / len(rows)) for row in rows]
+
+
+def test_what_cannot_be_judged_is_an_error_row_and_scores_are_no_part_of_a_sample(sampler, tmp_path):
+    rows = [GenerateRow("red", seed, label=label) for seed, label in enumerate(["cat", "dog", None, "cat"])]
+    for batch in (1, 2):
+        generate_to(sampler, rows, tmp_path / str(batch), accept=OfCats(0.5), batch=batch)
+    found = read_index(tmp_path / "2").to_pylist()
+    assert [row["reason"] for row in found] == ["", "refused", "refused", ""]
+    assert found[1]["message"] == "label: got 'dog', expected 'cat'"
+    assert found[3]["score"] == 0.5 != read_index(tmp_path / "1").to_pylist()[3]["score"]
+    one, two = (members(tmp_path / str(batch)) for batch in (1, 2))
+    texts = [name for name in one if not name.endswith("png")]
+    assert len(texts) == 6
+    assert [one[name] for name in texts] == [two[name] for name in texts]
 
 
 def test_what_does_not_fit_is_refused_before_there_is_a_folder(sampler, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dsd_fast.generation.closing import close
-from dsd_fast.generation.files import LAYOUTS, image_path, read_image, writer_of
+from dsd_fast.generation.files import LAYOUTS, image_path, read_images, writer_of
 from dsd_fast.jobs import ManifestError, open_manifest, read_index
 from tests.generation.pictures import BAD, COUNT, identity, picture, rows, run
 from tests.jobs.numbers import files
@@ -72,7 +72,7 @@ def test_json_leaves_out_what_is_not_set_and_keeps_every_digit_of_a_seed(folders
     for number, row in enumerate(rows()):
         if number in BAD:
             continue
-        shard = read_image(folders["webdataset"], identity(number))[1]["shard"]
+        shard = next(read_images(folders["webdataset"], [identity(number)]))[1]["shard"]
         with tarfile.open(folders["webdataset"] / "shards" / f"{shard}.tar") as archive:
             told = json.loads(archive.extractfile(f"{identity(number)}.json").read())
         assert told["seed"] == str(row.seed)
@@ -133,21 +133,31 @@ def test_datasets_reads_the_folder(folders, datasets, tmp_path):
     assert {each["seed"] for each in given} == {str(rows()[number].seed) for number in GOOD}
 
 
+def test_no_class_is_taken_for_a_split(datasets, monkeypatch, tmp_path):
+    monkeypatch.setattr("tests.generation.pictures.LABELS", ["cat", "train", "test tube", "metadata.jsonl"])
+    run(tmp_path / "set", "folder", bad=())
+    close(tmp_path / "set")
+    given = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "set/images"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(given) == COUNT
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_read_image(folders, layout):
+def test_read_images(folders, layout):
     for number in GOOD:
-        content, row = read_image(folders[layout], identity(number))
+        content, row = next(read_images(folders[layout], [identity(number)]))
         np.testing.assert_array_equal(pixels(content), picture(number))
         assert (row["id"], row["seed"], row["name"]) == (identity(number), rows()[number].seed, f"n{number}")
     with pytest.raises(ValueError, match=r"has no image: not-accepted: 4 was never accepted"):
-        read_image(folders[layout], identity(4))
-    with pytest.raises(ValueError, match=r"has no row 'ab', expected one of its 11 ids"):
-        read_image(folders[layout], "ab")
+        next(read_images(folders[layout], [identity(4)]))
+    with pytest.raises(ValueError, match=r"has no row 'ab', expected the id of one"):
+        next(read_images(folders[layout], ["ab"]))
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path):
     open_manifest(tmp_path, "features", {"layout": "shards"})
-    for call in (close, lambda folder: read_image(folder, "ab")):
+    for call in (close, lambda folder: next(read_images(folder, ["ab"]))):
         with pytest.raises(ManifestError, match="holds results of features, expected generated images"):
             call(tmp_path)
 
@@ -157,6 +167,7 @@ def test_folders_of_classes():
     labels = [
         "cat", "Cat", "tree frog", "a/b", "a%2Fb", "..", ".", "...", ".x", "%2Ex", "__pycache__", "_x", "日本", "[a]*?",
         " ", "a ", "a.", "a%2E", "x" * 400, "x" * 401, "\udc80", "\x00", "a\nb",
+        "train", "%74rain", "bullet train", "éval", "test.", "constrain", "trains", "dev-val", "metadata.jsonl",
     ]  # fmt: skip
     paths = [image_path(row, label, "jpg") for label in labels]
     assert len(set(paths)) == len(labels)
@@ -168,6 +179,9 @@ def test_folders_of_classes():
         assert name[0] not in "._ "
         assert name[-1] not in ". "
         assert not set(name) & set('/\\[]*?{}<>|"\n\0:')
+    words = ["%74rain", "bullet %74rain", "constrain", "trains", "%64ev-%76al", "%6Detadata.jsonl"]
+    given = ["train", "bullet train", "constrain", "trains", "dev-val", "metadata.jsonl"]
+    assert [image_path(row, label, "jpg") for label in given] == [f"{word}/{row}.jpg" for word in words]
     # As the index, of which the closing step reads it, has it.
     assert image_path(row, "\\udc80", "jpg") == image_path(row, "\udc80", "jpg")
     assert image_path(row, None, "png") == image_path(row, "", "png") == f"ab/{row}.png"

@@ -127,7 +127,8 @@ def test_a_file_of_prompts_has_one_a_line(tmp_path):
 def test_rows_from_python():
     image = Image.new("RGB", (4, 4))
     assert list(rows_of("a")) == [GenerateRow("a")]
-    assert list(rows_of(["a", "b"], 7)) == [GenerateRow("a", 7), GenerateRow("b", 7)]
+    for seed in (7, np.int64(7)):
+        assert list(rows_of(["a", "b"], seed)) == [GenerateRow("a", 7), GenerateRow("b", 7)]
     assert list(rows_of(iter(["a", "b"]), np.array([1, 2]))) == [GenerateRow("a", 1), GenerateRow("b", 2)]
     given = {"prompt": "a", "guidance_scale": 3, "height": 8, "width": 16, "image": image, "name": None}
     said = GenerateRow("a", guidance=3.0, size=(8, 16), image=image)

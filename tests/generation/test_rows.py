@@ -94,15 +94,20 @@ def test_an_object_is_out_of_its_owners_reach_and_nowhere_to_be_found_again():
         ("guidance", float("nan"), "a finite number"),
         ("guidance", "7", "a finite number"),
         ("guidance_rescale", 1.1, "from 0 to 1"),
-        ("clip_skip", -1, "at least 0"),
+        ("clip_skip", -1, "from 0"),
         ("strength", 0, "above 0, at most 1"),
         ("image", "a.png", "strings are text"),
         ("conditions", (None,), "strings are text"),
         ("conditions", "a.png", "strings are text"),
         ("adapter", (1,), "names of adapters"),
-        ("crop", (-1, 0), "at least 0"),
+        ("crop", (-1, 0), "from 0"),
         ("label", 3, "a text"),
-        ("cls", -1, "at least 0"),
+        ("cls", -1, "from 0"),
+        # The index would not hold them.
+        ("cls", 2**31, "from 0, below 2"),
+        ("steps", 2**31, "a positive integer below 2"),
+        ("size", (8, 2**31), "two positive integers below 2"),
+        ("clip_skip", 2**31, "from 0, below 2"),
     ],
 )
 def test_other_values_are_refused_by_name(field, value, expected):

@@ -321,6 +321,10 @@ def test_the_last_of_several_workers_knows_it(tmp_path):
     with pytest.raises(KeyError):
         run(tmp_path, [*NUMBERS, *range(100, 200)], worker=0, workers=3, each=fail)
     assert not all_ended(tmp_path, 3)
+    # One that was given more than it has made has not ended, though its block has.
+    with Job(tmp_path, "multiples", SETTINGS, columns={"number": "int64"}, worker=0, workers=3) as job:
+        next(job.pending([*NUMBERS, *range(200, 300)], key=identity))
+    assert not all_ended(tmp_path, 3)
     run(tmp_path, worker=0, workers=3)
     assert all_ended(tmp_path, 3)
     run(tmp_path / "alone")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,13 @@ from dsd_fast.cli.features.pictures import FOLDER, NAMES, Pictures, Shown, first
 from dsd_fast.cli.features.report import render
 from dsd_fast.cli.files import check_folder, replacing_files, writing
 from dsd_fast.cli.images import ImageFiles, read_prompts
-from dsd_fast.cli.job_report import files_of, last_timeline
+from dsd_fast.cli.job_report import files_of, hidden_share, last_timeline, summary
 from dsd_fast.cli.results import versions
 from dsd_fast.features import FeatureExtractor, Technique
 from dsd_fast.features.export import check_layout, extract_to
 from dsd_fast.features.extraction import check_inversion
-from dsd_fast.jobs import Counts, read_index, read_manifest, replacing
+from dsd_fast.jobs import index_shards, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
-
-# Errors in a summary; the index has all.
-_ERRORS = 50
 
 
 def run(request: FeaturesRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,28 +145,7 @@ def _check(request: FeaturesRequest, settings: Mapping[str, Any]) -> None:
 
 
 def _summary(numbers: Mapping[str, float] | None, images: int, out: Path) -> dict[str, Any]:
-    import pyarrow.compute as pc
-
-    index = read_index(out, ["name", "path", "status", "reason", "message"])
-    errors = index.filter(pc.not_equal(index["status"], "ok"))
-    folder = {"ok": len(index) - len(errors), "errors": len(errors)}
-    overlap = seconds = 0.0
-    if numbers is None:
-        counts = dict.fromkeys(("duplicates", "done", "done_errors", "elsewhere"), 0)
-        counts = {"inputs": images, **folder, **counts, "not_reached": max(0, images - len(index))}
-    else:
-        made = Counts(**{field.name: int(numbers[field.name]) for field in fields(Counts)})
-        counts = {**asdict(made), "not_reached": made.not_reached}
-        overlap = numbers["writing_hidden"] / numbers["writing"] if numbers["writing"] else 0.0
-        seconds = numbers["seconds"]
-    return {
-        "complete": numbers is not None,
-        "counts": counts,
-        "folder": folder,
-        "errors": errors.slice(0, _ERRORS).to_pylist(),
-        "overlap": overlap,
-        "seconds": seconds,
-    }
+    return {**summary(numbers, images, out, ["name", "path"]), "overlap": hidden_share(numbers, "writing")}
 
 
 def _loading(layout: str, extractor: FeatureExtractor, out: Path) -> str:
@@ -182,8 +158,8 @@ def _loading(layout: str, extractor: FeatureExtractor, out: Path) -> str:
             f"features = load_file({str(out)!r} + f\"/shards/{{row['shard']}}.safetensors\")  # layer → rows\n"
             f'feature = features[{layer!r}][row["row"]]  # timesteps, channels, height, width'
         )
-    index = read_index(out, ["name", "status"]).to_pylist()
-    name = next((row["name"] for row in index if row["status"] == "ok"), "NAME")
+    rows = (row for rows in index_shards(out, ["id", "name", "status"]) for row in rows.to_pylist())
+    name = next((row["name"] for row in rows if row["status"] == "ok"), "NAME")
     parts = {"npy-layer": [layer, name], "npy-sample": [name, layer]}.get(layout, [name])
     file = "/".join([str(out), *parts])
     return f"import numpy\n\nfeature = numpy.load({file + '.npy'!r})  # {shape}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dsd_fast.cli import cluster
 from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.generate.options import GenerateRequest
 from dsd_fast.cli.generate.report import Tile, render
-from dsd_fast.cli.job_report import files_of, last_timeline
+from dsd_fast.cli.job_report import files_of, hidden_share, last_timeline, summary
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError
 from dsd_fast.generation.card import loading
@@ -23,16 +23,14 @@ from dsd_fast.generation.closing import close
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.encoding import check_format
 from dsd_fast.generation.export import generate_to
-from dsd_fast.generation.files import check_layout, read_image
+from dsd_fast.generation.files import check_layout, read_images
 from dsd_fast.generation.grids import grid, read_classes
 from dsd_fast.generation.reading import read_rows
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.generation.sampler import Sampler
-from dsd_fast.jobs import Counts, all_ended, read_index, read_manifest, replacing
+from dsd_fast.jobs import all_ended, index_shards, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
 
-# Errors in a summary; the index has all.
-_ERRORS = 50
 # Images of the contact sheet, and the longer side of each.
 _TILES, _SIDE = 48, 256
 
@@ -178,12 +176,12 @@ def _finish(request: GenerateRequest, work: Generation, numbers: Mapping[str, An
     folder = close(out)
     if request.files.report:
         with writing(out), waiting(out, "report"):
-            summary = _summary({**numbers, "folder": folder}, 0, out)
+            content = _summary({**numbers, "folder": folder}, 0, out)
             settings = read_manifest(out)["settings"]
-            summary |= {"settings": settings, "versions": versions(), "files": files_of(out)}
+            content |= {"settings": settings, "versions": versions(), "files": files_of(out)}
             _, code = next(iter(loading(settings).items()))
             with replacing(out / "report.html") as file:
-                file.write(render(summary, contact_sheet(out), last_timeline(out), code))
+                file.write(render(content, contact_sheet(out), last_timeline(out), code))
     return {"folder": folder}
 
 
@@ -191,16 +189,15 @@ def contact_sheet(out: Path) -> list[Tile]:
     """The first images of a folder, classes in turn."""
     import pyarrow.compute as pc
 
-    index = read_index(out, ["label"])
     by_class: dict[Any, list[str]] = {}
-    for row in index.filter(pc.equal(index["status"], "ok")).select(["id", "label"]).to_pylist():
-        ids = by_class.setdefault(row["label"], [])
-        if len(ids) < _TILES:
-            ids.append(row["id"])
+    for rows in index_shards(out, ["id", "label", "status"]):
+        for row in rows.filter(pc.equal(rows["status"], "ok")).to_pylist():
+            ids = by_class.setdefault(row["label"], [])
+            if len(ids) < _TILES:
+                ids.append(row["id"])
     turns = [ids[turn] for turn in range(_TILES) for ids in by_class.values() if turn < len(ids)]
     tiles = []
-    for name in turns[:_TILES]:
-        content, row = read_image(out, name)
+    for content, row in read_images(out, turns[:_TILES]):
         with Image.open(io.BytesIO(content)) as image:
             image.thumbnail((_SIDE, _SIDE))
             tiles.append(Tile(image.convert("RGB"), row["prompt"], row["seed"]))
@@ -208,19 +205,5 @@ def contact_sheet(out: Path) -> list[Tile]:
 
 
 def _summary(numbers: Mapping[str, Any] | None, rows: int, out: Path) -> dict[str, Any]:
-    import pyarrow.compute as pc
-
-    index = read_index(out, ["name", "prompt", "reason", "message"])
-    errors = index.filter(pc.not_equal(index["status"], "ok"))
-    summary: dict[str, Any] = {"complete": numbers is not None, "seconds": 0.0, "encoding": 0.0, "writing": 0.0}
-    if numbers is None:
-        counts = dict.fromkeys(("duplicates", "done", "done_errors", "elsewhere"), 0)
-        counts |= {"inputs": rows, "ok": len(index) - len(errors), "errors": len(errors)}
-        counts["not_reached"] = max(0, rows - len(index))
-    else:
-        made = Counts(**{field.name: int(numbers[field.name]) for field in fields(Counts)})
-        counts = {**asdict(made), "not_reached": made.not_reached}
-        summary |= {"seconds": numbers["seconds"], "folder": numbers.get("folder")}
-        for what in ("encoding", "writing"):
-            summary[what] = numbers[f"{what}_hidden"] / numbers[what] if numbers[what] else 0.0
-    return {**summary, "counts": counts, "errors": errors.slice(0, _ERRORS).to_pylist()}
+    hidden = {what: hidden_share(numbers, what) for what in ("encoding", "writing")}
+    return {**summary(numbers, rows, out, ["name", "prompt"]), **hidden, "folder": (numbers or {}).get("folder")}

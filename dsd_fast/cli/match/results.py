@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,8 +21,8 @@ from dsd_fast.cli.match.options import MatchRequest
 from dsd_fast.cli.match.report import MatchReport
 from dsd_fast.cli.results import ScoreFile, metadata, ranked, settings_of, stream_json, versions
 from dsd_fast.cli.terminal import SHOWN, Interrupt, progress
-from dsd_fast.jobs import read_index, remove_stale, replacing, storable, waiting
-from dsd_fast.jobs.store import OK, read_shard
+from dsd_fast.jobs import index_shards, read_shard, remove_stale, replacing, storable, waiting
+from dsd_fast.jobs.store import OK
 from dsd_fast.matching import Matcher
 
 RESULTS, SCORES, PAGE = "results.json", "scores.parquet", "report.html"
@@ -41,12 +40,17 @@ class Rows:
     """
 
     def __init__(self, folder: Path, captions: int) -> None:
-        index = read_index(folder, [])
-        ids, shards, statuses = (index[name].to_pylist() for name in ("id", "shard", "status"))
-        self._shard_of = {bytes.fromhex(row): sys.intern(shard) for row, shard in zip(ids, shards, strict=True)}
-        self._errors = {bytes.fromhex(row) for row, status in zip(ids, statuses, strict=True) if status != OK}
         self._folder, self._captions = folder, captions
-        workers = {shard.split("-")[1] for shard in shards}
+        self._shard_of: dict[bytes, str] = {}
+        self._errors = set[bytes]()
+        workers = set[str]()
+        for rows in index_shards(folder, ["id", "shard", "status"]):
+            shard, ids = rows["shard"][0].as_py(), [bytes.fromhex(row) for row in rows["id"].to_pylist()]
+            self._shard_of |= dict.fromkeys(ids, shard)
+            self._errors.update(
+                row for row, status in zip(ids, rows["status"].to_pylist(), strict=True) if status != OK
+            )
+            workers.add(shard.split("-")[1])
         # Each worker's shards have the order of the inputs.
         self._read = lru_cache(len(workers) + 1)(self._shard)
 
