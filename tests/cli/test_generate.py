@@ -65,7 +65,7 @@ def test_prompts_and_seeds_of_the_command_line(cli, model):
     assert 'format "png" there, "webp" now; quality not set there, 95 now' in refused.stderr.replace("null", "not set")
 
 
-def test_settings_reach_the_sampler(cli, tmp_path):
+def test_settings_reach_the_sampler(cli, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), (200, 30, 30)).save("a.png")
     done = cli(
         "generate", "a red circle", *COMMON, "--steps", 3, "--guidance", 2.5, "--guidance-rescale", 0.25,
@@ -85,12 +85,15 @@ def test_settings_reach_the_sampler(cli, tmp_path):
     assert list(settings["adapters"]) == ["unet"]
     assert [settings[name] for name in ("format", "quality", "mark", "layout")] == ["jpg", 90, False, "parquet"]
     (row,) = rows()
-    assert (row["image"], row["conditions"]) == ("a.png", '["a.png"]')
+    assert (row["image"], row["conditions"]) == ("../a.png", '["../a.png"]')
     assert picture(row).shape == (64, 48, 3)
     options = ["--control", "mini", "--control-scale", 0.5, "--no-canny", "--adapter", "mini"]
-    assert cli("generate", "--out", "out", "--row", row["id"], *options).exit_code == 0
+    # From elsewhere than where the images' paths were given.
+    monkeypatch.chdir(tmp_path / "out")
+    again = cli("generate", "--out", ".", "--row", row["id"], *options)
+    assert again.exit_code == 0, again.stderr
     # Without what the folder was made with besides the model it is another one.
-    refused = cli("generate", "--out", "out", "--row", row["id"], *options[:4])
+    refused = cli("generate", "--out", ".", "--row", row["id"], *options[:4])
     assert refused.exit_code == 2
     assert "controls" in refused.stderr
 
