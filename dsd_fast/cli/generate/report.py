@@ -63,7 +63,7 @@ def render(summary: Mapping[str, Any], tiles: Sequence[Tile], line: Timeline, lo
 def _sheet(tiles: Sequence[Tile], total: int) -> str:
     figures = "".join(
         f"<figure>{image(tile.picture, tile.prompt or 'an image of the empty prompt')}"
-        f"<figcaption><bdi>{visible(tile.prompt)}</bdi> <span>{tile.seed}</span></figcaption></figure>\n"
+        f"<figcaption><bdi>{visible(tile.prompt)}</bdi> <span>seed {tile.seed}</span></figcaption></figure>\n"
         for tile in tiles
     )
     return section(
