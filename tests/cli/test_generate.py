@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 import dsd_fast as dsd
+from dsd_fast.cli.generate.report import render
 from dsd_fast.cli.options import AdaptedModelOptions
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, to_uint8
 from dsd_fast.generation.files import read_images
-from dsd_fast.jobs import read_index, read_manifest
+from dsd_fast.jobs import Timeline, read_index, read_manifest
 from tests.cli.browser import BROWSER, Page
 from tests.cli.test_report_in_browser import PROBE
 
@@ -202,3 +203,10 @@ def test_ctrl_c_keeps_whole_shards_and_the_next_run_goes_on(cli, monkeypatch):
     assert done.exit_code == 0
     assert done.stdout.startswith("6 images: 2 made now, 4 before")
     assert Path("out/shards.txt").exists()
+
+
+def test_the_page_counts_near_duplicates():
+    folder = {"images": 3, "errors": {}, "classes": [], "rejected": {}, "near_duplicates": 2}
+    content = {"folder": folder, "settings": {"model": "mini"}, "versions": {}, "errors": [], "files": []}
+    page = render(content, [], Timeline(), "").decode()
+    assert "2 images marked as nearly the same as another of the class." in page

@@ -45,6 +45,8 @@ def render(summary: Mapping[str, Any], tiles: Sequence[Tile], line: Timeline, lo
     lead = [f"{counted(folder['images'], 'image')} by {summary['settings']['model']}. No safety checker has seen them."]
     if failed:
         lead.append(f"{counted(failed, 'row')} could not be made; the reasons are below.")
+    if folder["near_duplicates"]:
+        lead.append(f"{counted(folder['near_duplicates'], 'image')} marked as nearly the same as another of the class.")
     parts = [_sheet(tiles, folder["images"])] if tiles else []
     if folder["classes"]:
         parts.append(_classes(folder["classes"]))
