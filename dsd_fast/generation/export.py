@@ -241,15 +241,21 @@ def _compute(pending: Iterator[_Work], *, making: _Making, shard_rows: int) -> G
     """The results of the pending works, in their order, as soon as none is missing before them."""
     windows = iter(lambda: _Window(making.folder, list(islice(pending, shard_rows))), None)
     batches = making.batches(takewhile(lambda window: window.works, windows))
-    loaded = ahead(_loaded, batches, workers=_LOADERS, read_ahead=_LOADERS, name="dsd-decode")
+    # A judge's batch is a whole window, of which the tries load a few images at a time.
+    loading = partial(_loaded, held=making.accept is None)
+    loaded = ahead(loading, batches, workers=_LOADERS, read_ahead=_LOADERS, name="dsd-decode")
     # Nothing goes on loading when the job ends early.
     with closing(cast("Generator[_Batch]", loaded)):
         for window in making.made(loaded):
             yield window.leave()
 
 
-def _loaded(batch: _Batch) -> _Batch:
-    """The batch with its images in memory, without the rows of which one cannot be used: the others stay together."""
+def _loaded(batch: _Batch, held: bool) -> _Batch:
+    """The batch without the rows of which an image cannot be used: the others stay together.
+
+    Args:
+        held: whether their images stay in memory.
+    """
     rows = {}
     for place, row in batch.rows.items():
         try:
@@ -258,7 +264,7 @@ def _loaded(batch: _Batch) -> _Batch:
         except ImageError as error:
             batch.window.fail(place, error.reason, str(error))
         else:
-            rows[place] = replace(row, image=image, conditions=conditions)
+            rows[place] = replace(row, image=image, conditions=conditions) if held else row
     return _Batch(batch.window, rows)
 
 
