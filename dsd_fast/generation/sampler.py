@@ -85,6 +85,7 @@ class Sampler:
         check_clip_skip(self.model.text_encoders, config.clip_skip)
         if config.negative_prompt is not None:
             self._check_text("negative_prompt", config.negative_prompt)
+        self._steps_taken(config.steps, None)
         # Refuses a branch that the network does not have.
         self.engine.keeping_plans(config.cache_branch_id)
 

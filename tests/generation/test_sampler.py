@@ -405,6 +405,7 @@ class DPMSolverSDEScheduler(diffusers.DPMSolverMultistepScheduler):
             "prediction_type is 'v_prediction', expected the model's",
         ),
         ({"clip_skip": 9}, "clip_skip: got 9"),
+        ({"steps": 1001}, "steps is 1001, more than"),
         ({"negative_prompt": "cat " * 99}, "negative_prompt: "),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "discrete diffusion process"),
     ],
