@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.schedule import NoiseSchedule
+from dsd_fast.kernels.common.host import ordinary
 
 Predict = Callable[[Tensor, float], Tensor]
 """The UNet's input (B, C, h, w) and the timestep, an int save where a scheduler places one between two, to the model's
@@ -96,6 +97,7 @@ def _denoise(
             state = ddim_step(schedule, predict(shown, t), state, t, steps[number + 1] or CLEAN)
 
 
+@ordinary()
 def inversion_grid(scheduler: Any, steps: int = _INVERSION_STEPS) -> list[int]:
     """The ascending timesteps of the official DDIM inversion under a model's scheduler.
 

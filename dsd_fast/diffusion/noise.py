@@ -59,14 +59,15 @@ class RowNoise:
     """The noise of B rows that are sampled together, each of its own seed and by a CPU generator of its own.
 
     "dsd_fast": the start is draw 0 of a row's seed, what the scheduler draws at its step number s (from 0) is draw
-    starts + s, see :func:`noise`. "diffusers": one ``manual_seed(seed)`` a row, from which all is drawn one after
-    another, as stock pipelines do; the same numbers, where the type is theirs.
+    s + 1, see :func:`noise`; of k rows of one seed, row m has draws m and k · (s + 1) + m. "diffusers": one
+    ``manual_seed(seed)`` a row, from which all is drawn one after another, as stock pipelines do; the same numbers,
+    where the type is theirs.
 
     Args:
         seeds: B of them, 0 ≤ seed < 2**64.
         kind: one of :data:`NOISES`.
         dtype: that "diffusers" draws in, the model's, to which its numbers are rounded.
-        starts: how many of a seed's first draws are starts, so that none is drawn again.
+        together: k, rows side by side that have one seed.
 
     Attributes:
         held: the type that latents have between steps, that of "diffusers", as in stock pipelines; None: float32 at
@@ -77,13 +78,13 @@ class RowNoise:
     """
 
     def __init__(
-        self, seeds: Sequence[int], kind: str = "dsd_fast", dtype: torch.dtype = torch.float32, *, starts: int = 1
+        self, seeds: Sequence[int], kind: str = "dsd_fast", dtype: torch.dtype = torch.float32, *, together: int = 1
     ) -> None:
         if kind not in NOISES:
             raise ValueError(f"noise: got {kind!r}, expected one of {', '.join(NOISES)}")
         for seed in seeds:
             check_seed("seed", seed)
-        self._seeds, self._own, self._starts = [int(seed) for seed in seeds], kind == "dsd_fast", starts
+        self._seeds, self._own, self._together = [int(seed) for seed in seeds], kind == "dsd_fast", together
         self.held = None if self._own else dtype
         self._generators = [torch.Generator() for _ in seeds]
         for generator, seed in zip(self._generators, self._seeds, strict=True):
@@ -106,12 +107,12 @@ class RowNoise:
 
     def step(self, number: int) -> list[torch.Generator]:
         """Give the rows' generators as a scheduler's step of that number, from 0, has to find them."""
-        return self._at(self._starts + number)
+        return self._at(number + 1)
 
-    def _at(self, draw: int) -> list[torch.Generator]:
+    def _at(self, turn: int) -> list[torch.Generator]:
         if self._own:
-            for generator, seed in zip(self._generators, self._seeds, strict=True):
-                _set(generator, seed, draw)
+            for row, (generator, seed) in enumerate(zip(self._generators, self._seeds, strict=True)):
+                _set(generator, seed, turn * self._together + row % self._together)
         return self._generators
 
 

@@ -22,6 +22,7 @@ from dsd_fast.diffusion.noise import RowNoise
 from dsd_fast.diffusion.schedule import NoiseSchedule, check_noise
 from dsd_fast.diffusion.schedulers import check_draws, draws_noise
 from dsd_fast.diffusion.timesteps import started
+from dsd_fast.kernels.common.host import own_defaults, own_types
 from dsd_fast.kernels.common.transfer import upload
 
 _SHORT_DENOISING = 50
@@ -324,13 +325,16 @@ def _run(
     """Steps a prepared scheduler; `state` has the scheduler's own form."""
     times = [t for t in scheduler.timesteps[start:] if until is None or float(t) >= until]
     for number, t in enumerate(times):
-        shown = scheduler.scale_model_input(state, t).to(dtype)
+        with own_defaults():
+            shown = scheduler.scale_model_input(state, t).to(dtype)
         yield _time(t), shown
         if until is None or number + 1 < len(times):
             output = predict(shown, _time(t)).to(state.dtype)
             if draws is not None and "generator" in options:
                 options["generator"] = draws.step(number)
-            state = scheduler.step(output, t, state, return_dict=False, **options)[0].to(state.dtype)
+            # Some solve systems that they make in the default type, and under autocast would multiply in halves.
+            with own_defaults(), own_types(state.device):
+                state = scheduler.step(output, t, state, return_dict=False, **options)[0].to(state.dtype)
     if until is None:
         yield CLEAN, state.to(dtype)
 
@@ -346,7 +350,8 @@ def _noised(scheduler: Any, start: int, latents: Tensor, noise: Tensor) -> Tenso
     first = scheduler.timesteps[start : start + 1]
     # Its rule, signal · z₀ + sigma · ε, is asked for on the host: on a device it would wait there for its own numbers.
     one, none = torch.ones(1, dtype=real, device="cpu"), torch.zeros(1, dtype=real, device="cpu")
-    factors = (scheduler.add_noise(one, none, first), scheduler.add_noise(none, one, first))
+    with own_defaults():
+        factors = (scheduler.add_noise(one, none, first), scheduler.add_noise(none, one, first))
     signal, sigma = upload(torch.stack(factors), latents.device)  # (2, 1)
     state: Tensor = signal * latents.to(real) + sigma * upload(noise, latents.device, real)
     return state

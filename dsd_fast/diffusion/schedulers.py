@@ -95,9 +95,8 @@ def draws_noise(scheduler: Any, eta: float = 0.0) -> bool:
         return False
     if "eta" in parameters:
         return bool(eta)
-    algorithm = scheduler.config.get("algorithm_type")
-    if algorithm is not None:
-        return "sde" in algorithm
+    if scheduler.config.get("algorithm_type") in ("dpmsolver", "dpmsolver++"):
+        return False
     # Its noise is s_churn's alone, which nobody gives it.
     return "EulerDiscreteScheduler" not in (cls.__name__ for cls in type(scheduler).__mro__)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 from dsd_fast.diffusion.schedulers import fresh_scheduler
+from dsd_fast.kernels.common.host import ordinary
 
 # The official pipeline runs img2img's get_timesteps with 50 steps and strength 0.8 on the unspaced list of all
 # timesteps: t_start = 50 - 40, counted in entries of that list and cut from both of its ends.
@@ -95,6 +96,7 @@ def resolve_timesteps(spec: int | Sequence[int], num_train_timesteps: int = 1000
     return values
 
 
+@ordinary()
 def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
     """Set a fresh scheduler's timesteps, and find the index of the first one that img2img's `get_timesteps` takes.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsd_fast.jobs import Row, ShardFiles, stream_tensors
-
-Write = Callable[[ShardFiles, Sequence[Row]], None]
+from dsd_fast.jobs import Row, ShardFiles, Write, stream_tensors
 
 LAYOUTS = ("shards", "npy-layer", "npy-sample", "npy-aggregated")
 

@@ -84,7 +84,7 @@ class Inputs:
     def step_noise(self) -> RowNoise:
         """Make what a scheduler draws at its steps for n · D latents, image by image; none of it is ``noise``."""
         draws = self.noise.shape[2]
-        return RowNoise([seed for seed in self.seeds for _ in range(draws)], starts=draws)
+        return RowNoise([seed for seed in self.seeds for _ in range(draws)], together=draws)
 
     def conditions(self, controls: Sequence[Control]) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] for each net, where the latents are and in their type; the same function of the

@@ -25,9 +25,9 @@ import numpy as np
 
 from dsd_fast.generation.card import CARD, card
 from dsd_fast.generation.encoding import described, json_bytes
-from dsd_fast.generation.files import IMAGES, LAYOUTS, VECTOR, image_path, parquet_bytes, read_settings
+from dsd_fast.generation.files import IMAGES, LAYOUTS, VECTOR, image_path, read_settings
 from dsd_fast.generation.near_duplicates import near_duplicates
-from dsd_fast.jobs import JobError, index_shards, sync_folder, waiting
+from dsd_fast.jobs import JobError, index_shards, parquet_bytes, sync_folder, waiting
 from dsd_fast.jobs.files import renaming
 from dsd_fast.jobs.store import SHARDS
 

@@ -10,17 +10,26 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dsd_fast.generation.encoding import SAMPLE_NAMES
-from dsd_fast.jobs import ManifestError, Row, ShardFiles, index_shards, read_manifest, read_shard, row_id
+from dsd_fast.jobs import (
+    ManifestError,
+    Row,
+    ShardFiles,
+    Write,
+    index_shards,
+    parquet_bytes,
+    read_manifest,
+    read_shard,
+    row_id,
+)
 from dsd_fast.jobs.store import OK, SHARDS
-
-Write = Callable[[ShardFiles, Sequence[Row]], None]
 
 KIND = "generation"
 LAYOUTS = {"webdataset": ".tar", "parquet": ".parquet", "folder": ""}
@@ -33,6 +42,12 @@ VECTOR = "clip"
 _GROUP_ROWS = 100
 # Bytes of a name in all usual file systems: 255.
 _MOST_BYTES = 200
+# Of datasets.data_files: SPLIT_KEYWORDS between NON_WORDS_CHARS; a folder's name that has one makes it a split, and
+# leaves the other folders out. And the one file beside the folders.
+_TAKEN = re.compile(
+    r"(?<![^-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])"
+    r"|^metadata(?=\.jsonl$)"
+)
 
 
 def check_layout(layout: str) -> None:
@@ -109,12 +124,13 @@ def writer_of(layout: str, format: str, columns: Mapping[str, str]) -> Write:
 def image_path(row: str, label: str | None, format: str) -> str:
     """Tell where the layout "folder" has a row's image, below :data:`IMAGES`: a folder per class.
 
-    Labels that differ have folders that differ: what no file system or pattern takes is percent-encoded, and of a long
-    label the end is a digest.
+    Labels that differ have folders that differ: what no file system or pattern takes is percent-encoded, so is a letter
+    of words by which datasets makes splits of folders, as "train", and of a long label the end is a digest.
     """
     if not label:
         return f"{row[:2]}/{row}.{format}"
     name = quote(label, safe=" ,;'()+=@", errors="backslashreplace")
+    name = _TAKEN.sub(lambda found: f"%{ord(found[0][0]):02X}{found[0][1:]}", name)
     if name[0] in "._ ":
         # Hidden, "..", or a folder that readers pass over, as "__pycache__".
         name = f"%{ord(name[0]):02X}{name[1:]}"
@@ -179,16 +195,6 @@ def _from_parquet(file: Path, row: str) -> bytes:
                 content: bytes = stored.read_row_group(group, ["image"])["image"][position].as_py()["bytes"]
                 return content
     raise ValueError(f"{file} has no row {row}")
-
-
-def parquet_bytes(table: Any, **options: Any) -> memoryview:
-    """A table as a Parquet file, through memory, so that what the disk refuses is said by the file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    content = pa.BufferOutputStream()
-    pq.write_table(table, content, **options)
-    return memoryview(content.getvalue())
 
 
 def _with_images(rows: Sequence[Row], format: str, columns: Mapping[str, str]) -> Any:

@@ -180,8 +180,9 @@ class Sampler:
         """Tell what changes images besides the rows, as JSON.
 
         The model's, see :func:`~dsd_fast.engine.fingerprint.model_settings`; "row_adapters", the same of the other
-        adapters that rows may name; "scheduler"; "controls"; and "config", of which :class:`GenerateConfig` is made
-        again but for its memory budget and a scheduler that is no name.
+        adapters that the model has, because which of them rows will name is not known before all are read; "scheduler";
+        "controls"; and "config", of which :class:`GenerateConfig` is made again but for its memory budget and a
+        scheduler that is no name.
 
         Raises:
             ValueError: a ControlNet's condition that a later run could not tell from another.

@@ -4,10 +4,11 @@ from dsd_fast.jobs.errors import JobError, LockedError, ManifestError
 from dsd_fast.jobs.files import remove_stale, replacing, sync_folder
 from dsd_fast.jobs.filling import Exported, fill
 from dsd_fast.jobs.ids import file_digest, row_id, tensors_hash, weights_hash, worker_of
-from dsd_fast.jobs.job import Counts, Job
+from dsd_fast.jobs.index import index_shards, read_index, read_shard
+from dsd_fast.jobs.job import Counts, Job, Write
 from dsd_fast.jobs.lock import all_ended, locked, waiting
 from dsd_fast.jobs.manifest import open_manifest, read_manifest
-from dsd_fast.jobs.store import Row, ShardFiles, index_shards, read_index, read_shard, storable
+from dsd_fast.jobs.store import Row, ShardFiles, parquet_bytes, storable
 from dsd_fast.jobs.tensors import read_tensors, stream_tensors, write_tensors
 from dsd_fast.jobs.timeline import Timeline
 from dsd_fast.jobs.writer import Writer
@@ -22,6 +23,7 @@ __all__ = [
     "Row",
     "ShardFiles",
     "Timeline",
+    "Write",
     "Writer",
     "all_ended",
     "file_digest",
@@ -29,6 +31,7 @@ __all__ = [
     "index_shards",
     "locked",
     "open_manifest",
+    "parquet_bytes",
     "read_index",
     "read_manifest",
     "read_shard",

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dsd_fast.jobs.errors import JobError
 from dsd_fast.jobs.files import remove_stale
 from dsd_fast.jobs.ids import packed, worker_of
+from dsd_fast.jobs.index import index_parts
 from dsd_fast.jobs.lock import locked_worker, mark_ended, waiting
 from dsd_fast.jobs.manifest import open_manifest
-from dsd_fast.jobs.store import OK, Row, ShardFiles, index_parts, next_number, remove_leftovers, work_folder
+from dsd_fast.jobs.store import OK, Row, ShardFiles, next_number, remove_leftovers, work_folder
 from dsd_fast.jobs.timeline import Timeline
 from dsd_fast.jobs.writer import Writer
 

@@ -140,9 +140,8 @@ def _settle(job: Job, item: Item, result: Tensor | ImageError) -> None:
     if isinstance(result, ImageError):
         job.fail(item.id, item.name, result.reason, str(result), **columns)
     elif bad := int((~result.isfinite()).sum()):
-        message = (
-            f"{columns['path'] or item.name} has {bad} scores that are no finite numbers, which dtype float32 may "
-        )
-        job.fail(item.id, item.name, "not-finite", f"{message}avoid", **columns)
+        name = columns["path"] or item.name
+        message = f"{name} has {bad} scores that are no finite numbers, which dtype float32 may avoid"
+        job.fail(item.id, item.name, "not-finite", message, **columns)
     else:
         job.put(item.id, item.name, scores=result.numpy(), **columns)

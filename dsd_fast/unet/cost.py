@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,6 +17,11 @@ from dsd_fast.unet.step import Size, Step, Want, area
 
 # Those that hold logits where they run in plain torch.
 OPERATORS = ("cross_attention_score", "token_maps")
+
+# What was asked last of each cut: samplers ask the same at every step.
+_Asked = tuple[Sequence[Size], int, int, torch.dtype]
+_Rows = tuple[int, set[tuple[int, int]]]
+_last: WeakKeyDictionary[Cut, tuple[_Asked, _Rows]] = WeakKeyDictionary()
 
 
 def flops_by_step(cut: Cut, latents: int, texts: int, rows: int, sizes: Sequence[Size], tokens: int) -> dict[str, int]:
@@ -61,8 +67,8 @@ class Memory:
 
     def __init__(self, cut: Cut, sizes: Sequence[Size], tokens: int, maps: int = 0, extra: int = 0) -> None:
         self._most = _chunk_bytes(cut.network)
-        self.largest = max(_elements(step, want, sizes[step.level], tokens, maps) for step, want in _taken(cut))
-        self._alive = {(alive + extra, chunk) for alive, chunk in _alive(cut, sizes, tokens, maps)}
+        self.largest, alive = _of_a_row(cut, sizes, tokens, maps)
+        self._alive = {(held + extra, chunk) for held, chunk in alive}
 
     def of(self, rows: int) -> int:
         """Give the bytes of a run of ``rows`` rows."""
@@ -73,6 +79,15 @@ class Memory:
         return max(
             0, min(max(budget // (alive + chunk), (budget - self._most) // alive) for alive, chunk in self._alive)
         )
+
+
+def _of_a_row(cut: Cut, sizes: Sequence[Size], tokens: int, maps: int) -> _Rows:
+    """The elements of a run's largest tensor, and what :func:`_alive` gives."""
+    asked, known = (sizes, tokens, maps, cut.network.dtype), _last.get(cut)
+    if known is None or known[0] != asked:
+        largest = max(_elements(step, want, sizes[step.level], tokens, maps) for step, want in _taken(cut))
+        known = _last[cut] = asked, (largest, _alive(cut, sizes, tokens, maps))
+    return known[1]
 
 
 def _taken(cut: Cut) -> Iterator[tuple[Step, Want]]:

@@ -88,11 +88,17 @@ def test_a_wide_seeds_stream_is_that_of_its_words():
 
 def test_rows_draw_their_own_noise():
     seeds = [7, 2**64 - 1]
-    rows = RowNoise(seeds, starts=2)
+    rows = RowNoise(seeds)
     assert torch.equal(rows.start((4, 2)), torch.stack([noise(seed, 0, (4, 2)) for seed in seeds]))
     for step in (1, 0):
         drawn = torch.stack([torch.randn(4, 2, generator=each) for each in rows.step(step)])
-        assert torch.equal(drawn, torch.stack([noise(seed, 2 + step, (4, 2)) for seed in seeds]))
+        assert torch.equal(drawn, torch.stack([noise(seed, 1 + step, (4, 2)) for seed in seeds]))
+    # Of one seed thrice, and of another, no draw comes twice.
+    rows = RowNoise([7] * 3 + [8] * 3, together=3)
+    steps = (torch.stack([torch.randn(9, generator=each) for each in rows.step(number)]) for number in (0, 1))
+    drawn = torch.cat([rows.start((9,)), *steps])
+    assert torch.equal(drawn[::6], torch.stack([noise(7, draw, (9,)) for draw in (0, 3, 6)]))
+    assert len(drawn.unique(dim=0)) == 18
     assert rows.from_posterior is None
     assert rows.held is None
 

@@ -1,3 +1,5 @@
+from contextlib import ExitStack
+
 import diffusers
 import pytest
 import torch
@@ -6,12 +8,14 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 import dsd_fast as dsd
 from dsd_fast.diffusion import (
     CLEAN,
+    SAMPLERS,
     NoiseSchedule,
     RowNoise,
     guidance_embedding,
     guided,
     img2img,
     img2img_timestep,
+    named_scheduler,
     official_denoising,
     sample,
     scheduler_noised,
@@ -19,6 +23,7 @@ from dsd_fast.diffusion import (
     scheduler_timesteps,
     within,
 )
+from tests.surroundings import SURROUNDINGS
 from tests.tiny import tiny_scheduler
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -308,3 +313,32 @@ def test_scheduler_steps_refuses_an_end_before_its_start():
 def test_official_denoising_refuses(start, t):
     with pytest.raises(ValueError, match="expected 0 < t < denoise_from < 1000"):
         official_denoising(start, t)
+
+
+OTHERS = ("DDPMScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "SASolverScheduler", "TCDScheduler")
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, *OTHERS])
+def test_samples_are_of_the_rows_seeds_whatever_the_program_has_set(name):
+    """UniPC solves a system that it makes in the default type, TCD's timesteps are multiplied by a number in it."""
+    own = tiny_scheduler("sd15")
+    own = named_scheduler(name, own) if name in SAMPLERS else getattr(diffusers, name).from_config(dict(own.config))
+
+    def made():
+        noise = RowNoise([1, 2**40])
+        start, draws = noise.start((4, 6, 5)), {"steps": 5, "draws": noise}
+        clean = torch.ones(2, 4, 6, 5, dtype=torch.float32, device="cpu")
+        return sample(own, predict, start, **draws), img2img(own, predict, clean, start, strength=0.7, **draws)
+
+    def predict(z, t):
+        return (z + t / 1000).tanh()
+
+    plain = made()
+    for surroundings in SURROUNDINGS.values():
+        with ExitStack() as stack:
+            for context in surroundings():
+                stack.enter_context(context)
+            got = made()
+        for one, other in zip(got, plain, strict=True):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))

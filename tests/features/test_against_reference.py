@@ -108,10 +108,10 @@ def test_activations_equal_the_official_codes(monkeypatch):
     # The file starts from noised latents and from text states: the images and prompts that give those.
     signal, sigma = (float(each) for each in model.schedule.coefficients([50]))
     clean = (given["latents"][:2].double() - sigma * noise(3, 0, (4, 16, 16)).double()) / signal
-    monkeypatch.setattr(Model, "encode_images", lambda self, pixels: clean.float()[: len(pixels)])
+    monkeypatch.setattr(Model, "encode_images", lambda self, pixels, *_: clean.float()[: len(pixels)])
     rows = {"first": 0, "second": 1}
 
-    def encode(self, prompts):
+    def encode(self, prompts, clip_skip=None):
         states = given["cond"][[rows[prompt] for prompt in prompts]]
         lengths = torch.full((len(states),), 77)
         return PromptStates(states, None, lengths, torch.zeros(len(states), 77, dtype=torch.long))

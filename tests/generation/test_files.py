@@ -133,6 +133,16 @@ def test_datasets_reads_the_folder(folders, datasets, tmp_path):
     assert {each["seed"] for each in given} == {str(rows()[number].seed) for number in GOOD}
 
 
+def test_no_class_is_taken_for_a_split(datasets, monkeypatch, tmp_path):
+    monkeypatch.setattr("tests.generation.pictures.LABELS", ["cat", "train", "test tube", "metadata.jsonl"])
+    run(tmp_path / "set", "folder", bad=())
+    close(tmp_path / "set")
+    given = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "set/images"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(given) == COUNT
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_read_images(folders, layout):
     for number in GOOD:
@@ -157,6 +167,7 @@ def test_folders_of_classes():
     labels = [
         "cat", "Cat", "tree frog", "a/b", "a%2Fb", "..", ".", "...", ".x", "%2Ex", "__pycache__", "_x", "日本", "[a]*?",
         " ", "a ", "a.", "a%2E", "x" * 400, "x" * 401, "\udc80", "\x00", "a\nb",
+        "train", "%74rain", "bullet train", "éval", "test.", "constrain", "trains", "dev-val", "metadata.jsonl",
     ]  # fmt: skip
     paths = [image_path(row, label, "jpg") for label in labels]
     assert len(set(paths)) == len(labels)
@@ -168,6 +179,9 @@ def test_folders_of_classes():
         assert name[0] not in "._ "
         assert name[-1] not in ". "
         assert not set(name) & set('/\\[]*?{}<>|"\n\0:')
+    words = ["%74rain", "bullet %74rain", "constrain", "trains", "%64ev-%76al", "%6Detadata.jsonl"]
+    given = ["train", "bullet train", "constrain", "trains", "dev-val", "metadata.jsonl"]
+    assert [image_path(row, label, "jpg") for label in given] == [f"{word}/{row}.jpg" for word in words]
     # As the index, of which the closing step reads it, has it.
     assert image_path(row, "\\udc80", "jpg") == image_path(row, "\udc80", "jpg")
     assert image_path(row, None, "png") == image_path(row, "", "png") == f"ab/{row}.png"

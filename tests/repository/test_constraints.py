@@ -76,7 +76,15 @@ def test_the_oldest_constraints_are_the_floors_that_are_declared():
 
 
 # Imports that an extra brings: import name to the extra.
-OPTIONAL = {"triton": "triton", "cv2": "control", "matplotlib": "bench", "sklearn": "bench", "scipy": "bench"}
+OPTIONAL = {
+    "triton": "triton",
+    "cv2": "control",
+    "matplotlib": "bench",
+    "ray": "ray",
+    "scipy": "bench",
+    "sklearn": "bench",
+    "torchmetrics": "metrics",
+}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",

@@ -207,6 +207,9 @@ def test_metadata_of_the_wheel(distributions):
         "onnx",
         "onnx-gpu",
         "control",
+        "data",
+        "metrics",
+        "ray",
         "bench",
         "dev",
     }

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from dsd_fast.kernels.common.backend import force
 from dsd_fast.unet import Output, Plan, UNetProgram, UnsupportedNetworkError
 from dsd_fast.unet.stream import HEADROOM, default_budget
 from tests.memory import peak_bytes
@@ -226,3 +227,23 @@ def test_the_estimate_of_memory_is_an_upper_bound_and_not_a_loose_one(family, dt
             text = plan.encode_text(states, pooled=pooled)
             measured = peak_bytes(lambda plan=plan, text=text: plan.run(latents, 5, text, **options))
         assert measured <= plan.run_bytes(count, size, size, tokens) <= 3 * measured
+
+
+def test_the_estimate_of_a_plan_that_was_asked_before_is_that_of_a_new_one():
+    program = UNetProgram(tiny_unet("sd15"))
+    name = program.score_ids[-2]
+    plans = [program.plan(scores=[name], maps=[name], noise_pred=True) for _ in range(10)]
+    before = None
+    for dtype, backend, size, tokens, maps in (
+        (torch.float32, "cpu", 16, 77, 2),
+        (torch.float32, "cpu", 24, 77, 2),
+        (torch.float32, "cpu", 24, 77, 500),
+        (torch.float32, "reference", 24, 9000, 2),
+        (torch.float32, "cpu", 24, 9000, 2),
+        (torch.bfloat16, "cpu", 24, 9000, 2),
+    ):
+        program.unet.to(dtype)
+        with force(backend):
+            known, new = (each.run_bytes(3, size, size, tokens, map_tokens=maps) for each in (plans[0], plans.pop()))
+        assert known == new != before
+        before = known

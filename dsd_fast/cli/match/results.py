@@ -21,8 +21,8 @@ from dsd_fast.cli.match.options import MatchRequest
 from dsd_fast.cli.match.report import MatchReport
 from dsd_fast.cli.results import ScoreFile, metadata, ranked, settings_of, stream_json, versions
 from dsd_fast.cli.terminal import SHOWN, Interrupt, progress
-from dsd_fast.jobs import index_shards, remove_stale, replacing, storable, waiting
-from dsd_fast.jobs.store import OK, read_shard
+from dsd_fast.jobs import index_shards, read_shard, remove_stale, replacing, storable, waiting
+from dsd_fast.jobs.store import OK
 from dsd_fast.matching import Matcher
 
 RESULTS, SCORES, PAGE = "results.json", "scores.parquet", "report.html"

@@ -1,0 +1,146 @@
+"""Texts and images of a model to what its UNet reads, and its latents to images, within a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsd_fast.engine.adapters import Adapters
+from dsd_fast.engine.texts import Texts
+from dsd_fast.models.prompts import PromptStates
+from dsd_fast.unet.stream import default_budget
+
+if TYPE_CHECKING:
+    from dsd_fast.models import Model
+
+# Images in one call of the VAE, and its parts' peaks: so many float tensors of its first width at the image's size. The
+# decoder's last block but one leaves twice that width, which is held beside its norm and the convolution of it.
+_VAE_IMAGES = 8
+_ENCODER_TENSORS = 6
+_DECODER_TENSORS = 8
+# Requests whose text states are remembered: the techniques of one chunk of images.
+_REMEMBERED = 7
+
+
+class Encoding:
+    """What an engine does beside the UNet: of text encoders, under its adapters, and of the VAE.
+
+    Args:
+        memory_budget: bytes; None: the device's default.
+
+    Attributes:
+        model, adapters: the engine's.
+        memory_budget: as given.
+    """
+
+    model: Model
+    adapters: Adapters
+
+    def __init__(self, memory_budget: int | None) -> None:
+        self.memory_budget = memory_budget
+        self._remembered: list[tuple[tuple[object, ...], PromptStates]] = []
+
+    @property
+    def memory(self) -> int:
+        """The memory budget in bytes; the device's default where none was given."""
+        return default_budget(self.model.device) if self.memory_budget is None else self.memory_budget
+
+    def encode_prompts(self, prompts: Sequence[str] | None, clip_skip: int | None = None) -> PromptStates:
+        """Encode M prompts, or the absent one for None, under the engine's adapters; no gradients.
+
+        Args:
+            clip_skip: of the prompts, see :meth:`dsd_fast.models.Model.encode_prompts`.
+
+        Raises:
+            ValueError: a prompt that is not a string or is longer than the encoder's limit.
+        """
+        # States are kept, and what is kept may meet gradients later.
+        with self.adapters.active(texts_only=True), torch.inference_mode(False), torch.no_grad():
+            if prompts is None:
+                return self.model.encode_unconditional()
+            return self.model.encode_prompts(prompts, clip_skip)
+
+    def texts(
+        self, prompts: Sequence[str | None], clip_skip: Sequence[int | None] | None = None
+    ) -> tuple[Texts, Tensor]:
+        """Give the different ones of n prompts, and (n,) int64, the number of each; None is the absent prompt.
+
+        States are in the UNet's type; those met last are remembered. :meth:`forget` is to be called at each request:
+        the encoders, or their adapters, may have changed since.
+
+        Args:
+            clip_skip: one for each prompt.
+        """
+        skips = [None] * len(prompts) if clip_skip is None else clip_skip
+        asked = [None if prompt is None else (skip, prompt) for prompt, skip in zip(prompts, skips, strict=True)]
+        by_skip: dict[int | None, dict[str, None]] = {}
+        for each in asked:
+            if each is not None:
+                by_skip.setdefault(each[0], {})[each[1]] = None
+        used = [(skip, prompt) for skip, own in by_skip.items() for prompt in own]
+        place: dict[tuple[int | None, str] | None, int] = {None: len(used)}
+        place |= {each: number for number, each in enumerate(used)}
+        numbers = torch.tensor([place[each] for each in asked], dtype=torch.int64, device="cpu")
+        absent = self._remembered_states(None) if None in prompts else None
+        first, *others = [self._remembered_states(tuple(own), skip) for skip, own in (by_skip or {None: {}}).items()]
+        for other in others:
+            first = first.followed_by(other)
+        return Texts(first, absent), numbers
+
+    def _remembered_states(self, prompts: tuple[str, ...] | None, clip_skip: int | None = None) -> PromptStates:
+        key = (prompts, clip_skip, self.adapters.of_texts)
+        states = next((known for other, known in tuple(self._remembered) if other == key), None)
+        if states is None:
+            states = self.encode_prompts(prompts, clip_skip).to(self.model.device)
+            # A pipeline's text encoders may have another type than its UNet.
+            pooled = None if states.pooled is None else states.pooled.to(self.model.dtype)
+            states = replace(states, states=states.states.to(self.model.dtype), pooled=pooled)
+            # In one statement, for other threads read the list: the oldest goes.
+            self._remembered[:] = [*self._remembered[-_REMEMBERED:], (key, states)]
+        return states
+
+    def forget(self) -> None:
+        """Encode prompts anew from now on."""
+        self._remembered.clear()
+
+    def encode_images(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Encode n images of (3, H, W) in [−1, 1] as (n, C, h, w) latents, a few at a time; no gradients.
+
+        Args:
+            generators: to draw from the posterior, one for each image; None takes its mean.
+        """
+        if not len(pixels):
+            return torch.empty(0, dtype=torch.float32, device="cpu")
+        at_once = self._vae_images(pixels[0][0].numel(), _ENCODER_TENSORS)
+        parts = (slice(start, start + at_once) for start in range(0, len(pixels), at_once))
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    self.model.encode_images(
+                        torch.stack(list(pixels[part])),
+                        generators is not None,
+                        None if generators is None else list(generators[part]),
+                    )
+                    for part in parts
+                ]
+            )
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode (n, C, h, w) latents as (n, 3, H, W) pixels in [−1, 1], as many at a time as the budget holds.
+
+        Differentiable, see :meth:`dsd_fast.models.Model.decode_latents`.
+        """
+        height, width = (side * self.model.vae_scale_factor for side in latents.shape[-2:])
+        if not len(latents):
+            return torch.empty(0, 3, height, width, dtype=self.model.dtype, device=latents.device)
+        at_once = self._vae_images(height * width, _DECODER_TENSORS)
+        return torch.cat([self.model.decode_latents(part) for part in torch.split(latents, at_once)])
+
+    def _vae_images(self, positions: int, tensors: int) -> int:
+        """Images in one call of the VAE."""
+        per_image: int = tensors * self.model.vae.config.block_out_channels[0] * positions * 4
+        return max(1, min(_VAE_IMAGES, self.memory // per_image))
