@@ -1,5 +1,6 @@
 """Which timesteps a request uses: the official DSD grid, the img2img mapping of diffusers, or a list as given."""
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
@@ -105,7 +106,8 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
         strength: share of them that is taken, 0 to 1.
 
     Raises:
-        ValueError: an argument outside its range, or a strength too small for any step.
+        ValueError: an argument outside its range, a strength too small for any step, or more steps than there are
+            timesteps.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}, expected an integer of at least 1")
@@ -122,6 +124,10 @@ def started(scheduler: Any, steps: int, strength: float) -> tuple[Any, int]:
         # LCM and its kin know the few steps that they were distilled for.
         raise ValueError(f"steps is {steps}, which {type(fresh).__name__} refuses: {error}") from error
     start = (steps - taken) * fresh.order
+    times = fresh.timesteps.tolist()
+    # Spaced by less than one, they are all the same, or one too high.
+    if (steps > 1 and len(set(times)) == 1) or times[start] >= fresh.config.get("num_train_timesteps", math.inf):
+        raise ValueError(f"steps is {steps}, more than {type(fresh).__name__} has timesteps for")
     if hasattr(fresh, "set_begin_index"):
         fresh.set_begin_index(start)
     return fresh, start

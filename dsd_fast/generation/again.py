@@ -78,7 +78,7 @@ def again(sampler: Sampler, folder: str | os.PathLike[str], rows: Iterable[str])
     with Encoder(settings["format"], settings["quality"], **options) as encoder:
         for content, columns in read_images(path, list(rows)):
             row = columns["id"]
-            said = from_columns(columns)
+            said = from_columns(columns, path)
             if id_of(columns, said, [digest for _, (digest, _, _) in map(read_source, said.sources)]) != row:
                 images = ", ".join(map(str, said.sources)) or "none"
                 raise ValueError(

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -75,8 +76,9 @@ class _Result:
 
 @dataclass(eq=False)
 class _Window:
-    """The works of one shard, whose results come in any order and leave in theirs."""
+    """The works of one shard of a folder, whose results come in any order and leave in theirs."""
 
+    folder: Path
     works: Sequence[_Work]
     results: dict[int, _Result] = field(default_factory=dict)
     left: int = 0
@@ -84,7 +86,7 @@ class _Window:
     def fail(self, place: int, reason: str, message: str, **more: Any) -> None:
         """Of a work that has no image."""
         row = self.works[place].unit.attempt(0)
-        self.results[place] = _Result({**columns(row), **more}, None, reason, message)
+        self.results[place] = _Result({**columns(row, self.folder), **more}, None, reason, message)
 
     def leave(self) -> list[_Result]:
         """The results that no missing one precedes, each once."""
@@ -180,7 +182,7 @@ def generate_to(
     about |= {name: value for name in _SAID if (value := settings["config"][name]) is not None}
     # Outside of the job, whose end waits for what is being encoded.
     with Encoder(format, quality, mark=mark, about=about, timeline=job.timeline) as encoder, job:
-        making = _Making(sampler, encoder, accept, max_tries, near, batch)
+        making = _Making(job.folder, sampler, encoder, accept, max_tries, near, batch)
         works = _works(units_of(rows, per_class))
         compute = partial(_compute, making=making, shard_rows=shard_rows)
         fill(job, works, lambda work: work.id, compute, partial(_settle, job), progress=progress)
@@ -237,17 +239,23 @@ def _identified(units: Sequence[Unit]) -> list[_Work]:
 
 def _compute(pending: Iterator[_Work], *, making: _Making, shard_rows: int) -> Generator[list[_Result]]:
     """The results of the pending works, in their order, as soon as none is missing before them."""
-    windows = iter(lambda: _Window(list(islice(pending, shard_rows))), None)
+    windows = iter(lambda: _Window(making.folder, list(islice(pending, shard_rows))), None)
     batches = making.batches(takewhile(lambda window: window.works, windows))
-    loaded = ahead(_loaded, batches, workers=_LOADERS, read_ahead=_LOADERS, name="dsd-decode")
+    # A judge's batch is a whole window, of which the tries load a few images at a time.
+    loading = partial(_loaded, held=making.accept is None)
+    loaded = ahead(loading, batches, workers=_LOADERS, read_ahead=_LOADERS, name="dsd-decode")
     # Nothing goes on loading when the job ends early.
     with closing(cast("Generator[_Batch]", loaded)):
         for window in making.made(loaded):
             yield window.leave()
 
 
-def _loaded(batch: _Batch) -> _Batch:
-    """The batch with its images in memory, without the rows of which one cannot be used: the others stay together."""
+def _loaded(batch: _Batch, held: bool) -> _Batch:
+    """The batch without the rows of which an image cannot be used: the others stay together.
+
+    Args:
+        held: whether their images stay in memory.
+    """
     rows = {}
     for place, row in batch.rows.items():
         try:
@@ -256,7 +264,7 @@ def _loaded(batch: _Batch) -> _Batch:
         except ImageError as error:
             batch.window.fail(place, error.reason, str(error))
         else:
-            rows[place] = replace(row, image=image, conditions=conditions)
+            rows[place] = replace(row, image=image, conditions=conditions) if held else row
     return _Batch(batch.window, rows)
 
 
@@ -272,6 +280,7 @@ def _settle(job: Job, work: _Work, result: _Result) -> None:
 class _Making:
     """How the images of windows are made."""
 
+    folder: Path
     sampler: Sampler
     encoder: Encoder
     accept: Accept | None
@@ -370,7 +379,7 @@ class _Making:
     ) -> _Result:
         if vector is not None:
             more[VECTOR] = vector.astype(np.float16).tobytes()
-        said = columns(row)
+        said = columns(row, self.folder)
         # Not what it was judged by, whose last digits are the batch's.
         sample = self.encoder.submit(image, {"id": work.id, "name": row.name, **said})
         return _Result({**said, **more}, sample)

@@ -174,7 +174,7 @@ COLUMNS = {
     "cls": "int32",
 }
 """Of the index: a row's fields, null where they are None; lists and pairs as JSON; of an image the path of its file, ""
-where it was given as an object."""
+where it was given as an object. A path that was given as a relative one is as seen from the folder of the index."""
 
 
 def row_id_of(row: GenerateRow, digests: Sequence[str] = ()) -> str:
@@ -216,21 +216,22 @@ def taken(row: GenerateRow) -> GenerateRow:
     return replace(row, image=take(row.image), conditions=tuple(map(take, row.conditions)))
 
 
-def columns(row: GenerateRow) -> dict[str, Any]:
-    """A row's values of :data:`COLUMNS`, of which :func:`from_columns` makes it again."""
+def columns(row: GenerateRow, folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
+    """A row's values of :data:`COLUMNS` in the index of a folder, of which :func:`from_columns` makes it again."""
     height, width = row.size or (None, None)
     values: dict[str, Any] = {name: getattr(row, name) for name in COLUMNS if hasattr(row, name)}
     values |= {"height": height, "width": width, "prompt": storable(row.prompt)}
     values |= {name: storable(values[name]) for name in ("negative_prompt", "label") if values[name] is not None}
-    values["image"] = None if row.image is None else _path(row.image)
-    values["conditions"] = json.dumps([*map(_path, row.conditions)]) if row.conditions else None
+    values["image"] = None if row.image is None else _path(row.image, folder)
+    conditions = [_path(source, folder) for source in row.conditions]
+    values["conditions"] = json.dumps(conditions) if conditions else None
     for name in ("adapter", *_PAIRS):
         values[name] = None if values[name] is None else json.dumps(values[name])
     return values
 
 
-def from_columns(values: Mapping[str, Any]) -> GenerateRow:
-    """The row of a row of the index: :func:`columns` and the name; other columns are left out.
+def from_columns(values: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -> GenerateRow:
+    """The row of a row of a folder's index: :func:`columns` and the name; other columns are left out.
 
     Raises:
         ValueError: an image that was given as an object, which is nowhere to be found again.
@@ -245,9 +246,14 @@ def from_columns(values: Mapping[str, Any]) -> GenerateRow:
     paths = json.loads(values.get("conditions") or "[]")
     if "" in (*paths, found["image"]):
         raise ValueError("image: it was given as an object and not as a file, so the row cannot be made again")
-    found["image"] = None if found["image"] is None else Path(found["image"])
-    return GenerateRow(**found, conditions=tuple(map(Path, paths)), name=values.get("name") or "")
+    found["image"] = None if found["image"] is None else Path(folder, found["image"])
+    return GenerateRow(**found, conditions=tuple(Path(folder, path) for path in paths), name=values.get("name") or "")
 
 
-def _path(source: ImageSource) -> str:
-    return storable(os.fspath(source)) if isinstance(source, os.PathLike) else ""
+def _path(source: ImageSource, folder: str | os.PathLike[str]) -> str:
+    if not isinstance(source, os.PathLike):
+        return ""
+    path = Path(source)
+    # ".." leads out of where a link leads to, so that links are followed first.
+    seen = path if path.is_absolute() else os.path.relpath(path.parent.resolve() / path.name, os.path.realpath(folder))
+    return storable(os.fspath(seen))

@@ -81,6 +81,11 @@ class Sampler:
         self._wrong = prompt_check(self.model)
         self._runtime: str | None = None
         self._walks: dict[tuple[int, float], int] = {}
+        # What no row could be made with is said once, and not by each of them.
+        check_clip_skip(self.model.text_encoders, config.clip_skip)
+        if config.negative_prompt is not None:
+            self._check_text("negative_prompt", config.negative_prompt)
+        self._steps_taken(config.steps, None)
         # Refuses a branch that the network does not have.
         self.engine.keeping_plans(config.cache_branch_id)
 

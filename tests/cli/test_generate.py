@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 import dsd_fast as dsd
+from dsd_fast.cli.generate.report import render
 from dsd_fast.cli.options import AdaptedModelOptions
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, to_uint8
 from dsd_fast.generation.files import read_images
-from dsd_fast.jobs import read_index, read_manifest
+from dsd_fast.jobs import Timeline, read_index, read_manifest
 from tests.cli.browser import BROWSER, Page
 from tests.cli.test_report_in_browser import PROBE
 
@@ -65,7 +66,7 @@ def test_prompts_and_seeds_of_the_command_line(cli, model):
     assert 'format "png" there, "webp" now; quality not set there, 95 now' in refused.stderr.replace("null", "not set")
 
 
-def test_settings_reach_the_sampler(cli, tmp_path):
+def test_settings_reach_the_sampler(cli, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), (200, 30, 30)).save("a.png")
     done = cli(
         "generate", "a red circle", *COMMON, "--steps", 3, "--guidance", 2.5, "--guidance-rescale", 0.25,
@@ -85,12 +86,15 @@ def test_settings_reach_the_sampler(cli, tmp_path):
     assert list(settings["adapters"]) == ["unet"]
     assert [settings[name] for name in ("format", "quality", "mark", "layout")] == ["jpg", 90, False, "parquet"]
     (row,) = rows()
-    assert (row["image"], row["conditions"]) == ("a.png", '["a.png"]')
+    assert (row["image"], row["conditions"]) == ("../a.png", '["../a.png"]')
     assert picture(row).shape == (64, 48, 3)
     options = ["--control", "mini", "--control-scale", 0.5, "--no-canny", "--adapter", "mini"]
-    assert cli("generate", "--out", "out", "--row", row["id"], *options).exit_code == 0
+    # From elsewhere than where the images' paths were given.
+    monkeypatch.chdir(tmp_path / "out")
+    again = cli("generate", "--out", ".", "--row", row["id"], *options)
+    assert again.exit_code == 0, again.stderr
     # Without what the folder was made with besides the model it is another one.
-    refused = cli("generate", "--out", "out", "--row", row["id"], *options[:4])
+    refused = cli("generate", "--out", ".", "--row", row["id"], *options[:4])
     assert refused.exit_code == 2
     assert "controls" in refused.stderr
 
@@ -107,7 +111,7 @@ def test_a_table_with_rows_that_cannot_be_made_and_its_page(cli, tmp_path):
     assert done.exit_code == 1, done.stderr
     assert "4 images: 2 made now, 0 before, 2 errors. " in done.stdout
     assert [row["reason"] for row in rows()] == ["", "", "missing", "refused"]
-    assert rows()[2]["message"] in done.stdout
+    assert re.search(f"a green ring +│ missing +│ {rows()[2]['message']}", done.stdout)
     assert sorted(path.parent.name for path in Path("out/images").rglob("*.png")) == ["even", "odd"]
     assert cli("generate", "--prompts", "rows.jsonl", *COMMON, "--layout", "folder").exit_code == 1
     page = Path("out/report.html").read_text()
@@ -199,3 +203,10 @@ def test_ctrl_c_keeps_whole_shards_and_the_next_run_goes_on(cli, monkeypatch):
     assert done.exit_code == 0
     assert done.stdout.startswith("6 images: 2 made now, 4 before")
     assert Path("out/shards.txt").exists()
+
+
+def test_the_page_counts_near_duplicates():
+    folder = {"images": 3, "errors": {}, "classes": [], "rejected": {}, "near_duplicates": 2}
+    content = {"folder": folder, "settings": {"model": "mini"}, "versions": {}, "errors": [], "files": []}
+    page = render(content, [], Timeline(), "").decode()
+    assert "2 images marked as nearly the same as another of the class." in page

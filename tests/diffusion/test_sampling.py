@@ -291,6 +291,14 @@ def test_img2img_refuses(options, message):
         img2img(scheduler("DDIM"), lambda z, t: z, z0, **arguments)
 
 
+def test_more_steps_than_timesteps_are_refused():
+    for name, steps in (("PNDM", 1000), ("PNDM", 1001), ("EulerLeading", 1001)):
+        with pytest.raises(ValueError, match=f"steps is {steps}, more than {SCHEDULERS[name][0].__name__} has"):
+            scheduler_timesteps(scheduler(name), steps)
+    # Of which the official extractors take the last few.
+    assert scheduler_timesteps(scheduler("PNDM"), 1000, 0.003) == [4, 3, 2, 1]
+
+
 def test_noise_that_does_not_fit_is_refused_wherever_it_is_added():
     with pytest.raises(ValueError, match=r"noise has shape \(3, 4, 2, 2\), expected one that broadcasts to"):
         scheduler_noised(scheduler("DDIM"), batch()[0], torch.zeros(3, 4, 2, 2), 10, 0.5)

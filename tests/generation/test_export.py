@@ -238,6 +238,24 @@ class OfCats(Judge):
         return [Verdict(row.seed > 0, "low", 1 / len(rows)) for row in rows]
 
 
+def test_a_judge_has_few_source_images_in_memory(sampler, tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "a.png")
+    rows = [GenerateRow("a", seed, image=tmp_path / name) for seed, name in ((1, "a.png"), (2, "none.png"))]
+    held, pixels = [], Sampler.pixels
+
+    def recording(self, batch):
+        held.extend(row.image for row in batch)
+        return pixels(self, batch)
+
+    monkeypatch.setattr(Sampler, "pixels", recording)
+    generate_to(sampler, rows, tmp_path / "a", accept=reject_even)
+    assert held == [tmp_path / "a.png"]
+    made, missing = read_index(tmp_path / "a").to_pylist()
+    assert (made["status"], missing["reason"]) == ("ok", "missing")
+    monkeypatch.undo()
+    assert np.abs(pixels_of(tmp_path / "a", made["id"]) - alone(sampler, rows[0])).max() <= 1
+
+
 def test_what_cannot_be_judged_is_an_error_row_and_scores_are_no_part_of_a_sample(sampler, tmp_path):
     rows = [GenerateRow("red", seed, label=label) for seed, label in enumerate(["cat", "dog", None, "cat"])]
     for batch in (1, 2):

@@ -31,6 +31,20 @@ def test_the_index_makes_the_row_again(tmp_path):
     assert list(map(from_columns, pq.read_table(tmp_path / "index.parquet").to_pylist())) == rows
 
 
+def test_relative_paths_are_as_seen_from_the_folder_of_the_index(tmp_path, monkeypatch):
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "folder").symlink_to(tmp_path / "disk" / "folder")
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "a.png")
+    row = GenerateRow("a", image=Path("a.png"), conditions=(tmp_path / "b.png", Path("c.png")))
+    values = columns(row, "folder")
+    assert (values["image"], values["conditions"]) == ("../../a.png", f'["{tmp_path}/b.png", "../../c.png"]')
+    monkeypatch.chdir("/")
+    found = from_columns(values, tmp_path / "folder")
+    assert found.image.samefile(tmp_path / "a.png")
+    assert found.conditions[0] == row.conditions[0]
+
+
 def test_all_that_a_row_says_is_in_its_id():
     base = row_id_of(FULL, ["1", "2", "3"])
     assert base == row_id_of(replace(FULL, image=Path("elsewhere"), conditions=(Path("e"), Path("f"))), ["1", "2", "3"])

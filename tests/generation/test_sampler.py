@@ -411,6 +411,9 @@ class DPMSolverSDEScheduler(diffusers.DPMSolverMultistepScheduler):
             {"scheduler": tiny_scheduler("sd15", "v_prediction")},
             "prediction_type is 'v_prediction', expected the model's",
         ),
+        ({"clip_skip": 9}, "clip_skip: got 9"),
+        ({"steps": 1001}, "steps is 1001, more than"),
+        ({"negative_prompt": "cat " * 99}, "negative_prompt: "),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "discrete diffusion process"),
     ],
 )

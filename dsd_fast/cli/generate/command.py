@@ -15,6 +15,9 @@ from dsd_fast.cli.terminal import EXIT_ERRORS, counted, end, show_errors, show_l
 if TYPE_CHECKING:
     from dsd_fast.generation.again import Again
 
+# Characters of a prompt, which tell a row from others.
+_SHOWN = 40
+
 
 @command
 def generate(request: GenerateRequest) -> None:
@@ -58,8 +61,10 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     """Prints the first errors, the counts, and how well encoding and writing were hidden behind computing."""
     console, counts = Console(), summary["counts"]
     errors = counts["errors"] + counts["done_errors"]
-    rows = [(error["reason"], error["message"]) for error in summary["errors"]]
-    show_errors(console, "no image", rows, errors, "the index")
+    rows = [
+        (error["name"] or error["prompt"][:_SHOWN], error["reason"], error["message"]) for error in summary["errors"]
+    ]
+    show_errors(console, "no image", rows, errors, "the index", ("row", "reason", "what"))
     line = f"{counted(counts['inputs'], 'image')}: {counts['ok']:,} made now"
     line += f", {counts['done'] - counts['done_errors']:,} before, {counted(errors, 'error')}"
     if counts["duplicates"]:

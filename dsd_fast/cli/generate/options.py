@@ -164,7 +164,9 @@ class AcceptanceOptions(Options, panel="Acceptance"):
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Least cosine (clip, which needs one), or least probability of the class; none: the class comes first."
+            min=-1,
+            max=1,
+            help="Least cosine (clip, which needs one), or probability of the class; none: the class comes first.",
         ),
     ] = None
     per_class: Annotated[
@@ -174,10 +176,16 @@ class AcceptanceOptions(Options, panel="Acceptance"):
     near_duplicates: Annotated[
         float | None,
         typer.Option(
+            min=0,
+            max=1,
             metavar="COSINE",
             help="By CLIP: reject a try that is so near to an earlier one, and mark images of a class that are.",
         ),
     ] = None
+
+    def needs_classes(self) -> bool:
+        """Tells whether images are made, or judged, by class."""
+        return self.per_class is not None or self.accept not in (None, "clip")
 
     def check(self) -> None:
         """Refuses options that do not go together.

@@ -45,6 +45,8 @@ def render(summary: Mapping[str, Any], tiles: Sequence[Tile], line: Timeline, lo
     lead = [f"{counted(folder['images'], 'image')} by {summary['settings']['model']}. No safety checker has seen them."]
     if failed:
         lead.append(f"{counted(failed, 'row')} could not be made; the reasons are below.")
+    if folder["near_duplicates"]:
+        lead.append(f"{counted(folder['near_duplicates'], 'image')} marked as nearly the same as another of the class.")
     parts = [_sheet(tiles, folder["images"])] if tiles else []
     if folder["classes"]:
         parts.append(_classes(folder["classes"]))
@@ -63,7 +65,7 @@ def render(summary: Mapping[str, Any], tiles: Sequence[Tile], line: Timeline, lo
 def _sheet(tiles: Sequence[Tile], total: int) -> str:
     figures = "".join(
         f"<figure>{image(tile.picture, tile.prompt or 'an image of the empty prompt')}"
-        f"<figcaption><bdi>{visible(tile.prompt)}</bdi> <span>{tile.seed}</span></figcaption></figure>\n"
+        f"<figcaption><bdi>{visible(tile.prompt)}</bdi> <span>seed {tile.seed}</span></figcaption></figure>\n"
         for tile in tiles
     )
     return section(

@@ -28,6 +28,7 @@ from dsd_fast.generation.grids import grid, read_classes
 from dsd_fast.generation.reading import read_rows
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.generation.sampler import Sampler
+from dsd_fast.images import ImageError, load_image
 from dsd_fast.jobs import all_ended, index_shards, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
 
@@ -51,10 +52,12 @@ def run(request: GenerateRequest) -> dict[str, Any]:
     _check(request)
     # Once without a model, so that what is wrong with a file is said before one is loaded.
     total = sum(1 for _ in _rows(request))
-    if request.acceptance.per_class is not None:
-        total = request.acceptance.per_class * len(_classes(request))
-        if not total:
-            raise CommandError("--per-class: given without classes, expected --template, or a table with labels")
+    acceptance, classes = request.acceptance, _classes(request)
+    if acceptance.needs_classes() and not classes:
+        name = "--accept" if acceptance.per_class is None else "--per-class"
+        raise CommandError(f"{name}: given without classes, expected --template, or a table with labels")
+    if acceptance.per_class is not None:
+        total = acceptance.per_class * len(classes)
     make = partial(Generation, request, config)
     finish = partial(_finish, request)
     numbers = cluster.run(request.workers, make, request.out, total=total, unit="images", finish=finish)
@@ -131,7 +134,7 @@ def _classes(request: GenerateRequest) -> list[str]:
     named = chosen.class_name or chosen.classes
     if named:
         return read_classes(named)
-    if request.acceptance.accept is None and request.acceptance.per_class is None:
+    if not request.acceptance.needs_classes():
         return []
     return list(dict.fromkeys(row.label for row in _rows(request) if row.label is not None))
 
@@ -161,6 +164,14 @@ def _check(request: GenerateRequest) -> None:
     nets = len(request.controls.control or [])
     if chosen.condition and len(chosen.condition) != nets:
         raise CommandError(f"--condition: got {len(chosen.condition)} for {nets} --control, expected one each")
+    if nets and not chosen.condition and chosen.prompts is None:
+        raise CommandError("--control: given without --condition, which the ControlNet is shown")
+    for name, files_given in (("--image", [chosen.image]), ("--condition", chosen.condition or [])):
+        for file in filter(None, files_given):
+            try:
+                load_image(file)
+            except ImageError as error:
+                raise CommandError(f"{name}: {error}") from error
     request.acceptance.check()
     request.workers.check(request.source.device)
     check_layout(files.layout)
