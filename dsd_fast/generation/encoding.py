@@ -25,6 +25,8 @@ QUALITY = {"png": None, "jpg": 95, "webp": 95}
 SAMPLE_NAMES = {"image": "source_image"}
 """Column of the index → its name beside a picture, where "image" is the picture."""
 
+# Pixels of a side; libpng itself holds more than memory does.
+_LARGEST = {"jpg": 65_500, "webp": 16_383}
 # Of photographs at 512 px, level 6 (zlib's own) takes twice as long for 1 % less, level 1 half as long for 9 % more.
 _PNG_LEVEL = 4
 _MOST_THREADS = 4
@@ -95,6 +97,16 @@ class Encoder:
     ) -> None:
         # Of an error too: few are on their way, and a shard that is complete waits for them to be written.
         self._pool.shutdown()
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuses pictures of (height, width) pixels that the format cannot hold.
+
+        Raises:
+            ValueError: such a size.
+        """
+        largest = _LARGEST.get(self.format)
+        if largest is not None and max(size) > largest:
+            raise ValueError(f"size: got {size}, expected sides of at most {largest} pixels, which {self.format} holds")
 
     def submit(self, pixels: np.ndarray, row: Mapping[str, Any]) -> Future[Encoded]:
         """Encodes a picture in another thread, after a wait while twice as many pictures as threads are on their way.

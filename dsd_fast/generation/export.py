@@ -125,7 +125,7 @@ def generate_to(
     closes: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Makes any number of images into files; memory does not grow with them, but for what is said of ids below.
+    """Makes any number of images into files; memory does not grow with them, but for their ids.
 
     The folder is a job's (:class:`dsd_fast.jobs.Job`): what was stopped, in whatever way, goes on when it is called
     again, and images that are there are not made again. Its index has each row as it was given, so that an image can be
@@ -301,6 +301,8 @@ class _Making:
             for place, work in enumerate(window.works):
                 try:
                     row = self.sampler.resolve(work.unit.row)
+                    assert row.size is not None
+                    self.encoder.check_size(row.size)
                     if isinstance(self.accept, Judge):
                         self.accept.check(row)
                 except ValueError as error:

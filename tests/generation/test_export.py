@@ -285,3 +285,11 @@ def test_what_does_not_fit_is_refused_before_there_is_a_folder(sampler, tmp_path
         with pytest.raises(ValueError, match=message):
             generate_to(sampler, rows_of(1), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_format_cannot_hold_is_an_error_row(sampler, tmp_path):
+    rows = [GenerateRow("red", 0), GenerateRow("red", 1, size=(64, 16_384))]
+    generate_to(sampler, rows, tmp_path, format="webp")
+    whole, large = read_index(tmp_path).to_pylist()
+    assert (whole["status"], large["reason"]) == ("ok", "refused")
+    assert large["message"] == "size: got (64, 16384), expected sides of at most 16383 pixels, which webp holds"
