@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 import dsd_fast as dsd
 from dsd_fast.generation.export import generate_to
-from dsd_fast.generation.files import read_image
+from dsd_fast.generation.files import read_images
 from dsd_fast.jobs import read_index
 
 pytestmark = pytest.mark.gpu
@@ -64,5 +64,6 @@ def test_a_folder_holds_the_images_that_come_without_one(model, tmp_path):
     generate_to(sampler, ROWS, tmp_path, shard_rows=2)
     made = list(dsd.generate(model, ROWS, dsd.GenerateConfig(steps=4)))
     for image, row in zip(made, read_index(tmp_path).to_pylist(), strict=True):
-        with Image.open(io.BytesIO(read_image(tmp_path, row["id"])[0])) as kept:
+        ((content, _),) = read_images(tmp_path, [row["id"]])
+        with Image.open(io.BytesIO(content)) as kept:
             assert np.abs(np.asarray(kept, int) - np.asarray(image, int)).max() <= 1

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dsd_fast as dsd
 from dsd_fast.cli.info.costs import describe
-from dsd_fast.diffusion import guidance_embedding, img2img_timestep, sample
+from dsd_fast.diffusion import RowNoise, guidance_embedding, img2img_timestep, sample
 from dsd_fast.features.layers import layer_set
 from dsd_fast.matching import official_layers
 from dsd_fast.matching.layers import layer_weights, parts_without
@@ -161,13 +161,13 @@ def test_an_lcm_samples_as_its_stock_pipeline(tmp_path):
         plan.encode_text(model.encode_prompts(["a dog"]).states),
         guidance_embedding(7.5, program.guidance_width),
     )
-    generator = torch.Generator().manual_seed(0)
+    draws = RowNoise([0], "diffusers")
     got = sample(
         model.new_scheduler(),
         lambda z, t: plan.run(z, [t], text, timestep_cond=cond).noise_pred,
-        torch.randn(1, 4, 16, 16, generator=generator),
+        draws.start((4, 16, 16)),
         steps=3,
-        generator=generator,
+        draws=draws,
     )
     # Float32 sums in another order, divided by √ᾱ at the last timestep, 0.07.
     assert (got - want).abs().max() <= 2e-5 * want.abs().max()
