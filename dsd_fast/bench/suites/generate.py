@@ -57,6 +57,12 @@ FEWER: Mapping[str, Mapping[str, Any]] = {
     "deep activations kept for 3 steps": {"cache_interval": 3},
     "guidance where 0.5 < σ and kept for 2 steps": {"guidance_interval": (0.5, None), "cache_interval": 2},
     "guidance where 0.5 < σ and kept for 3 steps": {"guidance_interval": (0.5, None), "cache_interval": 3},
+    "kept for 2 steps, branch 1": {"cache_interval": 2, "cache_branch_id": 1},
+    "guidance where 0.3 < σ and kept for 2 steps, branch 1": {
+        "guidance_interval": (0.3, None),
+        "cache_interval": 2,
+        "cache_branch_id": 1,
+    },
 }
 """What of the network's work is left out, by its name."""
 
@@ -182,9 +188,10 @@ def flops(context: Context) -> list[Figure]:
     sizes = {"texts": 0, "height": architecture.side, "width": architecture.side, "tokens": TOKENS}
     scheduler = named_scheduler("ddim", model.new_scheduler())
     times = scheduler_timesteps(scheduler, STEPS)
-    whole, shallow = program.plan(noise_pred=True), program.plan(noise_pred=True, enter=program.entries[0])
+    whole = program.plan(noise_pred=True)
     figures = [_count("diffusers, two rows at every step", STEPS * whole.flops(latents=2, rows=2, **sizes))]
     for name, options in FEWER.items():
+        shallow = program.plan(noise_pred=True, enter=program.entries[options.get("cache_branch_id", 0)])
         low, high = options.get("guidance_interval", (0.0, None))
         total = 0
         for number, t in enumerate(times):
