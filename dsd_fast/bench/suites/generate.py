@@ -63,6 +63,11 @@ FEWER: Mapping[str, Mapping[str, Any]] = {
         "cache_interval": 2,
         "cache_branch_id": 1,
     },
+    "guidance where 0.3 < σ and kept for 2 steps, branch 2": {
+        "guidance_interval": (0.3, None),
+        "cache_interval": 2,
+        "cache_branch_id": 2,
+    },
     "guidance where 0.2 < σ and kept for 2 steps, branch 2": {
         "guidance_interval": (0.2, None),
         "cache_interval": 2,
