@@ -6,9 +6,10 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -146,6 +147,31 @@ def table(title: str, *columns: str, names: int = 1, fold: bool = False) -> Tabl
 def show_line(console: Console, text: str) -> None:
     """Prints a text that may hold names of files, unbroken."""
     console.print(Text(printable(text)), soft_wrap=True)
+
+
+def show_outcome(console: Console, summary: Mapping[str, Any], done: str, meanwhile: str, out: Path) -> None:
+    """Prints what became of a job's images, how fast, and what went on meanwhile.
+
+    Args:
+        summary: with "counts", "complete" and "seconds".
+        done: what was done to an image.
+        meanwhile: said of a run that was not interrupted and has made some.
+        out: the folder of the results.
+    """
+    counts = summary["counts"]
+    line = f"{counted(counts['inputs'], 'image')}: {counts['ok']:,} {done} now"
+    line += f", {counts['done'] - counts['done_errors']:,} before"
+    line += f", {counted(counts['errors'] + counts['done_errors'], 'error')}"
+    if counts["duplicates"]:
+        line += f", {counted(counts['duplicates'], 'duplicate')}"
+    if not summary["complete"]:
+        line += f", {counts['not_reached']:,} not reached before the interruption"
+    else:
+        line += f". {counts['ok'] / max(summary['seconds'], 1e-9):.1f} images/s in {summary['seconds']:.1f} s"
+        line += f", {meanwhile}" if counts["ok"] else ""
+    if counts["elsewhere"]:
+        line += f". {counted(counts['elsewhere'], 'image')} of other workers"
+    show_line(console, f"{line}. Results: {out}")
 
 
 def show_errors(

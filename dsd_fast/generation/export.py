@@ -165,7 +165,7 @@ def generate_to(
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     near = None if near_duplicates is None else NearDuplicates(sampler.model, near_duplicates)
-    kinds = {**COLUMNS, **(UNIT_COLUMNS if accept else {}), **({VECTOR: "binary"} if near else {})}
+    kinds = {**COLUMNS, **({} if accept is None else UNIT_COLUMNS), **({VECTOR: "binary"} if near else {})}
     settings = job_settings(sampler, layout, format, quality, mark, accept, max_tries, near)
     job = Job(
         folder,
@@ -215,7 +215,7 @@ def job_settings(
         "quality": quality or QUALITY.get(format),
         "mark": mark,
         "accept": accept_settings(accept),
-        "max_tries": max_tries if accept else None,
+        "max_tries": None if accept is None else max_tries,
         "near_duplicates": near and near.threshold,
         "near_duplicates_by": near and clip_about(sampler.model),
     }
@@ -308,9 +308,9 @@ class _Making:
                 except ValueError as error:
                     window.fail(place, "refused", str(error))
                 else:
-                    groups.setdefault(None if self.accept else self.sampler.group(row), {})[place] = row
+                    groups.setdefault(self.sampler.group(row) if self.accept is None else None, {})[place] = row
             for rows in groups.values():
-                together = len(rows) if self.accept else self.together(next(iter(rows.values())))
+                together = self.together(next(iter(rows.values()))) if self.accept is None else len(rows)
                 for start in range(0, len(rows), together):
                     yield _Batch(window, dict(islice(rows.items(), start, start + together)))
             if not groups:

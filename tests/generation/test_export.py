@@ -293,3 +293,22 @@ def test_what_the_format_cannot_hold_is_an_error_row(sampler, tmp_path):
     whole, large = read_index(tmp_path).to_pylist()
     assert (whole["status"], large["reason"]) == ("ok", "refused")
     assert large["message"] == "size: got (64, 16384), expected sides of at most 16383 pixels, which webp holds"
+
+
+class Empty:
+    """A judge that has a length, which is 0."""
+
+    def __len__(self):
+        return 0
+
+    def __repr__(self):
+        return "Empty()"
+
+    def __call__(self, images, rows):
+        return [False] * len(rows)
+
+
+def test_a_judge_counts_whatever_its_truth(sampler, tmp_path):
+    generate_to(sampler, [GenerateRow("red", 0)], tmp_path, accept=Empty(), max_tries=1)
+    (row,) = read_index(tmp_path).to_pylist()
+    assert (row["reason"], len(json.loads(row["tries"]))) == ("not-accepted", 1)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dsd_fast.cli.features.options import FeaturesRequest
 from dsd_fast.cli.groups import command
-from dsd_fast.cli.terminal import CommandError, counted, end, show_errors, show_line
+from dsd_fast.cli.terminal import CommandError, end, show_errors, show_outcome
 
 
 @command
@@ -41,17 +41,4 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     errors = counts["errors"] + counts["done_errors"]
     rows = [(error["reason"], error["message"]) for error in summary["errors"]]
     show_errors(console, "no features", rows, errors, "the index")
-    line = f"{counted(counts['inputs'], 'image')}: {counts['ok']:,} done now"
-    line += f", {counts['done'] - counts['done_errors']:,} before, {counted(errors, 'error')}"
-    if counts["duplicates"]:
-        line += f", {counted(counts['duplicates'], 'duplicate')}"
-    if not summary["complete"]:
-        line += f", {counts['not_reached']:,} not reached before the interruption"
-    else:
-        seconds = summary["seconds"]
-        line += f". {counts['ok'] / max(seconds, 1e-9):.1f} images/s in {seconds:.1f} s"
-    if counts["ok"]:
-        line += f", {summary['overlap']:.0%} of the writing while computing"
-    if counts["elsewhere"]:
-        line += f". {counted(counts['elsewhere'], 'image')} of other workers"
-    show_line(console, f"{line}. Results: {out}")
+    show_outcome(console, summary, "done", f"{summary['overlap']:.0%} of the writing while computing", out)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dsd_fast.cli.generate.options import GenerateRequest
 from dsd_fast.cli.groups import command
-from dsd_fast.cli.terminal import EXIT_ERRORS, counted, end, show_errors, show_line
+from dsd_fast.cli.terminal import EXIT_ERRORS, end, show_errors, show_line, show_outcome
 
 if TYPE_CHECKING:
     from dsd_fast.generation.again import Again
@@ -65,16 +65,5 @@ def _show(summary: dict[str, Any], out: Path) -> None:
         (error["name"] or error["prompt"][:_SHOWN], error["reason"], error["message"]) for error in summary["errors"]
     ]
     show_errors(console, "no image", rows, errors, "the index", ("row", "reason", "what"))
-    line = f"{counted(counts['inputs'], 'image')}: {counts['ok']:,} made now"
-    line += f", {counts['done'] - counts['done_errors']:,} before, {counted(errors, 'error')}"
-    if counts["duplicates"]:
-        line += f", {counted(counts['duplicates'], 'duplicate')}"
-    if not summary["complete"]:
-        line += f", {counts['not_reached']:,} not reached before the interruption"
-    else:
-        line += f". {counts['ok'] / max(summary['seconds'], 1e-9):.1f} images/s in {summary['seconds']:.1f} s"
-    if counts["ok"] and summary["complete"]:
-        line += f", {summary['encoding']:.0%} of the encoding and {summary['writing']:.0%} of the writing meanwhile"
-    if counts["elsewhere"]:
-        line += f". {counted(counts['elsewhere'], 'image')} of other workers"
-    show_line(console, f"{line}. Results: {out}")
+    meanwhile = f"{summary['encoding']:.0%} of the encoding and {summary['writing']:.0%} of the writing meanwhile"
+    show_outcome(console, summary, "made", meanwhile, out)
