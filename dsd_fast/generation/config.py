@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dsd_fast.diffusion import SAMPLERS
 from dsd_fast.diffusion.noise import NOISES
-
-_LARGEST = sys.float_info.max
+from dsd_fast.engine.settings import (
+    Fields,
+    above,
+    are_names,
+    check_fields,
+    integer,
+    is_scheduler,
+    is_size,
+    is_text,
+    number,
+    or_none,
+)
 
 
 @dataclass(frozen=True)
@@ -65,69 +71,29 @@ class GenerateConfig:
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for name, (allowed, expected) in _FIELDS.items():
-            value = getattr(self, name)
-            # Plain Python values, of which JSON is made, and back.
-            value = tuple(value) if isinstance(value, list) else value
-            value = value.item() if isinstance(value, np.generic) else value
-            # Past the guard of a frozen dataclass.
-            object.__setattr__(self, name, value)
-            if not allowed(value):
-                raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
-def _integer(least: int) -> Callable[[object], bool]:
-    return lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= least)
-
-
-def _number(low: float, high: float) -> Callable[[object], bool]:
-    return lambda x: isinstance(x, int | float | np.number) and not isinstance(x, bool) and bool(low <= x <= high)
-
-
-def _or_none(allowed: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda x: x is None or allowed(x)
-
-
-def _is_size(x: object) -> bool:
-    return isinstance(x, tuple) and len(x) == 2 and all(map(_integer(1), x))
-
-
-def _is_text(x: object) -> bool:
-    return isinstance(x, str)
-
-
-def _is_strength(x: object) -> bool:
-    return _number(0, 1)(x) and x != 0
+        check_fields(self, _FIELDS)
 
 
 def _is_interval(x: object) -> bool:
-    if not isinstance(x, tuple) or len(x) != 2 or not _number(0, _LARGEST)(x[0]):
+    if not isinstance(x, tuple) or len(x) != 2 or not number(0)(x[0]):
         return False
-    return x[1] is None or (_number(0, _LARGEST)(x[1]) and bool(x[0] < x[1]))
+    return x[1] is None or (number(0)(x[1]) and bool(x[0] < x[1]))
 
 
-def _is_scheduler(x: object) -> bool:
-    return x in SAMPLERS if isinstance(x, str) else hasattr(x, "config") and hasattr(x, "step")
-
-
-def _are_names(x: object) -> bool:
-    return isinstance(x, str) or (isinstance(x, tuple) and all(isinstance(each, str) for each in x))
-
-
-_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "steps": (_integer(1), "an integer of at least 1"),
-    "guidance": (_number(0, 1e6), "a finite number of at least 0"),
-    "guidance_rescale": (_number(0, 1), "a number from 0 to 1"),
-    "negative_prompt": (_or_none(_is_text), "a str or None"),
-    "strength": (_is_strength, "a number above 0 and at most 1"),
-    "image_size": (_or_none(_is_size), "(height, width) in pixels, or None"),
-    "clip_skip": (_or_none(_integer(0)), "an integer of at least 0, or None"),
-    "scheduler": (_or_none(_is_scheduler), f"one of {', '.join(SAMPLERS)}, a diffusers scheduler, or None"),
-    "eta": (_number(0, 1), "a number from 0 to 1"),
+_FIELDS: Fields = {
+    "steps": (integer(1), "an integer of at least 1"),
+    "guidance": (number(0, 1e6), "a finite number of at least 0"),
+    "guidance_rescale": (number(0, 1), "a number from 0 to 1"),
+    "negative_prompt": (or_none(is_text), "a str or None"),
+    "strength": (above(0, 1), "a number above 0 and at most 1"),
+    "image_size": (or_none(is_size), "(height, width) in pixels, or None"),
+    "clip_skip": (or_none(integer(0)), "an integer of at least 0, or None"),
+    "scheduler": (or_none(is_scheduler), f"one of {', '.join(SAMPLERS)}, a diffusers scheduler, or None"),
+    "eta": (number(0, 1), "a number from 0 to 1"),
     "noise": (lambda x: x in NOISES, f"one of {', '.join(NOISES)}"),
-    "guidance_interval": (_or_none(_is_interval), "(low, high) with 0 <= low < high, or high None, or None"),
-    "cache_interval": (_integer(1), "an integer of at least 1"),
-    "cache_branch_id": (_integer(0), "an integer of at least 0"),
-    "adapter": (_or_none(_are_names), "a name, a tuple of names, or None"),
-    "memory_budget": (_or_none(_integer(1)), "a number of bytes, or None"),
+    "guidance_interval": (or_none(_is_interval), "(low, high) with 0 <= low < high, or high None, or None"),
+    "cache_interval": (integer(1), "an integer of at least 1"),
+    "cache_branch_id": (integer(0), "an integer of at least 0"),
+    "adapter": (or_none(are_names), "a name, a tuple of names, or None"),
+    "memory_budget": (or_none(integer(1)), "a number of bytes, or None"),
 }

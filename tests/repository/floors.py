@@ -11,6 +11,7 @@ FLOORS = (
     ("models", "diffusion", "images", "jobs"),
     ("metrics", "unet"),
     ("engine",),
+    ("training",),
     ("matching", "features", "class_tokens", "image_prompt", "generation", "retrieval"),
     ("bench",),
     ("cli", "compat"),
