@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from dsd_fast.models.mini.stages import FACTS
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["Seen", "answers", "cache_folder", "judge", "look", "seen", "to_bytes", "train"]
+__all__ = ["Seen", "answers", "cache_folder", "folder_of", "judge", "learn", "look", "seen", "to_bytes", "train"]
 
 FIRST_SEED = 500_000_000
 """Of the judge's scenes: neither the model's training scenes nor those for evaluation."""
@@ -99,15 +100,20 @@ def seen(given: list[int]) -> Seen:
 
 
 def cache_folder(vae: AutoencoderKL) -> Path:
-    """Where the judge of this VAE's pictures is kept, under `$XDG_CACHE_HOME` or `~/.cache`.
+    """Where the judge of this VAE's pictures is kept, see :func:`folder_of`."""
+    return folder_of("judge", vae, _RECIPE, _PICTURES, _DIGITS, _STRENGTH, FIRST_SEED, _Judge())
 
-    The folder's name depends on the VAE's weights and on how the judge is trained.
+
+def folder_of(name: str, vae: AutoencoderKL, *made_by: object) -> Path:
+    """Where a network that sees this VAE's pictures is kept, under `$XDG_CACHE_HOME` or `~/.cache`.
+
+    The folder's name depends on the VAE's weights and on how the network is trained.
     """
-    digest = hashlib.sha256(repr((_RECIPE, _PICTURES, _DIGITS, _STRENGTH, FIRST_SEED, _Judge())).encode())
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    digest = hashlib.sha256(repr(made_by).encode())
+    for key, value in sorted(vae.state_dict().items()):
+        digest.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "dsd_fast" / f"judge-{digest.hexdigest()[:16]}"
+    return home / "dsd_fast" / f"{name}-{digest.hexdigest()[:16]}"
 
 
 def judge(vae: AutoencoderKL, folder: Path | None = None) -> nn.Module:
@@ -122,10 +128,30 @@ def judge(vae: AutoencoderKL, folder: Path | None = None) -> nn.Module:
 
 def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, pictures: int = _PICTURES) -> None:
     """Trains a judge into `folder`; killed, it goes on from its last checkpoint when called again."""
-    data = _pictures(vae, folder / "pictures.safetensors", pictures)
+    learn("judge", _Judge, FACTS, _example, vae, folder, recipe, pictures)
+
+
+def learn(
+    name: str,
+    make: Callable[[], nn.Module],
+    questions: Sequence[int],
+    example: Callable[[int], tuple[np.ndarray, list[int]]],
+    vae: AutoencoderKL,
+    folder: Path,
+    recipe: Recipe,
+    pictures: int,
+) -> None:
+    """Trains a network that answers questions about pictures, into `<folder>/<name>-final.safetensors`.
+
+    Args:
+        make: the untrained network, (n, 3, 64, 64) → (n, sum of `questions`).
+        questions: how many answers each has.
+        example: number of a picture → the picture, uint8 (64, 64, 3), and its answers; −1 is none.
+    """
+    data = _pictures(vae, folder / "pictures.safetensors", pictures, example)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = _Judge().train()
+        network = make().train()
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:
@@ -134,20 +160,20 @@ def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, picture
         drawn, decoded = data["drawn"][rows], data["decoded"][rows]
         chosen = torch.where((torch.rand(recipe.batch, generator=draw) < 0.5).view(-1, 1, 1, 1), drawn, decoded)
         pixels = preprocess(chosen)
-        # What a sampler leaves behind is not what the VAE leaves behind: a judge must not depend on either's texture.
+        # What a sampler leaves behind is not what the VAE leaves behind: a network must not depend on either's texture.
         strength = _STRENGTH * torch.rand(recipe.batch, 1, 1, 1, generator=draw)
         pixels = pixels + strength * torch.randn(pixels.shape, generator=draw)
         wanted = data["answers"][rows].long().unbind(-1)
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
             torch.manual_seed(step)
-            given = network(pixels.contiguous(memory_format=torch.channels_last)).split(FACTS, -1)
+            given = network(pixels.contiguous(memory_format=torch.channels_last)).split(questions, -1)
         pairs = zip(given, wanted, strict=True)
         return torch.stack([_cross_entropy(logits.float(), right) for logits, right in pairs]).sum()
 
-    fit("judge", dict(network.named_parameters()), loss, recipe, folder)
-    write_tensors(folder / "judge-final.safetensors", read_tensors(folder / "judge.safetensors", "ema.")[0])
-    for name in ("judge.safetensors", "pictures.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    fit(name, dict(network.named_parameters()), loss, recipe, folder)
+    write_tensors(folder / f"{name}-final.safetensors", read_tensors(folder / f"{name}.safetensors", "ema.")[0])
+    for left in (f"{name}.safetensors", "pictures.safetensors"):
+        (folder / left).unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -166,26 +192,28 @@ def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
     return F.cross_entropy(logits, right, ignore_index=-1, reduction="sum") / len(right)
 
 
+def _example(number: int) -> tuple[np.ndarray, list[int]]:
+    seed = FIRST_SEED + number
+    rng = np.random.default_rng((seed, 5))
+    if rng.random() < _DIGITS:
+        item = digit(int(rng.integers(len(TRAINING))), seed)
+        return item.image, [len(SHAPES), len(RELATIONS), -1] * len(COLOURS) + [item.label]
+    picture = scene(seed, held_out=None)
+    return picture.image, answers(picture)
+
+
 @torch.inference_mode()
-def _pictures(vae: AutoencoderKL, file: Path, pictures: int) -> dict[str, Tensor]:
+def _pictures(
+    vae: AutoencoderKL, file: Path, pictures: int, example: Callable[[int], tuple[np.ndarray, list[int]]]
+) -> dict[str, Tensor]:
     if file.exists():
         data, about = read_tensors(file)
         if about.get("pictures") == pictures:
             return data
-    drawn, wanted = [], []
-    for seed in range(FIRST_SEED, FIRST_SEED + pictures):
-        rng = np.random.default_rng((seed, 5))
-        if rng.random() < _DIGITS:
-            item = digit(int(rng.integers(len(TRAINING))), seed)
-            drawn.append(item.image)
-            wanted.append([len(SHAPES), len(RELATIONS), -1] * len(COLOURS) + [item.label])
-        else:
-            picture = scene(seed, held_out=None)
-            drawn.append(picture.image)
-            wanted.append(answers(picture))
+    drawn, wanted = zip(*map(example, range(pictures)), strict=True)
     images = torch.from_numpy(np.stack(drawn))
     decoded = torch.empty_like(images)
-    for start in track(range(0, pictures, 64), "pictures for the judge", transient=True):
+    for start in track(range(0, pictures, 64), "pictures to learn from", transient=True):
         pixels = preprocess(images[start : start + 64]).to(vae.device)
         decoded[start : start + 64] = to_bytes(vae.decode(vae.encode(pixels).latent_dist.mean).sample)
     data = {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}
