@@ -83,6 +83,15 @@ class ZslData:
         read = ahead(partial(_digest, self.root), self.files, workers=_READERS, read_ahead=64, name="dsd-read")
         return list(read)
 
+    def of(self, images: Sequence[int]) -> ZslData:
+        """Take some of the images alone.
+
+        Raises:
+            ValueError: a class is left without images.
+        """
+        files = tuple(self.files[i] for i in images)
+        return replace(self, files=files, labels=self.labels[images], train=self.train[images])
+
     def validated(self, chosen: int | Sequence[str] | None, seed: int) -> ZslData:
         """Choose the classes that λ and γ are chosen on.
 
@@ -102,10 +111,10 @@ class ZslData:
             classes = sorted(own, key=lambda c: row_id("validation", str(seed), self.names[c]))[:chosen]
         else:
             named = {self.names[c]: c for c in own}
-            wrong = [name for name in chosen if name not in named]
+            wrong = [name for name in chosen if readable(name) not in named]
             if wrong:
                 raise ValueError(f"validation: {wrong[0]!r} is no seen class; there are {', '.join(named)}")
-            classes = [named[name] for name in chosen]
+            classes = [named[readable(name)] for name in chosen]
         if not 2 <= len(classes) <= len(own) - 2:
             raise ValueError(
                 f"validation: got {len(classes)} of {len(own)} seen classes, expected at least two, and two others"
@@ -128,7 +137,12 @@ class ZslData:
 
 
 def read_folders(
-    images: str | os.PathLike[str], unseen: Names | None = None, *, share: float = 0.2, seed: int = 0
+    images: str | os.PathLike[str],
+    unseen: Names | None = None,
+    names: Names | None = None,
+    *,
+    share: float = 0.2,
+    seed: int = 0,
 ) -> ZslData:
     """Read folders with one folder of images for each class.
 
@@ -138,6 +152,7 @@ def read_folders(
 
     Args:
         unseen: of the second kind the folders of the unseen classes.
+        names: (C,) of the classes, in the order of their folders' names; None: those, :func:`readable`.
         share: of the second kind the part of a seen class's images that are test images.
         seed: of which.
 
@@ -149,7 +164,7 @@ def read_folders(
         raise ValueError(f"images: {root} is no folder")
     parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
     if "train" not in parts:
-        return _one_folder(root, unseen, share, seed)
+        return _one_folder(root, unseen, names, share, seed)
     if unseen is not None:
         raise ValueError(f"unseen: given for {root}, whose folder train says which classes are seen; expected None")
     folders = {part: _folders(root / part) for part in parts}
@@ -163,8 +178,8 @@ def read_folders(
     learned = {*folders["train"], *folders.get("val", ())}
     files: list[str] = []
     labels, train = [], []
-    for part, names in folders.items():
-        for name in names:
+    for part, own in folders.items():
+        for name in own:
             found = _files(root, root / part / name)
             files += found
             labels += [number[name]] * len(found)
@@ -173,7 +188,7 @@ def read_folders(
         root,
         tuple(files),
         np.array(labels, np.intp),
-        tuple(map(readable, classes)),
+        _named(classes, names),
         np.array([name in learned for name in classes]),
         np.array(train),
         tuple(number[name] for name in folders.get("val", ())),
@@ -210,12 +225,11 @@ def read_proposed(
             "are none of generated images; expected the proposed splits' own file, or folders of images"
         )
     labels = _numbers(values, "labels") - 1
-    if names is not None:
-        classes = tuple(read_classes(names))
-    elif "allclasses_names" in values:
-        classes = tuple(map(readable, _texts(values["allclasses_names"])))
-    else:
+    if names is None and "allclasses_names" not in values:
         raise ValueError(f"names: {Path(folder) / 'att_splits.mat'} has no allclasses_names; expected a file of names")
+    classes = (
+        tuple(read_classes(names)) if names is not None else tuple(map(readable, _texts(values["allclasses_names"])))
+    )
     if not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"names: got {len(classes)} for labels from {labels.min() + 1} to {labels.max() + 1}")
     given = _texts(values["image_files"])
@@ -271,7 +285,7 @@ def readable(name: str) -> str:
     return " ".join(re.sub("[_+]", " ", _NUMBER.sub("", name, count=1)).split()) or name
 
 
-def _one_folder(root: Path, unseen: Names | None, share: float, seed: int) -> ZslData:
+def _one_folder(root: Path, unseen: Names | None, names: Names | None, share: float, seed: int) -> ZslData:
     if unseen is None:
         raise ValueError(f"unseen: {root} has no folder train; expected the folders of the unseen classes, or a file")
     classes, chosen = _folders(root), set(read_classes(unseen))
@@ -283,7 +297,16 @@ def _one_folder(root: Path, unseen: Names | None, share: float, seed: int) -> Zs
     labels = np.repeat(np.arange(len(classes)), [len(own) for own in found])
     seen = np.array([name not in chosen for name in classes])
     train = seen[labels] & ~drawn(files, labels, share, seed)
-    return ZslData(root, files, labels, tuple(map(readable, classes)), seen, train)
+    return ZslData(root, files, labels, _named(classes, names), seen, train)
+
+
+def _named(classes: Sequence[str], names: Names | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(map(readable, classes))
+    given = tuple(read_classes(names))
+    if len(given) != len(classes):
+        raise ValueError(f"names: got {len(given)} for {len(classes)} classes, expected one each")
+    return given
 
 
 def _folders(root: Path) -> list[str]:
