@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsd_fast.images import ImageError, load_image, to_tensor
+from dsd_fast.engine.preprocessing import Picture
+from dsd_fast.images import ImageError, load_image
 from dsd_fast.images.batch import ahead
 from dsd_fast.jobs import read_tensors, row_id, write_tensors
 
-Features = Callable[[Tensor], Tensor]
-"""From (n, 3, H, W) pixels in [−1, 1] to (n, D)."""
+Features = Callable[[Sequence[Picture]], Tensor]
+"""From n pictures (H, W, 3) of 8 bits, each of its own size, to (n, D)."""
 
 # What a process that dies loses is a part at most.
 _PART = 256
@@ -40,7 +38,7 @@ def features_of(
     Args:
         files: (N,) of the images.
         digests: (N,) of what the images depend on.
-        features: of images of one size, which are given a few at a time.
+        features: of a few images at a time.
         about: digest of all that changes them.
         folder: of parts of some images each, ``00000.safetensors``, …
 
@@ -69,31 +67,30 @@ def features_of(
 def _made(files: Sequence[Path], features: Features) -> tuple[Tensor, dict[str, str]]:
     found: dict[int, Tensor] = {}
     errors: dict[str, str] = {}
-    loaded = enumerate(ahead(_load, files, workers=_LOADERS, read_ahead=2 * _TOGETHER, name="dsd-decode"))
-    for size, group in groupby(loaded, key=lambda each: getattr(each[1], "shape", None)):
-        if size is None:
-            errors |= {str(place): str(error) for place, error in group}
-            continue
-        for batch in iter(partial(lambda images: list(islice(images, _TOGETHER)), iter(group)), []):
-            places, images = zip(*batch, strict=True)
+    pictures: dict[int, Picture] = {}
+    for place, loaded in enumerate(ahead(_load, files, workers=_LOADERS, read_ahead=2 * _TOGETHER, name="dsd-decode")):
+        if isinstance(loaded, ImageError):
+            errors[str(place)] = str(loaded)
+        else:
+            pictures[place] = loaded
+        if len(pictures) == _TOGETHER or (pictures and place == len(files) - 1):
             with torch.no_grad():
-                rows = features(torch.stack(images)).float().cpu()
-            for place, row in zip(places, rows, strict=True):
-                found[place] = row
+                rows = features(list(pictures.values())).float().cpu()
+            for number, row in zip(pictures, rows, strict=True):
+                found[number] = row
                 if not row.isfinite().all():
-                    errors[str(place)] = f"{files[place]}: features that are no finite numbers"
+                    errors[str(number)] = f"{files[number]}: its features are no finite numbers"
+            pictures.clear()
     width = len(next(iter(found.values()))) if found else 0
-    rows = torch.full((len(files), width), torch.nan, dtype=torch.float32, device="cpu")
+    made = torch.full((len(files), width), torch.nan, dtype=torch.float32, device="cpu")
     for place, row in found.items():
         if str(place) not in errors:
-            rows[place] = row
-    return rows, errors
+            made[place] = row
+    return made, errors
 
 
-def _load(file: os.PathLike[str]) -> Any:
-    """Pixels of the image's own size, or the error."""
+def _load(file: os.PathLike[str]) -> Picture | ImageError:
     try:
-        image = load_image(file)
+        return np.array(load_image(file))
     except ImageError as error:
         return error
-    return to_tensor(image, (image.height, image.width))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd_fast.class_tokens.cdm import CategoryDiscriminator
+from dsd_fast.class_tokens.cdm import CategoryDiscriminator, encoder_of
 from dsd_fast.class_tokens.learner import ClassTokenLearner
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.class_tokens.zsl.classifiers import probabilities
@@ -79,9 +79,11 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
 
             names = ("device", "dtype", "revision", "local_files_only", "clip")
             model = load(config.model, **{name: getattr(config, name) for name in names})
-        results = _Run(config, data, model, report or (lambda stage, done, total: None)).results()
+        found = _Run(config, data, model, report or (lambda stage, done, total: None)).results()
+        content = storable(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False, default=str))
         with replacing(config.out / RESULTS) as file:
-            file.write(storable(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)).encode() + b"\n")
+            file.write(content.encode() + b"\n")
+    results: dict[str, Any] = json.loads(content)
     return results
 
 
@@ -149,7 +151,10 @@ class _Task:
             run.report(stage, ended, len(names))
 
         run.report(stage, 0, len(names))
-        return learner.learn(names, out=self.folder / f"tokens-{gamma:g}", callback=callback)
+        return learner.learn(names, out=self.folder_of_tokens(gamma), callback=callback)
+
+    def folder_of_tokens(self, gamma: float) -> Path:
+        return self.folder / f"tokens-{gamma:g}"
 
     def generated(self, method: str, gamma: float | None = None) -> _Generated:
         """Images of the unseen classes, and their features."""
@@ -166,7 +171,7 @@ class _Task:
             for number, name in enumerate(names)
             for text in texts[number]
         ]
-        folder = self.images(method, gamma)
+        folder = self.folder / (f"images-{method}" if gamma is None else f"images-{method}-{gamma:g}")
         accept = None
         if config.accept is not None:
             accept = AcceptClassifier(self.discriminator.guide(names), names, config.accept)
@@ -196,10 +201,6 @@ class _Task:
         of = read_manifest(folder)["fingerprint"]
         features, _ = run.made(files, [row_id(of, name) for name, _ in units], f"{self.name}-{folder.name}")
         return _Generated(features, labels, np.array([unit.k for _, unit in units], np.intp))
-
-    def images(self, method: str, gamma: float | None) -> Path:
-        """Folder of a method's images."""
-        return self.folder / (f"images-{method}" if gamma is None else f"images-{method}-{gamma:g}")
 
     def scores(self, method: str, made: _Generated, most: int | None = None) -> Probabilities:
         """Of classifiers that learn from seen classes' real images and the first generated ones of the unseen ones."""
@@ -247,7 +248,7 @@ class _Run:
 
     def __init__(self, config: ZslConfig, data: ZslData, model: Model, report: Report) -> None:
         self.config, self.model, self.report = config, model, report
-        self.encoder = encoder_of(config.cdm, model)
+        self.encoder = encoder_of(config.cdm, model, local_files_only=config.local_files_only)
         files, digests = [data.root / file for file in data.files], data.digests()
         features, errors = self.made(files, digests, "real")
         good = [number for number in range(len(files)) if number not in errors]
@@ -256,7 +257,7 @@ class _Run:
         self.clip: NDArray[np.float32] | None = None
         if "clip" in config.baselines:
             guide = guide_of("clip", model=model, classes=data.names)
-            self.clip = self.made(files, digests, "clip", guide.logits, guide.settings())[0][good]
+            self.clip = self.made(files, digests, "clip", guide.of_images, guide.settings())[0][good]
 
     def made(
         self,
@@ -267,7 +268,7 @@ class _Run:
         settings: Mapping[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], dict[int, str]]:
         """Features of images, by the encoder unless said otherwise."""
-        make, settings = (self.encoder.features, self.encoder.settings()) if make is None else (make, settings)
+        make, settings = (self.encoder.of_images, self.encoder.settings()) if make is None else (make, settings)
         folder, told = self.config.out / "features" / name, partial(self.report, f"features: {name}", total=len(files))
         return features_of(files, digests, make, row_id(json.dumps(settings, sort_keys=True)), folder, told)
 
@@ -294,7 +295,7 @@ class _Run:
             growth.append(
                 {"images": count, **plain(zero_shot(few, task.labels, self.data.seen, penalties.get(first, 0)))}
             )
-        tokens = task.tokens(gamma)
+        tokens = LearnedTokens.load(task.folder_of_tokens(gamma))
         return {
             "table": table,
             "choice": {"gamma": gamma, "tried": tried},
@@ -330,6 +331,7 @@ class _Run:
         """What of the data was used."""
         data, of_seen = self.data, self.data.seen[self.data.labels]
         return {
+            "classes": list(data.names),
             "seen": [data.names[c] for c in np.flatnonzero(data.seen)],
             "unseen": data.unseen_names,
             "validation": [data.names[c] for c in data.validation],
