@@ -81,8 +81,10 @@ class Gradients(ABC):
             part = slice(start, start + _TEXTS_AT_ONCE)
             again = _tensors(self._encoded(different[part]))
             torch.autograd.backward(again, [_grad(each)[part].to(own) for each, own in zip(cut, again, strict=True)])
-        told = [None if each is None else each.detach().cpu() for each in answer.told]
-        return Losses(*told, [(_grad(leaf)[classes] / answer.lift[:, None, None]).cpu() for leaf in leaves])
+        gradients = [(_grad(leaf)[classes] / answer.lift[:, None, None]).cpu() for leaf in leaves]
+        losses, *optional = answer.told
+        accuracies, probabilities = (None if each is None else each.detach().cpu() for each in optional)
+        return Losses(losses.detach().cpu(), accuracies, probabilities, gradients)
 
     def _encoded(self, texts: Sequence[str]) -> PromptStates:
         with self._engine.adapters.active(texts_only=True):
