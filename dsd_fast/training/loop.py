@@ -106,7 +106,7 @@ class Loop(ABC):
         other = sorted(key for key in {*found, *own} if found.get(key) != own.get(key))
         if other:
             raise ValueError(
-                f"out: {self._file} is of another training, which differs in {', '.join(other)}; choose another folder"
+                f"out: {self._file} is of another fit, which differs in {', '.join(other)}; choose another folder"
             )
         self.restore(tensors, values)
 

@@ -1,4 +1,4 @@
-"""Trains the mini model from nothing: `python -m dsd_fast.models.mini.train --out DIR`.
+"""Trains the mini model from nothing: `python -m benchmarks.mini.train --out DIR`.
 
 Kill it whenever you like; the same command goes on. The defaults made the shipped weights. The VAE and CLIP stages do
 not depend on each other and may run at the same time in two processes with one `--out`.
@@ -10,13 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
-from .loop import Recipe
-from .networks import build, export
-from .stages import load, train_clip, train_unet, train_vae
+from benchmarks.mini.loop import Minutes, Pictures, Recipe, SaveEvery, Steps, Threads, begin, check_done
+from benchmarks.mini.networks import build, export
+from benchmarks.mini.stages import load, train_clip, train_unet, train_vae
 
 __all__ = ["app"]
 
@@ -39,23 +38,20 @@ def train(
         "runs/mini"
     ),
     stage: Annotated[Stage, typer.Option(help="The stage to run.")] = Stage.all,
-    vae_steps: Annotated[int, typer.Option(min=1)] = 2700,
-    clip_steps: Annotated[int, typer.Option(min=1)] = 1800,
-    unet_steps: Annotated[int, typer.Option(min=1)] = 9600,
+    vae_steps: Steps = 2700,
+    clip_steps: Steps = 1800,
+    unet_steps: Steps = 9600,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step; CLIP takes twice as many.")] = 32,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures whose latents the UNet is trained on.")] = 81_920,
+    pictures: Pictures = 81_920,
     bfloat16: Annotated[bool, typer.Option(help="UNet stage: half-precision products, float32 weights.")] = True,
-    minutes: Annotated[float | None, typer.Option(help="Stop each stage after this long; run again to go on.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
-    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    minutes: Minutes = None,
+    threads: Threads = None,
+    save_every: SaveEvery = 60.0,
     weights: Annotated[Path | None, typer.Option(help="Where export writes; OUT/weights if not given.")] = None,
     seed: int = 0,
 ) -> None:
     """Runs one stage or all of them, going on from the checkpoints in OUT."""
-    torch.set_flush_denormal(True)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = Console()
+    begin(threads)
     parts = build(seed)
     load(parts, out)
     limits: dict[str, Any] = {"minutes": minutes, "save_every": save_every}
@@ -76,11 +72,11 @@ def train(
             target = weights or out / "weights"
             size = export(parts, target)
             missing = [s for s in ("vae", "clip", "unet") if s not in found]
-            console.print(f"{target}: {size / 1e6:.2f} MB" + (f", untrained: {', '.join(missing)}" if missing else ""))
+            Console().print(
+                f"{target}: {size / 1e6:.2f} MB" + (f", untrained: {', '.join(missing)}" if missing else "")
+            )
             continue
-        if not done:
-            console.print(f"{name}: stopped after {minutes} minutes; the same command goes on from here")
-            raise typer.Exit(3)
+        check_done(done, name, minutes)
         load(parts, out)
 
 

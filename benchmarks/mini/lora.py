@@ -1,4 +1,4 @@
-"""Trains the mini model's LoRA: `python -m dsd_fast.models.mini.lora --out DIR`.
+"""Trains the mini model's LoRA: `python -m benchmarks.mini.lora --out DIR`.
 
 A LoRA for features fits the model to the pictures of a task (Meng et al., arXiv 2410.06719, section 5.3): about 30 of
 them, each with its caption and without, under the noise loss. The mini model knows its own scenes already, so here they
@@ -22,14 +22,27 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import Parameter
 
-from dsd_fast.jobs import read_tensors
+from benchmarks.mini.loop import (
+    Batch,
+    Minutes,
+    NoiseLoss,
+    Pictures,
+    Recipe,
+    SaveEvery,
+    Steps,
+    Threads,
+    average,
+    begin,
+    check_done,
+    fit,
+    generator,
+    uniform,
+)
+from benchmarks.mini.networks import preprocess
 from dsd_fast.models.bundle import Model
 from dsd_fast.models.load import load
 from dsd_fast.models.lora import save_lora
-
-from .loop import Recipe, fit, generator, noise_weights
-from .networks import preprocess
-from .scenes import scene
+from dsd_fast.models.mini.scenes import scene
 
 __all__ = ["app", "build_lora", "export_lora", "night", "train_lora"]
 
@@ -48,29 +61,25 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and, at the end, of lora/.")] = Path(
         "runs/mini-lora"
     ),
-    steps: Annotated[int, typer.Option(min=1)] = 300,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 15,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 30,
+    steps: Steps = 300,
+    batch: Batch = 15,
+    pictures: Pictures = 30,
     rank: Annotated[int, typer.Option(min=1)] = 16,
-    minutes: Annotated[float | None, typer.Option(help="Stop after this long; run again to go on.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
-    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    minutes: Minutes = None,
+    threads: Threads = None,
+    save_every: SaveEvery = 60.0,
     weights: Annotated[Path | None, typer.Option(help="Where the LoRA goes; OUT/lora if not given.")] = None,
     seed: int = 0,
 ) -> None:
     """Trains the LoRA on the shipped mini model, whose own weights stay, and exports it in fp16."""
-    torch.set_flush_denormal(True)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = Console()
+    begin(threads)
     model = load("mini")
     parameters = build_lora(model, rank, seed)
     recipe = Recipe(steps, batch, 1e-3, warmup=10, ema=0.98, seed=seed)
-    if not train_lora(model, parameters, recipe, out, pictures=pictures, minutes=minutes, save_every=save_every):
-        console.print(f"stopped after {minutes} minutes; the same command goes on from here")
-        raise typer.Exit(3)
+    done = train_lora(model, parameters, recipe, out, pictures=pictures, minutes=minutes, save_every=save_every)
+    check_done(done, "lora", minutes)
     target = weights or out / "lora"
-    console.print(f"{target}: {export_lora(model, parameters, out, target) / 1e6:.2f} MB")
+    Console().print(f"{target}: {export_lora(model, parameters, out, target) / 1e6:.2f} MB")
 
 
 def night(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
@@ -117,24 +126,14 @@ def train_lora(
     with torch.no_grad():
         clean = model.encode_images(preprocess(images))
         states = model.encode_prompts(["", *(picture.caption for picture in drawn)]).states
-    schedule = DDPMScheduler.from_config(model.scheduler_config)
-    weights = noise_weights(schedule.alphas_cumprod)
-    batch = recipe.batch
+    noise_loss = NoiseLoss(DDPMScheduler.from_config(model.scheduler_config))
 
     def loss(step: int) -> Tensor:
-        draw = generator(recipe.seed, step)
-        order = torch.randint(pictures, (batch,), generator=draw, device="cpu")
-        strata = torch.randperm(batch, generator=draw, device="cpu") + torch.rand(
-            batch, generator=draw, dtype=torch.float32, device="cpu"
-        )
-        timesteps = (strata * (1000 / batch)).long().clamp(max=999)
-        noise = torch.randn(len(order), *clean.shape[1:], generator=draw, dtype=torch.float32, device="cpu")
-        text = states[
-            torch.where(torch.rand(batch, generator=draw, dtype=torch.float32, device="cpu") < 0.5, 0, order + 1)
-        ]
-        predicted = unet(schedule.add_noise(clean[order], noise, timesteps), timesteps, text).sample
-        total: Tensor = (weights[timesteps] * (predicted - noise).square().mean((1, 2, 3))).mean()
-        return total
+        random = generator(recipe.seed, step)
+        order = torch.randint(pictures, (recipe.batch,), generator=random, device="cpu")
+        noised, timesteps, noise = noise_loss.draw(clean[order], random)
+        text = states[torch.where(uniform(len(order), random) < 0.5, 0, order + 1)]
+        return noise_loss(unet(noised, timesteps, text).sample, noise, timesteps)
 
     return fit("lora", parameters, loss, recipe, folder, **options)
 
@@ -142,9 +141,9 @@ def train_lora(
 @torch.no_grad()
 def export_lora(model: Model, parameters: dict[str, Parameter], folder: Path, target: Path) -> int:
     """Writes the average that `train_lora` left in `folder` as an fp16 LoRA of diffusers; returns its size in bytes."""
-    average, _ = read_tensors(folder / "lora.safetensors", "ema.")
+    weights = average(folder, "lora")
     for name, value in parameters.items():
-        value.data = average[name].half()
+        value.data = weights[name].half()
     file = target / "pytorch_lora_weights.safetensors"
     save_lora(model.unet, NAME, file)
     return file.stat().st_size
