@@ -1,82 +1,29 @@
-"""Trains the mini model's ControlNet: `python -m benchmarks.mini.control --out DIR`.
-
-Its condition is Canny's edges of the picture. Kill it whenever you like; the same command goes on. The defaults made
-the shipped weights.
-"""
+"""The mini model's ControlNet, whose condition is Canny's edges of the picture: its training and its export."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
-from benchmarks.mini.loop import (
-    Batch,
-    Minutes,
-    NoiseLoss,
-    Pictures,
-    Recipe,
-    SaveEvery,
-    Steps,
-    Threads,
-    average,
-    begin,
-    check_done,
-    fit,
-    generator,
-    made_once,
-    rows,
-    uniform,
-)
+from benchmarks.mini.loop import NoiseLoss, Recipe, average, fit, generator, made_once, rows, uniform
 from benchmarks.mini.networks import preprocess
 from benchmarks.mini.stages import example
 from dsd_fast.images.canny import canny
 from dsd_fast.models.bundle import Model
-from dsd_fast.models.load import load
 
-__all__ = ["app", "build_control", "edges", "export_control", "train_control"]
-
-app = typer.Typer(add_completion=False)
+__all__ = ["build_control", "edges", "export_control", "train_control"]
 
 DIGITS = 0.2
 """Share of digits among the training pictures."""
-
-
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Folder of checkpoints and, at the end, of controlnet/.")] = Path(
-        "runs/mini-control"
-    ),
-    steps: Steps = 2400,
-    batch: Batch = 32,
-    pictures: Pictures = 16_384,
-    minutes: Minutes = None,
-    threads: Threads = None,
-    save_every: SaveEvery = 60.0,
-    weights: Annotated[
-        Path | None, typer.Option(help="Where the ControlNet goes; OUT/controlnet if not given.")
-    ] = None,
-    seed: int = 0,
-) -> None:
-    """Trains the ControlNet on the shipped mini model, whose own weights stay, and exports it in fp16."""
-    begin(threads)
-    model = load("mini")
-    net = build_control(model, seed)
-    recipe = Recipe(steps, batch, 1e-3, seed=seed)
-    done = train_control(model, net, recipe, out, pictures=pictures, minutes=minutes, save_every=save_every)
-    check_done(done, "control", minutes)
-    target = weights or out / "controlnet"
-    Console().print(f"{target}: {export_control(net, out, target) / 1e6:.2f} MB")
 
 
 def build_control(model: Model, seed: int = 0) -> ControlNetModel:
@@ -169,7 +116,3 @@ def _ready(model: Model, numbers: range) -> dict[str, Tensor]:
     images = [example(seed, DIGITS).image for seed in numbers]
     latents = model.encode_images(preprocess(torch.from_numpy(np.stack(images)))).half()
     return {"latents": latents, "edges": packed([edges(image) for image in images])}
-
-
-if __name__ == "__main__":
-    app()

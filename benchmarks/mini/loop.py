@@ -8,39 +8,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from diffusers import DDPMScheduler
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn import Parameter
 
 from dsd_fast.jobs import locked, read_tensors, write_tensors
 from dsd_fast.training import CHECKPOINT, Descent, FitRecord, reporting
-
-Batch = Annotated[int, typer.Option(min=1, help="Pictures a step.")]
-Minutes = Annotated[float | None, typer.Option(help="Stop each training after this long; run again to go on.")]
-Pictures = Annotated[int, typer.Option(min=1, help="Pictures to train on.")]
-SaveEvery = Annotated[float, typer.Option(help="Seconds between checkpoints.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")]
-
-
-def begin(threads: int | None) -> None:
-    """Set the process up for training."""
-    torch.set_flush_denormal(True)
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def check_done(done: bool, name: str, minutes: float | None) -> None:
-    """End the command with status 3 where a training was stopped."""
-    if not done:
-        Console().print(f"{name}: stopped after {minutes} minutes; the same command goes on from here")
-        raise typer.Exit(3)
 
 
 @dataclass(frozen=True)

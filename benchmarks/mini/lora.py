@@ -1,52 +1,31 @@
-"""Trains the mini model's LoRA: `python -m benchmarks.mini.lora --out DIR`.
+"""The mini model's LoRA: its training and its export.
 
 A LoRA for features fits the model to the pictures of a task (Meng et al., arXiv 2410.06719, section 5.3): about 30 of
 them, each with its caption and without, under the noise loss. The mini model knows its own scenes already, so here they
-lie in the dark (`night`), as it has never seen them; captions, masks and keypoints stay true. Kill it whenever you
-like; the same command goes on. The defaults made the shipped weights.
+lie in the dark (`night`), as it has never seen them; captions, masks and keypoints stay true.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from numpy.typing import NDArray
 from peft import LoraConfig
-from rich.console import Console
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.mini.loop import (
-    Batch,
-    Minutes,
-    NoiseLoss,
-    Pictures,
-    Recipe,
-    SaveEvery,
-    Steps,
-    Threads,
-    average,
-    begin,
-    check_done,
-    fit,
-    generator,
-    uniform,
-)
+from benchmarks.mini.loop import NoiseLoss, Recipe, average, fit, generator, uniform
 from benchmarks.mini.networks import preprocess
 from dsd_fast.models.bundle import Model
-from dsd_fast.models.load import load
 from dsd_fast.models.lora import save_lora
 from dsd_fast.models.mini.scenes import scene
 
-__all__ = ["app", "build_lora", "export_lora", "night", "train_lora"]
-
-app = typer.Typer(add_completion=False)
+__all__ = ["build_lora", "export_lora", "night", "train_lora"]
 
 NAME = "mini"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
@@ -54,32 +33,6 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 MOONLIGHT = np.array([0.6, 0.8, 1.1])
 """What is left of red, green and blue light at night, beside the exposure."""
-
-
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Folder of checkpoints and, at the end, of lora/.")] = Path(
-        "runs/mini-lora"
-    ),
-    steps: Steps = 300,
-    batch: Batch = 15,
-    pictures: Pictures = 30,
-    rank: Annotated[int, typer.Option(min=1)] = 16,
-    minutes: Minutes = None,
-    threads: Threads = None,
-    save_every: SaveEvery = 60.0,
-    weights: Annotated[Path | None, typer.Option(help="Where the LoRA goes; OUT/lora if not given.")] = None,
-    seed: int = 0,
-) -> None:
-    """Trains the LoRA on the shipped mini model, whose own weights stay, and exports it in fp16."""
-    begin(threads)
-    model = load("mini")
-    parameters = build_lora(model, rank, seed)
-    recipe = Recipe(steps, batch, 1e-3, warmup=10, ema=0.98, seed=seed)
-    done = train_lora(model, parameters, recipe, out, pictures=pictures, minutes=minutes, save_every=save_every)
-    check_done(done, "lora", minutes)
-    target = weights or out / "lora"
-    Console().print(f"{target}: {export_lora(model, parameters, out, target) / 1e6:.2f} MB")
 
 
 def night(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
@@ -147,7 +100,3 @@ def export_lora(model: Model, parameters: dict[str, Parameter], folder: Path, ta
     file = target / "pytorch_lora_weights.safetensors"
     save_lora(model.unet, NAME, file)
     return file.stat().st_size
-
-
-if __name__ == "__main__":
-    app()

@@ -8,12 +8,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import dsd_fast as dsd
-from benchmarks.mini.control import app as control_app
 from benchmarks.mini.control import build_control, export_control, train_control
 from benchmarks.mini.loop import Recipe, average
-from benchmarks.mini.lora import app as lora_app
 from benchmarks.mini.lora import night
 from benchmarks.mini.networks import preprocess
+from benchmarks.mini.train import app
 from dsd_fast.jobs import read_tensors
 from dsd_fast.models import mini
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals, load_controlnet
@@ -141,13 +140,13 @@ def test_stopped_control_training_goes_on_as_if_it_had_not_been(tmp_path):
 @pytest.mark.usefixtures("_threads")
 def test_commands_train_and_export(tmp_path):
     few = ["--threads", "1", "--steps", "2", "--batch", "2", "--out", str(tmp_path)]
-    assert CliRunner().invoke(control_app, [*few, "--pictures", "4", "--minutes", "0"]).exit_code == 3
-    result = CliRunner().invoke(control_app, [*few, "--pictures", "4"])
+    assert CliRunner().invoke(app, ["control", *few, "--pictures", "4", "--minutes", "0"]).exit_code == 3
+    result = CliRunner().invoke(app, ["control", *few, "--pictures", "4"])
     assert result.exit_code == 0, result.output
     check_controls([Control(load_controlnet(tmp_path / "controlnet"))], dsd.load("mini"))
 
-    assert CliRunner().invoke(lora_app, [*few, "--pictures", "2", "--minutes", "0"]).exit_code == 3
-    result = CliRunner().invoke(lora_app, [*few, "--pictures", "2"])
+    assert CliRunner().invoke(app, ["lora", *few, "--pictures", "2", "--minutes", "0"]).exit_code == 3
+    result = CliRunner().invoke(app, ["lora", *few, "--pictures", "2"])
     assert result.exit_code == 0, result.output
     model = dsd.load("mini")
     model.load_lora(tmp_path / "lora", "trained")

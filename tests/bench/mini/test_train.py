@@ -30,8 +30,8 @@ def _same(first, second):
 @pytest.mark.alone
 def test_killed_process_goes_on_as_if_it_had_not_been(tmp_path):
     steps = 24
-    command = [sys.executable, "-m", "benchmarks.mini.train", "--out", str(tmp_path / "killed"), "--stage", "vae"]
-    options = ["--vae-steps", str(steps), "--batch", "4", "--threads", "1", "--save-every", "0"]
+    command = [sys.executable, "-m", "benchmarks.mini.train", "model", "--out", str(tmp_path / "killed")]
+    options = ["--stage", "vae", "--vae-steps", str(steps), "--batch", "4", "--threads", "1", "--save-every", "0"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = tmp_path / "killed" / "vae" / CHECKPOINT
     deadline = time.monotonic() + 120
@@ -91,14 +91,14 @@ def _threads():
 @pytest.mark.usefixtures("_threads")
 def test_command_stops_when_told_and_exports_what_there_is(tmp_path):
     def run(*arguments):
-        return CliRunner().invoke(app, ["--out", str(tmp_path), "--batch", "2", "--threads", "1", *arguments])
+        return CliRunner().invoke(app, ["model", "--out", str(tmp_path), "--batch", "2", "--threads", "1", *arguments])
 
     assert run("--stage", "clip", "--clip-steps", "2", "--minutes", "0").exit_code == 3
     assert run("--stage", "clip", "--clip-steps", "2").exit_code == 0
     assert stages.load(build(), tmp_path) == ["clip"]
     result = run("--stage", "export")
     assert result.exit_code == 0, result.output
-    assert "untrained: vae, unet" in " ".join(result.output.split())
+    assert "untrained: unet, vae" in " ".join(result.output.split())
     assert (tmp_path / "weights" / "model_index.json").is_file()
 
 
