@@ -7,17 +7,15 @@ decoded by the model's VAE. Held-out pairs are among them, since a token may be 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.mini.loop import Recipe
 from benchmarks.suites.mini_card.judge import folder_of, learn
 from dsd_fast.jobs import read_tensors
-from dsd_fast.models.mini.loop import Recipe
 from dsd_fast.models.mini.scenes import COLOURS, SHAPES, SIZES, scene
 
 if TYPE_CHECKING:

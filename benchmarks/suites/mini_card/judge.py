@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.mini.loop import Recipe, average, fit, generator, made_once
+from benchmarks.mini.networks import preprocess
+from benchmarks.mini.stages import FACTS
 from dsd_fast.jobs import read_tensors, write_tensors
 from dsd_fast.models.mini.digits import DIGIT_NAMES, TRAINING, digit
-from dsd_fast.models.mini.loop import Recipe, fit, generator
-from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, scene
-from dsd_fast.models.mini.stages import FACTS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -40,6 +40,9 @@ _RECIPE = Recipe(steps=3000, batch=64, learning_rate=2e-3, weight_decay=0.02, em
 _PICTURES = 16_384
 _DIGITS = 0.25
 _STRENGTH = 0.15
+
+Example = tuple[np.ndarray, list[int]]
+"""A picture, uint8 (64, 64, 3), and the right answers; −1 is none."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def learn(
     name: str,
     make: Callable[[], nn.Module],
     questions: Sequence[int],
-    example: Callable[[int], tuple[np.ndarray, list[int]]],
+    example: Callable[[int], Example],
     vae: AutoencoderKL,
     folder: Path,
     recipe: Recipe,
@@ -146,9 +149,9 @@ def learn(
     Args:
         make: the untrained network, (n, 3, 64, 64) → (n, sum of `questions`).
         questions: how many answers each has.
-        example: number of a picture → the picture, uint8 (64, 64, 3), and its answers; −1 is none.
+        example: what gives the picture of each number.
     """
-    data = _pictures(vae, folder / "pictures.safetensors", pictures, example)
+    data = made_once(folder / "pictures.safetensors", pictures, lambda numbers: _pictures(vae, numbers, example))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = make().train()
@@ -171,9 +174,9 @@ def learn(
         return torch.stack([_cross_entropy(logits.float(), right) for logits, right in pairs]).sum()
 
     fit(name, dict(network.named_parameters()), loss, recipe, folder)
-    write_tensors(folder / f"{name}-final.safetensors", read_tensors(folder / f"{name}.safetensors", "ema.")[0])
-    for left in (f"{name}.safetensors", "pictures.safetensors"):
-        (folder / left).unlink(missing_ok=True)
+    write_tensors(folder / f"{name}-final.safetensors", average(folder, name))
+    (folder / "pictures.safetensors").unlink()
+    shutil.rmtree(folder / name)
 
 
 @torch.inference_mode()
@@ -192,7 +195,7 @@ def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
     return F.cross_entropy(logits, right, ignore_index=-1, reduction="sum") / len(right)
 
 
-def _example(number: int) -> tuple[np.ndarray, list[int]]:
+def _example(number: int) -> Example:
     seed = FIRST_SEED + number
     rng = np.random.default_rng((seed, 5))
     if rng.random() < _DIGITS:
@@ -202,23 +205,11 @@ def _example(number: int) -> tuple[np.ndarray, list[int]]:
     return picture.image, answers(picture)
 
 
-@torch.inference_mode()
-def _pictures(
-    vae: AutoencoderKL, file: Path, pictures: int, example: Callable[[int], tuple[np.ndarray, list[int]]]
-) -> dict[str, Tensor]:
-    if file.exists():
-        data, about = read_tensors(file)
-        if about.get("pictures") == pictures:
-            return data
-    drawn, wanted = zip(*map(example, range(pictures)), strict=True)
+def _pictures(vae: AutoencoderKL, numbers: range, example: Callable[[int], Example]) -> dict[str, Tensor]:
+    drawn, wanted = zip(*map(example, numbers), strict=True)
     images = torch.from_numpy(np.stack(drawn))
-    decoded = torch.empty_like(images)
-    for start in track(range(0, pictures, 64), "pictures to learn from", transient=True):
-        pixels = preprocess(images[start : start + 64]).to(vae.device)
-        decoded[start : start + 64] = to_bytes(vae.decode(vae.encode(pixels).latent_dist.mean).sample)
-    data = {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}
-    write_tensors(file, data, {"pictures": pictures})
-    return data
+    decoded = to_bytes(vae.decode(vae.encode(preprocess(images).to(vae.device)).latent_dist.mean).sample)
+    return {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
