@@ -1,4 +1,4 @@
-"""A convolutional network that names the one object of a picture of the mini model's task: what tokens are learned from.
+"""A convolutional network that names the one object of a picture: what tokens are learned from.
 
 It is trained apart from the model and from the judge: another architecture, scenes of its own, half of them encoded and
 decoded by the model's VAE. Held-out pairs are among them, since a token may be learned for one.

@@ -26,6 +26,7 @@ def _suite(module: str, find: Callable[[str], ModuleType] = _speed) -> Callable[
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
+    "class-tokens": _suite("class_tokens", experiment),
     "feature-quality": _suite("feature_quality", experiment),
     "features": _suite("features"),
     "fit": _suite("fit"),
