@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dsd_fast.reference.inputs import draw_noise, latent_shape, seeded, widened
+from dsd_fast.reference.inputs import draw_noise, latent_shape, seeded, tokenize, widened
 
 __all__ = ["TEMPLATES", "Learned", "backward", "images", "learn", "new_optimizer", "noise_loss", "update", "with_token"]
 
@@ -111,6 +111,9 @@ def images(
 
     Returns:
         (n, 3, H, W) in [0, 1], in the VAE's type.
+
+    Raises:
+        ValueError: a text that is too long.
     """
     unet, scheduler = pipe.unet, type(pipe.scheduler).from_config(pipe.scheduler.config)
     free = guidance > 1
@@ -320,6 +323,10 @@ def _texts(
     pipe: Any, texts: list[str], free: bool, padded: bool, size: Sequence[int]
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
     """States of the unconditional rows, if any, and of the texts, and what SDXL's UNet reads besides."""
+    for tokenizer, _ in _encoders(pipe):
+        for text in texts:
+            # Refuses one that is too long, which the pipeline would cut.
+            tokenize(pipe, tokenizer, text)
     if padded:
         states, empty, *pooled = pipe.encode_prompt(
             texts, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=free

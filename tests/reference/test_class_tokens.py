@@ -327,3 +327,5 @@ def test_arguments_that_do_not_fit():
         class_tokens.with_token(pipe, TOKEN, "dog cat")
     with pytest.raises(ValueError, match="token: got '<x>', which the tokenizer has already"):
         class_tokens.with_token(class_tokens.with_token(pipe, TOKEN), TOKEN)
+    with pytest.raises(ValueError, match="captions: 'dog .*' has 82 tokens, expected at most 77"):
+        class_tokens.images(pipe, ["dog " * 80], torch.zeros(1, 4, 16, 16))
