@@ -24,15 +24,15 @@ from dsd_fast.engine import Engine
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
 from dsd_fast.engine.guides import guide_of, targets_of
 from dsd_fast.engine.items import prompt_check
-from dsd_fast.engine.tokens import LearnedTokens
+from dsd_fast.engine.tokens import LIST, LearnedTokens
 from dsd_fast.generation.grids import read_classes
 from dsd_fast.generation.sampler import under_scheduler
 from dsd_fast.images import ImageSource, decode_chunks
-from dsd_fast.jobs import locked, tensors_hash
+from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.models.prompts import token_limit
 from dsd_fast.models.splice import Splice
-from dsd_fast.models.tokens import ENCODERS
+from dsd_fast.models.tokens import BANK, ENCODERS
 from dsd_fast.training.loop import as_json
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ class ClassTokenLearner:
                 self.history = dict(zip(names, learning.histories, strict=True))
             tokens = _learned(learning, prompts.tokens, names, settings, config.pooled)
             if folder is not None:
+                for name in (BANK, LIST, *tokens.files().values()):
+                    remove_stale(folder / name)
                 tokens.save(folder)
         return tokens
 
