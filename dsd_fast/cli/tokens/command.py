@@ -64,22 +64,17 @@ def show(request: ShowRequest) -> None:
     from dsd_fast.cli.tokens.show import COLUMNS, figures, nearest_words
     from dsd_fast.engine.tokens import LearnedTokens
 
-    learned, words = LearnedTokens.load(request.tokens), dict[str, list[list[str]]]()
+    learned, near = LearnedTokens.load(request.tokens), dict[str, str]()
     if request.source.model is not None and request.words:
         request.source.check()
-        words = nearest_words(request.source.load(), learned, request.words)
+        near = nearest_words(request.source.load(), learned, request.words)
     rows = [
-        [
-            token,
-            name,
-            *figures(learned.about.get(token, {})),
-            *(["; ".join(map(" ".join, words[token]))] if words else []),
-        ]
+        [token, name, *([near[token]] if near else []), *figures(learned.about[token])]
         for token, name in learned.classes.items()
     ]
     console = Console()
-    _show_table(console, [*COLUMNS, *(["near to"] if words else [])], rows)
-    show_line(console, f"{counted(len(rows), 'token')} of {learned.settings.get('model', 'a model without a name')}.")
+    _show_table(console, [*(["near to"] if near else []), *COLUMNS], rows)
+    show_line(console, f"{counted(len(rows), 'token')}, learned on {learned.settings.get('model') or 'some model'}.")
 
 
 @tokens.command()
@@ -115,7 +110,10 @@ def export(request: ExportRequest) -> None:
 
 
 def _show_table(console: Console, columns: list[str], rows: list[list[str]]) -> None:
-    whole = table("", "token", "class", *columns, names=2, fold=True)
+    """Shows token, class and perhaps words to the left, the figures to the right."""
+    from dsd_fast.cli.tokens.show import COLUMNS
+
+    whole = table("", "token", "class", *columns, names=2 + len(columns) - len(COLUMNS), fold=True)
     for row in rows:
         whole.add_row(*map(_text, row))
     console.print(whole)

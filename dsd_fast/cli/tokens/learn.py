@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig, TokenUpdate
@@ -50,9 +51,11 @@ def run(request: LearnRequest, config: TokenConfig) -> dict[str, Any]:
     targets = None if request.what.targets is None else _targets(request.what.targets)
     check_folder(out)
     request.source.check()
-    model = request.source.load()
-    classifier = request.what.classifier
+    request.memory.check(request.source.device)
+    model, classifier = request.source.load(), request.what.classifier
     learner = ClassTokenLearner(model, classifier, config, targets=targets)
+    if request.memory.runtime is not None:
+        learner.compile(request.memory.runtime)
     try:
         with writing(out):
             start = time.perf_counter()
@@ -159,7 +162,7 @@ class _Bars:
         elif update.name in self._own or len(self._own) < _BARS:
             if update.name not in self._own:
                 self._own[update.name] = self.display.add_task("", total=self.updates, units=0)
-            text = printable(f"  {update.name}, {said}")
+            text = escape(printable(f"  {update.name}, {said}"))
             self.display.update(self._own[update.name], completed=update.update, units=update.update, description=text)
         self.display.update(self._all, completed=self._ended, units=self._updates)
 

@@ -11,7 +11,7 @@ from dsd_fast.cli.groups import Options
 from dsd_fast.cli.options import (
     MEMORY_PANEL,
     AdaptedModelOptions,
-    MemoryBudget,
+    MemoryOptions,
     ModelOptions,
     parse_bytes,
     parse_image_size,
@@ -165,7 +165,6 @@ class TogetherOptions(Options, panel=MEMORY_PANEL):
     ] = None
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0
-    memory_budget: MemoryBudget = None
 
 
 class ShownModelOptions(ModelOptions):
@@ -193,6 +192,7 @@ class LearnRequest(Options):
     sampling: ImageOptions
     learning: LearningOptions
     together: TogetherOptions
+    memory: MemoryOptions
     source: AdaptedModelOptions
 
     def config(self) -> "TokenConfig":
@@ -202,7 +202,7 @@ class LearnRequest(Options):
             ValueError: text that is no value of its option, or a value that is not allowed, by name.
         """
         # Before torch is loaded for nothing.
-        settings: dict[str, Any] = {"memory_budget": parse_bytes(self.together.memory_budget)}
+        settings: dict[str, Any] = {"memory_budget": parse_bytes(self.memory.memory_budget)}
         for group in (self.texts, self.sampling, self.learning, self.together):
             settings = {**group.values(), **settings}
         templates = settings.pop("templates")

@@ -28,8 +28,8 @@ def figures(about: Mapping[str, Any]) -> list[str]:
     return [str(about.get("updates", "-")), about.get("ended") or "-", loss, right, probability, f"{norm}{clamped}"]
 
 
-def nearest_words(model: Model, tokens: LearnedTokens, count: int) -> dict[str, list[list[str]]]:
-    """Finds the words of the vocabulary to which each vector of each token has the largest cosines, best first.
+def nearest_words(model: Model, tokens: LearnedTokens, count: int) -> dict[str, str]:
+    """Finds the words of the vocabulary to which each vector of a token has the largest cosines, best first.
 
     Of the vocabulary those of plain letters that end a word count; of SDXL's text encoders the first.
 
@@ -49,7 +49,7 @@ def nearest_words(model: Model, tokens: LearnedTokens, count: int) -> dict[str, 
         # (v, W)
         cosines = _directions(upload(own, rows.device)) @ rows.T
         best = cosines.topk(min(count, len(names)), dim=1).indices.tolist()
-        found[token] = [[names[number] for number in line] for line in best]
+        found[token] = "; ".join(" ".join(names[number] for number in line) for line in best)
     return found
 
 
