@@ -23,8 +23,7 @@ from dsd_fast.models.mini.scenes import scene
 from tests.cli.test_report import Seen
 
 HOSTILE = "<b>[ring]'&\""
-SMALL = ["--steps", 2, "--images", 2, "--updates", 2, "--learning-rate", 0.02, "--out", "out"]
-CONFIG = TokenConfig(steps=2, images=2, updates=2, learning_rate=0.02)
+SMALL = ["--template", "a {}", "--steps", 2, "--images", 2, "--updates", 2, "--learning-rate", 0.02, "--out", "out"]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +58,8 @@ def test_its_options_are_the_settings_with_their_defaults():
 @pytest.mark.newest
 def test_it_learns_what_the_library_does_and_shows_it(cli, model):
     done = cli(
-        "tokens", "learn", "ring", HOSTILE, "--classifier", "clip", *SMALL, "--pictures", 2, "--report", "--template",
-        "a {}", "--guidance", 2, "--scheduler", "ddim",
+        "tokens", "learn", "ring", HOSTILE, "--classifier", "clip", *SMALL, "--pictures", 2, "--report", "--guidance", 2,
+        "--scheduler", "ddim",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     config = TokenConfig(
@@ -123,8 +122,9 @@ def test_the_noise_loss_learns_from_folders_of_images(cli, model):
     )
     assert done.exit_code == 0, done.stderr
     config = TokenConfig(
-        loss="noise", images=2, updates=2, vectors=2, class_name=False, token="*{}*", initial="red ring"
-    )
+        loss="noise", images=2, updates=2, vectors=2, class_name=False, token="*{}*", initial="red ring",
+        templates=("a {}", "a photo of {}"),
+    )  # fmt: skip
     images = {name: sorted(Path("data", name).iterdir()) for name in ("cross", "ring")}
     want = ClassTokenLearner(model, None, config).learn(["cross", "ring"], images=images)
     got = LearnedTokens.load("out")

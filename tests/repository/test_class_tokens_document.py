@@ -27,7 +27,7 @@ def table(header):
 
 def test_its_code_and_its_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for line in blocks("sh")[0].splitlines():
+    for line in blocks("sh")[0].replace("\\\n", "").splitlines():
         command = shlex.split(line)
         assert command[0] == "dsd-fast"
         with pytest.raises(SystemExit) as done:
