@@ -103,9 +103,7 @@ class LearnedTokens(Mapping[str, Vectors]):
         before = _listed(folder / LIST)
         for token, file in files.items():
             write_tensors(folder / file, *_single(token, self[token]))
-        shown = {
-            token: {"class": self.classes[token], "file": files[token], **self.about[token]} for token in self
-        }
+        shown = {token: {"class": self.classes[token], "file": files[token], **self.about[token]} for token in self}
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / LIST) as stream:
             content = {"tokens": shown, "pooled": self.pooled, "settings": self.settings}
@@ -149,7 +147,9 @@ class LearnedTokens(Mapping[str, Vectors]):
         if "tokens" not in about:
             raise ModelError(f"tokens file {str(path)!r} is no bank of tokens")
         vectors = of_bank(tensors, about, f"tokens file {str(path)!r}")
-        return cls(vectors, **{name: about.get(name) for name in ("classes", "about", "settings")}, pooled=about["pooled"])
+        return cls(
+            vectors, **{name: about.get(name) for name in ("classes", "about", "settings")}, pooled=about["pooled"]
+        )
 
     def load_into(self, pipe: Any) -> None:
         """Load all into a stock diffusers pipeline, whose prompts may then name them.

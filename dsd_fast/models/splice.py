@@ -103,9 +103,7 @@ class Splice:
 
     def vocabulary_norms(self) -> tuple[float, ...]:
         """Give the mean norm of the vocabulary's vectors, for each text encoder."""
-        return tuple(
-            float(table.weight.detach()[: table.first].float().norm(dim=1).mean()) for table in self._tables
-        )
+        return tuple(float(table.weight.detach()[: table.first].float().norm(dim=1).mean()) for table in self._tables)
 
 
 class _Spliced(nn.Module):
