@@ -62,7 +62,7 @@ def show(request: ShowRequest) -> None:
     one that the tokens were learned on. A loss, and what follows it, is of the update whose vectors were kept.
     """
     from dsd_fast.cli.tokens.show import COLUMNS, figures, nearest_words
-    from dsd_fast.engine.tokens import LearnedTokens
+    from dsd_fast.engine import LearnedTokens
 
     learned, near = LearnedTokens.load(request.tokens), dict[str, str]()
     if request.source.model is not None and request.words:
@@ -87,7 +87,7 @@ def export(request: ExportRequest) -> None:
     A file that is there is not replaced without --overwrite.
     """
     from dsd_fast.cli.files import writing
-    from dsd_fast.engine.tokens import LearnedTokens
+    from dsd_fast.engine import LearnedTokens
 
     learned = LearnedTokens.load(request.tokens)
     try:

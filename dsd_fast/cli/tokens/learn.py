@@ -21,7 +21,8 @@ from dsd_fast.cli.terminal import CommandError, counted, printable, progress
 from dsd_fast.cli.tokens.options import LearnRequest
 from dsd_fast.cli.tokens.pictures import make_images, texts_of, write_sheets
 from dsd_fast.cli.tokens.report import SHOWN, figure, loading, render
-from dsd_fast.engine.tokens import LearnedTokens
+from dsd_fast.engine import LearnedTokens
+from dsd_fast.engine.guides import guide_of
 from dsd_fast.generation.grids import read_classes
 from dsd_fast.jobs import JobError, locked, remove_stale, replacing
 from dsd_fast.models import Model
@@ -52,8 +53,11 @@ def run(request: LearnRequest, config: TokenConfig) -> dict[str, Any]:
     check_folder(out)
     request.source.check()
     request.memory.check(request.source.device)
-    model, classifier = request.source.load(), request.what.classifier
-    learner = ClassTokenLearner(model, classifier, config, targets=targets)
+    model, classifier, guide = request.source.load(), request.what.classifier, None
+    if classifier is not None:
+        offline = request.source.local_files_only
+        guide = guide_of(classifier, model=model, classes=classes, local_files_only=offline)
+    learner = ClassTokenLearner(model, guide, config, targets=targets)
     if request.memory.runtime is not None:
         learner.compile(request.memory.runtime)
     try:

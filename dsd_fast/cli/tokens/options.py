@@ -61,7 +61,7 @@ class ClassOptions(Options, panel="Classes"):
     targets: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A .json with the classifier's output for each class, where its labels are others."
+            metavar="FILE", help="A .json: class → the classifier's output, a number from 0 or a label of another name."
         ),
     ] = None
     data: Annotated[

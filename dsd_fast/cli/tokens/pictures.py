@@ -13,7 +13,7 @@ from PIL import Image
 from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.cli.files import replacing_files
-from dsd_fast.engine.tokens import LearnedTokens
+from dsd_fast.engine import LearnedTokens
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.export import generate_to
 from dsd_fast.generation.files import read_images
@@ -104,8 +104,11 @@ def _pictures(out: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     pictures = {}
     for name, (content, _) in zip(ids, read_images(out / IMAGES, ids), strict=True):
         with Image.open(io.BytesIO(content)) as image:
-            image.thumbnail((_SIDE, _SIDE))
-            pictures[name] = image.convert("RGB")
+            # Small ones by whole numbers, so that each pixel stays a sharp square.
+            times = max(1, _SIDE // max(image.size))
+            shown = image.convert("RGB").resize([times * side for side in image.size], Image.Resampling.NEAREST)
+        shown.thumbnail((_SIDE, _SIDE))
+        pictures[name] = shown
     return pictures
 
 

@@ -55,11 +55,9 @@ def render(summary: Mapping[str, Any], sheets: Sequence[str], loading: str) -> b
 
 def figure(sheet: Sheet) -> str:
     """Puts a class's pictures inside the page; as text they take a fraction of the memory that they take as pixels."""
-    texts = f"<bdi>{visible(sheet.plain)}</bdi> and <bdi>{visible(sheet.learned)}</bdi>"
-    return (
-        f"<figure>{image(sheet.picture, f'{sheet.plain}, and below it {sheet.learned}')}"
-        f"<figcaption>{texts}</figcaption></figure>\n"
-    )
+    texts = f"<bdi>{visible(sheet.plain)}</bdi>; below <bdi>{visible(sheet.learned)}</bdi>"
+    shown = image(sheet.picture, f"{sheet.plain}; below {sheet.learned}")
+    return f"<article>\n<h3><bdi>{visible(sheet.token)}</bdi></h3>\n{shown}<p>{texts}</p>\n</article>\n"
 
 
 def loading(out: Path, model: str, texts: Sequence[str]) -> str:

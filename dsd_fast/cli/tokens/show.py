@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.cli.terminal import CommandError
-from dsd_fast.engine.tokens import LearnedTokens
+from dsd_fast.engine import LearnedTokens
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models import Model
 
