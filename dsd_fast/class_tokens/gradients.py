@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from dsd_fast.class_tokens.config import TokenConfig
 from dsd_fast.class_tokens.learning import Losses
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.diffusion import (
-    Predict,
     RowNoise,
     guidance_embedding,
     guided,
@@ -23,14 +23,29 @@ from dsd_fast.diffusion import (
     scheduler_timesteps,
 )
 from dsd_fast.engine import Engine, Noised, Texts
+from dsd_fast.engine.gradients import Differentiable
 from dsd_fast.engine.guides import Guide
-from dsd_fast.engine.prediction import Prediction
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.models.splice import Splice
 
-# Gradients go through half types multiplied by it, so that float16 tells them from zero. A power of two changes no digit.
+# What gradients are multiplied by on their way through half types, since float16 would take the smallest for zero; as a
+# power of two it changes no digit.
 _LIFT = 1024.0
+# Bounds the encoders' activations.
+_TEXTS_AT_ONCE = 64
+
+
+class Answer(NamedTuple):
+    """What :class:`Gradients` ask of a loss.
+
+    Attributes:
+        told: (C,) losses, accuracies and probabilities; None of what there is not.
+        lift: (C,), what each class's gradient was multiplied by.
+    """
+
+    told: tuple[Tensor, Tensor | None, Tensor | None]
+    lift: Tensor
 
 
 class Gradients(ABC):
@@ -53,34 +68,45 @@ class Gradients(ABC):
         leaves = [upload(each, model.device).requires_grad_() for each in vectors]  # (N, v, E)
         self._splice.put(*(leaf.flatten(0, 1) for leaf in leaves))
         texts = [text for each in zip(classes, updates, strict=True) for text in self._prompts.texts(*each)]
-        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        different = list(dict.fromkeys(texts))
+        place = {text: number for number, text in enumerate(different)}
         text_of = torch.tensor([place[text] for text in texts], dtype=torch.int64, device="cpu")  # (C · images,)
+        # The encoders keep nothing while the network runs, which needs the memory: they are gone through once more.
+        with torch.no_grad():
+            states = self._encoded(different)
+        cut = [each.to(model.device, model.dtype).requires_grad_() for each in _tensors(states)]
+        leaf_states = replace(states, states=cut[0], pooled=cut[1] if cut[1:] else None)
+        answer = self._differentiate(leaf_states, text_of, classes, updates)
+        for start in range(0, len(different), _TEXTS_AT_ONCE):
+            part = slice(start, start + _TEXTS_AT_ONCE)
+            again = _tensors(self._encoded(different[part]))
+            torch.autograd.backward(again, [_grad(each)[part].to(own) for each, own in zip(cut, again, strict=True)])
+        told = [None if each is None else each.detach().cpu() for each in answer.told]
+        return Losses(*told, [(_grad(leaf)[classes] / answer.lift[:, None, None]).cpu() for leaf in leaves])
+
+    def _encoded(self, texts: Sequence[str]) -> PromptStates:
         with self._engine.adapters.active(texts_only=True):
-            states = model.encode_prompts(list(place))
-        made = [each for each in (states.states, states.pooled) if each is not None]
-        # Cut here, so that the encoders are gone through once, in however many parts the rest is.
-        cut = [each.detach().to(model.device, model.dtype).requires_grad_() for each in made]
-        shown = replace(states, states=cut[0], pooled=cut[1] if cut[1:] else None)
-        told, lift = self._differentiate(shown, text_of, classes, updates)
-        torch.autograd.backward(made, [each.grad.to(own) for each, own in zip(cut, made, strict=True)])
-        gradients = [leaf.grad[classes] / lift[:, None, None] for leaf in leaves]
-        host = [each.detach().cpu() for each in told]
-        return Losses(host[0], *(host[1:] or (None, None)), [each.cpu() for each in gradients])
+            return self._model.encode_prompts(texts)
 
     @abstractmethod
     def _differentiate(
         self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
-    ) -> tuple[Sequence[Tensor], Tensor]:
+    ) -> Answer:
         """Leave the gradient of the classes' losses in the states' leaves.
 
         Args:
             texts: the states of an update's different texts.
             text_of: (C · images,) the text of each image, class by class.
-
-        Returns:
-            (losses, (C,); and, where there are, accuracies and probabilities), and (C,) what each class's gradient was
-            multiplied by.
         """
+
+
+def _tensors(states: PromptStates) -> list[Tensor]:
+    return [each for each in (states.states, states.pooled) if each is not None]
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 class ThroughImages(Gradients):
@@ -110,23 +136,25 @@ class ThroughImages(Gradients):
         self._scheduler = self._model.new_scheduler()
         self._calls = len(scheduler_timesteps(self._scheduler, config.steps))
         self._is_guided = config.guidance > 1 and not engine.program.guidance_width
+        self._decoded = engine.images_decoded()
         self._unconditional = engine.encode_prompts(None if self._model.absent_prompt_is_zeros else [""])
 
     def _differentiate(
         self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
-    ) -> tuple[Sequence[Tensor], Tensor]:
+    ) -> Answer:
         clean = self._sampled(texts, text_of, classes, updates)
         count, device = len(classes), clean.device
         targets = torch.tensor([self._targets[each] for each in classes], dtype=torch.int64, device="cpu")
         targets = upload(targets.repeat_interleave(self._config.images), device)
         told, gradient = [], torch.empty_like(clean)
-        for part in self._engine.decoded_parts(len(clean)):
+        for start in range(0, len(clean), self._decoded):
+            part = slice(start, start + self._decoded)
             leaf = clean[part].detach().requires_grad_()
             logits = self._guide.logits(self._engine.decode_latents(leaf)) / self._config.temperature
             logs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
             own = logs.gather(1, targets[part, None])[:, 0]
-            (-own.sum() * _LIFT).backward()
-            gradient[part] = leaf.grad
+            torch.autograd.backward(-own.sum() * _LIFT)
+            gradient[part] = _grad(leaf)
             told.append(torch.stack([-own, (logs.argmax(1) == targets[part]).to(own), own.exp()]).detach())
         # Of each class as large as a half type likes it.
         largest = gradient.view(count, -1).abs().amax(1)
@@ -134,46 +162,32 @@ class ThroughImages(Gradients):
         lift = torch.where(largest.isfinite() & (largest > 0), lift, 1.0)
         torch.autograd.backward([clean], [(gradient.view(count, -1) * lift[:, None]).view_as(gradient)])
         means = torch.cat(told, dim=1).view(3, count, -1).mean(-1)
-        return list(means), lift * (_LIFT * self._config.images)
+        return Answer((means[0], means[1], means[2]), lift * (_LIFT * self._config.images))
 
     def _sampled(self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]) -> Tensor:
         """Clean latents of all images, (C · images, C, h, w), differentiable in the states by the last calls."""
-        config, draws = self._config, self._draws(classes, updates)
+        config, rows, draws = self._config, len(text_of), self._draws(classes, updates)
         if self._latents is None:
             start = draws.start((self._model.latent_channels, *self._engine.latent_size))
         else:
             start = self._latents.repeat(len(classes), 1, 1, 1)
         start = upload(start, self._model.device, torch.promote_types(self._model.dtype, torch.float32))
-        predict = self._guided(texts, text_of) if self._is_guided else self._predict(Texts(texts), text_of)
-        predict = last_calls(predict, self._calls, config.gradient_steps)
-        return sample(self._scheduler, predict, start, steps=config.steps, draws=draws)
-
-    def _predict(self, texts: Texts, text_of: Tensor, latent_of: Tensor | None = None) -> Prediction:
-        config, width = self._config, self._engine.program.guidance_width
-        return self._engine.predict(
-            texts,
+        latent_of = torch.arange(rows, device="cpu")
+        scale, width = config.guidance, self._engine.program.guidance_width
+        if self._is_guided:
+            text_of = torch.cat([torch.full_like(text_of, len(texts)), text_of])
+            latent_of = latent_of.repeat(2)
+        predict = self._engine.predict(
+            Texts(texts, self._unconditional if self._is_guided else None),
             text_of,
             latent_of=latent_of,
-            timestep_cond=guidance_embedding([config.guidance] * len(text_of), width) if width else None,
-            gradients=True,
+            timestep_cond=guidance_embedding([scale] * rows, width) if width else None,
+            gradients=config.gradient_steps,
             checkpoint=config.checkpointing,
         )
-
-    def _guided(self, states: PromptStates, text_of: Tensor) -> Predict:
-        """Guided by unconditional rows, which have a gradient by the latents alone."""
-        rows, texts = len(text_of), Texts(states, self._unconditional)
-        both = torch.cat([torch.full_like(text_of, len(states)), text_of])
-        predict = self._predict(texts, both, torch.arange(rows, device="cpu").repeat(2))
-        free, given = slice(None, rows), slice(rows, None)
-
-        def halves(latents: Tensor, t: float) -> Tensor:
-            if latents.requires_grad or not torch.is_grad_enabled():
-                return predict(latents, t)
-            with torch.no_grad():
-                unconditional = predict(latents, t, free)
-            return torch.cat([unconditional, predict(latents, t, given)])
-
-        return guided(halves, self._config.guidance)
+        answer = guided(predict, scale) if self._is_guided else predict
+        answer = last_calls(answer, self._calls, config.gradient_steps)
+        return sample(self._scheduler, answer, start, steps=config.steps, draws=draws)
 
     def _draws(self, classes: Sequence[int], updates: Sequence[int]) -> RowNoise:
         """The noise of all images: that of an update, of which each image is a draw."""
@@ -188,8 +202,8 @@ class ThroughImages(Gradients):
 class ThroughNoise(Gradients):
     """The noise loss of given images at random timesteps.
 
-    Gal et al. 2022, "An Image is Worth One Word", eq. 2;
-    as the scripts of diffusers have it, against what the network was trained to predict.
+    Gal et al. 2022, "An Image is Worth One Word", eq. 2; as in the script of diffusers against what the network was
+    trained to predict.
 
     Args:
         latents: of each class its images', (n, C, h, w) on the CPU.
@@ -200,18 +214,21 @@ class ThroughNoise(Gradients):
     ) -> None:
         super().__init__(engine, splice, prompts, config)
         self._latents = latents
+        self._micro_batch: tuple[int, bool] | None = None
 
     def _differentiate(
         self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
-    ) -> tuple[Sequence[Tensor], Tensor]:
+    ) -> Answer:
         model, plan, images = self._model, self._engine.noise_plan, self._config.images
         drawn = [
             self._draw(number, self._prompts.image_seed(number, update, image))
             for number, update in zip(classes, updates, strict=True)
             for image in range(images)
         ]
-        shown, told = Texts(texts), []
-        for part in self._engine.gradient_parts(len(drawn), texts):
+        shown, told, sizes = Texts(texts), [], model.time_ids(*self._engine.size)
+        size, by_region = self._sized(shown, drawn[0][0], sizes)
+        for start in range(0, len(drawn), size):
+            part = slice(start, start + size)
             clean, times, noise = (torch.stack(each) for each in zip(*drawn[part], strict=True))
             clean = upload(clean, model.device, model.dtype)
             noised = Noised.rows(model.schedule, clean, noise, times)
@@ -221,16 +238,26 @@ class ThroughNoise(Gradients):
                 times,
                 shown.keys(plan, used),
                 text_index=own,
-                time_ids=model.time_ids(*self._engine.size),
-                checkpoint=self._config.checkpointing,
+                time_ids=sizes,
+                checkpoint=by_region,
             ).noise_pred
             assert answer is not None
             wrong = (answer.to(noised.noise.dtype) - self._wanted(clean, noised)).square().flatten(1)
             # The sum, since float16 has no gradients as small as the mean's.
-            wrong.sum().backward()
+            torch.autograd.backward(wrong.sum())
             told.append(wrong.detach().mean(1))
         losses = torch.cat(told).view(len(classes), images).mean(1)
-        return [losses], torch.full_like(losses, images * wrong.shape[1])
+        return Answer((losses, None, None), torch.full_like(losses, images * wrong.shape[1]))
+
+    def _sized(self, texts: Texts, clean: Tensor, sizes: Tensor | None) -> tuple[int, bool]:
+        """Rows of a micro-batch, and whether its activations are computed again; asked once."""
+        if self._micro_batch is None:
+            engine, again = self._engine, self._config.checkpointing
+            how = Differentiable(engine.noise_plan, texts, lambda latents: sizes, None, 1, again, engine.memory_budget)
+            row = upload(clean[None], self._model.device, self._model.dtype)
+            rows, _, large = how.sized(row, 0, torch.zeros(1, dtype=torch.int64, device="cpu"))
+            self._micro_batch = rows, again or large
+        return self._micro_batch
 
     def _draw(self, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """One of a class's images, a timestep, and noise."""

@@ -41,8 +41,8 @@ class Losses:
 
     def of(self, place: int) -> tuple[float, float | None, float | None]:
         """Loss, accuracy and probability of one of the classes."""
-        optional = (None if each is None else float(each[place]) for each in (self.accuracies, self.probabilities))
-        return float(self.losses[place]), *optional
+        accuracy, probability = (None if x is None else float(x[place]) for x in (self.accuracies, self.probabilities))
+        return float(self.losses[place]), accuracy, probability
 
 
 Differentiate = Callable[[Sequence[Tensor], Sequence[int], Sequence[int]], Losses]

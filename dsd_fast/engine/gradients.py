@@ -56,7 +56,7 @@ class Differentiable:
     def rows(self, latents: Tensor, t: float, text_of: Tensor, latent_of: Tensor) -> tuple[Tensor, Tensor]:
         """Predict for all rows: their numbers (B,), and the outputs in that order."""
         with own_types(latents.device), self.plan.active():
-            size, held, by_region = self._sized(latents, t, text_of)
+            size, held, by_region = self.sized(latents, t, text_of)
             # Rows of one latent side by side: what comes before the network reads a text is computed once for them.
             order = latent_of.argsort(stable=True)
             checkpointed = Checkpoints(self.plan.network).around(None)
@@ -88,8 +88,8 @@ class Differentiable:
         assert out.noise_pred is not None
         return out.noise_pred
 
-    def _sized(self, latents: Tensor, t: float, text_of: Tensor) -> tuple[int, int, bool]:
-        """Rows of a micro-batch, rows that keep what is read again, and whether one by itself is too large."""
+    def sized(self, latents: Tensor, t: float, text_of: Tensor) -> tuple[int, int, bool]:
+        """Tell rows of a micro-batch, rows that keep what is read again, and whether one by itself is too large."""
         if self._sizes is None:
             budget = self.memory_budget
             memory = gradient_budget(latents.device) if budget is None else budget // 2
