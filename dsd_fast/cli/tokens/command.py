@@ -65,7 +65,7 @@ def show(request: ShowRequest) -> None:
     from dsd_fast.engine import LearnedTokens
 
     learned, near = LearnedTokens.load(request.tokens), dict[str, str]()
-    if request.source.model is not None and request.words:
+    if request.source.model and request.words:
         request.source.check()
         near = nearest_words(request.source.load(), learned, request.words)
     rows = [

@@ -189,7 +189,7 @@ def _pictures(request: LearnRequest, model: Model, tokens: LearnedTokens, config
 
         make_images(model, tokens, config, count, request.out, show)
         show(total)
-    shown = []
+    shown: list[str] = []
     for sheet in write_sheets(tokens, config, count, request.out):
         if request.report and len(shown) < SHOWN:
             shown.append(figure(sheet))

@@ -171,9 +171,11 @@ class ShownModelOptions(ModelOptions):
     """The model whose words are near, if any."""
 
     model: Annotated[
-        str | None,
-        typer.Option(help='The model they were learned on, as of other commands, "mini" for one; for --words.'),
-    ] = None
+        str,
+        typer.Option(
+            help='The model they were learned on, "mini" or as of other commands, for --words.', show_default=False
+        ),
+    ] = ""
 
 
 class LearnRequest(Options):
@@ -205,10 +207,11 @@ class LearnRequest(Options):
         settings: dict[str, Any] = {"memory_budget": parse_bytes(self.memory.memory_budget)}
         for group in (self.texts, self.sampling, self.learning, self.together):
             settings = {**group.values(), **settings}
-        templates = settings.pop("templates")
+        if settings["templates"] is None:
+            del settings["templates"]
         from dsd_fast.class_tokens import TokenConfig
 
-        return TokenConfig(**settings, **({} if templates is None else {"templates": tuple(templates)}))
+        return TokenConfig(**settings)
 
     def check(self) -> None:
         """Refuses options that do not go together.
