@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import dsd_fast as dsd
 from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig
 from dsd_fast.cli.options import AdaptedModelOptions, ModelOptions
+from dsd_fast.cli.terminal import counted
 from dsd_fast.cli.tokens.options import LearnRequest
 from dsd_fast.engine import LearnedTokens
 from dsd_fast.generation import GenerateConfig
@@ -86,7 +87,7 @@ def test_it_learns_what_the_library_does_and_shows_it(cli, model):
     cells = [cell.strip() for cell in line.strip("│").split("│")]
     assert cells[1:5] == ["ring", str(about["updates"]), about["ended"], f"{about['loss']:.4f}"]
     assert cells[7] == f"{about['norm']:.2f}"
-    assert f"ring: {about['updates']} updates" in done.stderr
+    assert f"ring: {counted(about['updates'], 'update')}, loss" in done.stderr
     assert "2 tokens in " in done.stdout
 
     # The pictures: the plain text above, the token below, of the same noise.
@@ -274,7 +275,7 @@ def test_exported_files_are_what_other_programs_read(cli, model):
     Path("embeddings/ring-token.safetensors").write_bytes(b"")
     again = cli("tokens", "export", "tokens", "--out", "embeddings", "--class", "ring", "--overwrite")
     assert again.exit_code == 0, again.stderr
-    pipe = model.to_pipeline()
+    pipe = dsd.load("mini").to_pipeline()
     pipe.load_textual_inversion([str(Path("embeddings", name)) for name in names])
     stock = pipe.encode_prompt("a <ring> and <a:B>", "cpu", 1, False)[0]
     assert torch.equal(stock, model.with_tokens(tokens).encode_prompts(["a <ring> and <a:B>"]).states)
