@@ -23,7 +23,6 @@ from dsd_fast.diffusion import (
     scheduler_timesteps,
 )
 from dsd_fast.engine import Engine, Noised, Texts
-from dsd_fast.engine.gradients import Differentiable
 from dsd_fast.engine.guides import Guide
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
@@ -81,8 +80,10 @@ class Gradients(ABC):
             part = slice(start, start + _TEXTS_AT_ONCE)
             again = _tensors(self._encoded(different[part]))
             torch.autograd.backward(again, [_grad(each)[part].to(own) for each, own in zip(cut, again, strict=True)])
-        told = [None if each is None else each.detach().cpu() for each in answer.told]
-        return Losses(*told, [(_grad(leaf)[classes] / answer.lift[:, None, None]).cpu() for leaf in leaves])
+        gradients = [(_grad(leaf)[classes] / answer.lift[:, None, None]).cpu() for leaf in leaves]
+        losses, *optional = answer.told
+        accuracies, probabilities = (None if each is None else each.detach().cpu() for each in optional)
+        return Losses(losses.detach().cpu(), accuracies, probabilities, gradients)
 
     def _encoded(self, texts: Sequence[str]) -> PromptStates:
         with self._engine.adapters.active(texts_only=True):
@@ -214,50 +215,32 @@ class ThroughNoise(Gradients):
     ) -> None:
         super().__init__(engine, splice, prompts, config)
         self._latents = latents
-        self._micro_batch: tuple[int, bool] | None = None
+        self._at_once: int | None = None
 
     def _differentiate(
         self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
     ) -> Answer:
-        model, plan, images = self._model, self._engine.noise_plan, self._config.images
+        model, engine, images = self._model, self._engine, self._config.images
         drawn = [
             self._draw(number, self._prompts.image_seed(number, update, image))
             for number, update in zip(classes, updates, strict=True)
             for image in range(images)
         ]
-        shown, told, sizes = Texts(texts), [], model.time_ids(*self._engine.size)
-        size, by_region = self._sized(shown, drawn[0][0], sizes)
-        for start in range(0, len(drawn), size):
-            part = slice(start, start + size)
-            clean, times, noise = (torch.stack(each) for each in zip(*drawn[part], strict=True))
-            clean = upload(clean, model.device, model.dtype)
-            noised = Noised.rows(model.schedule, clean, noise, times)
-            used, own = torch.unique(text_of[part], return_inverse=True)
-            answer = plan.run(
-                noised.latents,
-                times,
-                shown.keys(plan, used),
-                text_index=own,
-                time_ids=sizes,
-                checkpoint=by_region,
-            ).noise_pred
-            assert answer is not None
-            wrong = (answer.to(noised.noise.dtype) - self._wanted(clean, noised)).square().flatten(1)
+        clean, times, noise = (torch.stack(each) for each in zip(*drawn, strict=True))
+        clean = upload(clean, model.device, model.dtype)
+        noised, shown = Noised.rows(model.schedule, clean, noise, times), Texts(texts)
+        wanted = self._wanted(clean, noised)
+        predict = engine.predict(shown, text_of, gradients=1, checkpoint=self._config.checkpointing)
+        self._at_once, told = self._at_once or engine.rows_differentiated(shown), []
+        for start in range(0, len(drawn), self._at_once):
+            part = slice(start, start + self._at_once)
+            wrong = predict(noised.latents, times, part).to(wanted.dtype) - wanted[part]
+            squares = wrong.square().flatten(1)
             # The sum, since float16 has no gradients as small as the mean's.
-            torch.autograd.backward(wrong.sum())
-            told.append(wrong.detach().mean(1))
+            torch.autograd.backward(squares.sum())
+            told.append(squares.detach().mean(1))
         losses = torch.cat(told).view(len(classes), images).mean(1)
-        return Answer((losses, None, None), torch.full_like(losses, images * wrong.shape[1]))
-
-    def _sized(self, texts: Texts, clean: Tensor, sizes: Tensor | None) -> tuple[int, bool]:
-        """Rows of a micro-batch, and whether its activations are computed again; asked once."""
-        if self._micro_batch is None:
-            engine, again = self._engine, self._config.checkpointing
-            how = Differentiable(engine.noise_plan, texts, lambda latents: sizes, None, 1, again, engine.memory_budget)
-            row = upload(clean[None], self._model.device, self._model.dtype)
-            rows, _, large = how.sized(row, 0, torch.zeros(1, dtype=torch.int64, device="cpu"))
-            self._micro_batch = rows, again or large
-        return self._micro_batch
+        return Answer((losses, None, None), torch.full_like(losses, images * wanted[0].numel()))
 
     def _draw(self, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """One of a class's images, a timestep, and noise."""
