@@ -73,6 +73,10 @@ class Prompts:
         said = f"{self.tokens[number]} {self._spelt[number]}" if self._config.class_name else self.tokens[number]
         return [template.replace("{}", said) for template in self._config.templates]
 
+    def plain(self, number: int) -> list[str]:
+        """Give a class's texts without its token: its name alone, one for each template."""
+        return [template.replace("{}", self._spelt[number]) for template in self._config.templates]
+
     def texts(self, number: int, update: int) -> list[str]:
         """Give the texts of a class's images in one of its updates."""
         every, images = self.every(number), self._config.images

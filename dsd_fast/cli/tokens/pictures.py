@@ -77,13 +77,9 @@ def make_images(
 
 
 def texts_of(tokens: LearnedTokens, config: TokenConfig) -> dict[str, tuple[str, str]]:
-    """Gives each token's texts by the first template: plain, the words that it began as in its place, and its own."""
+    """Gives each token's texts by the first template: the plain one, of the class's name alone, and its own."""
     prompts = Prompts(list(tokens.classes.values()), config)
-    learned = {token: prompts.every(number)[0] for number, token in enumerate(prompts.tokens)}
-    return {
-        token: (text.replace(token, prompts.initial(number)), text)
-        for number, (token, text) in enumerate(learned.items())
-    }
+    return {token: (prompts.plain(n)[0], prompts.every(n)[0]) for n, token in enumerate(prompts.tokens)}
 
 
 def write_sheets(tokens: LearnedTokens, config: TokenConfig, count: int, out: Path) -> Iterator[Sheet]:
