@@ -24,7 +24,10 @@ from dsd_fast.models.mini.scenes import scene
 from tests.cli.test_report import Seen
 
 HOSTILE = "<b>[ring]'&\""
-SMALL = ["--template", "a {}", "--steps", 2, "--images", 2, "--updates", 2, "--learning-rate", 0.02, "--out", "out"]
+SMALL = [
+    "--template", "a {}", "--steps", 1, "--gradient-steps", 1, "--images", 1, "--updates", 2, "--stopping", "never",
+    "--out", "out",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +62,13 @@ def test_its_options_are_the_settings_with_their_defaults():
 @pytest.mark.newest
 def test_it_learns_what_the_library_does_and_shows_it(cli, model):
     done = cli(
-        "tokens", "learn", "ring", HOSTILE, "--classifier", "clip", *SMALL, "--pictures", 2, "--report",
-        "--guidance", 2, "--scheduler", "ddim", "--keep", "last",
+        "tokens", "learn", "ring", HOSTILE, "--classifier", "clip", *SMALL, "--steps", 2, "--images", 2,
+        "--pictures", 2, "--report", "--guidance", 2, "--scheduler", "ddim", "--keep", "last",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     config = TokenConfig(
-        steps=2, images=2, updates=2, learning_rate=0.02, templates=("a {}",), guidance=2.0, scheduler="ddim",
-        keep="last",
+        templates=("a {}",), steps=2, gradient_steps=1, images=2, updates=2, guidance=2.0, scheduler="ddim",
+        keep="last", stopping="never",
     )  # fmt: skip
     learner = ClassTokenLearner(model, "clip", config)
     want = learner.learn(["ring", HOSTILE])

@@ -13,7 +13,7 @@ from dsd_fast.engine import LearnedTokens
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models import Model
 
-COLUMNS = ("updates", "ended", "loss", "right", "probability", "norm")
+COLUMNS = ("updates", "ended", "loss", "right", "prob.", "norm")
 """Of :func:`figures`: how many updates and why there were no more; of the images of the update that is kept the loss,
 the share that was right and the class's mean probability; the vectors' norm, in mean norms of the vocabulary."""
 
