@@ -14,7 +14,7 @@ from torch import Tensor
 from dsd_fast.engine.preprocessing import Picture
 from dsd_fast.images import ImageError, load_image
 from dsd_fast.images.batch import ahead
-from dsd_fast.jobs import read_tensors, row_id, write_tensors
+from dsd_fast.jobs import read_tensors, remove_stale, row_id, write_tensors
 
 Features = Callable[[Sequence[Picture]], Tensor]
 """From n pictures (H, W, 3) of 8 bits, each of its own size, to (n, D)."""
@@ -40,7 +40,7 @@ def features_of(
         digests: (N,) of what the images depend on.
         features: of a few images at a time.
         about: digest of all that changes them.
-        folder: of parts of some images each, ``00000.safetensors``, …
+        folder: of parts of some images each, ``00000.safetensors``, …; the caller has a lock.
 
     Returns:
         (N, D) float32, rows of NaN for images that cannot be used; and what is wrong with those, by number.
@@ -54,6 +54,8 @@ def features_of(
         if kept.get("of") != of:
             rows, wrong = _made(files[some], features)
             known, kept = {"features": rows}, {"of": of, "errors": wrong}
+            if folder.is_dir():
+                remove_stale(file)
             write_tensors(file, known, kept)
         parts.append(known["features"].numpy())
         errors |= {start + int(place): message for place, message in kept["errors"].items()}

@@ -29,7 +29,7 @@ from dsd_fast.generation.guides import AcceptClassifier
 from dsd_fast.generation.rows import GenerateRow, row_id_of
 from dsd_fast.generation.sampler import Sampler
 from dsd_fast.generation.units import units_of
-from dsd_fast.jobs import locked, read_index, read_manifest, replacing, row_id, storable
+from dsd_fast.jobs import locked, read_index, read_manifest, remove_stale, replacing, row_id, storable
 from dsd_fast.metrics import best_penalty, zero_shot
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
     """
     data = read_data(config)
     with locked(config.out):
+        remove_stale(config.out / RESULTS)
         if model is None:
             from dsd_fast.models import load
 

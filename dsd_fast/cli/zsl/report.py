@@ -120,27 +120,17 @@ def _pairs(pairs: Mapping[str, Sequence[Pair]]) -> str:
 def _chart(points: Sequence[Mapping[str, float]], x: str, label: str) -> str:
     """Draws T1, U, S and H, from 0 to 1, against what changes."""
     largest = max(point[x] for point in points) or 1
+    width, height = _WIDTH - 2 * _EDGE, _HEIGHT - 2 * _EDGE
     lines = ""
     for name, title in _FIGURES.items():
-        places = [
-            (_EDGE + (_WIDTH - 2 * _EDGE) * point[x] / largest, _HEIGHT - _EDGE - (_HEIGHT - 2 * _EDGE) * point[name])
-            for point in points
-        ]
+        places = [(_EDGE + width * point[x] / largest, _EDGE + height * (1 - point[name])) for point in points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        lines += (
-            f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="2" '
-            f'stroke-dasharray="{_DASHES[name]}"/>'
-            f'<text x="{places[-1][0] + 6:.1f}" y="{places[-1][1] + 4:.1f}" fill="currentColor" font-size="12">{title}</text>'
-        )
-    return _drawing(
-        f"T1, U, S and H against {label}",
-        f'<rect class="track" x="{_EDGE}" y="{_HEIGHT - _EDGE}" width="{_WIDTH - 2 * _EDGE}" height="1"/>'
-        f'<text x="4" y="{_HEIGHT - _EDGE + 4}" fill="currentColor" font-size="12">0</text>'
-        f'<text x="4" y="{_EDGE + 4}" fill="currentColor" font-size="12">1</text>'
-        f'<text x="{_EDGE}" y="{_HEIGHT - 14}" fill="currentColor" font-size="12">0</text>'
-        f'<text x="{_WIDTH - _EDGE - 60}" y="{_HEIGHT - 14}" fill="currentColor" font-size="12">'
-        f"{label} {largest:g}</text>{lines}",
-    )
+        lines += f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-dasharray="{_DASHES[name]}"/>'
+        lines += _text(places[-1][0] + 6, places[-1][1] + 4, title)
+    axis = f'<rect class="track" x="{_EDGE}" y="{_HEIGHT - _EDGE}" width="{width}" height="1"/>'
+    ends = _text(8, _HEIGHT - _EDGE + 4, "0") + _text(8, _EDGE + 4, "1") + _text(_EDGE, _HEIGHT - 20, "0")
+    ends += _text(_WIDTH - 4 * _EDGE, _HEIGHT - 20, f"{label}: {largest:g}")
+    return _drawing(f"T1, U, S and H against {label}", axis + ends + lines)
 
 
 def _plane(points: Sequence[Mapping[str, Any]]) -> str:
@@ -153,15 +143,16 @@ def _plane(points: Sequence[Mapping[str, Any]]) -> str:
             for axis, values, side in (("x", xs, _WIDTH), ("y", ys, 2 * _HEIGHT))
         )
         kind = "dot" if point["kind"] == "token" else "interval"
-        marks += (
-            f'<circle class="{kind}" cx="{a:.1f}" cy="{b:.1f}" r="4"/>'
-            f'<text x="{a + 6:.1f}" y="{b + 3:.1f}" fill="currentColor" font-size="9">{visible(point["class"])}</text>'
-        )
+        marks += f'<circle class="{kind}" cx="{a:.1f}" cy="{b:.1f}" r="4"/>' + _text(a + 6, b + 3, point["class"], 9)
     return section(
         "Where the tokens are",
         paragraph("t-SNE of the learned vectors (dark) and of the mean vectors of the classes' names (pale)."),
         _drawing("t-SNE of tokens and names", marks, 2 * _HEIGHT),
     )
+
+
+def _text(x: float, y: float, text: str, size: int = 12) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="currentColor" font-size="{size}">{visible(text)}</text>'
 
 
 def _drawing(title: str, content: str, height: int = _HEIGHT) -> str:
