@@ -27,7 +27,21 @@ from dsd_fast.engine.guides import guide_of
 from dsd_fast.generation import GenerateConfig, Sampler
 from dsd_fast.models import Model
 
-__all__ = ["AMBIGUOUS", "CONFIG", "NO_WORD", "N", "Task", "ambiguous", "no_word", "suite"]
+__all__ = [
+    "AMBIGUOUS",
+    "CONFIG",
+    "GUIDANCE",
+    "NO_WORD",
+    "RUNS",
+    "SAMPLER",
+    "STEPS",
+    "N",
+    "Task",
+    "ambiguous",
+    "no_word",
+    "shows",
+    "suite",
+]
 
 N = 1000
 """Pictures of a figure at least, of all classes and runs together."""
@@ -45,7 +59,7 @@ CONFIG = TokenConfig(
     noise="fresh",
     learning_rate=0.02,
     stopping="never",
-    updates=40,
+    updates=30,
     keep="last",
 )
 FIRST_SEED = 1_000_000
@@ -162,7 +176,7 @@ class _Bench:
         for run, model in enumerate(models):
             seeds = FIRST_SEED + run * self.each + np.arange(self.each).repeat(len(texts))
             images = drawn(Sampler(model, config), list(texts) * self.each, seeds.tolist())
-            right = [_shows(seen, asked) for seen, asked in zip(look(self.judge, images), wanted, strict=True)]
+            right = [shows(seen, asked) for seen, asked in zip(look(self.judge, images), wanted, strict=True)]
             found.append(np.stack([right, self.guide.of_images(list(images)).argmax(-1).numpy() == outputs], -1))
         return np.stack(found)
 
@@ -174,7 +188,7 @@ class _Bench:
         ]
 
 
-def _shows(seen: Seen, asked: Mapping[str, str]) -> bool:
+def shows(seen: Seen, asked: Mapping[str, str]) -> bool:
     """Whether there is one object, with all that is asked of it."""
     if len(seen.objects) != 1:
         return False

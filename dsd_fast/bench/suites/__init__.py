@@ -37,6 +37,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "ops": _suite("ops"),
     "tokens": _suite("tokens"),
     "unet": _suite("unet"),
+    "zsl": _suite("zsl", experiment),
 }
 """Name of a suite → what gives it. Its module, and with it what it measures, is imported by that call.
 
