@@ -197,7 +197,7 @@ def shows(seen: Seen, asked: Mapping[str, str]) -> bool:
 
 
 def _of_the_second(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    ratios: NDArray[np.float64] = means[:, 0] / means[:, 1]
+    ratios: NDArray[np.float64] = means[:, 0] / np.maximum(means[:, 1], np.finfo(np.float64).tiny)
     return ratios
 
 
