@@ -51,13 +51,17 @@ STEPS, GUIDANCE, SAMPLER = 6, 3.0, "dpm++2m"
 CLAMPS = (None, 2.5, 1.5)
 CONFIG = TokenConfig(
     class_name=False,
+    # The guide's logits are tens: without a temperature its gradient says nothing of most classes.
+    temperature=10.0,
     images=3,
     steps=STEPS,
-    guidance=GUIDANCE,
+    # As much as pictures need hides from most classes how their token would change them.
+    guidance=1.5,
     scheduler=SAMPLER,
     gradient_steps=1,
     noise="fresh",
     learning_rate=0.02,
+    norm_clamp=1.5,
     stopping="never",
     updates=30,
     keep="last",
