@@ -265,6 +265,38 @@ def within(schedule: NoiseSchedule, interval: tuple[float, float | None], inside
     return predict
 
 
+def last_calls(predict: Predict, calls: int, last: int) -> Predict:
+    """Turn gradients off for all calls of one walk but the last ones.
+
+    The gradient of what comes out then goes through the last steps alone, as in Schwartz et al. 2023, "Discriminative
+    Class Tokens for Text-to-Image Diffusion Models", whatever the scheduler makes of the outputs.
+
+    Args:
+        predict: differentiable while torch's gradients are on, as those of ``engine.predict(…, gradients=last)`` are.
+        calls: that the walk makes, ``len(scheduler_timesteps(…))`` of :func:`sample` and :func:`img2img`.
+        last: how many of them gradients go through, 1 to ``calls``.
+
+    Returns:
+        A prediction for one walk.
+
+    Raises:
+        ValueError: another number of last calls; at a call, one more than ``calls``.
+    """
+    if not 1 <= last <= calls:
+        raise ValueError(f"last: got {last} of {calls} calls, expected 1 to {calls}")
+    made = 0
+
+    def predict_last(latents: Tensor, t: float) -> Tensor:
+        nonlocal made
+        made += 1
+        if made > calls:
+            raise ValueError(f"calls: got {calls} for a walk that makes more, expected all of its calls")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and made > calls - last):
+            return predict(latents, t)
+
+    return predict_last
+
+
 def guidance_embedding(scale: float | Sequence[float] | Tensor, width: int) -> Tensor:
     """Make the embedding of guidance scales that a network distilled with them reads (LCM), for `Plan.run`.
 

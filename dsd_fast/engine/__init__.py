@@ -3,5 +3,6 @@
 from dsd_fast.engine.engine import Engine
 from dsd_fast.engine.latents import Noised, draw_noise, noised
 from dsd_fast.engine.texts import Texts
+from dsd_fast.engine.tokens import LearnedTokens
 
-__all__ = ["Engine", "Noised", "Texts", "draw_noise", "noised"]
+__all__ = ["Engine", "LearnedTokens", "Noised", "Texts", "draw_noise", "noised"]

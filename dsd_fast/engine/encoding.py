@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dsd_fast.engine.adapters import Adapters
+from dsd_fast.engine.gradients import kept_bytes
 from dsd_fast.engine.texts import Texts
 from dsd_fast.models.prompts import PromptStates
-from dsd_fast.unet.stream import default_budget
+from dsd_fast.unet.stream import default_budget, gradient_budget
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -35,10 +36,12 @@ class Encoding:
     Attributes:
         model, adapters: the engine's.
         memory_budget: as given.
+        latent_size: the engine's.
     """
 
     model: Model
     adapters: Adapters
+    latent_size: tuple[int, int]
 
     def __init__(self, memory_budget: int | None) -> None:
         self.memory_budget = memory_budget
@@ -132,13 +135,29 @@ class Encoding:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode (n, C, h, w) latents as (n, 3, H, W) pixels in [−1, 1], as many at a time as the budget holds.
 
-        Differentiable, see :meth:`dsd_fast.models.Model.decode_latents`.
+        Differentiable, see :meth:`dsd_fast.models.Model.decode_latents`; all of it is then kept for the backward pass.
+        Who wants that bounded goes backward by parts of :meth:`images_decoded` latents, from each part's own loss to
+        its latents, and then once from those.
         """
         height, width = (side * self.model.vae_scale_factor for side in latents.shape[-2:])
         if not len(latents):
             return torch.empty(0, 3, height, width, dtype=self.model.dtype, device=latents.device)
         at_once = self._vae_images(height * width, _DECODER_TENSORS)
         return torch.cat([self.model.decode_latents(part) for part in torch.split(latents, at_once)])
+
+    def images_decoded(self, size: tuple[int, int] | None = None) -> int:
+        """Tell how many images are decoded together for a gradient, which a quarter of the memory budget is for.
+
+        Args:
+            size: (h, w) of the latents; the engine's own if None.
+        """
+        device = self.model.device
+        row = torch.zeros(
+            1, self.model.latent_channels, *(size or self.latent_size), dtype=self.model.dtype, device=device
+        )
+        kept = kept_bytes(lambda: self.model.decode_latents(row.requires_grad_()), self.model.vae)
+        budget = gradient_budget(device) // 2 if self.memory_budget is None else self.memory_budget // 4
+        return max(1, min(_VAE_IMAGES, budget // kept))
 
     def _vae_images(self, positions: int, tensors: int) -> int:
         """Images in one call of the VAE."""

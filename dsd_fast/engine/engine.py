@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsd_fast.engine.adapters import Adapters
 from dsd_fast.engine.encoding import Encoding
+from dsd_fast.engine.gradients import Differentiable
 from dsd_fast.engine.prediction import KEPT_COPIES, Prediction
 from dsd_fast.engine.texts import Texts, texts_held
 from dsd_fast.kernels.common.host import own_types
@@ -177,6 +178,9 @@ class Engine(Encoding):
         tokens = token_limit(self.model.tokenizers, self.model.text_encoders)
         return texts_held(plan, size or self.latent_size, tokens, self._budget(held))
 
+    def _time_ids(self, latents: Tensor) -> Tensor | None:
+        return self.model.time_ids(*(side * self.model.vae_scale_factor for side in latents.shape[-2:]))
+
     def _budget(self, held: int) -> int | None:
         return None if self.memory_budget is None else self.memory_budget - held
 
@@ -217,7 +221,7 @@ class Engine(Encoding):
         """
         budget = self._budget(held)
         if time_ids is None:
-            time_ids = self.model.time_ids(*(side * self.model.vae_scale_factor for side in latents.shape[-2:]))
+            time_ids = self._time_ids(latents)
         stream = partial(
             plan.stream,
             latents,
@@ -299,8 +303,10 @@ class Engine(Encoding):
         timestep_cond: Tensor | None = None,
         cache_interval: int = 1,
         cache_branch_id: int = 0,
+        gradients: int = 0,
+        checkpoint: bool = False,
     ) -> Prediction:
-        """Make what samplers and inversions call for the model's output for P latents at one timestep; no gradients.
+        """Make what samplers and inversions call for the model's output for P latents at one timestep.
 
         Latents of another floating type are taken in the network's. Keys and values are made once for all timesteps
         where they fit the budget.
@@ -312,19 +318,44 @@ class Engine(Encoding):
                 for Free"); for one walk at a time, of falling timesteps. See :class:`Prediction` for when it runs whole
                 besides.
             cache_branch_id: of :attr:`UNetProgram.entries`, where the shallow steps enter.
+            gradients: how many calls a gradient goes through together. Those made while torch's gradients are on are
+                then differentiable in the latents and in the texts' states, exactly, however many rows there are: what
+                does not fit the memory budget, half of which is for this, is computed again in the backward pass. 0: no
+                call is. See :func:`dsd_fast.diffusion.last_calls`.
+            checkpoint: compute all of it again: less memory, more time.
 
         Returns:
             A prediction of B rows, row b with text ``text_of[b]`` of latent ``latent_of[b]``, B = P without it.
 
         Raises:
-            ValueError: a branch that the network does not have.
+            ValueError: a branch that the network does not have; gradients beside conditions or a cache interval.
         """
-
+        if gradients and (conditions or cache_interval != 1):
+            given = "conditions" if conditions else f"cache_interval {cache_interval}"
+            raise ValueError(f"gradients: got {gradients} beside {given}, expected them without")
         send = partial(self.rows, texts=texts, conditions=conditions, time_ids=time_ids, timestep_cond=timestep_cond)
         rows = (text_of, latent_of, condition_of)
         if cache_interval == 1:
-            return Prediction(send, *rows, self.noise_plan)
+            differentiable = None
+            if gradients:
+                sizes = self._time_ids if time_ids is None else lambda latents: time_ids
+                about = (sizes, timestep_cond, gradients, checkpoint, self.memory_budget)
+                differentiable = Differentiable(self.noise_plan, texts, *about)
+            return Prediction(send, *rows, self.noise_plan, differentiable=differentiable)
         return Prediction(send, *rows, *self.keeping_plans(cache_branch_id), cache_interval)
+
+    def rows_differentiated(self, texts: Texts) -> int:
+        """Tell how many rows of one :meth:`predict` with gradients are one micro-batch of which all is kept.
+
+        Args:
+            texts: that want gradients.
+
+        Raises:
+            ValueError: a memory budget that does not hold one row.
+        """
+        latents = torch.zeros(1, self.program.latent_channels, *self.latent_size, dtype=self.model.dtype, device="cpu")
+        differentiable = Differentiable(self.noise_plan, texts, self._time_ids, None, 1, False, self.memory_budget)
+        return differentiable.sizes(latents.to(self.model.device), torch.zeros(1, dtype=torch.int64, device="cpu"))[0]
 
     def _controlled_rows(self, latents: Tensor, tokens: int, keys: int, budget: int | None) -> int:
         """Rows whose residuals are made together.

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsd_fast.engine.gradients import Differentiable
 from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.unet import Output, Plan
@@ -48,6 +49,7 @@ class Prediction:
         whole: the whole network's plan, which with a shallow plan gives the activation that is kept as well.
         shallow: a plan that enters the network with that activation, or None.
         interval: at most so many calls later the whole network runs again.
+        differentiable: how rows are computed while gradients are on; None: without any, always.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Prediction:
         whole: Plan,
         shallow: Plan | None = None,
         interval: int = 1,
+        differentiable: Differentiable | None = None,
     ) -> None:
+        self._differentiable = differentiable
         self._send, self._whole, self._shallow, self._interval = send, whole, shallow, interval
         self._text_of, self._condition_of = text_of, condition_of
         self._latent_of = torch.arange(len(text_of), device="cpu") if latent_of is None else latent_of
@@ -69,23 +73,47 @@ class Prediction:
         self._age = 0
         self._last = math.inf
 
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, t: float, part: slice = EVERY) -> Tensor:
+    def __call__(self, latents: Tensor, t: float | Tensor, part: slice = EVERY) -> Tensor:
         """Predict for P latents at one timestep.
 
         Args:
             latents: (P, C, h, w), of another floating type taken in the network's.
+            t: the timestep; or (P,) on the CPU, one for each latent, where none keeps anything for the next call.
             part: which of the B rows; all by default.
 
         Returns:
             The output for each of those rows.
         """
         latents = latents.to(self._whole.network.dtype)
-        rows = range(len(self._text_of))[part]
-        result = latents.new_empty(len(rows), *latents.shape[1:])
-        if self._shallow is None:
+        if self._differentiable is not None and torch.is_grad_enabled():
+            return self._with_gradients(self._differentiable, latents, t, part)
+        with torch.no_grad():
+            return self._without(latents, t, part)
+
+    def _with_gradients(
+        self, differentiable: Differentiable, latents: Tensor, t: float | Tensor, part: slice
+    ) -> Tensor:
+        every = torch.arange(len(self._text_of), device="cpu")[part]
+        wanted = differentiable.wanted(latents, self._text_of[every])
+        outputs, order = [], [every[wanted], every[~wanted]]
+        if wanted.any():
+            rows = order[0]
+            found, output = differentiable.rows(latents, t, self._text_of[rows], self._latent_of[rows])
+            order[0] = rows[found]
+            outputs.append(output)
+        if not wanted.all():
+            with torch.no_grad():
+                outputs.append(self._without(latents, t, order[1]))
+        place = torch.cat(order).argsort()
+        return torch.cat(outputs)[upload(place, latents.device)]
+
+    def _without(self, latents: Tensor, t: float | Tensor, part: slice | Tensor) -> Tensor:
+        result = latents.new_empty(len(self._text_of[part]), *latents.shape[1:])
+        if self._shallow is None or isinstance(part, Tensor):
             self._fill(result, None, self._sent(self._whole, latents, t, part, None))
             return result
+        assert isinstance(t, float | int)
+        rows = range(len(self._text_of))[part]
         kept = self._buffer(latents)[part]
         covered = all(row in self._covered for row in rows)
         if covered and self._age < self._interval and t <= self._last:
@@ -99,12 +127,12 @@ class Prediction:
         return result
 
     def _sent(
-        self, plan: Plan, latents: Tensor, t: float, part: slice, kept: Tensor | None
+        self, plan: Plan, latents: Tensor, t: float | Tensor, part: slice | Tensor, kept: Tensor | None
     ) -> Iterator[tuple[Tensor, Output]]:
         return self._send(
             plan,
             latents,
-            as_tensor([t]).repeat(len(latents)),
+            t if isinstance(t, Tensor) else as_tensor([t]).repeat(len(latents)),
             text_of=self._text_of[part],
             latent_of=self._latent_of[part],
             condition_of=None if self._condition_of is None else self._condition_of[part],

@@ -5,5 +5,6 @@ from dsd_fast.models.controlnet import Control, load_controlnet
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.load import from_pipeline, load
 from dsd_fast.models.prompts import PromptStates
+from dsd_fast.models.splice import Splice
 
-__all__ = ["Control", "Model", "ModelError", "PromptStates", "from_pipeline", "load", "load_controlnet"]
+__all__ = ["Control", "Model", "ModelError", "PromptStates", "Splice", "from_pipeline", "load", "load_controlnet"]

@@ -19,7 +19,7 @@ from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
 from dsd_fast.models.private import uncompiled
 from dsd_fast.models.prompts import PromptStates, encode_prompts
-from dsd_fast.models.tokens import TokenSource, with_tokens
+from dsd_fast.models.tokens import POOLED, TokenSource, with_tokens
 from dsd_fast.models.tuners import standing
 
 
@@ -266,7 +266,7 @@ class Model:
         return other
 
     @ordinary()
-    def with_tokens(self, source: TokenSource) -> "Model":
+    def with_tokens(self, source: TokenSource, pooled: str | None = None) -> "Model":
         """This model with learned tokens of textual inversion, in tokenizers and text encoders of its own.
 
         Their other weights, and all other parts, are shared. A token of v vectors counts as v tokens of a prompt.
@@ -274,14 +274,21 @@ class Model:
         Args:
             source: a .safetensors file, a folder of them, or several of these; of diffusers (one tensor (E,) or (v, E)
                 under the token's name) or of A1111 ("emb_params", the file's name being the token; SDXL's "clip_l" and
-                "clip_g"). Or the vectors themselves: token → (E,) or (v, E), or {"clip_l": …, "clip_g": …}.
+                "clip_g"). A folder of :class:`~dsd_fast.engine.tokens.LearnedTokens`. Or the vectors themselves:
+                token → (E,) or (v, E), or {"clip_l": …, "clip_g": …}.
+            pooled: where SDXL's second encoder takes its pooled state of a text with learned tokens: "stock", as stock
+                pipelines do, which is at a learned token where the encoder's config has the old end token; "end", at
+                the end token. None: as the tokens were learned, where they say so, else "stock".
 
         Raises:
             ModelError: no such file, a pickle, vectors that do not fit, a name that the tokenizers know already or
                 that could be mixed up with another.
+            ValueError: another ``pooled``.
         """
+        if pooled is not None and pooled not in POOLED:
+            raise ValueError(f"pooled: got {pooled!r}, expected one of {', '.join(POOLED)}")
         other = copy.copy(self)
-        other.tokenizers, other.text_encoders = with_tokens(self.tokenizers, self.text_encoders, source)
+        other.tokenizers, other.text_encoders = with_tokens(self.tokenizers, self.text_encoders, source, pooled)
         return other
 
     def with_scheduler(self, scheduler: Any) -> "Model":

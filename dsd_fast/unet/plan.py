@@ -52,8 +52,10 @@ class Plan(Cut):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as the same plan, compiled for the same runtime, of a copy of the program."""
-        cut = (self.features, self.scores, self.maps, self.noise_pred, self.pool, self.enter)
-        return _planned, (self.network, cut, self._adapter, self.runtime)
+        return _planned, (self.network, self._cut(), self._adapter, self.runtime)
+
+    def _cut(self) -> tuple[Any, ...]:
+        return self.features, self.scores, self.maps, self.noise_pred, self.pool, self.enter
 
     @property
     def program(self) -> Network:
@@ -88,6 +90,10 @@ class Plan(Cut):
         """
         self._runtime, self.runtime = make_runtime(runtime, self.network.device), runtime
         return self
+
+    def bare(self) -> Plan:
+        """Give this plan as it runs without a compiled runtime."""
+        return self if self._runtime is None else _planned(self.network, self._cut(), self._adapter, None)
 
     def encode_text(
         self,

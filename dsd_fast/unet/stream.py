@@ -25,6 +25,8 @@ GPU_BUDGET = 8 << 30
 MOST_ELEMENTS = (1 << 31) - 1
 # On a CPU more rows than these hold gain nothing and fall out of the caches.
 CPU_BUDGET = 256 << 20
+# What is kept for a backward pass is read once more, whatever fits the caches.
+CPU_GRADIENTS = 2 << 30
 # What a process holds for each byte that is in use. The CPU's heap keeps the gaps that tensors of other sizes leave.
 HEADROOM = {"cpu": 4, "cuda": 1}
 
@@ -47,6 +49,16 @@ def default_budget(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(GPU_SHARE * (free + max(0, unused - held_by_recordings(device))))
+
+
+def gradient_budget(device: torch.device) -> int:
+    """Bytes that activations kept for a backward pass may take on ``device``: half of what is free, 2 GiB on a CPU.
+
+    Rounded down, so that a little more or less free memory gives the same. ``DSD_FAST_MEMORY_BUDGET`` overrides it.
+    """
+    if device.type != "cuda" and not os.environ.get("DSD_FAST_MEMORY_BUDGET"):
+        return CPU_GRADIENTS
+    return max(1, full_bucket(default_budget(device) // 2))
 
 
 def rows_at_once(
