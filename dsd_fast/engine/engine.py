@@ -339,10 +339,23 @@ class Engine(Encoding):
             differentiable = None
             if gradients:
                 sizes = self._time_ids if time_ids is None else lambda latents: time_ids
-                how = (gradients, checkpoint, self.memory_budget)
-                differentiable = Differentiable(self.noise_plan, texts, sizes, timestep_cond, *how)
+                about = (sizes, timestep_cond, gradients, checkpoint, self.memory_budget)
+                differentiable = Differentiable(self.noise_plan, texts, *about)
             return Prediction(send, *rows, self.noise_plan, differentiable=differentiable)
         return Prediction(send, *rows, *self.keeping_plans(cache_branch_id), cache_interval)
+
+    def rows_differentiated(self, texts: Texts) -> int:
+        """Tell how many rows of one :meth:`predict` with gradients are one micro-batch of which all is kept.
+
+        Args:
+            texts: that want gradients.
+
+        Raises:
+            ValueError: a memory budget that does not hold one row.
+        """
+        latents = torch.zeros(1, self.program.latent_channels, *self.latent_size, dtype=self.model.dtype, device="cpu")
+        differentiable = Differentiable(self.noise_plan, texts, self._time_ids, None, 1, False, self.memory_budget)
+        return differentiable.sizes(latents.to(self.model.device), torch.zeros(1, dtype=torch.int64, device="cpu"))[0]
 
     def _controlled_rows(self, latents: Tensor, tokens: int, keys: int, budget: int | None) -> int:
         """Rows whose residuals are made together.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dsd_fast.unet.checkpoint import Checkpoints
 from dsd_fast.unet.stream import gradient_budget, rows_at_once
 
 
-@dataclass
+@dataclass(eq=False)
 class Differentiable:
     """Rows of a plan, differentiable in the latents and in the texts' states; see :meth:`Engine.predict`.
 
@@ -53,60 +53,62 @@ class Differentiable:
         own, absent = (_wants_gradient(each) for each in (self.texts.states, self.texts.unconditional))
         return (plain & absent) | (~plain & own)
 
-    def rows(self, latents: Tensor, t: float, text_of: Tensor, latent_of: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, latents: Tensor, t: float | Tensor, text_of: Tensor, latent_of: Tensor) -> tuple[Tensor, Tensor]:
         """Predict for all rows: their numbers (B,), and the outputs in that order."""
+        times = t if isinstance(t, Tensor) else as_tensor([t]).repeat(len(latents))
         with own_types(latents.device), self.plan.active():
-            size, held, by_region = self.sized(latents, t, text_of)
+            size, held, by_region = self.sizes(latents, text_of[:1])
             # Rows of one latent side by side: what comes before the network reads a text is computed once for them.
             order = latent_of.argsort(stable=True)
             checkpointed = Checkpoints(self.plan.network).around(None)
             outputs = []
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
-                arguments = (latents, t, text_of[rows], latent_of[rows], by_region)
+                arguments = (latents, times, text_of[rows], latent_of[rows], by_region)
                 again = len(order) - start > held
                 outputs.append(checkpointed(self._run, *arguments) if again else self._run(*arguments))
         return order, torch.cat(outputs)
 
-    def _run(self, latents: Tensor, t: float, text_of: Tensor, latent_of: Tensor, by_region: bool) -> Tensor:
+    def sizes(self, latents: Tensor, text_of: Tensor) -> tuple[int, int, bool]:
+        """Tell rows of a micro-batch, rows that keep what is read again, and whether one by itself is too large.
+
+        Args:
+            latents: (P, C, h, w), of which the first is tried with the text (1,).
+        """
+        if self._sizes is None:
+            memory = gradient_budget(latents.device) if self.memory_budget is None else self.memory_budget // 2
+            height, width = latents.shape[-2:]
+            at_once = rows_at_once(self.plan, height, width, self.texts.tokens, memory_budget=self.memory_budget)
+            held = memory // self.calls // self._row_bytes(latents, text_of)
+            self._sizes = max(1, min(at_once, held)), 0 if self.checkpoint else held, held < 1
+        return self._sizes
+
+    def _row_bytes(self, latents: Tensor, text_of: Tensor) -> int:
+        """Bytes that one row keeps for its backward pass, as it is without a compiled runtime."""
+        row = latents[:1].detach().requires_grad_()
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+        bare = replace(self, plan=self.plan.bare())
+        return kept_bytes(lambda: bare._run(row, zero, text_of, zero, False), self.plan.network.module)
+
+    def _run(self, latents: Tensor, times: Tensor, text_of: Tensor, latent_of: Tensor, by_region: bool) -> Tensor:
         used, latent = torch.unique(latent_of, return_inverse=True)
         texts, text = torch.unique(text_of, return_inverse=True)
-        own = [
+        sizes, embedding = (
             each[used] if each is not None and each.ndim == 2 else each
             for each in (self.time_ids(latents), self.timestep_cond)
-        ]
+        )
         out = self.plan.run(
             latents[upload(used, latents.device)],
-            as_tensor([t]).repeat(len(used)),
+            times[used],
             self.texts.keys(self.plan, texts),
             latent_index=latent,
             text_index=text,
-            time_ids=own[0],
-            timestep_cond=own[1],
+            time_ids=sizes,
+            timestep_cond=embedding,
             checkpoint=by_region,
         )
         assert out.noise_pred is not None
         return out.noise_pred
-
-    def sized(self, latents: Tensor, t: float, text_of: Tensor) -> tuple[int, int, bool]:
-        """Tell rows of a micro-batch, rows that keep what is read again, and whether one by itself is too large."""
-        if self._sizes is None:
-            budget = self.memory_budget
-            memory = gradient_budget(latents.device) if budget is None else budget // 2
-            share = memory // self.calls
-            height, width = latents.shape[-2:]
-            row = self._row_bytes(latents, t, text_of[:1])
-            at_once = rows_at_once(self.plan, height, width, self.texts.tokens, memory_budget=budget)
-            held = share // row
-            self._sizes = max(1, min(at_once, held)), 0 if self.checkpoint else held, held < 1
-        return self._sizes
-
-    def _row_bytes(self, latents: Tensor, t: float, text_of: Tensor) -> int:
-        """Bytes that one row keeps for its backward pass, as it is without a compiled runtime."""
-        row = latents[:1].detach().requires_grad_()
-        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-        bare = Differentiable(self.plan.bare(), self.texts, self.time_ids, self.timestep_cond, 1, False, None)
-        return kept_bytes(lambda: bare._run(row, t, text_of, zero, False), self.plan.network.module)
 
 
 def kept_bytes(compute: Callable[[], object], *modules: torch.nn.Module) -> int:

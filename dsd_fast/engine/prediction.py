@@ -73,11 +73,12 @@ class Prediction:
         self._age = 0
         self._last = math.inf
 
-    def __call__(self, latents: Tensor, t: float, part: slice = EVERY) -> Tensor:
+    def __call__(self, latents: Tensor, t: float | Tensor, part: slice = EVERY) -> Tensor:
         """Predict for P latents at one timestep.
 
         Args:
             latents: (P, C, h, w), of another floating type taken in the network's.
+            t: the timestep; or (P,) on the CPU, one for each latent, where none keeps anything for the next call.
             part: which of the B rows; all by default.
 
         Returns:
@@ -89,7 +90,9 @@ class Prediction:
         with torch.no_grad():
             return self._without(latents, t, part)
 
-    def _with_gradients(self, differentiable: Differentiable, latents: Tensor, t: float, part: slice) -> Tensor:
+    def _with_gradients(
+        self, differentiable: Differentiable, latents: Tensor, t: float | Tensor, part: slice
+    ) -> Tensor:
         every = torch.arange(len(self._text_of), device="cpu")[part]
         wanted = differentiable.wanted(latents, self._text_of[every])
         outputs, order = [], [every[wanted], every[~wanted]]
@@ -104,11 +107,12 @@ class Prediction:
         place = torch.cat(order).argsort()
         return torch.cat(outputs)[upload(place, latents.device)]
 
-    def _without(self, latents: Tensor, t: float, part: slice | Tensor) -> Tensor:
+    def _without(self, latents: Tensor, t: float | Tensor, part: slice | Tensor) -> Tensor:
         result = latents.new_empty(len(self._text_of[part]), *latents.shape[1:])
         if self._shallow is None or isinstance(part, Tensor):
             self._fill(result, None, self._sent(self._whole, latents, t, part, None))
             return result
+        assert isinstance(t, float | int)
         rows = range(len(self._text_of))[part]
         kept = self._buffer(latents)[part]
         covered = all(row in self._covered for row in rows)
@@ -123,12 +127,12 @@ class Prediction:
         return result
 
     def _sent(
-        self, plan: Plan, latents: Tensor, t: float, part: slice | Tensor, kept: Tensor | None
+        self, plan: Plan, latents: Tensor, t: float | Tensor, part: slice | Tensor, kept: Tensor | None
     ) -> Iterator[tuple[Tensor, Output]]:
         return self._send(
             plan,
             latents,
-            as_tensor([t]).repeat(len(latents)),
+            t if isinstance(t, Tensor) else as_tensor([t]).repeat(len(latents)),
             text_of=self._text_of[part],
             latent_of=self._latent_of[part],
             condition_of=None if self._condition_of is None else self._condition_of[part],

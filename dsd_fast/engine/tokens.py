@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     import os
 
 LIST = "tokens.json"
-# What file systems do not take, or people would have to quote.
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+')
-_LONGEST = 100
+# What file systems do not take, or prompts read as something else.
+_UNSAFE = re.compile(r"[^\w.-]+")
+# Letters of at most four bytes, in names of at most 255.
+_LONGEST = 50
 
 
 class LearnedTokens(Mapping[str, Vectors]):
@@ -91,20 +92,16 @@ class LearnedTokens(Mapping[str, Vectors]):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder, in place of the tokens that it has.
 
-        ``<token>.safetensors`` each, its name without "<" and ">", which diffusers and the embeddings folders of A1111
-        and ComfyUI read; ``tokens.json`` for people; last ``bank.safetensors``, all of it, so that a folder that could
-        not be finished is still of the older tokens.
+        The files of :meth:`write_files`; ``tokens.json`` for people; last ``bank.safetensors``, all of it, so that a
+        folder that could not be finished is still of the older tokens.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
         folder = Path(folder)
-        files = self.files()
         before = _listed(folder / LIST)
-        for token, file in files.items():
-            write_tensors(folder / file, *_single(token, self[token]))
+        files = self.write_files(folder)
         shown = {token: {"class": self.classes[token], "file": files[token], **self.about[token]} for token in self}
-        folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / LIST) as stream:
             content = {"tokens": shown, "pooled": self.pooled, "settings": self.settings}
             stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -116,15 +113,40 @@ class LearnedTokens(Mapping[str, Vectors]):
             "settings": self.settings,
             "pooled": self.pooled,
         }
-        write_tensors(folder / BANK, bank_of(self), about)
+        # The tensor without a name keeps A1111 from taking the bank of one token for a token called "bank".
+        nameless = {"": torch.zeros(0, dtype=torch.float32, device="cpu")}
+        write_tensors(folder / BANK, {**bank_of(self), **nameless}, about)
         for file in before - set(files.values()):
             (folder / file).unlink(missing_ok=True)
 
+    def write_files(self, folder: str | os.PathLike[str]) -> dict[str, str]:
+        """Write a file for each token, as diffusers and the embeddings folders of A1111 and ComfyUI read them.
+
+        Returns:
+            token → the file's name, see :meth:`files`.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        folder, files = Path(folder), self.files()
+        folder.mkdir(parents=True, exist_ok=True)
+        for token, vectors in self.items():
+            # SDXL's have no key for the token's name, which is told besides.
+            tensors = vectors if isinstance(vectors, Mapping) else {token: vectors}
+            write_tensors(folder / files[token], tensors, {"token": token})
+        return files
+
     def files(self) -> dict[str, str]:
-        """Tell the name of each token's file."""
+        """Tell the name of each token's file: ``<cardinal>`` is in ``cardinal-token.safetensors``.
+
+        In A1111 a file's stem is the word that prompts name it by, and a plain word would be taken for the token
+        wherever it stands.
+        """
         taken, files = {BANK.lower()}, {}
         for token in self:
-            stem = _UNSAFE.sub("_", token.strip("<>")).strip("._")[:_LONGEST] or "token"
+            bare = token.strip("<>")
+            stem = _UNSAFE.sub("_", bare).strip("._-")[:_LONGEST] or "token"
+            stem += "-token" if bare != token else ""
             file, number = f"{stem}.safetensors", 1
             # Some file systems take no note of case.
             while file.lower() in taken:
@@ -187,11 +209,6 @@ def _rows(what: str, value: Tensor) -> Tensor:
     if value.ndim != 2 or not len(value) or not value.is_floating_point():
         raise ValueError(f"{what}: got vectors of {tuple(value.shape)} {value.dtype}, expected floats (vectors, width)")
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def _single(token: str, vectors: Vectors) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """A token's file: its name, which SDXL's have no key for, is told besides."""
-    return vectors if isinstance(vectors, Mapping) else {token: vectors}, {"token": token}
 
 
 def _listed(file: Path) -> set[str]:

@@ -89,10 +89,12 @@ class Loop(ABC):
             self._save(report=False)
 
     def _save(self, *, report: bool) -> None:
+        # Half a step would be taken twice.
+        if not self._whole:
+            return
         try:
             self.settle(report=report)
         finally:
-            # Half a step would be taken twice.
             if self._file is not None and self._whole and not self._saved:
                 tensors, values = self.state()
                 write_tensors(self._file, tensors, {**values, "fingerprint": self._fingerprint})
@@ -109,7 +111,7 @@ class Loop(ABC):
         other = sorted(key for key in {*found, *own} if found.get(key) != own.get(key))
         if other:
             raise ValueError(
-                f"out: {self._file} is of another training, which differs in {', '.join(other)}; choose another folder"
+                f"out: {self._file} is of another fit, which differs in {', '.join(other)}; choose another folder"
             )
         self.restore(tensors, values)
 

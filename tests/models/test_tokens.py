@@ -1,11 +1,13 @@
 """Learned tokens: what stock pipelines make of the same files, beside a model that stays as it was."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import dsd_fast as dsd
-from dsd_fast.engine import Engine
+from dsd_fast.engine import Engine, LearnedTokens
 from dsd_fast.engine.fingerprint import model_settings
 from dsd_fast.models import ModelError
 from tests.tiny import tiny_pipeline
@@ -117,17 +119,30 @@ def test_files_for_one_of_two_encoders_go_where_they_fit(pipes, tmp_path):
 
 
 @torch.no_grad()
-def test_the_pooled_state_stays_that_of_the_end_where_the_largest_token_was_it():
-    pipe = tiny_pipeline("sdxl")
-    want = dsd.from_pipeline(pipe).with_tokens({"<cat>": vectors(1, 32)}).encode_prompts(["a <cat>"])
+def test_where_the_largest_token_was_the_end_the_pooled_state_is_the_stock_pipelines_or_the_ends():
+    pipe, tokens = tiny_pipeline("sdxl"), {"<cat>": vectors(1, 32)}
+    at_end = dsd.from_pipeline(pipe).with_tokens(tokens).encode_prompts(["a <cat>"])
     pipe.text_encoder_2.config.eos_token_id = 2
     for module in pipe.text_encoder_2.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = 2
     model = dsd.from_pipeline(pipe)
-    got = model.with_tokens({"<cat>": vectors(1, 32)})
-    assert torch.equal(got.encode_prompts(["a <cat>"]).pooled, want.pooled)
-    assert torch.equal(got.encode_prompts(["a cat"]).pooled, model.encode_prompts(["a cat"]).pooled)
+    learned = {pooled: LearnedTokens(tokens, pooled=pooled) for pooled in ("stock", "end")}
+    got = {pooled: model.with_tokens(each) for pooled, each in learned.items()}
+    assert torch.equal(got["end"].encode_prompts(["a <cat>"]).pooled, at_end.pooled)
+    assert torch.equal(got["end"].encode_prompts(["a cat"]).pooled, model.encode_prompts(["a cat"]).pooled)
+    stock = got["stock"].encode_prompts(["a <cat>"])
+    assert torch.equal(model.with_tokens(tokens).encode_prompts(["a <cat>"]).pooled, stock.pooled)
+    assert torch.equal(
+        model.with_tokens(learned["stock"], pooled="end").encode_prompts(["a <cat>"]).pooled, at_end.pooled
+    )
+    for pooled, each in learned.items():
+        fresh = copy.deepcopy(pipe)
+        each.load_into(fresh)
+        assert torch.equal(stock_states(fresh, "a <cat>")[1], got[pooled].encode_prompts(["a <cat>"]).pooled)
+    assert (stock.pooled - at_end.pooled).abs().max() > 0.1
+    with pytest.raises(ValueError, match="pooled: got 'first', expected one of stock, end"):
+        model.with_tokens(tokens, pooled="first")
 
 
 @pytest.mark.parametrize(
