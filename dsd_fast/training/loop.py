@@ -33,10 +33,13 @@ class Loop(ABC):
         folder: of the checkpoint, behind a lock of the caller's; None keeps none.
         fingerprint: what changes the result, by name; a checkpoint of another is refused.
         save_every: seconds between checkpoints; 0 saves after every step.
+        file: name of the checkpoint.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any], save_every: float) -> None:
-        self._file = None if folder is None else folder / CHECKPOINT
+    def __init__(
+        self, folder: Path | None, fingerprint: Mapping[str, Any], save_every: float, file: str = CHECKPOINT
+    ) -> None:
+        self._file = None if folder is None else folder / file
         self._fingerprint, self._save_every = as_json(fingerprint), save_every
         self._whole, self._saved = True, True
 
