@@ -56,10 +56,6 @@ class Prompts:
     def _filled(self, said: str) -> list[str]:
         return [filled(template, said) for template in self._config.templates]
 
-    def plain(self, number: int) -> list[str]:
-        """Give a class's texts without its token: its name alone, one for each template."""
-        return [template.replace("{}", self._spelt[number]) for template in self._config.templates]
-
     def texts(self, number: int, update: int) -> list[str]:
         """Give the texts of a class's images in one of its updates."""
         every, images = self.every(number), self._config.images
