@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.engine.clip import ClipSpace
-from dsd_fast.engine.network import PixelNetwork, load_with_processor, preprocessing_of, wide
+from dsd_fast.engine.network import PixelNetwork, check_absent, load_with_processor, preprocessing_of, wide
 from dsd_fast.engine.preprocessing import Picture, to_pixels
 from dsd_fast.engine.templates import check_templates
 
@@ -153,11 +153,9 @@ def guide_of(
         ValueError: arguments that do not go with the classifier; preprocessing that is not known; a module in training
             mode, or with another number of outputs than of labels; a model without a CLIP.
     """
-    given = {"labels": labels, "processor": processor, "size": size, "mean": mean, "std": std}
     if isinstance(classifier, Guide) or (isinstance(classifier, str) and classifier == "clip"):
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name}: got {value!s:.80}, but {classifier!r:.80} has its own, expected None")
+        source = type(classifier) if isinstance(classifier, Guide) else classifier
+        check_absent(source, labels=labels, processor=processor, size=size, mean=mean, std=std)
         if isinstance(classifier, Guide):
             return classifier
         if model is None or classes is None:
@@ -166,9 +164,7 @@ def guide_of(
     if isinstance(classifier, nn.Module):
         network, preprocessing = classifier, preprocessing_of(classifier, processor, size=size, mean=mean, std=std)
     else:
-        for name in ("size", "mean", "std", "processor"):
-            if given[name] is not None:
-                raise ValueError(f"{name}: got {given[name]}, but {classifier!r} has its own, expected None")
+        check_absent(classifier, processor=processor, size=size, mean=mean, std=std)
         where = device if device is not None else "cpu" if model is None else model.device
         network, processor = load_with_processor(
             classifier,

@@ -34,19 +34,11 @@ class PixelNetwork:
     Args:
         network: in eval mode.
         preprocessing: its own.
-        run: from prepared pictures (n, 3, h, w) to a tensor; the network's own call unless given.
-
-    Raises:
-        ValueError: a network in training mode.
+        run: from prepared pictures (n, 3, h, w) to a tensor (n, …).
     """
 
-    def __init__(
-        self, network: nn.Module, preprocessing: Preprocessing, run: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        if any(module.training for module in network.modules()):
-            raise ValueError("classifier: it is in training mode, expected a module after eval()")
-        self.network, self.preprocessing = network, preprocessing
-        self._run: Callable[[Tensor], Tensor] = run or network
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, run: Callable[[Tensor], Tensor]) -> None:
+        self.network, self.preprocessing, self._run = network, preprocessing, run
         weights = (each for each in network.parameters() if each.is_floating_point())
         weight = next(weights, torch.empty(0, dtype=torch.float32, device="cpu"))
         self.device, self.dtype = weight.device, weight.dtype
@@ -108,6 +100,80 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def vision_network(
+    encoder: PixelNetwork | nn.Module | str | os.PathLike[str],
+    *,
+    processor: Any = None,
+    size: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> PixelNetwork:
+    """Make what gives features (n, D) of pictures: float32, or float64 of a network that is.
+
+    Args:
+        encoder: one made before, which is given back; a folder or hub id of a vision model of transformers or timm; or
+            a module in eval mode, which stays as it is: one of transformers with its ``processor``, one of timm, or any
+            from normalised pixels (n, 3, H, W) to features. Of transformers' outputs the pooled one is taken, else the
+            first token, or the mean over positions; of timm's models what is before the classifier.
+        processor, size, mean, std, device, revision, local_files_only, cache_dir: see
+            :func:`dsd_fast.engine.guides.guide_of`.
+
+    Raises:
+        ModelError: an encoder that cannot be loaded.
+        ValueError: arguments that do not go with it; preprocessing that is not known; a module in training mode.
+    """
+    if isinstance(encoder, PixelNetwork):
+        return encoder
+    network: Any = encoder
+    if not isinstance(encoder, nn.Module):
+        check_absent(encoder, processor=processor, size=size, mean=mean, std=std)
+        network, processor = load_with_processor(
+            encoder,
+            "AutoModel",
+            "encoder",
+            device=device,
+            revision=revision,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+        )
+    preprocessing = preprocessing_of(network, processor, size=size, mean=mean, std=std)
+    is_timm = callable(getattr(network, "forward_head", None)) and callable(getattr(network, "forward_features", None))
+
+    def run(x: Tensor) -> Tensor:
+        if is_timm:
+            return wide(network.forward_head(network.forward_features(x), pre_logits=True))
+        return wide(_features(network(x)))
+
+    return PixelNetwork(network, preprocessing, run)
+
+
+def _features(output: Any) -> Tensor:
+    for name in ("image_embeds", "pooler_output", "last_hidden_state"):
+        value = output if isinstance(output, Tensor) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            # Of (n, L, D) the first token, of (n, D, h, w) the mean over positions.
+            value = value[:, 0] if value.ndim == 3 else value.flatten(2).mean(-1) if value.ndim == 4 else value
+            if value.ndim == 2:
+                return value
+    raise ValueError(f"encoder gave {type(output).__name__}, expected features (n, D), or an output that has them")
+
+
+def check_absent(source: str | os.PathLike[str] | type, **given: Any) -> None:
+    """Refuse what a source, by its name or class, has itself.
+
+    Raises:
+        ValueError: something that is not None, by name.
+    """
+    for name, value in given.items():
+        if value is not None:
+            who = source.__name__ if isinstance(source, type) else repr(os.fspath(source))
+            raise ValueError(f"{name}: got {value!s:.80}, but {who} has its own, expected None")
+
+
 def preprocessing_of(
     network: nn.Module,
     processor: Any = None,
@@ -124,15 +190,14 @@ def preprocessing_of(
             those of a model of timm (its ``pretrained_cfg``).
 
     Raises:
-        ValueError: neither, or both; a preprocessing that is not known.
+        ValueError: neither, or both; a preprocessing that is not known; a module in training mode.
     """
-    given = {"size": size, "mean": mean, "std": std}
-    said = [name for name, value in given.items() if value is not None]
+    if any(module.training for module in network.modules()):
+        raise ValueError("classifier: it is in training mode, expected a module after eval()")
     if processor is not None:
-        if said:
-            raise ValueError(f"{said[0]}: got {given[said[0]]}, but the processor has its own, expected None")
+        check_absent(type(processor), size=size, mean=mean, std=std)
         return of_processor(processor, f"processor {type(processor).__name__}")
-    if not said and getattr(network, "pretrained_cfg", None):
+    if size is mean is std is None and getattr(network, "pretrained_cfg", None):
         import timm
 
         return of_timm(timm.data.resolve_model_data_config(network), f"classifier {type(network).__name__}")
@@ -176,7 +241,9 @@ def load_with_processor(
     )
     name = f"{what} {os.fspath(source)!r}"
     check_weights(folder, TRANSFORMERS_STEM, None, name)
-    network = load_network(getattr(transformers, kind), folder, torch.float32, None, name)
+    network = load_network(getattr(transformers, kind), folder, torch.float32, None, name, "pooler")
+    # Of a CLIP and its like.
+    network = getattr(network, "vision_model", network) if kind == "AutoModel" else network
     with reported(name):
         processor = transformers.AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
