@@ -20,6 +20,7 @@ from dsd_fast.engine.settings import (
     one_of,
     or_none,
 )
+from dsd_fast.engine.templates import check_templates
 
 TEMPLATES = ("A photo of {}", "a high resolution realistic image of {}", "A close-up photo of a {}")
 """The official code's first three, which it takes in turn."""
@@ -36,8 +37,8 @@ class TokenConfig:
     Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion Models"; Fu et al. 2024, "DIG-ZSL".
 
     Attributes:
-        templates: texts with one "{}" each, where the token stands; an update's images take them in turn, in an order
-            that the class and the update draw.
+        templates: texts with one "{}" or "{class}" each, where the token stands; an update's images take them in turn,
+            in an order that the class and the update draw.
         class_name: whether the class's name follows the token in a text, "<cardinal> cardinal".
         token: what a token is called; "{}" is the class's name, of which blanks and "_" become "-".
         vectors: of each token.
@@ -122,7 +123,10 @@ class TokenConfig:
 
 
 def _are_templates(x: object) -> bool:
-    return isinstance(x, tuple) and bool(x) and all(isinstance(each, str) and each.count("{}") == 1 for each in x)
+    try:
+        return isinstance(x, tuple) and bool(check_templates(x))
+    except ValueError:
+        return False
 
 
 def _are_betas(x: object) -> bool:
@@ -130,7 +134,7 @@ def _are_betas(x: object) -> bool:
 
 
 _FIELDS: Fields = {
-    "templates": (_are_templates, 'texts with one "{}" each'),
+    "templates": (_are_templates, 'texts with one "{}" or "{class}" each'),
     "class_name": (is_bool, "True or False"),
     "token": (lambda x: is_text(x) and x.count("{}") == 1, 'a text with one "{}"'),
     "vectors": (integer(1), "an integer of at least 1"),

@@ -15,6 +15,7 @@ from dsd_fast.class_tokens.config import TokenConfig
 from dsd_fast.class_tokens.learning import Losses
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.diffusion import (
+    Predict,
     RowNoise,
     guidance_embedding,
     guided,
@@ -22,8 +23,9 @@ from dsd_fast.diffusion import (
     sample,
     scheduler_timesteps,
 )
-from dsd_fast.engine import Engine, Noised, Texts
+from dsd_fast.engine import Engine, Noised, Texts, draw_noise
 from dsd_fast.engine.guides import Guide
+from dsd_fast.engine.prediction import Prediction
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.models.splice import Splice
@@ -134,6 +136,11 @@ class ThroughImages(Gradients):
     ) -> None:
         super().__init__(engine, splice, prompts, config)
         self._guide, self._targets, self._latents = guide, targets, latents
+        if latents is None and config.noise == "fixed":
+            shape = (self._model.latent_channels, *engine.latent_size)
+            self._latents = draw_noise([config.seed], config.images, shape)[0]  # (images, C, h, w)
+        # What the network says at the first call without a text, (images, C, h, w).
+        self._first: Tensor | None = None
         self._scheduler = self._model.new_scheduler()
         self._calls = len(scheduler_timesteps(self._scheduler, config.steps))
         self._is_guided = config.guidance > 1 and not engine.program.guidance_width
@@ -167,28 +174,55 @@ class ThroughImages(Gradients):
 
     def _sampled(self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]) -> Tensor:
         """Clean latents of all images, (C · images, C, h, w), differentiable in the states by the last calls."""
-        config, rows, draws = self._config, len(text_of), self._draws(classes, updates)
+        draws = self._draws(classes, updates)
         if self._latents is None:
             start = draws.start((self._model.latent_channels, *self._engine.latent_size))
         else:
             start = self._latents.repeat(len(classes), 1, 1, 1)
         start = upload(start, self._model.device, torch.promote_types(self._model.dtype, torch.float32))
-        latent_of = torch.arange(rows, device="cpu")
-        scale, width = config.guidance, self._engine.program.guidance_width
-        if self._is_guided:
-            text_of = torch.cat([torch.full_like(text_of, len(texts)), text_of])
-            latent_of = latent_of.repeat(2)
-        predict = self._engine.predict(
-            Texts(texts, self._unconditional if self._is_guided else None),
-            text_of,
-            latent_of=latent_of,
-            timestep_cond=guidance_embedding([scale] * rows, width) if width else None,
-            gradients=config.gradient_steps,
-            checkpoint=config.checkpointing,
-        )
-        answer = guided(predict, scale) if self._is_guided else predict
-        answer = last_calls(answer, self._calls, config.gradient_steps)
-        return sample(self._scheduler, answer, start, steps=config.steps, draws=draws)
+        predict = last_calls(self._predict(texts, text_of), self._calls, self._config.gradient_steps)
+        return sample(self._scheduler, predict, start, steps=self._config.steps, draws=draws)
+
+    def _predict(self, texts: PromptStates, text_of: Tensor) -> Predict:
+        """What the sampler calls.
+
+        Where noise is fixed all classes have the same latents at the first call: what comes before the network reads a
+        text is computed for those alone, and what it says without a text once for all updates.
+        """
+        config, rows, images = self._config, len(text_of), self._config.images
+        width = self._engine.program.guidance_width
+        every = torch.arange(rows, device="cpu")
+        absent = torch.full_like(text_of, len(texts))
+        states = Texts(texts, self._unconditional if self._is_guided else None)
+
+        def prediction(text_of: Tensor, latent_of: Tensor, latents: int) -> Prediction:
+            return self._engine.predict(
+                states,
+                text_of,
+                latent_of=latent_of,
+                timestep_cond=guidance_embedding([config.guidance] * latents, width) if width else None,
+                gradients=config.gradient_steps,
+                checkpoint=config.checkpointing,
+            )
+
+        asked = torch.cat([absent, text_of]) if self._is_guided else text_of
+        usual = prediction(asked, every.repeat(len(asked) // rows), rows)
+        first = None if self._latents is None else prediction(text_of, every % images, images)
+
+        def predict(latents: Tensor, t: float) -> Tensor:
+            nonlocal first
+            if first is None:
+                return usual(latents, t)
+            begin, first = first, None
+            given = begin(latents[:images], t)
+            if not self._is_guided:
+                return given
+            if self._first is None:
+                with torch.no_grad():
+                    self._first = prediction(absent[:images], every[:images], images)(latents[:images], t)
+            return torch.cat([self._first.repeat(rows // images, 1, 1, 1), given])
+
+        return guided(predict, config.guidance) if self._is_guided else predict
 
     def _draws(self, classes: Sequence[int], updates: Sequence[int]) -> RowNoise:
         """The noise of all images: that of an update, of which each image is a draw."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,21 +17,22 @@ from dsd_fast.class_tokens.config import TokenConfig
 from dsd_fast.class_tokens.gradients import Gradients, ThroughImages, ThroughNoise
 from dsd_fast.class_tokens.learning import Learning
 from dsd_fast.class_tokens.progress import Callback, ClassHistory
-from dsd_fast.class_tokens.prompts import Prompts, class_names
+from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.diffusion import scheduler_timesteps
 from dsd_fast.diffusion.schedulers import check_draws
 from dsd_fast.engine import Engine
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
 from dsd_fast.engine.guides import guide_of, targets_of
 from dsd_fast.engine.items import prompt_check
-from dsd_fast.engine.tokens import LearnedTokens
+from dsd_fast.engine.tokens import LIST, LearnedTokens
+from dsd_fast.generation.grids import read_classes
 from dsd_fast.generation.sampler import under_scheduler
 from dsd_fast.images import ImageSource, decode_chunks
-from dsd_fast.jobs import locked, tensors_hash
+from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.models.prompts import token_limit
 from dsd_fast.models.splice import Splice
-from dsd_fast.models.tokens import ENCODERS
+from dsd_fast.models.tokens import BANK, ENCODERS
 from dsd_fast.training.loop import as_json
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class ClassTokenLearner:
         classifier: what judges images, see :func:`~dsd_fast.engine.guides.guide_of`: "clip", a classifier, a folder or
             hub id of one, a guide; None for the noise loss.
         config: the settings; None: the defaults.
-        targets: class → the classifier's output; None: found by its labels, see
-            :func:`~dsd_fast.engine.guides.targets_of`.
+        targets: the classifier's output of each class, see :func:`~dsd_fast.engine.guides.targets_of`; None: found by
+            its labels.
         latents: (images, C, h, w) that each update of each class begins at, in place of fixed noise.
 
     Attributes:
@@ -73,7 +74,7 @@ class ClassTokenLearner:
         classifier: Any = None,
         config: TokenConfig | None = None,
         *,
-        targets: Mapping[str, int] | None = None,
+        targets: Mapping[str, int | str] | Sequence[int | str] | None = None,
         latents: Tensor | None = None,
     ) -> None:
         self.config = config = config or TokenConfig()
@@ -115,7 +116,7 @@ class ClassTokenLearner:
 
     def learn(
         self,
-        classes: Iterable[str] | os.PathLike[str],
+        classes: Sequence[str] | os.PathLike[str],
         *,
         images: Images | None = None,
         out: str | os.PathLike[str] | None = None,
@@ -128,7 +129,7 @@ class ClassTokenLearner:
         up to rounding. A class whose loss or gradient is no finite number ends ("not-finite") with the vectors it had.
 
         Args:
-            classes: their names, or a text file of one each line.
+            classes: their names, or the `pathlib.Path` of a file of one a line.
             images: of each class, for the noise loss.
             out: folder for checkpoints, and for the tokens at the end, as :meth:`LearnedTokens.save` writes them. The
                 same call with the same folder goes on where a killed process stopped, with as many classes together to
@@ -147,7 +148,7 @@ class ClassTokenLearner:
             ImageError: an image that cannot be used.
             LockedError: another process learns into ``out``.
         """
-        config, names = self.config, class_names(classes)
+        config, names = self.config, read_classes(classes)
         prompts = Prompts(names, config)
         _check_images(config, names, images)
         splice = Splice(self._model, dict.fromkeys(prompts.tokens, config.vectors), config.pooled)
@@ -185,6 +186,8 @@ class ClassTokenLearner:
                 self.history = dict(zip(names, learning.histories, strict=True))
             tokens = _learned(learning, prompts.tokens, names, settings, config.pooled)
             if folder is not None:
+                for name in (BANK, LIST, *tokens.files().values()):
+                    remove_stale(folder / name)
                 tokens.save(folder)
         return tokens
 

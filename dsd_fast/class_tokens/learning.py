@@ -15,6 +15,9 @@ from dsd_fast.class_tokens.optimiser import clipped, shortened, stepped
 from dsd_fast.class_tokens.progress import Callback, ClassHistory, TokenUpdate
 from dsd_fast.training import Loop
 
+CHECKPOINT = "training.checkpoint"
+"""Safetensors as others, under a name that nobody who reads a folder of tokens takes for one."""
+
 # Of a norm that was shortened, what rounding may leave below the clamp.
 _ROUNDING = 1e-5
 
@@ -80,7 +83,7 @@ class Learning(Loop):
         folder: Path | None,
         fingerprint: Mapping[str, Any],
     ) -> None:
-        super().__init__(folder, fingerprint, config.save_every)
+        super().__init__(folder, fingerprint, config.save_every, CHECKPOINT)
         self._names, self._norms, self._config = names, norms, config
         self._differentiate, self._together, self._callback = differentiate, together, callback
         # (4, N, v, E) for each text encoder: the vectors, AdamW's two running means, and the vectors that are kept.

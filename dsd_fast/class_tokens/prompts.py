@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
 from dsd_fast.class_tokens.config import TokenConfig
+from dsd_fast.engine.templates import filled
 from dsd_fast.training import seed_of
 
 # The last number of a draw's key: of an update's order of templates, and the halves of its noise's seed. Images have
 # those from _IMAGES on.
 _ORDER, _HIGH, _LOW, _IMAGES = 1, 2, 3, 4
-
-
-def class_names(classes: Iterable[str] | os.PathLike[str]) -> list[str]:
-    """Read the names of classes, or the lines of a text file.
-
-    Raises:
-        ValueError: none, one that is no text or blank, or one given twice.
-        OSError: a file that cannot be read.
-    """
-    if isinstance(classes, str):
-        raise ValueError(f"classes: got {classes!r}, expected names, or the path of a file of them")
-    if isinstance(classes, os.PathLike):
-        lines = Path(classes).read_text(encoding="utf-8-sig").splitlines()
-        classes = [line.strip() for line in lines if line.strip()]
-    names = list(classes)
-    if not names:
-        raise ValueError("classes: got none, expected at least one name")
-    for number, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"classes[{number}]: got {name!r}, expected a name")
-        if names.index(name) < number:
-            raise ValueError(f"classes[{number}]: got {name!r} a second time")
-    return names
 
 
 class Prompts:
@@ -55,7 +31,7 @@ class Prompts:
         ValueError: two classes whose tokens are the same.
     """
 
-    def __init__(self, names: list[str], config: TokenConfig) -> None:
+    def __init__(self, names: Sequence[str], config: TokenConfig) -> None:
         self._config = config
         self._spelt = [name.replace("_", " ").strip() for name in names]
         self._keys = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") for name in names]
@@ -70,8 +46,15 @@ class Prompts:
 
     def every(self, number: int) -> list[str]:
         """Give a class's texts, one for each template."""
-        said = f"{self.tokens[number]} {self._spelt[number]}" if self._config.class_name else self.tokens[number]
-        return [template.replace("{}", said) for template in self._config.templates]
+        token, name = self.tokens[number], self._spelt[number]
+        return self._filled(f"{token} {name}" if self._config.class_name else token)
+
+    def plain(self, number: int) -> list[str]:
+        """Give the texts that say a class's name in place of its token."""
+        return self._filled(self._spelt[number])
+
+    def _filled(self, said: str) -> list[str]:
+        return [filled(template, said) for template in self._config.templates]
 
     def texts(self, number: int, update: int) -> list[str]:
         """Give the texts of a class's images in one of its updates."""

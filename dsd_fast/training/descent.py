@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ from torch.nn import Parameter
 from dsd_fast.kernels.common.transfer import Download
 from dsd_fast.training.loop import Loop
 
-# Of the progress, what a checkpoint holds as it is.
-_PLAIN = ("step", "losses", "best_step", "without_gain")
 _ADVICE = "a lower learning rate may help, or, in float16, autocast and a float32 model"
 
 
@@ -68,13 +66,12 @@ sum, () each. What it draws depends on the step, and on a seed of its own, alone
 
 @dataclass
 class Progress:
-    """What a checkpoint holds besides parameters, optimiser and average."""
+    """What a checkpoint holds besides tensors."""
 
     step: int = 0
     records: list[FitRecord] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best_step: int = 0
-    best: dict[str, Tensor] | None = None
     without_gain: int = 0
 
 
@@ -133,6 +130,7 @@ class Descent(Loop):
         # (step, its loss and its gradient's norm), of steps taken that the host has not read.
         self._unread: deque[tuple[int, Download]] = deque()
         self._average = {} if average is None else self._copies()
+        self._best: dict[str, Tensor] = {}
         self.progress = Progress()
 
     def fit(self) -> FitHistory:
@@ -146,8 +144,8 @@ class Descent(Loop):
         progress = self.progress
         if self._validate is None:
             progress.best_step = progress.step
-        elif progress.best is not None:
-            self._put(progress.best)
+        elif self._best:
+            self._put(self._best)
         return FitHistory(tuple(progress.records), progress.step, progress.best_step, self._stopped)
 
     @property
@@ -259,7 +257,7 @@ class Descent(Loop):
             if self._validate is not None:
                 if best is None or _quality(record) > _quality(best):
                     progress.best_step, progress.without_gain = progress.step, 0
-                    progress.best = self._copies()
+                    self._best = self._copies()
                 else:
                     progress.without_gain += 1
         self._report(progress.step, None, record)
@@ -270,11 +268,9 @@ class Descent(Loop):
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter
             tensors |= {f"adam.{name}/{key}": value for key, value in self._optimizer.state[parameter].items()}
-        tensors |= {f"best.{name}": value for name, value in (self.progress.best or {}).items()}
+        tensors |= {f"best.{name}": value for name, value in self._best.items()}
         tensors |= {f"ema.{name}": value for name, value in self._average.items()}
-        plain = {key: getattr(self.progress, key) for key in _PLAIN}
-        records = [vars(record) for record in self.progress.records]
-        return tensors, {**plain, "records": records, "scaler": self._scaler.state_dict()}
+        return tensors, {**asdict(self.progress), "scaler": self._scaler.state_dict()}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
@@ -283,9 +279,9 @@ class Descent(Loop):
             own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             return {name: value.to(self._device) for name, value in own.items()}
 
-        records = [FitRecord(**record) for record in values["records"]]
-        plain = {key: values[key] for key in _PLAIN}
-        self.progress = Progress(records=records, best=under("best.") or None, **plain)
+        self._scaler.load_state_dict(values.pop("scaler"))
+        records = [FitRecord(**record) for record in values.pop("records")]
+        self.progress, self._best = Progress(records=records, **values), under("best.")
         self._put(under("model."))
         for name, value in under("ema.").items():
             self._average[name].copy_(value)
@@ -294,7 +290,6 @@ class Descent(Loop):
                 # The fused step walks a parameter and its moments by address: they have one memory format.
                 own = value if key == "step" else torch.empty_like(parameter).copy_(value)
                 self._optimizer.state[parameter][key] = own
-        self._scaler.load_state_dict(values["scaler"])
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

@@ -33,10 +33,13 @@ class Loop(ABC):
         folder: of the checkpoint, behind a lock of the caller's; None keeps none.
         fingerprint: what changes the result, by name; a checkpoint of another is refused.
         save_every: seconds between checkpoints; 0 saves after every step.
+        file: name of the checkpoint.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any], save_every: float) -> None:
-        self._file = None if folder is None else folder / CHECKPOINT
+    def __init__(
+        self, folder: Path | None, fingerprint: Mapping[str, Any], save_every: float, file: str = CHECKPOINT
+    ) -> None:
+        self._file = None if folder is None else folder / file
         self._fingerprint, self._save_every = as_json(fingerprint), save_every
         self._whole, self._saved = True, True
 
@@ -86,10 +89,12 @@ class Loop(ABC):
             self._save(report=False)
 
     def _save(self, *, report: bool) -> None:
+        # Half a step would be taken twice.
+        if not self._whole:
+            return
         try:
             self.settle(report=report)
         finally:
-            # Half a step would be taken twice.
             if self._file is not None and self._whole and not self._saved:
                 tensors, values = self.state()
                 write_tensors(self._file, tensors, {**values, "fingerprint": self._fingerprint})
@@ -106,7 +111,7 @@ class Loop(ABC):
         other = sorted(key for key in {*found, *own} if found.get(key) != own.get(key))
         if other:
             raise ValueError(
-                f"out: {self._file} is of another training, which differs in {', '.join(other)}; choose another folder"
+                f"out: {self._file} is of another fit, which differs in {', '.join(other)}; choose another folder"
             )
         self.restore(tensors, values)
 
