@@ -154,7 +154,8 @@ def guide_of(
             mode, or with another number of outputs than of labels; a model without a CLIP.
     """
     if isinstance(classifier, Guide) or (isinstance(classifier, str) and classifier == "clip"):
-        check_absent(classifier, labels=labels, processor=processor, size=size, mean=mean, std=std)
+        source = type(classifier) if isinstance(classifier, Guide) else classifier
+        check_absent(source, labels=labels, processor=processor, size=size, mean=mean, std=std)
         if isinstance(classifier, Guide):
             return classifier
         if model is None or classes is None:

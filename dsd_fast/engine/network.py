@@ -162,15 +162,16 @@ def _features(output: Any) -> Tensor:
     raise ValueError(f"encoder gave {type(output).__name__}, expected features (n, D), or an output that has them")
 
 
-def check_absent(source: Any, **given: Any) -> None:
-    """Refuse what a source has itself.
+def check_absent(source: str | os.PathLike[str] | type, **given: Any) -> None:
+    """Refuse what a source, by its name or class, has itself.
 
     Raises:
         ValueError: something that is not None, by name.
     """
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name}: got {value!s:.80}, but {source!r:.80} has its own, expected None")
+            who = source.__name__ if isinstance(source, type) else repr(os.fspath(source))
+            raise ValueError(f"{name}: got {value!s:.80}, but {who} has its own, expected None")
 
 
 def preprocessing_of(
@@ -194,7 +195,7 @@ def preprocessing_of(
     if any(module.training for module in network.modules()):
         raise ValueError("classifier: it is in training mode, expected a module after eval()")
     if processor is not None:
-        check_absent(processor, size=size, mean=mean, std=std)
+        check_absent(type(processor), size=size, mean=mean, std=std)
         return of_processor(processor, f"processor {type(processor).__name__}")
     if size is mean is std is None and getattr(network, "pretrained_cfg", None):
         import timm

@@ -130,7 +130,7 @@ class Preprocessing:
 
     def settings(self) -> dict[str, Any]:
         """Tell all, as JSON."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.size, int):

@@ -48,7 +48,7 @@ class AcceptClassifier(Judge):
         threshold = check_threshold(threshold, 0)
         self._guide = guide_of(classifier, classes=self.classes, **options)
         self._outputs = targets_of(self._guide, self.classes)
-        super().__init__(threshold, classes=self.classes, **self._guide.settings())
+        super().__init__(threshold, classes=self.classes, guide=self._guide.settings())
 
     def probabilities(self, images: Images) -> Tensor:
         """Give (n, outputs) float32 of (n, H, W, 3) images of 8 bits."""
