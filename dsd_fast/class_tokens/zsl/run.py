@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from dsd_fast.class_tokens.zsl.data import ZslData, drawn, read_folders, read_pr
 from dsd_fast.class_tokens.zsl.features import Features, features_of
 from dsd_fast.class_tokens.zsl.figures import counts_up_to, curve, figures, plain, tsne
 from dsd_fast.engine.guides import guide_of
+from dsd_fast.engine.templates import filled
 from dsd_fast.engine.tokens import LearnedTokens
 from dsd_fast.generation.export import generate_to
 from dsd_fast.generation.files import IMAGES, image_path
@@ -143,7 +144,8 @@ class _Task:
     def tokens(self, gamma: float) -> LearnedTokens:
         """Tokens of the unseen classes."""
         names, run = self.data.unseen_names, self.run
-        learner = ClassTokenLearner(run.model, self.discriminator.guide(names), run.token_config(gamma))
+        config = replace(run.config.tokens, gamma=gamma)
+        learner = ClassTokenLearner(run.model, self.discriminator.guide(names), config)
         stage, ended = f"{self.name}: tokens, γ = {gamma:g}", 0
 
         def callback(update: Any) -> None:
@@ -160,13 +162,14 @@ class _Task:
     def generated(self, method: str, gamma: float | None = None) -> _Generated:
         """Images of the unseen classes, and their features."""
         run, config, names = self.run, self.run.config, self.data.unseen_names
-        tokens = None if gamma is None else self.tokens(gamma)
-        if tokens is None:
-            templates = config.ensemble if method == "ensemble" else config.tokens.templates
-            texts = [[template.replace("{}", name) for template in templates] for name in names]
+        model, prompts = run.model, Prompts(names, config.tokens)
+        if gamma is None:
+            texts = [prompts.plain(number) for number in range(len(names))]
         else:
-            prompts = Prompts(names, run.token_config(gamma))
+            model = model.with_tokens(self.tokens(gamma))
             texts = [prompts.every(number) for number in range(len(names))]
+        if method == "ensemble":
+            texts = [[filled(template, name) for template in config.ensemble] for name in names]
         rows = [
             GenerateRow(text, config.seed, label=name, cls=number)
             for number, name in enumerate(names)
@@ -178,14 +181,14 @@ class _Task:
             accept = AcceptClassifier(self.discriminator.guide(names), names, config.accept)
         stage, total = f"{self.name}: images, {folder.name}", config.per_class * len(names)
         generate_to(
-            Sampler(run.model if tokens is None else run.model.with_tokens(tokens), config.generate),
+            Sampler(model, config.generate),
             rows,
             folder,
             accept=accept,
             per_class=config.per_class,
             max_tries=config.max_tries,
             layout="folder",
-            progress=partial(run.report, stage, total=total),
+            progress=lambda done: run.report(stage, done, total),
         )
         # In their order; of the settings of the configuration alone, where the folder has other rows too.
         units = [(row_id_of(unit.attempt(0)), unit) for unit in units_of(rows, config.per_class)]
@@ -270,12 +273,12 @@ class _Run:
     ) -> tuple[NDArray[np.float32], dict[int, str]]:
         """Features of images, by the encoder unless said otherwise."""
         make, settings = (self.encoder.of_images, self.encoder.settings()) if make is None else (make, settings)
-        folder, told = self.config.out / "features" / name, partial(self.report, f"features: {name}", total=len(files))
-        return features_of(files, digests, make, row_id(json.dumps(settings, sort_keys=True)), folder, told)
+        about, folder = row_id(json.dumps(settings, sort_keys=True)), self.config.out / "features" / name
 
-    def token_config(self, gamma: float) -> Any:
-        """The learner's settings at a γ."""
-        return replace(self.config.tokens, gamma=gamma)
+        def told(done: int) -> None:
+            self.report(f"features: {name}", done, len(files))
+
+        return features_of(files, digests, make, about, folder, told)
 
     def results(self) -> dict[str, Any]:
         """All that is told."""
