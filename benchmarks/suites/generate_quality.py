@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from benchmarks.mini.networks import preprocess
 from benchmarks.suites.mini_card.judge import judge, look
 from benchmarks.suites.mini_card.pictures import GUIDANCE, STEPS
 from dsd_fast.bench.case import Context, Figure, Group, Quality, Suite
@@ -26,7 +27,6 @@ from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
 from dsd_fast.generation.sampler import to_uint8
 from dsd_fast.metrics import clip_score, frechet_distance
-from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 
 __all__ = ["N", "quality", "suite"]

@@ -20,12 +20,14 @@ from dsd_fast.engine.settings import (
     one_of,
     or_none,
 )
+from dsd_fast.engine.templates import check_templates
 
 TEMPLATES = ("A photo of {}", "a high resolution realistic image of {}", "A close-up photo of a {}")
 """The official code's first three, which it takes in turn."""
 
 LOSSES = ("cross-entropy", "noise")
 STOPPING = ("official", "gamma", "never")
+KEEP = ("best", "after-best", "last")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class TokenConfig:
     Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion Models"; Fu et al. 2024, "DIG-ZSL".
 
     Attributes:
-        templates: texts with one "{}" each, where the token stands; an update's images take them in turn, in an order
-            that the class and the update draw.
+        templates: texts with one "{}" or "{class}" each, where the token stands; an update's images take them in turn,
+            in an order that the class and the update draw.
         class_name: whether the class's name follows the token in a text, "<cardinal> cardinal".
         token: what a token is called; "{}" is the class's name, of which blanks and "_" become "-".
         vectors: of each token.
@@ -53,11 +55,13 @@ class TokenConfig:
         learning_rate, betas, eps, weight_decay: of AdamW, for the learned vectors alone.
         clip_norm: largest norm of a token's gradient; None does not clip.
         norm_clamp: largest norm of a vector, as a multiple of the vocabulary's mean norm; None does not clamp.
-        stopping: "official": after an update in which more than ``accuracy`` of the images were right, or ``patience``
-            updates without a lower loss; "gamma": once the class's mean probability is at least ``gamma``; "never":
-            after ``updates``. The last holds for all.
+        stopping: "official": after an update in which more than ``accuracy`` of the images were right, or after more
+            than ``patience`` updates without a lower loss; "gamma": once the class's mean probability is at least
+            ``gamma``; "never": after ``updates``, which holds for all. None: "official", or "never" for the noise loss,
+            which is another one at each update's timesteps.
         accuracy, patience, gamma, updates: see there.
-        keep: the vectors of the update with the lowest loss, "best", or of the "last" one.
+        keep: "best": the vectors whose loss was the lowest; "after-best": what the optimiser made of those, which the
+            official code keeps; "last". None: "best", or "last" for the noise loss.
         pooled: where SDXL's second encoder takes its pooled state of a text with learned tokens: "stock", as
             transformers does, which is at a learned token where the encoder's config has the old end token; "end", at
             the end token.
@@ -92,12 +96,12 @@ class TokenConfig:
     weight_decay: float = 0.01
     clip_norm: float | None = None
     norm_clamp: float | None = None
-    stopping: str = "official"
+    stopping: str | None = None
     accuracy: float = 0.7
     patience: int = 15
     gamma: float = 0.9
     updates: int = 50
-    keep: str = "best"
+    keep: str | None = None
     pooled: str = "stock"
     together: int | None = None
     checkpointing: bool = False
@@ -110,10 +114,19 @@ class TokenConfig:
         if isinstance(self.templates, str):
             object.__setattr__(self, "templates", (self.templates,))
         check_fields(self, _FIELDS)
+        noise = self.loss == "noise"
+        if noise and self.stopping not in (None, "never"):
+            raise ValueError(f"stopping: got {self.stopping!r} for the noise loss, expected 'never'")
+        for name, value in (("stopping", "never" if noise else "official"), ("keep", "last" if noise else "best")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
 def _are_templates(x: object) -> bool:
-    return isinstance(x, tuple) and bool(x) and all(isinstance(each, str) and each.count("{}") == 1 for each in x)
+    try:
+        return isinstance(x, tuple) and bool(check_templates(x))
+    except ValueError:
+        return False
 
 
 def _are_betas(x: object) -> bool:
@@ -121,7 +134,7 @@ def _are_betas(x: object) -> bool:
 
 
 _FIELDS: Fields = {
-    "templates": (_are_templates, 'texts with one "{}" each'),
+    "templates": (_are_templates, 'texts with one "{}" or "{class}" each'),
     "class_name": (is_bool, "True or False"),
     "token": (lambda x: is_text(x) and x.count("{}") == 1, 'a text with one "{}"'),
     "vectors": (integer(1), "an integer of at least 1"),
@@ -141,12 +154,12 @@ _FIELDS: Fields = {
     "weight_decay": (number(0), "a number of at least 0"),
     "clip_norm": (or_none(above(0)), "a number above 0, or None"),
     "norm_clamp": (or_none(above(0)), "a number above 0, or None"),
-    "stopping": (one_of(*STOPPING), f"one of {', '.join(STOPPING)}"),
+    "stopping": (one_of(None, *STOPPING), f"one of {', '.join(STOPPING)}, or None"),
     "accuracy": (number(0, 1), "a number from 0 to 1"),
     "patience": (integer(0), "an integer of at least 0"),
     "gamma": (number(0, 1), "a number from 0 to 1"),
     "updates": (integer(1), "an integer of at least 1"),
-    "keep": (one_of("best", "last"), "'best' or 'last'"),
+    "keep": (one_of(None, *KEEP), f"one of {', '.join(KEEP)}, or None"),
     "pooled": (one_of("stock", "end"), "'stock' or 'end'"),
     "together": (or_none(integer(1)), "an integer of at least 1, or None"),
     "checkpointing": (is_bool, "True or False"),

@@ -14,6 +14,8 @@ from dsd_fast.cli.gate.command import gate
 from dsd_fast.cli.generate.command import generate
 from dsd_fast.cli.info.command import info
 from dsd_fast.cli.match.command import match
+from dsd_fast.cli.tokens.command import tokens
+from dsd_fast.cli.zsl.command import zsl
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -35,5 +37,6 @@ def dsd_fast(
     """Diffusion models as discriminative learners: which text describes an image?"""
 
 
-for command in (match, evaluate, fit, features, gate, generate, info, demo, bench, bench_docs):
+for command in (match, evaluate, fit, features, gate, generate, zsl, info, demo, bench, bench_docs):
     app.command()(command)
+app.add_typer(tokens, name="tokens")

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsd_fast.engine.network import PixelNetwork, wide
+from dsd_fast.engine.preprocessing import Picture, Preprocessing
+from dsd_fast.engine.templates import filled
+from dsd_fast.jobs import row_id, weights_hash
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import token_limit, tokenize
@@ -43,22 +47,45 @@ class ClipSpace:
     def __init__(self, model: Model, *, resize: str = "whole") -> None:
         if resize not in ("whole", "crop"):
             raise ValueError(f"resize: got {resize!r}, expected 'whole' or 'crop'")
-        self._clip, self._crop = model.clip, resize == "crop"
-        self._side = int(self._clip.config.vision_config.image_size)
-        mean, std = _statistics(self._clip)
-        weight = next(self._clip.parameters())
-        self._mean, self._std = (
-            upload(torch.tensor(each, dtype=torch.float32, device="cpu"), weight.device).view(1, 3, 1, 1)
-            for each in (mean, std)
-        )
-        self._dtype = weight.dtype
+        self._clip = model.clip
+        side = int(self._clip.config.vision_config.image_size)
+        size = side if resize == "crop" else (side, side)
+        statistics = _statistics(self._clip)
+        self.vision = PixelNetwork(self._clip, Preprocessing(size, (side, side), "bicubic", *statistics), self._embed)
         self._tokenizer = model.tokenizers[0]
 
+    @property
+    def scale(self) -> Tensor:
+        """What CLIP multiplies cosines with."""
+        scale: Tensor = wide(self._clip.logit_scale.detach()).exp()
+        return scale
+
     def of_pixels(self, pixels: Tensor) -> Tensor:
-        """Embed (n, 3, H, W) in [−1, 1] as (n, E) float32 of unit length."""
-        with own_types(self._mean.device):
-            embeds = self._clip.visual_projection(self._clip.vision_model(self.prepared(pixels)).pooler_output)
-        return F.normalize(embeds.float(), dim=-1)
+        """Embed (n, 3, H, W) in [−1, 1] as (n, E) float32 of unit length; differentiable."""
+        return self.vision(pixels)
+
+    def of_images(self, images: Sequence[Picture]) -> Tensor:
+        """Embed n pictures (H, W, 3) of 8 bits as (n, E) float32 of unit length."""
+        return self.vision.of_images(images)
+
+    @torch.no_grad()
+    def of_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embed names of classes as (n, E) float32 of unit length: the mean over texts with a place for the name.
+
+        Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 3.1.4.
+
+        Raises:
+            ValueError: a text that :meth:`tokens` refuses.
+        """
+        texts = self.of_texts([filled(template, name) for name in classes for template in templates])
+        return F.normalize(texts.view(len(classes), len(templates), -1).mean(1), dim=-1)
+
+    def settings(self) -> dict[str, Any]:
+        """Tell what of the model's CLIP changes embeddings, as JSON."""
+        return {
+            "weights": weights_hash([self._clip]),
+            "tokenizer": row_id(json.dumps(self._tokenizer.get_vocab(), sort_keys=True)),
+        }
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts as (n, E) float32 of unit length; the tokenizer is the model's first, which has CLIP's words.
@@ -68,10 +95,10 @@ class ClipSpace:
         """
         tokens = self.tokens(texts)
         parts = (tokens[start : start + _TEXTS_AT_ONCE] for start in range(0, len(tokens), _TEXTS_AT_ONCE))
-        with own_types(self._mean.device):
-            pooled = [self._clip.text_model(upload(part, self._mean.device)).pooler_output for part in parts]
+        with own_types(self.vision.device):
+            pooled = [self._clip.text_model(upload(part, self.vision.device)).pooler_output for part in parts]
             embeds = self._clip.text_projection(torch.cat(pooled))
-        return F.normalize(embeds.float(), dim=-1)
+        return F.normalize(wide(embeds), dim=-1)
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token ids (n, T) int64 of texts.
@@ -87,17 +114,8 @@ class ClipSpace:
             raise ValueError(f"texts: {unknown[0][:80]!r} has tokens beyond CLIP's {known}, as learned ones are")
         return tokens
 
-    def prepared(self, pixels: Tensor) -> Tensor:
-        """Resize and normalise (n, 3, H, W) in [−1, 1] to what CLIP takes, (n, 3, S, S) in its type."""
-        x, side = (upload(pixels, self._mean.device, self._mean.dtype) + 1) / 2, self._side
-        height, width = x.shape[-2:]
-        size = (side, side)
-        if self._crop:
-            size = (max(side, side * height // width), max(side, side * width // height))
-        if (height, width) != size:
-            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (size[0] - side) // 2, (size[1] - side) // 2
-        return ((x[..., top : top + side, left : left + side] - self._mean) / self._std).to(self._dtype)
+    def _embed(self, prepared: Tensor) -> Tensor:
+        return F.normalize(wide(self._clip.visual_projection(self._clip.vision_model(prepared).pooler_output)), dim=-1)
 
 
 def _statistics(clip: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from dsd_fast.engine.changes import FLEETING
-from dsd_fast.engine.clip import ClipSpace
+from dsd_fast.engine.guides import clip_space
 from dsd_fast.generation.rows import GenerateRow
-from dsd_fast.jobs import row_id, weights_hash
+from dsd_fast.jobs import weights_hash
 from dsd_fast.models.controlnet import named
 
 if TYPE_CHECKING:
@@ -135,7 +133,7 @@ class AcceptClip(Judge):
 
     def __init__(self, model: Model, threshold: float) -> None:
         self._space = clip_space(model, "crop")
-        super().__init__(check_threshold(threshold, -1), clip=clip_about(model))
+        super().__init__(check_threshold(threshold, -1), clip=self._space.settings())
 
     def check(self, row: GenerateRow) -> None:
         """Refuse a row whose prompt CLIP does not read."""
@@ -144,7 +142,7 @@ class AcceptClip(Judge):
     def __call__(self, images: Images, rows: Sequence[GenerateRow]) -> list[Verdict]:
         with torch.no_grad():
             texts = self._space.of_texts([row.prompt for row in rows])
-            scores = (self._space.of_pixels(to_pixels(images)) * texts).sum(-1).tolist()
+            scores = (self._space.of_images(list(images)) * texts).sum(-1).tolist()
         return [by_score(score, self.threshold, "low-clip-score") for score in scores]
 
 
@@ -165,36 +163,15 @@ class NearDuplicates:
 
     def vectors(self, images: Images) -> npt.NDArray[np.float32]:
         """Embed (n, H, W, 3) images of 8 bits as (n, E) of unit length."""
-        with torch.no_grad():
-            return self._space.of_pixels(to_pixels(images)).cpu().numpy()
+        return self._space.of_images(list(images)).cpu().numpy()
+
+    def settings(self) -> dict[str, Any]:
+        """Tell what changes embeddings, as JSON."""
+        return self._space.settings()
 
     def near(self, vector: npt.NDArray[np.float32], others: Sequence[npt.NDArray[np.float32]]) -> bool:
         """Whether an embedding (E,) is near to one of others."""
         return any(float(vector @ other) >= self.threshold for other in others)
-
-
-def to_pixels(images: Images) -> Tensor:
-    """Images of 8 bits, (n, H, W, 3), as pixels in [−1, 1], (n, 3, H, W) float32 on the CPU."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1)
-
-
-def clip_space(model: Model, resize: str = "whole") -> ClipSpace:
-    """The space of a model's CLIP; to judge images as CLIP's own preprocessing does, they are to "crop".
-
-    Raises:
-        ValueError: it has none.
-    """
-    if model.clip is None:
-        raise ValueError(f"model {model.name!r} has no CLIP; load it with clip=, a CLIPModel, a folder or a hub id")
-    return ClipSpace(model, resize=resize)
-
-
-def clip_about(model: Model) -> dict[str, Any]:
-    """What of a model's CLIP changes verdicts, as JSON."""
-    return {
-        "weights": weights_hash([model.clip]),
-        "tokenizer": row_id(json.dumps(model.tokenizers[0].get_vocab(), sort_keys=True)),
-    }
 
 
 def check_threshold(value: float, low: int) -> float:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dsd_fast.generation.accept import Accept, Judge, NearDuplicates, Verdict, accept_settings, clip_about, verdicts
+from dsd_fast.generation.accept import Accept, Judge, NearDuplicates, Verdict, accept_settings, verdicts
 from dsd_fast.generation.closing import close
 from dsd_fast.generation.encoding import QUALITY, Encoded, Encoder
 from dsd_fast.generation.files import KIND, VECTOR, writer_of
@@ -217,7 +217,7 @@ def job_settings(
         "accept": accept_settings(accept),
         "max_tries": None if accept is None else max_tries,
         "near_duplicates": near and near.threshold,
-        "near_duplicates_by": near and clip_about(sampler.model),
+        "near_duplicates_by": near and near.settings(),
     }
 
 

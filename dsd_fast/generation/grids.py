@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dsd_fast.engine.templates import check_templates, filled
 from dsd_fast.generation.reading import Seeds, check_seeds
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.jobs.tables import is_text, read_lines
@@ -57,29 +57,3 @@ def read_classes(classes: Sequence[str] | os.PathLike[str]) -> list[str]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"classes: {twice!r} is there more than once, so that its index is not known")
     return names
-
-
-def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Templates as a list.
-
-    Raises:
-        ValueError: none, or one without exactly one place for the class.
-    """
-    texts = [templates] if isinstance(templates, str) else list(templates)
-    for text in texts or [""]:
-        try:
-            if [part[1:] for part in string.Formatter().parse(text) if part[1] is not None] not in (
-                [("", "", None)],
-                [("class", "", None)],
-            ):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"templates: got {text!r}, expected texts such as 'a photo of a {{}}', each with one {{}} or {{class}}"
-            ) from None
-    return texts
-
-
-def filled(template: str, name: str) -> str:
-    """A template with a class in its place."""
-    return template.format(name, **{"class": name})

@@ -67,7 +67,7 @@ class Sampler:
     def __init__(self, model: Model, config: GenerateConfig | None = None, *, controls: Sequence[Control] = ()) -> None:
         config = config or GenerateConfig()
         self.config, self.controls = config, tuple(controls)
-        self.model = _under_scheduler(model, config.scheduler)
+        self.model = under_scheduler(model, config.scheduler)
         self._scheduler = self.model.new_scheduler()
         check_draws(self._scheduler, config.eta)
         self.engine = Engine(
@@ -339,7 +339,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return values.permute(0, 2, 3, 1).contiguous()
 
 
-def _under_scheduler(model: Model, scheduler: Any) -> Model:
+def under_scheduler(model: Model, scheduler: Any) -> Model:
     """The model under a named scheduler, a given one, or its own.
 
     Raises:

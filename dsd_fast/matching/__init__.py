@@ -6,10 +6,10 @@ from dsd_fast.matching.datasets import official_split, read_groups
 from dsd_fast.matching.evaluation import Evaluation, evaluate
 from dsd_fast.matching.export import score_to
 from dsd_fast.matching.fitting.config import FitConfig
-from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.layers import official_layers
 from dsd_fast.matching.matcher import Matcher
+from dsd_fast.training import FitHistory, FitRecord
 
 __all__ = [
     "Evaluation",

@@ -23,8 +23,8 @@ from dsd_fast.matching.score import PairScorer, TermsBehind
 from dsd_fast.matching.words import Span
 
 if TYPE_CHECKING:
-    from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
     from dsd_fast.models import Model
+    from dsd_fast.training import FitHistory, FitRecord
 
 
 class Matcher:
@@ -124,11 +124,11 @@ class Matcher:
             LockedError: another process fits into `out`.
             ValueError: examples or settings that are not allowed, by name; an `out` of another fit.
         """
-        from dsd_fast.matching.fitting.progress import reporting
         from dsd_fast.matching.fitting.run import fit
+        from dsd_fast.training import reporting
 
         fit_config, methods, runtime = config or FitConfig(), parse_methods(method), self.runtime
-        with reporting(fit_config.steps, callback, progress) as report:
+        with reporting("fitting", fit_config.steps, callback, progress) as report:
             scorer, lora, history = fit(
                 self._scorer,
                 self._lora,

@@ -12,14 +12,18 @@ from dsd_fast.metrics.segmentation import (
     mean_iou,
     pixel_accuracy,
 )
+from dsd_fast.metrics.zero_shot import ZeroShot, best_penalty, class_means, stacked, zero_shot
 
 __all__ = [
     "PCK",
     "Winoground",
+    "ZeroShot",
+    "best_penalty",
     "bootstrap",
     "box_extents",
     "class_accuracy",
     "class_iou",
+    "class_means",
     "clip_score",
     "confusion_matrix",
     "correct_keypoints",
@@ -34,6 +38,8 @@ __all__ = [
     "pixel_accuracy",
     "ranks",
     "recall_at",
+    "stacked",
     "wilson",
     "winoground",
+    "zero_shot",
 ]

@@ -279,8 +279,13 @@ def _has_weights(where: Path, stem: str, variant: str | None) -> bool:
     return any(any(where.glob(pattern)) for pattern in weight_patterns(stem, variant))
 
 
-def load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None, what: str) -> Any:
-    """A network in eval mode; weights that are missing from the file are an error, not random numbers."""
+def load_network(
+    cls: Any, where: Path, dtype: torch.dtype, variant: str | None, what: str, optional: str | None = None
+) -> Any:
+    """A network in eval mode; weights that are missing from the file are an error, not random numbers.
+
+    Without weights of its module ``optional`` it is loaded without that module, which is None then.
+    """
     from diffusers.utils import is_accelerate_available
 
     options: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
@@ -292,7 +297,11 @@ def load_network(cls: Any, where: Path, dtype: torch.dtype, variant: str | None,
         options |= {"dtype": dtype, "ignore_mismatched_sizes": True}
     with reported(what), _no_progress_bars():
         network, info = cls.from_pretrained(where, output_loading_info=True, **options)
-        check_tensors(info["missing_keys"], (), info["mismatched_keys"])
+        missing = set(info["missing_keys"])
+        if optional is not None and (own := {name for name in missing if name.startswith(f"{optional}.")}):
+            setattr(network, optional, None)
+            missing -= own
+        check_tensors(missing, (), info["mismatched_keys"])
     return network.eval()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.mini.lora import night
 from benchmarks.suites.feature_quality import (
     conditions,
     data,
@@ -29,7 +30,6 @@ from dsd_fast.bench.tables import line_of
 from dsd_fast.features import FeatureExtractor
 from dsd_fast.features.shift import content_shift
 from dsd_fast.metrics import mean_iou
-from dsd_fast.models.mini.lora import night
 from dsd_fast.models.mini.scenes import EVAL_SEED, SHAPES
 
 SMALL = Size(scenes=12, examples=16, labelled=(2, 3), runs=2, steps=3)

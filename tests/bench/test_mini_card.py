@@ -3,13 +3,13 @@ import pytest
 import torch
 
 import dsd_fast as dsd
+from benchmarks.mini.loop import Recipe
 from benchmarks.suites import mini_card
 from benchmarks.suites.mini_card import captions, judge, pictures, probes
 from dsd_fast.bench.suites.shared import middles, rivals
 from dsd_fast.matching.localisation import pointing_game
 from dsd_fast.metrics import wilson
 from dsd_fast.models.mini.digits import EVALUATION, digit
-from dsd_fast.models.mini.loop import Recipe
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 from dsd_fast.reference import matching as reference
 
@@ -58,7 +58,7 @@ def test_judge_keeps_only_what_judging_needs(model, network, tmp_path):
         assert judge.cache_folder(model.vae) != folder
         weight.copy_(before)
     judge.train(model.vae, tmp_path, recipe=Recipe(2, 4, 1e-3), pictures=64)
-    assert {file.name for file in tmp_path.iterdir()} == {"judge-final.safetensors", "judge.jsonl"}
+    assert {file.name for file in tmp_path.iterdir()} == {"judge-final.safetensors"}
 
 
 def test_choices_are_those_of_the_protocol():

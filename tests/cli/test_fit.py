@@ -21,9 +21,9 @@ from dsd_fast.cli.fit.run import hold_out
 from dsd_fast.compat.attn_procs import load_attn_procs
 from dsd_fast.jobs import locked
 from dsd_fast.matching.fitting.config import FitConfig
-from dsd_fast.matching.fitting.loop import Training
 from dsd_fast.metrics import wilson
 from dsd_fast.models.mini.scenes import scene
+from dsd_fast.training import Descent
 from tests.cli.conftest import start
 from tests.cli.test_processes import HEAVY, RUN
 from tests.repository.processes import run_python
@@ -172,15 +172,15 @@ def test_stopped_it_goes_on_to_the_same_files(cli, tmp_path, monkeypatch):
         "--save-every", 0, *SMALL[:-1],
     ]  # fmt: skip
     assert cli(*command, "whole").exit_code == 0
-    step = Training._step
+    step = Descent.step
 
     def interrupted(self):
         step(self)
-        if self.state.step == 3:
+        if self.progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", interrupted)
+        patch.setattr(Descent, "step", interrupted)
         done = cli(*command, "out")
     assert done.exit_code == 130
     assert "Error: interrupted; the same command goes on from the checkpoint in out" in done.stderr
@@ -233,7 +233,7 @@ def test_two_at_once_are_one_sentence(cli):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "all"], "method: got 'all', expected one of 'lora', 'prompt', 'heads'"),
+        (["--method", "all"], "method: got ('all',), expected one or more of lora, prompt, heads, each once"),
         (["--method", "lora", "--method", "lora"], "method: got ('lora', 'lora')"),
         (["--steps", "0"], "steps: got 0, expected an integer of at least 1"),
         (["--loss", "hinge"], "loss: got 'hinge'"),

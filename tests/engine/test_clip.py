@@ -31,17 +31,17 @@ def test_the_crop_is_that_of_transformers(model, size):
     image = picture(*size)
     want = AutoImageProcessor.from_pretrained(model.clip.name_or_path)(images=image, return_tensors="pt")
     space = ClipSpace(model, resize="crop")
-    got = space.prepared(to_tensor(image, size)[None])
-    difference = (got - want["pixel_values"]).abs().amax((0, 2, 3)) * space._std.flatten() * 255
+    got = space.vision.preprocessing(to_tensor(image, size)[None])
+    difference = (got - want["pixel_values"]).abs().amax((0, 2, 3)) * torch.tensor(space.vision.preprocessing.std) * 255
     assert float(difference.max()) <= LEVELS
 
 
 def test_the_whole_picture_is_squeezed(model):
     pixels = to_tensor(picture(96, 64), (96, 64))[None]
-    got = ClipSpace(model).prepared(pixels)
+    got = ClipSpace(model).vision.preprocessing(pixels)
     squeezed = F.interpolate((pixels + 1) / 2, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(got, (squeezed - 0.5) / 0.5)
-    assert not torch.equal(got, ClipSpace(model, resize="crop").prepared(pixels))
+    assert not torch.equal(got, ClipSpace(model, resize="crop").vision.preprocessing(pixels))
 
 
 def test_another_resize_is_refused(model):

@@ -52,7 +52,7 @@ FIT = {
     "matching/fitting/learned.py Learned._learn_heads: _local_scalar_dense": 1,
     "matching/fitting/learned.py Learned.finished.<locals>.<dictcomp>: tolist": 4,
     "matching/fitting/examples.py Examples._encode_images.<locals>.<listcomp>: an event with nothing behind it": 1,
-    "matching/fitting/loop.py Training._read: an event with nothing behind it": 1,
+    "training/descent.py Descent._read: an event with nothing behind it": 1,
     "models/prompts.py PromptStates.to: a copy to the host": 4,
 }
 

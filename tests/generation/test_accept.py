@@ -18,8 +18,9 @@ from transformers import (
 )
 
 import dsd_fast as dsd
+from dsd_fast.engine.guides import outputs_of
 from dsd_fast.generation.accept import AcceptClip, NearDuplicates, Verdict, accept_settings, verdicts
-from dsd_fast.generation.guides import AcceptClassifier, AcceptZeroShot, outputs_of
+from dsd_fast.generation.guides import AcceptClassifier, AcceptZeroShot
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.models import ModelError
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene

@@ -132,7 +132,7 @@ def caption(drawn: Scene, kind: str) -> str:
 
 def pictures(condition: Condition, drawn: Sequence[Scene]) -> list[NDArray[np.uint8]]:
     """The scenes' pictures as the condition shows them, uint8 (64, 64, 3)."""
-    from dsd_fast.models.mini.lora import night
+    from benchmarks.mini.lora import night
 
     return [night(each.image, each.seed) if condition.night else each.image for each in drawn]
 

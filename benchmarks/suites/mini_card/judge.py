@@ -10,22 +10,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.mini.loop import Recipe, average, fit, generator, made_once
+from benchmarks.mini.networks import preprocess
+from benchmarks.mini.stages import FACTS
 from dsd_fast.jobs import read_tensors, write_tensors
 from dsd_fast.models.mini.digits import DIGIT_NAMES, TRAINING, digit
-from dsd_fast.models.mini.loop import Recipe, fit, generator
-from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, scene
-from dsd_fast.models.mini.stages import FACTS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -122,7 +122,7 @@ def judge(vae: AutoencoderKL, folder: Path | None = None) -> nn.Module:
 
 def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, pictures: int = _PICTURES) -> None:
     """Trains a judge into `folder`; killed, it goes on from its last checkpoint when called again."""
-    data = _pictures(vae, folder / "pictures.safetensors", pictures)
+    data = made_once(folder / "pictures.safetensors", pictures, lambda numbers: _pictures(vae, numbers))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = _Judge().train()
@@ -145,9 +145,9 @@ def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, picture
         return torch.stack([_cross_entropy(logits.float(), right) for logits, right in pairs]).sum()
 
     fit("judge", dict(network.named_parameters()), loss, recipe, folder)
-    write_tensors(folder / "judge-final.safetensors", read_tensors(folder / "judge.safetensors", "ema.")[0])
-    for name in ("judge.safetensors", "pictures.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    write_tensors(folder / "judge-final.safetensors", average(folder, "judge"))
+    (folder / "pictures.safetensors").unlink()
+    shutil.rmtree(folder / "judge")
 
 
 @torch.inference_mode()
@@ -166,14 +166,10 @@ def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
     return F.cross_entropy(logits, right, ignore_index=-1, reduction="sum") / len(right)
 
 
-@torch.inference_mode()
-def _pictures(vae: AutoencoderKL, file: Path, pictures: int) -> dict[str, Tensor]:
-    if file.exists():
-        data, about = read_tensors(file)
-        if about.get("pictures") == pictures:
-            return data
+def _pictures(vae: AutoencoderKL, numbers: range) -> dict[str, Tensor]:
     drawn, wanted = [], []
-    for seed in range(FIRST_SEED, FIRST_SEED + pictures):
+    for number in numbers:
+        seed = FIRST_SEED + number
         rng = np.random.default_rng((seed, 5))
         if rng.random() < _DIGITS:
             item = digit(int(rng.integers(len(TRAINING))), seed)
@@ -184,13 +180,8 @@ def _pictures(vae: AutoencoderKL, file: Path, pictures: int) -> dict[str, Tensor
             drawn.append(picture.image)
             wanted.append(answers(picture))
     images = torch.from_numpy(np.stack(drawn))
-    decoded = torch.empty_like(images)
-    for start in track(range(0, pictures, 64), "pictures for the judge", transient=True):
-        pixels = preprocess(images[start : start + 64]).to(vae.device)
-        decoded[start : start + 64] = to_bytes(vae.decode(vae.encode(pixels).latent_dist.mean).sample)
-    data = {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}
-    write_tensors(file, data, {"pictures": pictures})
-    return data
+    decoded = to_bytes(vae.decode(vae.encode(preprocess(images).to(vae.device)).latent_dist.mean).sample)
+    return {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

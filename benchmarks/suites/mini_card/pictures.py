@@ -9,12 +9,12 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from benchmarks.mini.networks import preprocess
 from benchmarks.suites.mini_card.judge import Seen, look, to_bytes
 from dsd_fast.bench.case import Figure
 from dsd_fast.diffusion import noise
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, caption, digit
-from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import EVAL_SEED, RELATIONS, Scene, scene
 
 __all__ = ["GUIDANCE", "STEPS", "digit_pictures", "draw", "judge_itself", "one_object", "two_objects"]

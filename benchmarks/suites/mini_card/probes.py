@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
+from benchmarks.mini.networks import preprocess
 from dsd_fast.bench.case import Figure
 from dsd_fast.diffusion import noise
 from dsd_fast.models import Model
 from dsd_fast.models.mini.digits import DIGIT_NAMES, EVALUATION, TRAINING, digit
-from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import COLOURS, EVAL_SEED, SHAPES, scene
 from dsd_fast.unet import UNetProgram
 

@@ -34,6 +34,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "match": _suite("match"),
     "mini-card": _suite("mini_card", experiment),
     "ops": _suite("ops"),
+    "tokens": _suite("tokens"),
     "unet": _suite("unet"),
 }
 """Name of a suite → what gives it. Its module, and with it what it measures, is imported by that call.

@@ -33,7 +33,7 @@ def fit(request: FitRequest) -> None:
     score, config = request.score.config(request.memory), request.fit.config()
     from dsd_fast.cli.fit.run import hold_out, run
     from dsd_fast.matching.fitting.config import parse_methods
-    from dsd_fast.matching.fitting.loop import CHECKPOINT
+    from dsd_fast.training import CHECKPOINT
 
     methods = parse_methods(request.fit.method or "lora")
     if request.official_lora and "lora" not in methods:

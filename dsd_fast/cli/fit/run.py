@@ -19,10 +19,10 @@ from dsd_fast.cli.terminal import CommandError, progress
 from dsd_fast.jobs import LockedError, locked, remove_stale, replacing
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.fitting.config import FitConfig
-from dsd_fast.matching.fitting.loop import FitHistory, FitRecord
 from dsd_fast.matching.fitting.run import check_patience
 from dsd_fast.matching.pairs import image_key
 from dsd_fast.metrics import wilson
+from dsd_fast.training import FitHistory, FitRecord
 
 HISTORY = "history.json"
 OFFICIAL = "official"

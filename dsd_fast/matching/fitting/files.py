@@ -23,6 +23,7 @@ from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.learned import own_model, put_lora
 from dsd_fast.matching.score import PairScorer
+from dsd_fast.training import as_json
 from dsd_fast.unet.adapters import strengths_summary
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
         "config": {key: value for key, value in asdict(scorer.config).items() if key != "memory_budget"},
     }
     with replacing(folder / MATCHER) as file:
-        file.write(json.dumps(about, indent=2, allow_nan=False, default=plain).encode() + b"\n")
+        file.write(json.dumps(as_json(about), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def others(scorer: PairScorer, lora: str | None) -> list[dict[str, list[tuple[str, float]]]]:
@@ -76,11 +77,6 @@ def others(scorer: PairScorer, lora: str | None) -> list[dict[str, list[tuple[st
         kept = {path: [each for each in layers[path] if each[0] != lora] for path in sorted(layers)}
         parts.append({path: strengths for path, strengths in kept.items() if strengths})
     return parts
-
-
-def plain(value: Any) -> Any:
-    """What of a configuration JSON does not know: ranges, arrays and their numbers."""
-    return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
 @ordinary()

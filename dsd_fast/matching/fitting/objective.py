@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +14,7 @@ from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples, Query
 from dsd_fast.matching.score import PairScorer, Terms
+from dsd_fast.training import seed_of
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,6 @@ def draw(
         [max(len(query.images), len(query.texts)) for query in queries],
         [query.label for query in queries],
     )
-
-
-def seed_of(*key: int) -> int:
-    """A seed for torch's generator on the CPU, which knows 32 bits of it alone, from up to four numbers."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def scores(

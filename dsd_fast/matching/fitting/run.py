@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -17,11 +16,12 @@ from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
-from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, plain, save
+from dsd_fast.matching.fitting.files import LORA, MATCHER, PROMPT, Adapter, save
 from dsd_fast.matching.fitting.learned import Learned
-from dsd_fast.matching.fitting.loop import CHECKPOINT, FitHistory, Report, Training
+from dsd_fast.matching.fitting.loop import training
 from dsd_fast.matching.groups import Group, drawn_groups, wrong_text
 from dsd_fast.matching.score import PairScorer
+from dsd_fast.training import FitHistory, Report
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -46,7 +46,7 @@ def fit(
         lora: name of the adapter that it has learned, or None.
         adapter: the matcher's.
         examples, methods, validation, config, out: as there.
-        report: see :class:`~dsd_fast.matching.fitting.loop.Training`.
+        report: see :data:`~dsd_fast.training.descent.Report`.
         runtime: that the network is compiled for.
 
     Returns:
@@ -65,7 +65,7 @@ def fit(
         for context in (*learning, nullcontext() if out is None else locked(out)):
             stack.enter_context(context)
         if out is not None:
-            for name in (CHECKPOINT, LORA, PROMPT, MATCHER):
+            for name in (LORA, PROMPT, MATCHER):
                 remove_stale(out / name)
         learned = Learned(base, lora, methods, config)
         if runtime is not None:
@@ -73,7 +73,7 @@ def fit(
         prepared = Examples(learned.scorer, groups)
         checked = None if held_out is None else Examples(learned.scorer, held_out)
         fingerprint = {} if out is None else _fingerprint(base, adapter, methods, config, prepared, checked)
-        history = Training(learned, prepared, config, checked, fingerprint, out, report).run()
+        history = training(learned, prepared, config, checked, fingerprint, out, report).fit()
         scorer = learned.finished()
         if out is not None:
             save(out, scorer, learned.lora, adapter)
@@ -128,7 +128,7 @@ def _fingerprint(
     neutral |= set() if config.lora_dropout else {"micro_batch"}
     settings = {key: value for key, value in asdict(config).items() if key not in neutral}
     scoring = {key: value for key, value in asdict(base.config).items() if key != "memory_budget"}
-    found = {
+    return {
         **model_settings(base.engine),
         "prompt": None if base.prompt is None else tensors_hash({"prompt": base.prompt}),
         "adapter": adapter,
@@ -138,9 +138,3 @@ def _fingerprint(
         **settings,
         **{f"config.{key}": value for key, value in scoring.items()},
     }
-    return {key: _plain(value) for key, value in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value, default=plain))

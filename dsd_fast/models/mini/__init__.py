@@ -1,7 +1,7 @@
 """The embedded mini model: a small Stable-Diffusion-shaped model that ships inside the package.
 
 The task it was trained on is in `scenes` (procedural, captioned pictures) and `digits` (scikit-learn's handwritten
-digits); `train` reproduces the shipped weights, and the bench suite `mini-card` measures them.
+digits); `benchmarks/mini` reproduces the shipped weights, and the bench suite `mini-card` measures them.
 """
 
 from importlib import resources

@@ -16,7 +16,7 @@ import dsd_fast as dsd
 from dsd_fast.jobs import read_tensors
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.files import LORA, MATCHER
-from dsd_fast.matching.fitting.loop import CHECKPOINT
+from dsd_fast.training import CHECKPOINT
 from tests.matching.fitting.parts import groups, matcher, pipeline
 
 FIT = FitConfig(steps=3, batch_size=2, validate_every=2, save_every=0, lora_dropout=0.1, warmup=0)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 import dsd_fast as dsd
+from dsd_fast.matching.fitting import loop
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
 from dsd_fast.matching.fitting.learned import Learned
-from dsd_fast.matching.fitting.loop import Training
 from tests.tiny import tiny_pipeline
 
 TEXTS = ["a red dog", "two cats on a blue mat", "a dog", "are you a cat"]
@@ -60,7 +60,7 @@ def learned(pipe, methods=("lora",), fit=None, adapter=None, seed=0, **settings)
 
 def training(made, fit, examples=None, validation=None, folder=None, report=lambda *_: None):
     prepared = Examples(made.scorer, groups() if examples is None else examples)
-    return Training(made, prepared, fit, validation, {}, folder, report)
+    return loop.training(made, prepared, fit, validation, {}, folder, report)
 
 
 def using(own, scorer):

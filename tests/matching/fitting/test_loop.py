@@ -58,7 +58,7 @@ def test_a_step_depends_on_seed_and_number_alone():
 
     def gradient(seed, step):
         run = training(made, FitConfig(seed=seed, batch_size=2))
-        run.state.step = step
+        run.progress.step = step
         run._gradient()
         return torch.cat([value.flatten() for value in gradients(made).values()])
 
@@ -101,7 +101,7 @@ def test_every_step_leaves_out_other_inputs():
     run, seen = training(made, fit, groups()[:1]), []
     layer.lora_dropout["fitted"].register_forward_hook(lambda m, a, out: seen.append(out == 0))
     for step in (0, 0, 1):
-        run.state.step = step
+        run.progress.step = step
         run._gradient()
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
@@ -135,7 +135,7 @@ def validated(monkeypatch):
             return next(left)
 
         monkeypatch.setattr(loop, "validate", validate)
-        history = training(made, fit, validation=Examples(made.scorer, groups())).run()
+        history = training(made, fit, validation=Examples(made.scorer, groups())).fit()
         return history, made.parameters["heads"].detach(), seen
 
     return run

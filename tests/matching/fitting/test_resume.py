@@ -10,7 +10,7 @@ import torch
 from dsd_fast.jobs import LockedError, read_tensors
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.files import LORA, MATCHER
-from dsd_fast.matching.fitting.loop import CHECKPOINT
+from dsd_fast.training import CHECKPOINT
 from tests.matching.fitting.parts import TEXTS, groups, matcher, pictures, pipeline
 from tests.repository.processes import run_python
 from tests.repository.source import ROOT

@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import dsd_fast as dsd
+from benchmarks.mini.control import build_control, export_control, train_control
+from benchmarks.mini.loop import Recipe, average
+from benchmarks.mini.lora import night
+from benchmarks.mini.networks import preprocess
+from benchmarks.mini.train import app
 from dsd_fast.jobs import read_tensors
 from dsd_fast.models import mini
 from dsd_fast.models.controlnet import Control, check_controls, control_residuals, load_controlnet
-from dsd_fast.models.mini.control import app as control_app
-from dsd_fast.models.mini.control import build_control, export_control, train_control
-from dsd_fast.models.mini.loop import Recipe
-from dsd_fast.models.mini.lora import app as lora_app
-from dsd_fast.models.mini.lora import night
-from dsd_fast.models.mini.networks import preprocess
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
+from dsd_fast.training import CHECKPOINT
 
 pytest.importorskip("cv2")
 pytest.importorskip("sklearn")
@@ -126,10 +126,10 @@ def test_stopped_control_training_goes_on_as_if_it_had_not_been(tmp_path):
 
     assert run(tmp_path / "whole")[1]
     assert not run(tmp_path / "stopped", minutes=0)[1]
-    assert read_tensors(tmp_path / "stopped" / "control.safetensors")[1]["step"] == 1
+    assert read_tensors(tmp_path / "stopped" / "control" / CHECKPOINT)[1]["step"] == 1
     net, done = run(tmp_path / "stopped")
     assert done
-    whole, stopped = (read_tensors(tmp_path / name / "control.safetensors", "ema.")[0] for name in ("whole", "stopped"))
+    whole, stopped = (average(tmp_path / name, "control") for name in ("whole", "stopped"))
     assert all(torch.allclose(value, stopped[key], rtol=1e-4, atol=1e-6) for key, value in whole.items())
     size = export_control(net, tmp_path / "whole", tmp_path / "net")
     assert size == sum(file.stat().st_size for file in (mini.path() / "controlnet").iterdir())
@@ -140,13 +140,13 @@ def test_stopped_control_training_goes_on_as_if_it_had_not_been(tmp_path):
 @pytest.mark.usefixtures("_threads")
 def test_commands_train_and_export(tmp_path):
     few = ["--threads", "1", "--steps", "2", "--batch", "2", "--out", str(tmp_path)]
-    assert CliRunner().invoke(control_app, [*few, "--pictures", "4", "--minutes", "0"]).exit_code == 3
-    result = CliRunner().invoke(control_app, [*few, "--pictures", "4"])
+    assert CliRunner().invoke(app, ["control", *few, "--pictures", "4", "--minutes", "0"]).exit_code == 3
+    result = CliRunner().invoke(app, ["control", *few, "--pictures", "4"])
     assert result.exit_code == 0, result.output
     check_controls([Control(load_controlnet(tmp_path / "controlnet"))], dsd.load("mini"))
 
-    assert CliRunner().invoke(lora_app, [*few, "--pictures", "2", "--minutes", "0"]).exit_code == 3
-    result = CliRunner().invoke(lora_app, [*few, "--pictures", "2"])
+    assert CliRunner().invoke(app, ["lora", *few, "--pictures", "2", "--minutes", "0"]).exit_code == 3
+    result = CliRunner().invoke(app, ["lora", *few, "--pictures", "2"])
     assert result.exit_code == 0, result.output
     model = dsd.load("mini")
     model.load_lora(tmp_path / "lora", "trained")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .digits import DIGIT_NAMES
-from .scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, SIZES
+from dsd_fast.models.mini.digits import DIGIT_NAMES
+from dsd_fast.models.mini.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, SIZES
 
 __all__ = ["MAX_TOKENS", "WIDTH", "Components", "build", "build_tokenizer", "export", "preprocess"]
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from benchmarks.mini import stages
+from benchmarks.mini.loop import Recipe, fit
+from benchmarks.mini.networks import build, export
+from benchmarks.mini.train import app
 from dsd_fast.jobs import read_tensors
-from dsd_fast.models.mini import stages
-from dsd_fast.models.mini.loop import Recipe, fit
-from dsd_fast.models.mini.networks import build, export
-from dsd_fast.models.mini.train import app
+from dsd_fast.training import CHECKPOINT
 
 pytest.importorskip("sklearn")
 
@@ -29,10 +30,10 @@ def _same(first, second):
 @pytest.mark.alone
 def test_killed_process_goes_on_as_if_it_had_not_been(tmp_path):
     steps = 24
-    command = [sys.executable, "-m", "dsd_fast.models.mini.train", "--out", str(tmp_path / "killed"), "--stage", "vae"]
-    options = ["--vae-steps", str(steps), "--batch", "4", "--threads", "1", "--save-every", "0"]
+    command = [sys.executable, "-m", "benchmarks.mini.train", "model", "--out", str(tmp_path / "killed")]
+    options = ["--stage", "vae", "--vae-steps", str(steps), "--batch", "4", "--threads", "1", "--save-every", "0"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = tmp_path / "killed" / "vae.safetensors"
+    file = tmp_path / "killed" / "vae" / CHECKPOINT
     deadline = time.monotonic() + 120
     while not file.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -44,7 +45,7 @@ def test_killed_process_goes_on_as_if_it_had_not_been(tmp_path):
     recipe = Recipe(steps, 2, 2e-3)
     assert stages.train_vae(build(), recipe, tmp_path / "killed", measured=64)
     assert stages.train_vae(build(), recipe, tmp_path / "whole", measured=64)
-    _same(file, tmp_path / "whole" / "vae.safetensors")
+    _same(file, tmp_path / "whole" / "vae" / CHECKPOINT)
     final, whole = (read_tensors(tmp_path / name / "vae-final.safetensors")[0] for name in ("killed", "whole"))
     assert all(torch.allclose(final[key], whole[key], rtol=1e-3, atol=1e-5) for key in whole)
 
@@ -67,10 +68,10 @@ def test_unet_and_text_tower_resume_after_a_crash_and_export(tmp_path, monkeypat
         patch.setattr(stages, "contrastive", failing)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "crashed")
-    assert read_tensors(tmp_path / "crashed" / "unet.safetensors")[1]["step"] == 4
+    assert read_tensors(tmp_path / "crashed" / "unet" / CHECKPOINT)[1]["step"] == 4
     parts, done = run(tmp_path / "crashed")
     assert done
-    _same(tmp_path / "crashed" / "unet.safetensors", tmp_path / "whole" / "unet.safetensors")
+    _same(tmp_path / "crashed" / "unet" / CHECKPOINT, tmp_path / "whole" / "unet" / CHECKPOINT)
 
     assert stages.load(parts, tmp_path / "crashed") == ["unet"]
     folder = tmp_path / "weights"
@@ -90,14 +91,14 @@ def _threads():
 @pytest.mark.usefixtures("_threads")
 def test_command_stops_when_told_and_exports_what_there_is(tmp_path):
     def run(*arguments):
-        return CliRunner().invoke(app, ["--out", str(tmp_path), "--batch", "2", "--threads", "1", *arguments])
+        return CliRunner().invoke(app, ["model", "--out", str(tmp_path), "--batch", "2", "--threads", "1", *arguments])
 
     assert run("--stage", "clip", "--clip-steps", "2", "--minutes", "0").exit_code == 3
     assert run("--stage", "clip", "--clip-steps", "2").exit_code == 0
     assert stages.load(build(), tmp_path) == ["clip"]
     result = run("--stage", "export")
     assert result.exit_code == 0, result.output
-    assert "untrained: vae, unet" in " ".join(result.output.split())
+    assert "untrained: unet, vae" in " ".join(result.output.split())
     assert (tmp_path / "weights" / "model_index.json").is_file()
 
 
@@ -125,7 +126,7 @@ def _linear(tmp_path, recipe, **options):
 def test_stopping_by_time_and_refusing_another_recipe(tmp_path):
     recipe = Recipe(5, 8, 1e-2)
     assert not _linear(tmp_path, recipe, minutes=0)
-    assert read_tensors(tmp_path / "line.safetensors")[1]["step"] == 1
+    assert read_tensors(tmp_path / "line" / CHECKPOINT)[1]["step"] == 1
     assert _linear(tmp_path, recipe)
     assert _linear(tmp_path, recipe)
     with pytest.raises(ValueError, match="choose another"):
@@ -167,7 +168,7 @@ def test_clip_stage_survives_a_batch_in_which_no_caption_names_a_size(tmp_path):
     # Two pictures seldom name the size of all six colours: a mean over no answers would be no number.
     parts = build()
     assert stages.train_clip(parts, Recipe(3, 2, 1e-3), tmp_path)
-    saved = read_tensors(tmp_path / "clip.safetensors", "model.")[0]
+    saved = read_tensors(tmp_path / "clip" / CHECKPOINT, "model.")[0]
     assert all(bool(torch.isfinite(value).all()) for value in saved.values())
     assert {name.split(".")[0] for name in saved} == {"clip", "head"}
     assert stages.load(parts, tmp_path) == ["clip"]

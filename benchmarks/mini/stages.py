@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.mini.loop import NoiseLoss, Recipe, average, fit, generator, made_once, rows, uniform
+from benchmarks.mini.networks import MAX_TOKENS, WIDTH, Components, preprocess
 from dsd_fast.jobs import read_tensors, write_tensors
-
-from .digits import DIGIT_NAMES, TRAINING, caption, digit
-from .loop import Recipe, fit, generator, noise_weights
-from .networks import MAX_TOKENS, WIDTH, Components, preprocess
-from .scenes import COLOURS, RELATIONS, SHAPES, SIZES, scene
+from dsd_fast.models.mini.digits import DIGIT_NAMES, TRAINING, caption, digit
+from dsd_fast.models.mini.scenes import COLOURS, RELATIONS, SHAPES, SIZES, scene
+from dsd_fast.training import CHECKPOINT
 
 __all__ = ["Example", "example", "load", "train_clip", "train_unet", "train_vae"]
 
@@ -58,11 +57,11 @@ def load(parts: Components, folder: Path) -> list[str]:
         parts.vae.load_state_dict(read_tensors(file)[0])
         found.append("vae")
     for name, prefixes in {"clip": {"clip.": parts.clip}, "unet": {"unet.": parts.unet, "clip.": parts.clip}}.items():
-        if (file := folder / f"{name}.safetensors").exists():
+        if (folder / name / CHECKPOINT).exists():
             for prefix, module in prefixes.items():
-                missing, unexpected = module.load_state_dict(read_tensors(file, f"ema.{prefix}")[0], strict=False)
+                missing, unexpected = module.load_state_dict(average(folder, name, prefix), strict=False)
                 if unexpected or (missing and name == "clip"):
-                    raise ValueError(f"{file} does not fit: missing {missing}, unexpected {unexpected}")
+                    raise ValueError(f"{folder / name} does not fit: missing {missing}, unexpected {unexpected}")
             found.append(name)
     return found
 
@@ -82,7 +81,7 @@ def train_vae(parts: Components, recipe: Recipe, folder: Path, *, measured: int 
         return 5 * F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + 1e-4 * kl
 
     done = fit("vae", dict(vae.named_parameters()), loss, recipe, folder, **options)
-    vae.load_state_dict(read_tensors(folder / "vae.safetensors", "ema.")[0])
+    vae.load_state_dict(average(folder, "vae"))
     standardise(parts, measured)
     write_tensors(folder / "vae-final.safetensors", vae.state_dict())
     return done
@@ -191,39 +190,28 @@ def train_unet(
 
     `bfloat16` multiplies matrices in half precision, faster on a CPU with AVX512-BF16; weights stay float32.
     """
-    data = _cache(parts, folder / "cache.safetensors", pictures)
+    data = made_once(folder / "cache.safetensors", pictures, lambda numbers: _ready(parts, numbers))
     clip, unet = parts.clip.train(), parts.unet.train()
     unet.set_attn_processor(AttnProcessor())
     unet.to(memory_format=torch.channels_last)
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    weights = noise_weights(schedule.alphas_cumprod)
+    noise_loss = NoiseLoss(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
     empty = _tokens(parts, [""])[0]
     batch = recipe.batch
 
     def loss(step: int) -> Tensor:
-        draw = generator(recipe.seed, step)
-        epoch, start = divmod(step * batch, pictures - pictures % batch)
-        order = torch.randperm(pictures, generator=generator(recipe.seed + 1, epoch), device="cpu")[
-            start : start + batch
-        ]
+        random, order = generator(recipe.seed, step), rows(recipe, step, pictures)
         latents, tokens = data["latents"][order].float(), data["tokens"][order].long()
         negatives, images = data["negatives"][order].long(), data["images"][order].float()
-        # One timestep from each of the batch's equal parts of the schedule.
-        strata = torch.randperm(batch, generator=draw, device="cpu") + torch.rand(
-            batch, generator=draw, dtype=torch.float32, device="cpu"
-        )
-        timesteps = (strata * (1000 / batch)).long().clamp(max=999)
-        noise = torch.randn(latents.shape, generator=draw, dtype=torch.float32, device="cpu")
-        dropped = torch.rand(batch, generator=draw, dtype=torch.float32, device="cpu") < 0.1
+        noised, timesteps, noise = noise_loss.draw(latents, random)
+        dropped = uniform(batch, random) < 0.1
         shown = torch.where(dropped[:, None], empty, tokens)
 
         # The contrastive loss keeps CLIP aligned; one step in four is enough and saves half the text work of the rest.
         aligned = step % 4 == 0
-        noised = schedule.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             text = clip.text_model(torch.cat((shown, negatives)) if aligned else shown)
             predicted = unet(noised, timesteps, text.last_hidden_state[:batch]).sample
-        total: Tensor = (weights[timesteps] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+        total = noise_loss(predicted.float(), noise, timesteps)
         if not aligned:
             return total
         projected = clip.text_projection(text.pooler_output.float())
@@ -237,27 +225,20 @@ def train_unet(
     return fit("unet", names, loss, recipe, folder, rates=lambda k: 0.3 if k.startswith("clip.") else 1.0, **options)
 
 
-@torch.no_grad()
-def _cache(parts: Components, file: Path, pictures: int) -> dict[str, Tensor]:
-    if file.exists():
-        data, about = read_tensors(file)
-        if about.get("pictures") == pictures:
-            return data
+def _ready(parts: Components, numbers: range) -> dict[str, Tensor]:
+    """Pictures as the UNet's training needs them, from the networks that are trained before it."""
     parts.vae.eval()
     parts.clip.eval()
-    rows: dict[str, list[Tensor]] = {"latents": [], "images": [], "tokens": [], "negatives": []}
-    for start in track(range(0, pictures, 64), "pictures to latents"):
-        batch = [example(seed, 0.3) for seed in range(start, min(start + 64, pictures))]
-        pixels = preprocess(torch.from_numpy(np.stack([item.image for item in batch])))
-        latents = parts.vae.encode(pixels).latent_dist.mean * parts.vae.config.scaling_factor
-        embeds = parts.clip.visual_projection(parts.clip.vision_model(pixels).pooler_output)
-        rows["latents"].append(latents.half())
-        rows["images"].append(F.normalize(embeds, dim=-1).half())
-        rows["tokens"].append(_tokens(parts, [item.caption for item in batch]).short())
-        rows["negatives"].append(_tokens(parts, [item.negative for item in batch]).short())
-    data = {key: torch.cat(value) for key, value in rows.items()}
-    write_tensors(file, data, {"pictures": pictures})
-    return data
+    batch = [example(seed, 0.3) for seed in numbers]
+    pixels = preprocess(torch.from_numpy(np.stack([item.image for item in batch])))
+    latents = parts.vae.encode(pixels).latent_dist.mean * parts.vae.config.scaling_factor
+    embeds = parts.clip.visual_projection(parts.clip.vision_model(pixels).pooler_output)
+    return {
+        "latents": latents.half(),
+        "images": F.normalize(embeds, dim=-1).half(),
+        "tokens": _tokens(parts, [item.caption for item in batch]).short(),
+        "negatives": _tokens(parts, [item.negative for item in batch]).short(),
+    }
 
 
 def _images(seeds: range) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a fit shows while it runs."""
+"""What training shows while it runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsd_fast.matching.fitting.loop import FitRecord, Report
+from dsd_fast.training.descent import FitRecord, Report
 
 
 @contextmanager
-def reporting(steps: int, callback: Report | None, shown: bool) -> Iterator[Report]:
-    """What a training calls: it draws a bar with loss and held-out accuracy, and passes on to the callback."""
+def reporting(name: str, steps: int, callback: Report | None, shown: bool = True) -> Iterator[Report]:
+    """Give what a training calls: it draws a bar with loss and held-out accuracy, and passes on to the callback."""
     display = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -22,7 +22,7 @@ def reporting(steps: int, callback: Report | None, shown: bool) -> Iterator[Repo
         disable=not shown,
     )
     with display:
-        task = display.add_task("fitting", total=steps, loss="", accuracy="")
+        task = display.add_task(name, total=steps, loss="", accuracy="")
 
         def report(step: int, loss: float | None, record: FitRecord | None) -> None:
             if loss is not None:

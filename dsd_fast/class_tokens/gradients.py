@@ -1,0 +1,297 @@
+"""What classes lose, and the gradient to their vectors: once through the text encoder, then by images made or given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsd_fast.class_tokens.config import TokenConfig
+from dsd_fast.class_tokens.learning import Losses
+from dsd_fast.class_tokens.prompts import Prompts
+from dsd_fast.diffusion import (
+    Predict,
+    RowNoise,
+    guidance_embedding,
+    guided,
+    last_calls,
+    sample,
+    scheduler_timesteps,
+)
+from dsd_fast.engine import Engine, Noised, Texts, draw_noise
+from dsd_fast.engine.guides import Guide
+from dsd_fast.engine.prediction import Prediction
+from dsd_fast.kernels.common.transfer import upload
+from dsd_fast.models.prompts import PromptStates
+from dsd_fast.models.splice import Splice
+
+# What gradients are multiplied by on their way through half types, since float16 would take the smallest for zero; as a
+# power of two it changes no digit.
+_LIFT = 1024.0
+# Bounds the encoders' activations.
+_TEXTS_AT_ONCE = 64
+
+
+class Answer(NamedTuple):
+    """What :class:`Gradients` ask of a loss.
+
+    Attributes:
+        told: (C,) losses, accuracies and probabilities; None of what there is not.
+        lift: (C,), what each class's gradient was multiplied by.
+    """
+
+    told: tuple[Tensor, Tensor | None, Tensor | None]
+    lift: Tensor
+
+
+class Gradients(ABC):
+    """The losses of classes and their gradients, whatever the loss.
+
+    Args:
+        engine: of the spliced model.
+        splice: where vectors are put.
+        prompts: of the classes.
+        config: the settings.
+    """
+
+    def __init__(self, engine: Engine, splice: Splice, prompts: Prompts, config: TokenConfig) -> None:
+        self._engine, self._splice, self._prompts, self._config = engine, splice, prompts, config
+        self._model = engine.model
+
+    def __call__(self, vectors: Sequence[Tensor], classes: Sequence[int], updates: Sequence[int]) -> Losses:
+        """See :data:`~dsd_fast.class_tokens.learning.Differentiate`."""
+        model = self._model
+        leaves = [upload(each, model.device).requires_grad_() for each in vectors]  # (N, v, E)
+        self._splice.put(*(leaf.flatten(0, 1) for leaf in leaves))
+        texts = [text for each in zip(classes, updates, strict=True) for text in self._prompts.texts(*each)]
+        different = list(dict.fromkeys(texts))
+        place = {text: number for number, text in enumerate(different)}
+        text_of = torch.tensor([place[text] for text in texts], dtype=torch.int64, device="cpu")  # (C · images,)
+        # The encoders keep nothing while the network runs, which needs the memory: they are gone through once more.
+        with torch.no_grad():
+            states = self._encoded(different)
+        cut = [each.to(model.device, model.dtype).requires_grad_() for each in _tensors(states)]
+        leaf_states = replace(states, states=cut[0], pooled=cut[1] if cut[1:] else None)
+        answer = self._differentiate(leaf_states, text_of, classes, updates)
+        for start in range(0, len(different), _TEXTS_AT_ONCE):
+            part = slice(start, start + _TEXTS_AT_ONCE)
+            again = _tensors(self._encoded(different[part]))
+            torch.autograd.backward(again, [_grad(each)[part].to(own) for each, own in zip(cut, again, strict=True)])
+        gradients = [(_grad(leaf)[classes] / answer.lift[:, None, None]).cpu() for leaf in leaves]
+        losses, *optional = answer.told
+        accuracies, probabilities = (None if each is None else each.detach().cpu() for each in optional)
+        return Losses(losses.detach().cpu(), accuracies, probabilities, gradients)
+
+    def _encoded(self, texts: Sequence[str]) -> PromptStates:
+        with self._engine.adapters.active(texts_only=True):
+            return self._model.encode_prompts(texts)
+
+    @abstractmethod
+    def _differentiate(
+        self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
+    ) -> Answer:
+        """Leave the gradient of the classes' losses in the states' leaves.
+
+        Args:
+            texts: the states of an update's different texts.
+            text_of: (C · images,) the text of each image, class by class.
+        """
+
+
+def _tensors(states: PromptStates) -> list[Tensor]:
+    return [each for each in (states.states, states.pooled) if each is not None]
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+class ThroughImages(Gradients):
+    """The cross-entropy of a guide's outputs for images that are made.
+
+    Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion Models", section 3, and run.py of
+    idansc/discriminative_class_tokens: the gradient goes through the sampler's last calls of the network alone.
+
+    Args:
+        guide: judges the images.
+        targets: the output of each class.
+        latents: (images, C, h, w) that each update begins at, or None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        splice: Splice,
+        prompts: Prompts,
+        config: TokenConfig,
+        guide: Guide,
+        targets: Sequence[int],
+        latents: Tensor | None,
+    ) -> None:
+        super().__init__(engine, splice, prompts, config)
+        self._guide, self._targets, self._latents = guide, targets, latents
+        if latents is None and config.noise == "fixed":
+            shape = (self._model.latent_channels, *engine.latent_size)
+            self._latents = draw_noise([config.seed], config.images, shape)[0]  # (images, C, h, w)
+        # What the network says at the first call without a text, (images, C, h, w).
+        self._first: Tensor | None = None
+        self._scheduler = self._model.new_scheduler()
+        self._calls = len(scheduler_timesteps(self._scheduler, config.steps))
+        self._is_guided = config.guidance > 1 and not engine.program.guidance_width
+        self._decoded = engine.images_decoded()
+        self._unconditional = engine.encode_prompts(None if self._model.absent_prompt_is_zeros else [""])
+
+    def _differentiate(
+        self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
+    ) -> Answer:
+        clean = self._sampled(texts, text_of, classes, updates)
+        count, device = len(classes), clean.device
+        targets = torch.tensor([self._targets[each] for each in classes], dtype=torch.int64, device="cpu")
+        targets = upload(targets.repeat_interleave(self._config.images), device)
+        told, gradient = [], torch.empty_like(clean)
+        for start in range(0, len(clean), self._decoded):
+            part = slice(start, start + self._decoded)
+            leaf = clean[part].detach().requires_grad_()
+            logits = self._guide.logits(self._engine.decode_latents(leaf)) / self._config.temperature
+            logs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+            own = logs.gather(1, targets[part, None])[:, 0]
+            torch.autograd.backward(-own.sum() * _LIFT)
+            gradient[part] = _grad(leaf)
+            told.append(torch.stack([-own, (logs.argmax(1) == targets[part]).to(own), own.exp()]).detach())
+        # Of each class as large as a half type likes it.
+        largest = gradient.view(count, -1).abs().amax(1)
+        lift = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+        lift = torch.where(largest.isfinite() & (largest > 0), lift, 1.0)
+        torch.autograd.backward([clean], [(gradient.view(count, -1) * lift[:, None]).view_as(gradient)])
+        means = torch.cat(told, dim=1).view(3, count, -1).mean(-1)
+        return Answer((means[0], means[1], means[2]), lift * (_LIFT * self._config.images))
+
+    def _sampled(self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]) -> Tensor:
+        """Clean latents of all images, (C · images, C, h, w), differentiable in the states by the last calls."""
+        draws = self._draws(classes, updates)
+        if self._latents is None:
+            start = draws.start((self._model.latent_channels, *self._engine.latent_size))
+        else:
+            start = self._latents.repeat(len(classes), 1, 1, 1)
+        start = upload(start, self._model.device, torch.promote_types(self._model.dtype, torch.float32))
+        predict = last_calls(self._predict(texts, text_of), self._calls, self._config.gradient_steps)
+        return sample(self._scheduler, predict, start, steps=self._config.steps, draws=draws)
+
+    def _predict(self, texts: PromptStates, text_of: Tensor) -> Predict:
+        """What the sampler calls.
+
+        Where noise is fixed all classes have the same latents at the first call: what comes before the network reads a
+        text is computed for those alone, and what it says without a text once for all updates.
+        """
+        config, rows, images = self._config, len(text_of), self._config.images
+        width = self._engine.program.guidance_width
+        every = torch.arange(rows, device="cpu")
+        absent = torch.full_like(text_of, len(texts))
+        states = Texts(texts, self._unconditional if self._is_guided else None)
+
+        def prediction(text_of: Tensor, latent_of: Tensor, latents: int) -> Prediction:
+            return self._engine.predict(
+                states,
+                text_of,
+                latent_of=latent_of,
+                timestep_cond=guidance_embedding([config.guidance] * latents, width) if width else None,
+                gradients=config.gradient_steps,
+                checkpoint=config.checkpointing,
+            )
+
+        asked = torch.cat([absent, text_of]) if self._is_guided else text_of
+        usual = prediction(asked, every.repeat(len(asked) // rows), rows)
+        first = None if self._latents is None else prediction(text_of, every % images, images)
+
+        def predict(latents: Tensor, t: float) -> Tensor:
+            nonlocal first
+            if first is None:
+                return usual(latents, t)
+            begin, first = first, None
+            given = begin(latents[:images], t)
+            if not self._is_guided:
+                return given
+            if self._first is None:
+                with torch.no_grad():
+                    self._first = prediction(absent[:images], every[:images], images)(latents[:images], t)
+            return torch.cat([self._first.repeat(rows // images, 1, 1, 1), given])
+
+        return guided(predict, config.guidance) if self._is_guided else predict
+
+    def _draws(self, classes: Sequence[int], updates: Sequence[int]) -> RowNoise:
+        """The noise of all images: that of an update, of which each image is a draw."""
+        config = self._config
+        if config.noise == "fixed":
+            seeds = [config.seed] * len(classes)
+        else:
+            seeds = [self._prompts.noise_seed(*each) for each in zip(classes, updates, strict=True)]
+        return RowNoise([seed for seed in seeds for _ in range(config.images)], together=config.images)
+
+
+class ThroughNoise(Gradients):
+    """The noise loss of given images at random timesteps.
+
+    Gal et al. 2022, "An Image is Worth One Word", eq. 2; as in the script of diffusers against what the network was
+    trained to predict.
+
+    Args:
+        latents: of each class its images', (n, C, h, w) on the CPU.
+    """
+
+    def __init__(
+        self, engine: Engine, splice: Splice, prompts: Prompts, config: TokenConfig, latents: Sequence[Tensor]
+    ) -> None:
+        super().__init__(engine, splice, prompts, config)
+        self._latents = latents
+        self._at_once: int | None = None
+
+    def _differentiate(
+        self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
+    ) -> Answer:
+        model, engine, images = self._model, self._engine, self._config.images
+        drawn = [
+            self._draw(number, self._prompts.image_seed(number, update, image))
+            for number, update in zip(classes, updates, strict=True)
+            for image in range(images)
+        ]
+        clean, times, noise = (torch.stack(each) for each in zip(*drawn, strict=True))
+        clean = upload(clean, model.device, model.dtype)
+        noised, shown = Noised.rows(model.schedule, clean, noise, times), Texts(texts)
+        wanted = self._wanted(clean, noised)
+        predict = engine.predict(shown, text_of, gradients=1, checkpoint=self._config.checkpointing)
+        self._at_once, told = self._at_once or engine.rows_differentiated(shown), []
+        for start in range(0, len(drawn), self._at_once):
+            part = slice(start, start + self._at_once)
+            wrong = predict(noised.latents, times, part).to(wanted.dtype) - wanted[part]
+            squares = wrong.square().flatten(1)
+            # The sum, since float16 has no gradients as small as the mean's.
+            torch.autograd.backward(squares.sum())
+            told.append(squares.detach().mean(1))
+        losses = torch.cat(told).view(len(classes), images).mean(1)
+        return Answer((losses, None, None), torch.full_like(losses, images * wanted[0].numel()))
+
+    def _draw(self, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One of a class's images, a timestep, and noise."""
+        random, latents = torch.Generator().manual_seed(seed), self._latents[number]
+        image = int(torch.randint(len(latents), (), generator=random, device="cpu"))
+        steps = self._model.schedule.num_train_timesteps
+        time = torch.randint(steps, (), generator=random, device="cpu")
+        noise = torch.randn(latents.shape[1:], generator=random, dtype=torch.float32, device="cpu")
+        return latents[image], time, noise
+
+    def _wanted(self, clean: Tensor, noised: Noised) -> Tensor:
+        """What the network is to predict, (n, C, h, w), in the noise's type."""
+        kind, epsilon = self._model.schedule.prediction_type, noised.noise
+        if kind == "epsilon":
+            return epsilon
+        if kind == "sample":
+            return clean.to(epsilon.dtype)
+        signal, sigma = self._model.schedule.coefficients(noised.timesteps)
+        signal, sigma = (upload(each, clean.device, epsilon.dtype).view(-1, 1, 1, 1) for each in (signal, sigma))
+        return signal * epsilon - sigma * clean.to(epsilon.dtype)

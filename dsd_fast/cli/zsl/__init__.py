@@ -1,0 +1,1 @@
+"""``dsd-fast zsl``: zero-shot learning by class tokens."""
