@@ -150,6 +150,9 @@ def test_what_goes_not_together_is_refused():
     ):
         with pytest.raises(ValueError, match=wrong):
             guide_of(classifier, **options)
+    bare = ViTModel(CONFIG, add_pooling_layer=False).eval()
+    with pytest.raises(ValueError, match="classifier gave BaseModelOutputWithPooling, expected logits"):
+        guide_of(bare, **known).logits(torch.zeros(1, 3, 16, 16))
     part = network()
     part.layers[1].train()
     with pytest.raises(ValueError, match="in training mode"):

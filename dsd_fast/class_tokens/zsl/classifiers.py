@@ -27,7 +27,8 @@ def probabilities(
         kind: "softmax": softmax regression with an L2 penalty. "gaussian": a Gaussian for each class, as in Qi et al.
             2024, "A Simple and Efficient Baseline for Zero-Shot Generative Classification"; here with one covariance
             for all of them, of all distances from their means, shrunk by Ledoit and Wolf 2004, since there are fewer
-            images of a class than features.
+            images of a class than features. Of log-likelihoods the mean over features counts, which changes no first
+            class: of their sum nearly all probabilities would be 0 or 1, and no penalty could be told from another.
         features: (N, D), to learn from.
         labels: (N,) classes from 0 to C - 1, each there.
         classes: C, at least 2.
@@ -64,6 +65,6 @@ def probabilities(
     # Of images that are all their classes' means nothing is known of the covariance.
     covariance = covariance if np.trace(covariance) > 0 else np.eye(len(covariance))
     weights = np.linalg.solve(covariance, means.T)
-    scores = asked @ weights - (means * weights.T).sum(1) / 2
+    scores = (asked @ weights - (means * weights.T).sum(1) / 2) / len(covariance)
     scores = np.exp(scores - scores.max(1, keepdims=True))
     return np.asarray(scores / scores.sum(1, keepdims=True))

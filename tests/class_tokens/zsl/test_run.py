@@ -12,6 +12,7 @@ from PIL import Image
 import dsd_fast as dsd
 from dsd_fast.class_tokens.zsl import run_zsl
 from dsd_fast.class_tokens.zsl.classifiers import probabilities
+from dsd_fast.class_tokens.zsl.data import drawn
 from dsd_fast.class_tokens.zsl.run import read_data
 from dsd_fast.engine import LearnedTokens
 from dsd_fast.jobs import read_index, read_tensors
@@ -72,6 +73,18 @@ def test_figures_are_those_of_its_files(root, whole):
         assert row["test_tuned"]["h"] >= row["h"]
         for name, (low, high) in row["intervals"].items():
             assert 0 <= low <= row[name] <= high <= 1
+    # Real images of unseen classes: each is judged by what the other half alone has taught.
+    truth, seen_test, total = data.labels[~data.train], real[~data.train], np.zeros((2, (~data.train).sum(), 6))
+    unseen = ~data.seen[truth]
+    first = drawn([file for file, own in zip(data.files, data.train, strict=True) if not own], truth, 0.5, 0)
+    for number, half in enumerate((first, ~first)):
+        known = np.concatenate([real[data.train], seen_test[half & unseen]])
+        labels = np.concatenate([data.labels[data.train], truth[half & unseen]])
+        total[number] = probabilities("gaussian", known, labels, 6, seen_test)
+    scores = np.where(unseen[:, None], np.where(first[:, None], total[1], total[0]), total.mean(0))
+    row = rows["real", "gaussian"]
+    found = zero_shot(scores, truth, data.seen, row["penalty"])
+    assert [row[name] for name in ("t1", "u", "s", "h")] == [found.t1, found.u, found.s, found.h]
     assert [each["images"] for each in results["sensitivity"]["images"]] == [1, 2]
     assert results["sensitivity"]["images"][-1]["h"] == rows["token", "softmax"]["h"]
     curve = {each["penalty"]: each for each in results["sensitivity"]["penalty"]}
@@ -94,8 +107,10 @@ def test_tokens_and_plain_images_have_the_same_noise_and_other_texts(whole):
     assert list(tokens.classes.values()) == list(UNSEEN) == list(results["tokens"])
 
 
-def test_killed_in_each_stage_and_the_same_files(model, root, whole, tmp_path):
+def test_killed_in_each_stage_and_the_same_files(model, root, whole, tmp_path, monkeypatch):
     out = tmp_path / "killed"
+    # A kill, unlike a power failure, takes nothing back that was written.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
     def run(moment):
         def report(stage, done, total):
