@@ -97,7 +97,7 @@ def test_it_learns_what_the_library_does_and_shows_it(cli, model):
     assert cells[1:5] == ["ring", str(about["updates"]), about["ended"], f"{about['loss']:.4f}"]
     assert cells[7] == f"{about['norm']:.2f}"
     assert f"ring: {counted(about['updates'], 'update')}, loss" in done.stderr
-    assert "2 tokens in " in done.stdout
+    assert "2 tokens, " in done.stdout
 
     # The pictures: the plain text above, the token below, of the same noise.
     with Image.open("out/pictures/ring-token.png") as sheet:
