@@ -1,4 +1,4 @@
-"""Diffusion models as discriminative learners, fast: matching, features and images by the million.
+"""Diffusion models as discriminative learners, fast: matching, features, class tokens and images by the million.
 
 Public names load on first use: importing this package imports neither torch nor Triton nor diffusers, compiles
 nothing, and touches neither a GPU nor the network.
@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassTokenLearner",
     "Control",
     "FeatureExtractor",
     "FitConfig",
     "GenerateConfig",
     "GenerateRow",
     "Group",
+    "LearnedTokens",
     "MatchConfig",
     "Matcher",
     "Sampler",
     "Technique",
+    "TokenConfig",
+    "ZslConfig",
     "__version__",
     "bench",
+    "class_tokens",
     "compat",
     "diffusion",
     "engine",
@@ -38,12 +43,15 @@ __all__ = [
     "models",
     "read_groups",
     "reference",
+    "run_zsl",
+    "training",
     "unet",
 ]
 
 if TYPE_CHECKING:
     from dsd_fast import (
         bench,
+        class_tokens,
         compat,
         diffusion,
         engine,
@@ -56,8 +64,12 @@ if TYPE_CHECKING:
         metrics,
         models,
         reference,
+        training,
         unet,
     )
+    from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig
+    from dsd_fast.class_tokens.zsl import ZslConfig, run_zsl
+    from dsd_fast.engine import LearnedTokens
     from dsd_fast.features import FeatureExtractor, Technique
     from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, generate
     from dsd_fast.matching import FitConfig, Group, MatchConfig, Matcher, read_groups
@@ -65,21 +77,26 @@ if TYPE_CHECKING:
 else:
     # Hidden from type checkers, for which a module with __getattr__ has every name.
     _HOMES = {
+        "ClassTokenLearner": "dsd_fast.class_tokens",
         "Control": "dsd_fast.models",
         "FeatureExtractor": "dsd_fast.features",
         "FitConfig": "dsd_fast.matching",
         "GenerateConfig": "dsd_fast.generation",
         "GenerateRow": "dsd_fast.generation",
         "Group": "dsd_fast.matching",
+        "LearnedTokens": "dsd_fast.engine",
         "MatchConfig": "dsd_fast.matching",
         "Matcher": "dsd_fast.matching",
         "Sampler": "dsd_fast.generation",
         "Technique": "dsd_fast.features",
+        "TokenConfig": "dsd_fast.class_tokens",
+        "ZslConfig": "dsd_fast.class_tokens.zsl",
         "from_pipeline": "dsd_fast.models",
         "generate": "dsd_fast.generation",
         "load": "dsd_fast.models",
         "load_controlnet": "dsd_fast.models",
         "read_groups": "dsd_fast.matching",
+        "run_zsl": "dsd_fast.class_tokens.zsl",
     }
 
     def __getattr__(name: str) -> object:

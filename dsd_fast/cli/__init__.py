@@ -1,4 +1,4 @@
-"""The command line: ``dsd-fast match``, ``fit``, ``evaluate``, ``info``, ``demo`` and ``bench``."""
+"""The command line: ``dsd-fast`` and its commands."""
 
 import sys
 

@@ -233,7 +233,7 @@ def test_two_at_once_are_one_sentence(cli):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "all"], "method: got 'all', expected one of 'lora', 'prompt', 'heads'"),
+        (["--method", "all"], "method: got ('all',), expected one or more of lora, prompt, heads, each once"),
         (["--method", "lora", "--method", "lora"], "method: got ('lora', 'lora')"),
         (["--steps", "0"], "steps: got 0, expected an integer of at least 1"),
         (["--loss", "hinge"], "loss: got 'hinge'"),

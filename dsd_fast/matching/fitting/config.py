@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, number, one_of, or_none
 
 METHODS = ("lora", "prompt", "heads")
 LEARNING_RATES = {"lora": 3e-3, "prompt": 0.1, "heads": 0.1}
@@ -77,38 +78,7 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rank", "prompt_tokens", "validate_every"):
-            _whole(name, getattr(self, name), 1)
-        _whole("warmup", self.warmup, 0)
-        for name in ("micro_batch", "patience"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-        for name in ("temperature", "clip_norm"):
-            _real(name, getattr(self, name), above=True)
-        for name in ("margin", "weight_decay", "save_every", "lora_dropout"):
-            _real(name, getattr(self, name))
-        if self.lora_dropout >= 1:
-            raise ValueError(f"lora_dropout: got {self.lora_dropout!r}, expected a share below 1")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: got {self.seed!r}, expected an integer from 0 to 2**32 - 1")
-        _one_of("loss", self.loss, ("cross-entropy", "margin"))
-        _one_of("schedule", self.schedule, ("linear", "constant"))
-        _one_of("attention", self.attention, ("cross", "all"))
-        _one_of("autocast", self.autocast, (None, "bfloat16", "float16"))
-        rates = self.learning_rate
-        if isinstance(rates, Mapping):
-            for method in rates:
-                _one_of("learning_rate", method, METHODS)
-        for rate in rates.values() if isinstance(rates, Mapping) else () if rates is None else (rates,):
-            _real("learning_rate", rate, above=True)
-        span = self.timestep_range
-        if span is not None and not (
-            isinstance(span, (tuple, list))
-            and len(span) == 2
-            and all(isinstance(each, int) for each in span)
-            and 0 <= span[0] < span[1]
-        ):
-            raise ValueError(f"timestep_range: got {span!r}, expected (first, one past the last)")
+        check_fields(self, _FIELDS)
 
     @classmethod
     def official(cls, steps: int) -> FitConfig:
@@ -148,24 +118,36 @@ def parse_methods(method: str | Sequence[str]) -> tuple[str, ...]:
         ValueError: none, an unknown one, or one twice.
     """
     given = (method,) if isinstance(method, str) else tuple(method)
-    for name in given:
-        _one_of("method", name, METHODS)
-    if not given or len(set(given)) < len(given):
+    if not given or len(set(given)) < len(given) or not set(given) <= set(METHODS):
         raise ValueError(f"method: got {given!r}, expected one or more of {', '.join(METHODS)}, each once")
     return tuple(name for name in METHODS if name in given)
 
 
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+def _are_rates(x: object) -> bool:
+    return all(name in METHODS and above(0)(x[name]) for name in x) if isinstance(x, Mapping) else above(0)(x)
 
 
-def _real(name: str, value: object, above: bool = False) -> None:
-    good = isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 if above else value >= 0)
-    if not good:
-        raise ValueError(f"{name}: got {value!r}, expected a number {'above' if above else 'of at least'} 0")
+def _is_span(x: object) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and all(map(integer(0), x)) and x[0] < x[1]
 
 
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+_WHOLE = (integer(1), "an integer of at least 1")
+_WHOLE_OR_NONE = (or_none(integer(1)), "an integer of at least 1, or None")
+_ABOVE = (above(0), "a number above 0")
+_LEAST = (number(0), "a number of at least 0")
+_FIELDS: Fields = {
+    **dict.fromkeys(("steps", "batch_size", "rank", "prompt_tokens", "validate_every"), _WHOLE),
+    **dict.fromkeys(("micro_batch", "patience"), _WHOLE_OR_NONE),
+    **dict.fromkeys(("temperature", "clip_norm"), _ABOVE),
+    **dict.fromkeys(("margin", "weight_decay", "save_every"), _LEAST),
+    **dict.fromkeys(("shared_noise", "checkpointing"), (is_bool, "True or False")),
+    "warmup": (integer(0), "an integer of at least 0"),
+    "lora_dropout": (lambda x: number(0, 1)(x) and x < 1, "a share from 0 to below 1"),
+    "seed": (integer(0, 2**32 - 1), "an integer from 0 to 2**32 - 1"),
+    "loss": (one_of("cross-entropy", "margin"), "'cross-entropy' or 'margin'"),
+    "schedule": (one_of("linear", "constant"), "'linear' or 'constant'"),
+    "attention": (one_of("cross", "all"), "'cross' or 'all'"),
+    "autocast": (one_of(None, "bfloat16", "float16"), "None, 'bfloat16' or 'float16'"),
+    "learning_rate": (or_none(_are_rates), f"None, a number above 0, or one by method, of {', '.join(METHODS)}"),
+    "timestep_range": (or_none(_is_span), "(first, one past the last), or None"),
+}
