@@ -183,7 +183,10 @@ class Task:
         files = [folder / IMAGES / image_path(name, unit.row.label, "png") for name, unit in units]
         of = read_manifest(folder)["fingerprint"]
         features, _ = run.made(files, [row_id(of, name) for name, _ in units], f"{self.name}-{folder.name}")
-        return Generated(features, labels, np.array([unit.k for _, unit in units], np.intp))
+        turns = np.zeros(len(labels), np.intp)
+        for c in classes:
+            turns[labels == c] = np.arange((labels == c).sum())
+        return Generated(features, labels, turns)
 
     def scores(self, method: str, made: Generated, most: int | None = None) -> Probabilities:
         """Of classifiers that learn from seen classes' real images and the first generated ones of the unseen ones."""
@@ -217,10 +220,24 @@ class Task:
         if np.bincount(self.labels[unseen], minlength=len(data.names))[~data.seen].min() < 2:
             return {}
         first = drawn([data.files[i] for i in test], self.labels, 0.5, self.run.config.seed)
-        halves = []
-        for half in (first & unseen, ~first & unseen):
+
+        def learned(half: NDArray[np.bool_]) -> Probabilities:
             turns = np.zeros(half.sum(), np.intp)
-            halves.append(self.scores("real", Generated(self.features[test[half]], self.labels[half], turns)))
-        # An image of an unseen class is judged by what has not learned from it, one of a seen class by both.
-        weight = np.where(unseen, first, 0.5)[:, None]
-        return {key: (1 - weight) * halves[0][key] + weight * halves[1][key] for key in halves[0]}
+            return self.scores("real", Generated(self.features[test[half]], self.labels[half], turns))
+
+        return crossed(learned, first, unseen)
+
+
+def crossed(
+    learned: Callable[[NDArray[np.bool_]], Probabilities], first: NDArray[np.bool_], unseen: NDArray[np.bool_]
+) -> Probabilities:
+    """Give probabilities of test images, (n, C), by what has not learned from them.
+
+    Args:
+        learned: gives those of all test images by what has learned from some of them.
+        first: (n,) the first half.
+        unseen: (n,) images of unseen classes, which alone are learned from: others are judged by both halves.
+    """
+    one, other = learned(first & unseen), learned(~first & unseen)
+    weight = np.where(unseen, first, 0.5)[:, None]
+    return {key: (1 - weight) * one[key] + weight * other[key] for key in one}

@@ -8,20 +8,20 @@ from dsd_fast.class_tokens.zsl.classifiers import CLASSIFIERS, probabilities
 CENTRES = np.random.default_rng(0).standard_normal((3, 6)) * 3
 
 
-def drawn(counts, seed):
+def drawn(counts, seed, apart=1.0):
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(3), counts)
-    return (CENTRES[labels] + rng.standard_normal((len(labels), 6))) * 100 + 7, labels
+    return (apart * CENTRES[labels] + rng.standard_normal((len(labels), 6))) * 100 + 7, labels
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_tells_classes_apart_and_a_small_class_counts_as_much(kind):
-    features, labels = drawn((400, 40, 4), 1)
-    test, truth = drawn((200, 200, 200), 2)
+    features, labels = drawn((2000, 200, 50), 1, 0.2)
+    test, truth = drawn((300, 300, 300), 2, 0.2)
     found = probabilities(kind, features, labels, 3, test)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-12)
     right = found.argmax(1) == truth
-    assert min(right[truth == c].mean() for c in range(3)) > 0.85
+    assert min(right[truth == c].mean() for c in range(3)) > 0.6
 
 
 def test_gaussians_are_linear_discriminant_analysis_with_equal_priors():

@@ -12,8 +12,8 @@ from PIL import Image
 import dsd_fast as dsd
 from dsd_fast.class_tokens.zsl import run_zsl
 from dsd_fast.class_tokens.zsl.classifiers import probabilities
-from dsd_fast.class_tokens.zsl.data import drawn
 from dsd_fast.class_tokens.zsl.run import read_data
+from dsd_fast.class_tokens.zsl.task import crossed
 from dsd_fast.engine import LearnedTokens
 from dsd_fast.jobs import read_index, read_tensors
 from dsd_fast.metrics import best_penalty, zero_shot
@@ -73,23 +73,23 @@ def test_figures_are_those_of_its_files(root, whole):
         assert row["test_tuned"]["h"] >= row["h"]
         for name, (low, high) in row["intervals"].items():
             assert 0 <= low <= row[name] <= high <= 1
-    # Real images of unseen classes: each is judged by what the other half alone has taught.
-    truth, seen_test, total = data.labels[~data.train], real[~data.train], np.zeros((2, (~data.train).sum(), 6))
-    unseen = ~data.seen[truth]
-    first = drawn([file for file, own in zip(data.files, data.train, strict=True) if not own], truth, 0.5, 0)
-    for number, half in enumerate((first, ~first)):
-        known = np.concatenate([real[data.train], seen_test[half & unseen]])
-        labels = np.concatenate([data.labels[data.train], truth[half & unseen]])
-        total[number] = probabilities("gaussian", known, labels, 6, seen_test)
-    scores = np.where(unseen[:, None], np.where(first[:, None], total[1], total[0]), total.mean(0))
-    row = rows["real", "gaussian"]
-    found = zero_shot(scores, truth, data.seen, row["penalty"])
-    assert [row[name] for name in ("t1", "u", "s", "h")] == [found.t1, found.u, found.s, found.h]
     assert [each["images"] for each in results["sensitivity"]["images"]] == [1, 2]
     assert results["sensitivity"]["images"][-1]["h"] == rows["token", "softmax"]["h"]
     curve = {each["penalty"]: each for each in results["sensitivity"]["penalty"]}
     assert (min(curve), max(curve)) == (0, 1)
     assert results["errors"] == []
+
+
+def test_real_images_of_unseen_classes_are_judged_by_what_has_not_learned_from_them():
+    first, unseen = np.array([True, False, True, False]), np.array([True, True, False, False])
+
+    def learned(half):
+        # Of each image whether it was learned from, and which half it was.
+        return {"real": np.stack([half, np.full(4, half[0])], 1).astype(float)}
+
+    found = crossed(learned, first, unseen)["real"]
+    assert found[:, 0].tolist() == [0, 0, 0, 0]
+    assert found[:, 1].tolist() == [0, 1, 0.5, 0.5]
 
 
 def test_tokens_and_plain_images_have_the_same_noise_and_other_texts(whole):
@@ -174,7 +174,8 @@ def test_an_image_that_cannot_be_used_is_told_and_counts_in_nothing(model, tmp_p
     root = tmp_path / "images"
     draw(root)
     (root / "purple_ring" / "extra.png").write_bytes(b"no image")
-    settings = config(root, tmp_path / "out", validation=0, gammas=None, baselines=(), counts=(1,), accept=0.0)
+    settings = config(root, tmp_path / "out", validation=0, gammas=None, baselines=(), counts=(1,))
+    settings = replace(settings, accept=0.0, max_tries=1, per_class=6)
     settings = replace(settings, classifiers=("softmax",), tokens=replace(settings.tokens, updates=1))
     results = run_zsl(settings, model=model)
     (error,) = results["errors"]
@@ -182,6 +183,11 @@ def test_an_image_that_cannot_be_used_is_told_and_counts_in_nothing(model, tmp_p
     data = results["data"]
     assert data["train_images"] + data["test_images_of_seen"] + data["test_images_of_unseen"] == len(CLASSES) * IMAGES
     assert (results["table"][0]["penalty"], data["validation"]) == (0, [])
+    # Images that were not accepted are none.
+    made = read_index(tmp_path / "out/test/images-token-0.9", ["status"])["status"].to_pylist()
+    assert set(made) == {"ok", "error"}
+    features, _ = read_tensors(tmp_path / "out/features/test-images-token-0.9/00000.safetensors")
+    assert len(features["features"]) == made.count("ok")
     # What is refused before anything is computed.
     Image.new("RGB", (8, 8)).save(root / "purple_ring" / "extra.png")
     with pytest.raises(ValueError, match="no folder 'unicorn'"):
