@@ -17,7 +17,7 @@ from dsd_fast.bench.suites.shared import BFLOAT16_TOLERANCE, mini, on_h200
 from dsd_fast.bench.suites.unet_networks import random_pipeline, random_weights
 from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.class_tokens.gradients import Gradients, ThroughImages, ThroughNoise
-from dsd_fast.class_tokens.learning import Answer, Learning
+from dsd_fast.class_tokens.learning import Learning, Losses
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.diffusion import noise, scheduler_timesteps
 from dsd_fast.engine import Engine
@@ -102,7 +102,7 @@ class Update:
         """Make the update; the gradients, by class."""
         kept: dict[str, Tensor] = {}
 
-        def watched(*given: Any) -> Answer:
+        def watched(*given: Any) -> Losses:
             answer = gradients(*given)
             kept.update(zip(self.names, answer.gradients[0].flatten(0, 1), strict=True))
             return answer
@@ -200,7 +200,7 @@ class ByNoise(Update):
     def walk(self, number: int) -> None:
         """The gradient of a class by diffusers' script."""
         seeds = [self.prompts.image_seed(number, 0, image) for image in range(self.config.images)]
-        drawn = [self.gradients.draw(number, seed) for seed in seeds]
+        drawn = [self.gradients._draw(number, seed) for seed in seeds]
         device, dtype = self.model.device, self.model.dtype
         clean, times, epsilon = (torch.stack(each).to(device) for each in zip(*drawn, strict=True))
         loss = reference.noise_loss(self.stock, self.texts(number), clean.to(dtype), times, epsilon.to(dtype)).mean()
