@@ -200,7 +200,7 @@ class ByNoise(Update):
     def walk(self, number: int) -> None:
         """The gradient of a class by diffusers' script."""
         seeds = [self.prompts.image_seed(number, 0, image) for image in range(self.config.images)]
-        drawn = [self.gradients._draw(number, seed) for seed in seeds]
+        drawn = [self.gradients.draw(number, seed) for seed in seeds]
         device, dtype = self.model.device, self.model.dtype
         clean, times, epsilon = (torch.stack(each).to(device) for each in zip(*drawn, strict=True))
         loss = reference.noise_loss(self.stock, self.texts(number), clean.to(dtype), times, epsilon.to(dtype)).mean()
