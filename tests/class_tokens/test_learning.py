@@ -157,9 +157,8 @@ def test_the_official_rule_ends_where_the_official_loop_does():
     random = torch.Generator().manual_seed(3)
     ends = set()
     for _ in range(60):
-        losses = torch.rand(12, generator=random).double().mul(8).round().tolist()
-        accuracies = torch.randint(0, 6, (12,), generator=random).div(5).clamp(max=0.8).double().tolist()
-        accuracies = [0.4 if share < 0.8 or number < 5 else share for number, share in enumerate(accuracies)]
+        losses = (torch.rand(12, generator=random).double() * 9 - torch.arange(12)).round().tolist()
+        accuracies = (torch.rand(12, generator=random).double() * 0.73).tolist()
         config = replace(CONFIG, stopping="official", patience=3, updates=10)
         run = learning(
             Losing({0: dict(enumerate(losses))}, {0: dict(enumerate(accuracies))}),
