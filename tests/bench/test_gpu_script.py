@@ -27,9 +27,9 @@ from tests.repository.source import ROOT
         ([], "the 8 steps that --plan shows would have run"),
         (
             ["--cases", "tune/*"],
-            "the cases 'tune/*' of the suites ops, unet, features, fit and generate would have run",
+            "the cases 'tune/*' of the suites ops, unet, features, fit, generate and tokens would have run",
         ),
-        (["--full"], "all cases of the suites ops, unet, features, fit and generate would have run"),
+        (["--full"], "all cases of the suites ops, unet, features, fit, generate and tokens would have run"),
         (["--sanitize", "--", "-k", "x"], "the tests marked sanitizer under compute-sanitizer would have run"),
     ],
 )
