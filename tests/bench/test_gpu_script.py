@@ -24,7 +24,7 @@ from tests.repository.source import ROOT
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "the 8 steps that --plan shows would have run"),
+        ([], "the 9 steps that --plan shows would have run"),
         (
             ["--cases", "tune/*"],
             "the cases 'tune/*' of the suites ops, unet, features, fit, generate and tokens would have run",
