@@ -24,7 +24,7 @@ from dsd_fast.engine.preprocessing import Picture
 from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_text, number
 from dsd_fast.engine.templates import check_templates
 from dsd_fast.generation.grids import read_classes
-from dsd_fast.jobs import locked, read_tensors, tensors_hash, write_tensors
+from dsd_fast.jobs import locked, read_tensors, remove_stale, tensors_hash, write_tensors
 from dsd_fast.kernels.common.host import as_tensor, ordinary, own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.training import Descent, as_json, seed_of, seeded
@@ -165,6 +165,8 @@ class CategoryDiscriminator:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         with nullcontext() if folder is None else locked(folder):
+            if folder is not None:
+                remove_stale(folder / FILE)
             made._train(x, y, folder)
             if folder is not None:
                 made.save(folder)

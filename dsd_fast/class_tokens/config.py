@@ -40,7 +40,8 @@ class TokenConfig:
         templates: texts with one "{}" or "{class}" each, where the token stands; an update's images take them in turn,
             in an order that the class and the update draw.
         class_name: whether the class's name follows the token in a text, "<cardinal> cardinal".
-        token: what a token is called; "{}" is the class's name, of which blanks and "_" become "-".
+        token: what a token is called; "{}" is the class's name, of which blanks and "_" become "-". One class alone can
+            do without.
         vectors: of each token.
         initial: words whose vectors' mean a token begins as, or, where they are as many as its vectors, one each; "{}"
             in it is the class's name.
@@ -136,7 +137,7 @@ def _are_betas(x: object) -> bool:
 _FIELDS: Fields = {
     "templates": (_are_templates, 'texts with one "{}" or "{class}" each'),
     "class_name": (is_bool, "True or False"),
-    "token": (lambda x: is_text(x) and x.count("{}") == 1, 'a text with one "{}"'),
+    "token": (lambda x: is_text(x) and x.count("{}") <= 1, 'a text with at most one "{}"'),
     "vectors": (integer(1), "an integer of at least 1"),
     "initial": (lambda x: is_text(x) and bool(x.strip()), "words"),
     "loss": (one_of(*LOSSES), f"one of {', '.join(LOSSES)}"),

@@ -256,7 +256,7 @@ class ThroughNoise(Gradients):
     ) -> Answer:
         model, engine, images = self._model, self._engine, self._config.images
         drawn = [
-            self._draw(number, self._prompts.image_seed(number, update, image))
+            self.draw(number, self._prompts.image_seed(number, update, image))
             for number, update in zip(classes, updates, strict=True)
             for image in range(images)
         ]
@@ -276,8 +276,8 @@ class ThroughNoise(Gradients):
         losses = torch.cat(told).view(len(classes), images).mean(1)
         return Answer((losses, None, None), torch.full_like(losses, images * wanted[0].numel()))
 
-    def _draw(self, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One of a class's images, a timestep, and noise."""
+    def draw(self, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw one of a class's images, a timestep, and noise."""
         random, latents = torch.Generator().manual_seed(seed), self._latents[number]
         image = int(torch.randint(len(latents), (), generator=random, device="cpu"))
         steps = self._model.schedule.num_train_timesteps

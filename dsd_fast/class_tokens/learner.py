@@ -28,6 +28,7 @@ from dsd_fast.engine.tokens import LIST, LearnedTokens
 from dsd_fast.generation.grids import read_classes
 from dsd_fast.generation.sampler import under_scheduler
 from dsd_fast.images import ImageSource, decode_chunks
+from dsd_fast.images.batch import check_sources
 from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.models.prompts import token_limit
@@ -151,28 +152,25 @@ class ClassTokenLearner:
         config, names = self.config, read_classes(classes)
         prompts = Prompts(names, config)
         _check_images(config, names, images)
-        splice = Splice(self._model, dict.fromkeys(prompts.tokens, config.vectors), config.pooled)
-        check = prompt_check(splice.model)
-        for number in range(len(names)):
-            for text in prompts.every(number):
-                if (wrong := check(text)) is not None:
-                    raise ValueError(f"classes[{number}]: {text!r}: {wrong[1]}")
-        real = torch.promote_types(self._model.dtype, torch.float32)
-        initial = [splice.initial(token, prompts.initial(number)) for number, token in enumerate(prompts.tokens)]
-        norms, folder = splice.vocabulary_norms(), None if out is None else Path(out)
+        folder = None if out is None else Path(out)
         with ExitStack() as stack:
             # The caller's program may be without gradients, or mix precisions; this is training, in the model's types.
             for context in (torch.inference_mode(False), torch.enable_grad(), own_types(self._model.device)):
                 stack.enter_context(context)
+            model = self._model.frozen()
+            splice = Splice(model, dict.fromkeys(prompts.tokens, config.vectors), config.pooled)
+            _check_texts(splice.model, prompts, len(names))
+            initial = [splice.initial(token, prompts.initial(number)) for number, token in enumerate(prompts.tokens)]
+            real = torch.promote_types(model.dtype, torch.float32)
             if folder is not None:
                 stack.enter_context(locked(folder))
             engine = self._engine(splice.model)
             gradients, about = self._gradients(engine, splice, prompts, names, images)
-            settings = as_json({**self._settings(), "classes": names, **about})
+            settings = as_json({**self._settings(model), "classes": names, **about})
             learning = Learning(
                 names,
                 [torch.stack(each).to(real) for each in zip(*initial, strict=True)],
-                norms,
+                splice.vocabulary_norms(),
                 gradients,
                 config,
                 config.together or self._together(engine),
@@ -204,7 +202,7 @@ class ClassTokenLearner:
         tokens = token_limit(engine.model.tokenizers, engine.model.text_encoders)
         rows = 2 if config.loss != "noise" and config.guidance > 1 else 1
         images = engine.images_together(plan, rows, tokens)
-        texts = engine.texts_together(plan) // min(config.images, len(config.templates))
+        texts = (engine.texts_together(plan) - 1) // min(config.images, len(config.templates))
         return max(1, min(images // config.images, texts))
 
     def _gradients(
@@ -222,10 +220,10 @@ class ClassTokenLearner:
         about = {"guide": guide.settings(), "targets": targets, "latents": given}
         return ThroughImages(engine, splice, prompts, self.config, guide, targets, self._latents), about
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, model: Model) -> dict[str, Any]:
         """All but the classes that changes the result; not the device, nor what only changes memory or time."""
         config = {key: value for key, value in asdict(self.config).items() if key not in _NEUTRAL | {"scheduler"}}
-        about = {**model_settings(self._engine(self._model)), "scheduler": scheduler_settings(self._model)}
+        about = {**model_settings(self._engine(model)), "scheduler": scheduler_settings(model)}
         return {**about, **{f"config.{key}": value for key, value in config.items()}}
 
 
@@ -233,8 +231,23 @@ def _check_images(config: TokenConfig, names: Sequence[str], images: Images | No
     if (images is None) == (config.loss == "noise"):
         got = "none" if images is None else "some"
         raise ValueError(f"images: got {got} with loss={config.loss!r}, expected them with loss='noise' alone")
-    if images is not None and (other := sorted(images.keys() ^ set(names))):
-        raise ValueError(f"images: got those of {len(images)} classes, expected the {len(names)} learned; {other[0]!r}")
+    if images is None:
+        return
+    if other := sorted(images.keys() ^ set(names)):
+        lacks = "lacks" if other[0] in names else "has"
+        raise ValueError(f"images: {lacks} class {other[0]!r}, expected those of the classes to be learned")
+    for name in names:
+        check_sources(images[name])
+        if not len(images[name]):
+            raise ValueError(f"images: got none of class {name!r}, expected at least one")
+
+
+def _check_texts(model: Model, prompts: Prompts, classes: int) -> None:
+    check = prompt_check(model)
+    for number in range(classes):
+        for text in prompts.every(number):
+            if (wrong := check(text)) is not None:
+                raise ValueError(f"classes[{number}]: {text!r}: {wrong[1]}")
 
 
 def _encoded(engine: Engine, images: Sequence[ImageSource], digest: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """The official entry points, with their own names and arguments, on this package's engine."""
 
+from dsd_fast.compat.class_tokens import RunConfig, run
 from dsd_fast.compat.feature_extractor import FeatureExtractor
 from dsd_fast.compat.pipeline import DSDPipeline
 
-__all__ = ["DSDPipeline", "FeatureExtractor"]
+__all__ = ["DSDPipeline", "FeatureExtractor", "RunConfig", "run"]

@@ -193,7 +193,9 @@ def guide_of(
 
     def run(x: Tensor) -> Tensor:
         found = network(x)
-        logits: Tensor = getattr(found, "logits", found)
+        logits = getattr(found, "logits", found)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"classifier gave {type(found).__name__}, expected logits (n, outputs), or what has them")
         return logits
 
     return NetworkGuide(PixelNetwork(network, preprocessing, run), labels, outputs)

@@ -61,8 +61,8 @@ class PixelNetwork:
 
     def _forward(self, prepared: Tensor) -> Tensor:
         x = upload(prepared, self.device, self.dtype)
-        with own_types(self.device):
-            if x.requires_grad and any(each.requires_grad for each in self.network.parameters()):
+        with own_types(self.device), torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
+            if torch.is_grad_enabled() and any(each.requires_grad for each in self.network.parameters()):
                 result: Tensor = _ToInput.apply(x, self._run)  # type: ignore[no-untyped-call]
                 return result
             return self._run(x)

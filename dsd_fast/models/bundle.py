@@ -17,7 +17,7 @@ from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.architecture import TIME_IDS, Family, check_text, check_unet, family_of, latent_sides
 from dsd_fast.models.errors import ModelError
 from dsd_fast.models.lora import load_lora
-from dsd_fast.models.private import uncompiled
+from dsd_fast.models.private import check_ordinary, private, uncompiled
 from dsd_fast.models.prompts import PromptStates, encode_prompts
 from dsd_fast.models.tokens import POOLED, TokenSource, with_tokens
 from dsd_fast.models.tuners import standing
@@ -259,6 +259,23 @@ class Model:
             cache_dir=self._cache_dir,
         )
 
+    def frozen(self) -> "Model":
+        """This model for gradients to what its networks are given: none of their weights wants one.
+
+        A network with weights that do is there as modules of its own, on the same memory.
+
+        Raises:
+            ValueError: a weight that was made under torch.inference_mode.
+        """
+        parts = {"unet": self.unet, "vae": self.vae}
+        parts |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(self.text_encoders)}
+        check_ordinary("model", parts)
+        own = [private(part) if any(p.requires_grad for p in part.parameters()) else part for part in parts.values()]
+        other = copy.copy(self)
+        other.unet, other.vae, *encoders = own
+        other.text_encoders = tuple(encoders)
+        return other
+
     def with_unet(self, unet: Any) -> "Model":
         """This model with another UNet of the same configuration; all other parts are shared."""
         other = copy.copy(self)
@@ -338,7 +355,7 @@ class Model:
             return self.vae
         copied = self._float32_vae.get("vae")
         if copied is None or copied.device != self.vae.device:
-            copied = self._float32_vae["vae"] = copy.deepcopy(self.vae).float()
+            copied = self._float32_vae["vae"] = copy.deepcopy(self.vae).float().requires_grad_(False)
         return copied
 
     def _latent_affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

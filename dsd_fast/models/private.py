@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,25 @@ def private(network: Any, copied: Callable[[str], bool] = lambda name: False) ->
     for buffer in network.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(network, memo)
+
+
+def check_ordinary(what: str, networks: Mapping[str, nn.Module]) -> None:
+    """Refuse networks through which no gradient can go.
+
+    Args:
+        what: is refused.
+        networks: by what errors call them.
+
+    Raises:
+        ValueError: a weight that was made under torch.inference_mode, by its name.
+    """
+    for part, network in networks.items():
+        for name, parameter in network.named_parameters():
+            if parameter.is_inference():
+                raise ValueError(
+                    f"{what}: {part}.{name} was made under torch.inference_mode, and such a tensor takes part in no "
+                    "gradient; load the model, or the adapter, outside of it"
+                )
 
 
 def uncompiled(network: Any) -> Any:

@@ -1,7 +1,7 @@
 """Training that can be killed at any moment and goes on as if it had not been."""
 
 from dsd_fast.training.descent import Descent, FitHistory, FitRecord, Report
-from dsd_fast.training.loop import CHECKPOINT, Loop, as_json, plain, seed_of, seeded
+from dsd_fast.training.loop import CHECKPOINT, Loop, as_json, seed_of, seeded
 from dsd_fast.training.progress import reporting
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Loop",
     "Report",
     "as_json",
-    "plain",
     "reporting",
     "seed_of",
     "seeded",

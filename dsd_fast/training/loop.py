@@ -118,12 +118,7 @@ class Loop(ABC):
 
 def as_json(value: Any) -> Any:
     """Give a value as JSON gives it back: tuples, ranges, arrays and their numbers as lists and numbers."""
-    return json.loads(json.dumps(value, default=plain))
-
-
-def plain(value: Any) -> Any:
-    """Give what of a configuration JSON does not know, ranges, arrays and their numbers, as it does."""
-    return value.tolist() if hasattr(value, "tolist") else list(value)
+    return json.loads(json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else list(x)))
 
 
 def seed_of(*key: int) -> int:

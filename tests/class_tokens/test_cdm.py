@@ -1,5 +1,6 @@
 """The category discrimination model, against the plain loop, finite differences, and classes that it has not seen."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -142,6 +143,10 @@ def test_what_is_saved_is_what_was_made(model, encoder, examples, fitted):
             CategoryDiscriminator.fit(encoder, model=model, out=out, **given)
     with pytest.raises(ValueError, match="was made with another encoder"):
         CategoryDiscriminator.load(out, model)
+    other = copy.deepcopy(model.clip)
+    other.text_model.embeddings.token_embedding.weight[0] += 1
+    with pytest.raises(ValueError, match="was made with another clip"):
+        CategoryDiscriminator.load(out, dsd.from_pipeline(model.to_pipeline(), clip=other), encoder)
     with pytest.raises(ValueError, match=r"folder: .*nowhere.cdm.safetensors does not exist"):
         CategoryDiscriminator.load(out / "nowhere", model)
 

@@ -1,5 +1,6 @@
 """`dsd-fast tokens`: what the library does, into a folder; what is shown of it, and what other programs are given."""
 
+import io
 import json
 import re
 from dataclasses import asdict, fields
@@ -10,20 +11,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import dsd_fast as dsd
-from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig
+from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig, TokenUpdate
 from dsd_fast.cli.options import AdaptedModelOptions, ModelOptions
-from dsd_fast.cli.terminal import counted
+from dsd_fast.cli.terminal import CommandError, counted, progress
+from dsd_fast.cli.tokens.learn import _Bars
 from dsd_fast.cli.tokens.options import LearnRequest
+from dsd_fast.cli.tokens.show import nearest_words
 from dsd_fast.engine import LearnedTokens
 from dsd_fast.generation import GenerateConfig
 from dsd_fast.jobs import locked
 from dsd_fast.models.mini.scenes import scene
 from tests.cli.test_report import Seen
+from tests.tiny import tiny_pipeline, trained_like
 
-HOSTILE = "<b>[ring]'&\""
+HOSTILE = "<b>[/ring]'&\""
 SMALL = [
     "--template", "a {}", "--steps", 1, "--gradient-steps", 1, "--images", 1, "--updates", 2, "--stopping", "never",
     "--out", "out",
@@ -91,7 +97,7 @@ def test_it_learns_what_the_library_does_and_shows_it(cli, model):
     assert cells[1:5] == ["ring", str(about["updates"]), about["ended"], f"{about['loss']:.4f}"]
     assert cells[7] == f"{about['norm']:.2f}"
     assert f"ring: {counted(about['updates'], 'update')}, loss" in done.stderr
-    assert "2 tokens in " in done.stdout
+    assert "2 tokens, " in done.stdout
 
     # The pictures: the plain text above, the token below, of the same noise.
     with Image.open("out/pictures/ring-token.png") as sheet:
@@ -143,8 +149,6 @@ def test_the_noise_loss_learns_from_folders_of_images(cli, model):
 
 def test_what_was_interrupted_goes_on_to_the_same_tokens(cli, monkeypatch):
     calls = []
-    from dsd_fast.cli.tokens.learn import _Bars
-
     show = _Bars.__call__
 
     def interrupted(self, update):
@@ -178,12 +182,39 @@ def test_what_was_interrupted_goes_on_to_the_same_tokens(cli, monkeypatch):
     assert "is being written by another process" in busy.stderr
 
 
-def test_a_class_whose_loss_is_no_number_is_told_by_the_exit_code(cli):
-    command = ["tokens", "learn", "ring", "cross", "--classifier", "clip", *SMALL]
-    done = cli(*command, "--pictures", 1, "--learning-rate", 1e38)
+def test_a_classifier_of_a_folder_with_targets_and_a_loss_that_is_no_number(cli, tmp_path):
+    labels = {0: "red cross", 1: "one ring, circle", 2: "other"}
+    settings = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 16}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**settings, **layers, id2label=labels, label2id={name: k for k, name in labels.items()})
+    trained_like(ViTForImageClassification(config), 0).save_pretrained("vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("vit")
+    command = ["tokens", "learn", "ring", "cross", "--classifier", "vit", *SMALL, "--pictures", 1]
+    refused = cli(*command)
+    assert refused.exit_code == 2
+    assert "cross" in refused.stderr
+    Path("targets.json").write_text('{"ring": 1, "cross": "red cross"}')
+    done = cli(*command, "--targets", "targets.json", "--learning-rate", 1e38)
     assert done.exit_code == 1, done.stderr
     assert "not-finite" in done.stdout
-    assert LearnedTokens.load("out")["<ring>"].isfinite().all()
+    tokens = LearnedTokens.load("out")
+    assert tokens.settings["targets"] == [1, 0]
+    assert all(vectors.isfinite().all() for vectors in tokens.values())
+
+
+def test_bars_show_running_classes_and_lines_those_that_ended():
+    display = progress("updates")
+    console = display.live.console = Console(file=io.StringIO(), width=200)
+    bars = _Bars(display, 10, 5)
+    for number in range(9):
+        bars(TokenUpdate(f"[/b]{number}\x1b", 2, 0.5, None, None, 1.0, 0.0, None))
+    for number in (0, 8):
+        bars(TokenUpdate(f"[/b]{number}\x1b", 3, 0.25, 0.5, 0.5, 1.0, 0.0, "gamma"))
+    console.print(display.get_renderable())
+    shown = console.file.getvalue()
+    assert [number for number in range(9) if f"[/b]{number}\\x1b, loss 0.5000" in shown] == list(range(1, 8))
+    assert all(f"[/b]{number}\\x1b: 3 updates, loss 0.2500, 50% right (gamma)" in shown for number in (0, 8))
+    assert re.search(r"classes +.*2/10", shown)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +287,16 @@ def test_show_names_the_nearest_words(cli, model):
             if re.fullmatch("[A-Za-z]+</w>", name)
         }
         assert " ".join(sorted(cosines, key=cosines.get, reverse=True)[:2]) in near
+
+
+def test_tokens_of_two_text_encoders_are_shown_by_the_first():
+    model = dsd.from_pipeline(tiny_pipeline("sdxl"))
+    first, second = (encoder.get_input_embeddings().weight.detach() for encoder in model.text_encoders)
+    number = model.tokenizers[0].get_vocab()["r</w>"]
+    tokens = LearnedTokens({"<r>": {"clip_l": 2 * first[[number]], "clip_g": second[:1]}})
+    assert nearest_words(model, tokens, 1) == {"<r>": "r"}
+    with pytest.raises(CommandError, match=f"is {first.shape[1]} wide, the tokens 3"):
+        nearest_words(model, LearnedTokens({"<r>": torch.ones(1, 3)}), 1)
 
 
 def test_exported_files_are_what_other_programs_read(cli, model):

@@ -15,6 +15,7 @@ from dsd_fast.diffusion import (
     guided,
     img2img,
     img2img_timestep,
+    last_calls,
     named_scheduler,
     official_denoising,
     sample,
@@ -342,3 +343,46 @@ def test_samples_are_of_the_rows_seeds_whatever_the_program_has_set(name):
         for one, other in zip(got, plain, strict=True):
             assert one.dtype == torch.float32
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_gradients_go_through_the_last_calls_of_every_sampler(name):
+    chosen = named_scheduler(name, tiny_scheduler("sd15"))
+    start = batch()[0].double()
+    direction = torch.linspace(-1, 1, start.numel(), dtype=torch.float64).view_as(start)
+    count, made = len(scheduler_timesteps(chosen, 6)), []
+
+    def end(before, after, last):
+        """Where the last calls read another number than those before."""
+
+        def predict(latents, t):
+            made.append(t)
+            return torch.tanh((before if len(made) <= count - last else after) * latents + t / 1000)
+
+        made.clear()
+        walk = last_calls(predict, count, last) if before is after else predict
+        draws = RowNoise([0, 1, 2], dtype=torch.float64)
+        return (sample(chosen, walk, start, steps=6, draws=draws) * direction).sum()
+
+    for last in (1, 2, count):
+        theta, step = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), 0.02
+        (got,) = torch.autograd.grad(end(theta, theta, last), theta)
+        assert len(made) == count
+        with torch.no_grad():
+            near, far = (end(theta, theta + k * step, last) - end(theta, theta - k * step, last) for k in (1, 2))
+        # Exact to the step's fourth power; some schedulers step in float32, which leaves about 1e-6 over the step.
+        assert float(got) == pytest.approx(float(8 * near - far) / (12 * step), rel=2e-4, abs=1e-3)
+        assert abs(got) > 0.01
+
+
+def test_more_calls_than_were_said_are_an_error_and_none_has_gradients_where_they_are_off():
+    weight = torch.ones((), requires_grad=True)
+    predict = last_calls(lambda latents, t: latents * weight, 2, 1)
+    with torch.no_grad():
+        assert not predict(torch.ones(1), 5).requires_grad
+        assert not predict(torch.ones(1), 3).requires_grad
+    with pytest.raises(ValueError, match="calls: got 2 for a walk that makes more"):
+        predict(torch.ones(1), 1)
+    for last in (0, 3):
+        with pytest.raises(ValueError, match=f"last: got {last} of 2 calls, expected 1 to 2"):
+            last_calls(lambda latents, t: latents, 2, last)

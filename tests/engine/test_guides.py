@@ -80,7 +80,8 @@ def test_the_gradient_goes_to_the_pixels_alone():
         higher, lower = ((guide.logits(pixels + step * direction) * weights).sum() for step in (1e-5, -1e-5))
     # Central differences: the third derivative times 1e-10, and rounding over 2e-5.
     assert float((pixels.grad * direction).sum()) == pytest.approx(float((higher - lower) / 2e-5), rel=1e-7)
-    # Nothing of the module is other than it was.
+    # Nothing of the module is other than it was, and without a gradient of the pixels there is none.
+    assert not guide.logits(pixels.detach()).requires_grad
     assert all(each.grad is None for each in module.parameters())
     assert [each.requires_grad for each in module.parameters()] == [False, *[True] * 5]
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -150,6 +151,9 @@ def test_what_goes_not_together_is_refused():
     ):
         with pytest.raises(ValueError, match=wrong):
             guide_of(classifier, **options)
+    bare = ViTModel(CONFIG, add_pooling_layer=False).eval()
+    with pytest.raises(ValueError, match="classifier gave BaseModelOutputWithPooling, expected logits"):
+        guide_of(bare, **known).logits(torch.zeros(1, 3, 16, 16))
     part = network()
     part.layers[1].train()
     with pytest.raises(ValueError, match="in training mode"):

@@ -39,10 +39,14 @@ def test_pixels_are_resampled_as_by_torch_and_by_pillow(before, after):
 
 def test_pixels_beyond_black_and_white_are_cut_off_with_their_gradient():
     pixels = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64).expand(1, 3, 4, 4).requires_grad_()
-    got = Preprocessing(None, None, "bicubic", (0.5,) * 3, (0.5,) * 3)(pixels)
-    torch.testing.assert_close(got, pixels.clamp(-1, 1))
-    got.sum().backward()
-    assert pixels.grad[0, 0, 0].tolist() == [0, 1, 1, 0]
+    prepare = Preprocessing((4, 9), None, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    got = prepare(pixels)
+    torch.testing.assert_close(got, prepare(pixels.clamp(-1, 1)))
+    got.square().sum().backward()
+    assert (pixels.grad[0, 0, 0] != 0).tolist() == [False, True, True, False]
+    # A program's autocast changes nothing.
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(prepare(pixels.detach().float()).double(), got.detach())
 
 
 PROCESSORS = [

@@ -6,9 +6,10 @@ from dsd_fast.metrics import best_penalty, class_means, stacked, zero_shot
 SEEN = np.array([True, True, False, False])
 
 
-def drawn(seed, n=60, classes=4):
+def drawn(seed, n=60):
     rng = np.random.default_rng(seed)
-    scores = rng.dirichlet(np.full(classes, 0.7), n) + 0.4 * np.eye(classes)[labels := rng.integers(0, classes, n)]
+    labels = rng.choice(4, n, p=[0.6, 0.1, 0.25, 0.05])
+    scores = rng.dirichlet(np.full(4, 0.7), n) + 0.4 * np.eye(4)[labels]
     return scores / scores.sum(1, keepdims=True), labels
 
 
@@ -43,7 +44,7 @@ def test_no_penalty_of_a_fine_grid_is_better_than_the_best(seed):
     best = best_penalty(scores, labels, SEEN)
     grid = max(zero_shot(scores, labels, SEEN, penalty).h for penalty in np.linspace(0, 1, 2001))
     assert 0 <= best < 1
-    assert zero_shot(scores, labels, SEEN, best).h == pytest.approx(grid, abs=1e-12)
+    assert zero_shot(scores, labels, SEEN, best).h >= grid - 1e-12
 
 
 def test_classes_without_images_count_in_no_mean():

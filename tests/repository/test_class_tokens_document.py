@@ -11,6 +11,7 @@ from typer.main import get_command
 from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.cli.app import app
 from dsd_fast.jobs import read_index
+from tests.repository.processes import run_python
 from tests.repository.source import ROOT
 
 TEXT = (ROOT / "docs" / "class-tokens.md").read_text(encoding="utf-8")
@@ -25,7 +26,7 @@ def table(header):
     return [line.split("|")[1:-1] for line in lines]
 
 
-def test_its_code_and_its_commands_run(tmp_path, monkeypatch, capsys):
+def test_its_code_and_its_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in blocks("sh")[0].replace("\\\n", "").splitlines():
         command = shlex.split(line)
@@ -33,11 +34,11 @@ def test_its_code_and_its_commands_run(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as done:
             get_command(app)(command[1:])
         assert done.value.code in (0, None)
-    capsys.readouterr()
     (code,) = blocks("python")
-    exec(compile(code, "class-tokens.md", "exec"), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in printed] == [["<square>", "square", "2"], ["<cross>", "cross", "2"]]
+    Path("example.py").write_text(code)
+    printed = run_python(["example.py"], cwd=tmp_path, path=[ROOT]).stdout.splitlines()
+    assert [line.split()[:2] for line in printed] == [["<square>", "square"], ["<cross>", "cross"]]
+    assert {line.split()[3] for line in printed} <= {"accuracy", "updates"}
     assert read_index("rings").num_rows == 1
     listed = {name for row in table("| file | what |") for name in re.findall(r"`([^`]+)`", row[0])}
     listed = {name.replace("<name>", "*") for name in listed}

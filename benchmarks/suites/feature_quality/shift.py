@@ -55,7 +55,7 @@ def correlations(context: Context, *, size: Size = SIZE) -> list[Figure]:
 
     The interval is that of Fieller, Hartley and Pearson (1957) by Fisher's transformation; n counts conditions.
     """
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr
 
     pairs = paired(context, size)
     kept: list[Condition] = []

@@ -30,6 +30,9 @@ ENSEMBLE = (
 
 BASELINES = ("plain", "ensemble", "clip", "real")
 
+TOKENS = TokenConfig(templates=("A photo of {}",), gradient_steps=1, stopping="gamma")
+"""The paper's text, its one step with a gradient, and its stopping."""
+
 
 @dataclass(frozen=True)
 class ZslConfig:
@@ -83,7 +86,7 @@ class ZslConfig:
     revision: str | None = None
     local_files_only: bool = False
     cdm: CdmConfig = field(default_factory=CdmConfig)
-    tokens: TokenConfig = field(default_factory=lambda: TOKENS)
+    tokens: TokenConfig = TOKENS
     gammas: tuple[float, ...] | None = None
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     per_class: int = 100
@@ -127,9 +130,6 @@ class ZslConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-
-TOKENS = TokenConfig(templates=("A photo of {}",), gradient_steps=1, stopping="gamma")
-"""The paper's text, its one step with a gradient, and its stopping."""
 
 _TABLES = {"cdm": CdmConfig, "tokens": TokenConfig, "generate": GenerateConfig}
 _PATHS = ("out", "images", "proposed", "names")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def tsne(tokens: LearnedTokens, model: Model, seed: int) -> list[dict[str, Any]]
     vectors: list[NDArray[np.float32]] = []
     table = model.text_encoders[0].get_input_embeddings().weight
     for token, own in tokens.items():
-        learned = own if not isinstance(own, dict) else own["clip_l"]
+        learned = own["clip_l"] if isinstance(own, Mapping) else own
         name = tokens.classes[token]
         words = model.tokenizers[0](name, add_special_tokens=False)["input_ids"]
         for kind, rows in (("token", learned), ("name", table[words])):

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dsd_fast.class_tokens.cdm import CategoryDiscriminator, encoder_of
-from dsd_fast.class_tokens.learner import ClassTokenLearner
-from dsd_fast.class_tokens.prompts import Prompts
-from dsd_fast.class_tokens.zsl.classifiers import probabilities
+from dsd_fast.class_tokens.zsl.classifiers import check_installed
 from dsd_fast.class_tokens.zsl.config import ZslConfig
-from dsd_fast.class_tokens.zsl.data import ZslData, drawn, read_folders, read_proposed
-from dsd_fast.class_tokens.zsl.features import Features, features_of
+from dsd_fast.class_tokens.zsl.data import ZslData, read_folders
 from dsd_fast.class_tokens.zsl.figures import counts_up_to, curve, figures, plain, tsne
-from dsd_fast.engine.guides import guide_of
+from dsd_fast.class_tokens.zsl.proposed import read_proposed
+from dsd_fast.class_tokens.zsl.task import Report, Run, Task
 from dsd_fast.engine.tokens import LearnedTokens
-from dsd_fast.generation.export import generate_to
-from dsd_fast.generation.files import IMAGES, image_path
 from dsd_fast.generation.grids import read_classes
-from dsd_fast.generation.guides import AcceptClassifier
-from dsd_fast.generation.rows import GenerateRow, row_id_of
-from dsd_fast.generation.sampler import Sampler
-from dsd_fast.generation.units import units_of
-from dsd_fast.jobs import locked, read_index, read_manifest, remove_stale, replacing, row_id, storable
+from dsd_fast.jobs import locked, remove_stale, replacing, storable
 from dsd_fast.metrics import best_penalty, zero_shot
 
 if TYPE_CHECKING:
@@ -38,10 +26,6 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 TOKEN = "token"
 """The method, among its baselines."""
-
-Probabilities = dict[tuple[str, str], NDArray[np.float64]]
-"""(method, classifier) → (n, C) of a task's test images."""
-Report = Callable[[str, int, int], None]
 
 
 def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | None = None) -> dict[str, Any]:
@@ -71,7 +55,9 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
         ValueError: data or settings that do not fit, by name; a class of which no image was accepted; tokens of other
             settings in ``config.out``.
         JobError: generated images of other settings there, or another process that writes.
+        ImportError: scikit-learn, or scipy for the proposed splits, is not installed.
     """
+    check_installed()
     data = read_data(config)
     with locked(config.out):
         remove_stale(config.out / RESULTS)
@@ -80,7 +66,7 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
 
             names = ("device", "dtype", "revision", "local_files_only", "clip")
             model = load(config.model, **{name: getattr(config, name) for name in names})
-        found = _Run(config, data, model, report or (lambda stage, done, total: None)).results()
+        found = _results(Run(config, data, model, report or (lambda stage, done, total: None)))
         content = storable(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False, default=str))
         with replacing(config.out / RESULTS) as file:
             file.write(content.encode() + b"\n")
@@ -104,245 +90,66 @@ def read_data(config: ZslConfig) -> ZslData:
     return data.validated(read_classes(chosen) if isinstance(chosen, Path) else chosen, config.seed)
 
 
-@dataclass(frozen=True)
-class _Generated:
-    """Features of a method's images: (n, D), their classes (n,), and which of its class each is (n,)."""
-
-    features: NDArray[np.float32]
-    labels: NDArray[np.intp]
-    turns: NDArray[np.intp]
-
-
-class _Task:
-    """A data set's task, and what is made for it in a folder."""
-
-    def __init__(self, run: _Run, name: str, data: ZslData) -> None:
-        self.run, self.name, self.data, self.folder = run, name, data, run.config.out / name
-        rows = [run.place[file] for file in data.files]
-        self.features, self.labels = run.features[rows], data.labels[~data.train]
-        self.clip = None if run.clip is None else run.clip[rows][:, [run.data.names.index(each) for each in data.names]]
-
-    @cached_property
-    def discriminator(self) -> CategoryDiscriminator:
-        data, run = self.data, self.run
-        seen = np.flatnonzero(data.seen)
-        labels = np.searchsorted(seen, data.labels[data.train])
-        run.report(f"{self.name}: discriminator", 0, 1)
-        made = CategoryDiscriminator.fit(
-            run.encoder,
-            self.features[data.train],
-            labels,
-            [data.names[c] for c in seen],
-            run.model,
-            run.config.cdm,
-            out=self.folder / "cdm",
-        )
-        run.report(f"{self.name}: discriminator", 1, 1)
-        return made
-
-    def tokens(self, gamma: float) -> LearnedTokens:
-        """Tokens of the unseen classes."""
-        names, run = self.data.unseen_names, self.run
-        learner = ClassTokenLearner(run.model, self.discriminator.guide(names), run.token_config(gamma))
-        stage, ended = f"{self.name}: tokens, γ = {gamma:g}", 0
-
-        def callback(update: Any) -> None:
-            nonlocal ended
-            ended += update.ended is not None
-            run.report(stage, ended, len(names))
-
-        run.report(stage, 0, len(names))
-        return learner.learn(names, out=self.folder_of_tokens(gamma), callback=callback)
-
-    def folder_of_tokens(self, gamma: float) -> Path:
-        return self.folder / f"tokens-{gamma:g}"
-
-    def generated(self, method: str, gamma: float | None = None) -> _Generated:
-        """Images of the unseen classes, and their features."""
-        run, config, names = self.run, self.run.config, self.data.unseen_names
-        tokens = None if gamma is None else self.tokens(gamma)
-        if tokens is None:
-            templates = config.ensemble if method == "ensemble" else config.tokens.templates
-            texts = [[template.replace("{}", name) for template in templates] for name in names]
-        else:
-            prompts = Prompts(names, run.token_config(gamma))
-            texts = [prompts.every(number) for number in range(len(names))]
-        rows = [
-            GenerateRow(text, config.seed, label=name, cls=number)
-            for number, name in enumerate(names)
-            for text in texts[number]
-        ]
-        folder = self.folder / (f"images-{method}" if gamma is None else f"images-{method}-{gamma:g}")
-        accept = None
-        if config.accept is not None:
-            accept = AcceptClassifier(self.discriminator.guide(names), names, config.accept)
-        stage, total = f"{self.name}: images, {folder.name}", config.per_class * len(names)
-        generate_to(
-            Sampler(run.model if tokens is None else run.model.with_tokens(tokens), config.generate),
-            rows,
-            folder,
-            accept=accept,
-            per_class=config.per_class,
-            max_tries=config.max_tries,
-            layout="folder",
-            progress=partial(run.report, stage, total=total),
-        )
-        # In their order; of the settings of the configuration alone, where the folder has other rows too.
-        units = [(row_id_of(unit.attempt(0)), unit) for unit in units_of(rows, config.per_class)]
-        made = set(run_index(folder))
-        units = [(name, unit) for name, unit in units if name in made]
-        classes = np.flatnonzero(~self.data.seen)
-        labels = np.array([classes[unit.row.cls or 0] for _, unit in units], np.intp)
-        lacking = sorted({*classes.tolist()} - {*labels.tolist()})
-        if lacking:
-            raise ValueError(
-                f"accept: {folder} has no image of {self.data.names[lacking[0]]!r}, expected a lower value"
-            )
-        files = [folder / IMAGES / image_path(name, unit.row.label, "png") for name, unit in units]
-        of = read_manifest(folder)["fingerprint"]
-        features, _ = run.made(files, [row_id(of, name) for name, _ in units], f"{self.name}-{folder.name}")
-        return _Generated(features, labels, np.array([unit.k for _, unit in units], np.intp))
-
-    def scores(self, method: str, made: _Generated, most: int | None = None) -> Probabilities:
-        """Of classifiers that learn from seen classes' real images and the first generated ones of the unseen ones."""
-        data, few = self.data, made.turns < (most or np.inf)
-        known = np.concatenate([self.features[data.train], made.features[few]])
-        labels = np.concatenate([data.labels[data.train], made.labels[few]])
-        return {
-            (method, kind): probabilities(kind, known, labels, len(data.names), self.features[~data.train])
-            for kind in self.run.config.classifiers
-        }
-
-    def baselines(self) -> Probabilities:
-        """The methods beside the tokens, in the same terms."""
-        found: Probabilities = {}
-        for method in self.run.config.baselines:
-            if method == "clip":
-                assert self.clip is not None
-                logits = self.clip[~self.data.train].astype(np.float64)
-                odds = np.exp(logits - logits.max(1, keepdims=True))
-                found[method, "zero-shot"] = odds / odds.sum(1, keepdims=True)
-            elif method == "real":
-                found |= self._real()
-            else:
-                found |= self.scores(method, self.generated(method))
-        return found
-
-    def _real(self) -> Probabilities:
-        """Of real images of the unseen classes, half of which are learned from while the other half is tested."""
-        data, test = self.data, np.flatnonzero(~self.data.train)
-        unseen = ~data.seen[self.labels]
-        if np.bincount(self.labels[unseen], minlength=len(data.names))[~data.seen].min() < 2:
-            return {}
-        first = drawn([data.files[i] for i in test], self.labels, 0.5, self.run.config.seed)
-        halves = []
-        for half in (first & unseen, ~first & unseen):
-            turns = np.zeros(half.sum(), np.intp)
-            halves.append(self.scores("real", _Generated(self.features[test[half]], self.labels[half], turns)))
-        # An image of an unseen class is judged by what has not learned from it, one of a seen class by both.
-        weight = np.where(unseen, first, 0.5)[:, None]
-        return {key: (1 - weight) * halves[0][key] + weight * halves[1][key] for key in halves[0]}
+def _results(run: Run) -> dict[str, Any]:
+    """All that is told."""
+    config = run.config
+    gamma, penalties, tried = _chosen(run)
+    task = Task(run, "test", run.data)
+    made = task.generated(TOKEN, gamma)
+    scores = {**task.scores(TOKEN, made), **task.baselines()}
+    table = [
+        {"method": method, "classifier": kind, **figures(each, task.labels, run.data.seen, penalty)}
+        for (method, kind), each in scores.items()
+        for penalty in [penalties.get((method, kind), 0.0)]
+    ]
+    first = TOKEN, config.classifiers[0]
+    growth = []
+    for count in counts_up_to(config.counts, config.per_class):
+        few = task.scores(TOKEN, made, count)[first]
+        growth.append({"images": count, **plain(zero_shot(few, task.labels, run.data.seen, penalties.get(first, 0)))})
+    tokens = LearnedTokens.load(task.folder_of_tokens(gamma))
+    return {
+        "table": table,
+        "choice": {"gamma": gamma, "tried": tried},
+        "sensitivity": {"penalty": curve(scores[first], task.labels, run.data.seen), "images": growth},
+        "tokens": {tokens.classes[token]: {"token": token, **tokens.about[token]} for token in tokens},
+        "tsne": tsne(tokens, run.model, config.seed),
+        "images": {"token": f"test/images-token-{gamma:g}", "plain": "test/images-plain"},
+        "data": _about(run.data),
+        "errors": run.errors,
+        "settings": asdict(config),
+    }
 
 
-class _Run:
-    """A run: what its tasks share."""
-
-    def __init__(self, config: ZslConfig, data: ZslData, model: Model, report: Report) -> None:
-        self.config, self.model, self.report = config, model, report
-        self.encoder = encoder_of(config.cdm, model, local_files_only=config.local_files_only)
-        files, digests = [data.root / file for file in data.files], data.digests()
-        features, errors = self.made(files, digests, "real")
-        good = [number for number in range(len(files)) if number not in errors]
-        self.data, self.features, self.errors = data.of(good), features[good], list(errors.values())
-        self.place = {file: number for number, file in enumerate(self.data.files)}
-        self.clip: NDArray[np.float32] | None = None
-        if "clip" in config.baselines:
-            guide = guide_of("clip", model=model, classes=data.names)
-            self.clip = self.made(files, digests, "clip", guide.of_images, guide.settings())[0][good]
-
-    def made(
-        self,
-        files: Sequence[Path],
-        digests: Sequence[str],
-        name: str,
-        make: Features | None = None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> tuple[NDArray[np.float32], dict[int, str]]:
-        """Features of images, by the encoder unless said otherwise."""
-        make, settings = (self.encoder.of_images, self.encoder.settings()) if make is None else (make, settings)
-        folder, told = self.config.out / "features" / name, partial(self.report, f"features: {name}", total=len(files))
-        return features_of(files, digests, make, row_id(json.dumps(settings, sort_keys=True)), folder, told)
-
-    def token_config(self, gamma: float) -> Any:
-        """The learner's settings at a γ."""
-        return replace(self.config.tokens, gamma=gamma)
-
-    def results(self) -> dict[str, Any]:
-        """All that is told."""
-        config = self.config
-        gamma, penalties, tried = self.chosen()
-        task = _Task(self, "test", self.data)
-        made = task.generated(TOKEN, gamma)
-        scores = {**task.scores(TOKEN, made), **task.baselines()}
-        table = [
-            {"method": method, "classifier": kind, **figures(each, task.labels, self.data.seen, penalty)}
-            for (method, kind), each in scores.items()
-            for penalty in [penalties.get((method, kind), 0.0)]
-        ]
+def _chosen(run: Run) -> tuple[float, dict[tuple[str, str], float], list[dict[str, Any]]]:
+    """γ, each method's λ, and what γ was chosen by, of the validation classes."""
+    config = run.config
+    gammas = config.gammas or (config.tokens.gamma,)
+    if not run.data.validation:
+        return gammas[0], {}, []
+    task = Task(run, "validation", run.data.held_out(config.test_share, config.seed))
+    tried, penalties = [], []
+    for gamma in gammas:
+        scores = task.scores(TOKEN, task.generated(TOKEN, gamma))
+        own = {key: best_penalty(each, task.labels, task.data.seen) for key, each in scores.items()}
         first = TOKEN, config.classifiers[0]
-        growth = []
-        for count in counts_up_to(config.counts, config.per_class):
-            few = task.scores(TOKEN, made, count)[first]
-            growth.append(
-                {"images": count, **plain(zero_shot(few, task.labels, self.data.seen, penalties.get(first, 0)))}
-            )
-        tokens = LearnedTokens.load(task.folder_of_tokens(gamma))
-        return {
-            "table": table,
-            "choice": {"gamma": gamma, "tried": tried},
-            "sensitivity": {"penalty": curve(scores[first], task.labels, self.data.seen), "images": growth},
-            "tokens": {tokens.classes[token]: {"token": token, **tokens.about[token]} for token in tokens},
-            "tsne": tsne(tokens, self.model, config.seed),
-            "images": {"token": f"test/images-token-{gamma:g}", "plain": "test/images-plain"},
-            "data": self.about(),
-            "errors": self.errors,
-            "settings": asdict(config),
-        }
-
-    def chosen(self) -> tuple[float, dict[tuple[str, str], float], list[dict[str, Any]]]:
-        """γ, each method's λ, and what γ was chosen by, of the validation classes."""
-        config = self.config
-        gammas = config.gammas or (config.tokens.gamma,)
-        if not self.data.validation:
-            return gammas[0], {}, []
-        task = _Task(self, "validation", self.data.held_out(config.test_share, config.seed))
-        tried, penalties = [], []
-        for gamma in gammas:
-            scores = task.scores(TOKEN, task.generated(TOKEN, gamma))
-            own = {key: best_penalty(each, task.labels, task.data.seen) for key, each in scores.items()}
-            first = TOKEN, config.classifiers[0]
-            found = zero_shot(scores[first], task.labels, task.data.seen, own[first])
-            tried.append({"gamma": gamma, "penalty": own[first], **plain(found)})
-            penalties.append(own)
-        best = int(np.argmax([each["h"] for each in tried]))
-        others = {key: best_penalty(each, task.labels, task.data.seen) for key, each in task.baselines().items()}
-        return gammas[best], {**penalties[best], **others}, tried
-
-    def about(self) -> dict[str, Any]:
-        """What of the data was used."""
-        data, of_seen = self.data, self.data.seen[self.data.labels]
-        return {
-            "classes": list(data.names),
-            "seen": [data.names[c] for c in np.flatnonzero(data.seen)],
-            "unseen": data.unseen_names,
-            "validation": [data.names[c] for c in data.validation],
-            "train_images": int(data.train.sum()),
-            "test_images_of_seen": int((~data.train & of_seen).sum()),
-            "test_images_of_unseen": int((~of_seen).sum()),
-        }
+        found = zero_shot(scores[first], task.labels, task.data.seen, own[first])
+        tried.append({"gamma": gamma, "penalty": own[first], **plain(found)})
+        penalties.append(own)
+    best = int(np.argmax([each["h"] for each in tried]))
+    others = {key: best_penalty(each, task.labels, task.data.seen) for key, each in task.baselines().items()}
+    return gammas[best], {**penalties[best], **others}, tried
 
 
-def run_index(folder: Path) -> list[str]:
-    """Ids of the images that a folder has."""
-    rows = read_index(folder, ["id", "status"]).to_pylist()
-    return [row["id"] for row in rows if row["status"] == "ok"]
+def _about(data: ZslData) -> dict[str, Any]:
+    """What of the data was used."""
+    of_seen = data.seen[data.labels]
+    return {
+        "classes": list(data.names),
+        "seen": [data.names[c] for c in np.flatnonzero(data.seen)],
+        "unseen": data.unseen_names,
+        "validation": [data.names[c] for c in data.validation],
+        "train_images": int(data.train.sum()),
+        "test_images_of_seen": int((~data.train & of_seen).sum()),
+        "test_images_of_unseen": int((~of_seen).sum()),
+    }

@@ -49,7 +49,7 @@ def learn(request: LearnRequest) -> None:
     _show_table(console, [*COLUMNS], [[each["token"], each["class"], *figures(each)] for each in rows[:SHOWN]])
     if len(rows) > SHOWN:
         show_line(console, f"and {len(rows) - SHOWN:,} more: dsd-fast tokens show {request.out}")
-    show_line(console, f"{counted(len(rows), 'token')} in {summary['seconds']:.1f} s. Results: {request.out}")
+    show_line(console, f"{counted(len(rows), 'token')}, {summary['seconds']:.1f} s in this run. Results: {request.out}")
     end(True, sum(each["ended"] == "not-finite" for each in rows))
 
 

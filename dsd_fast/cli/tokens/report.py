@@ -22,6 +22,11 @@ _HOW = {
     "not-finite": "its loss was no number",
 }
 
+_FIGURES = (
+    "Loss, share of right images and mean probability of the class are of the update whose vectors were kept, by the "
+    "classifier that taught them: another one may see it otherwise. Norms are in mean norms of the vocabulary."
+)
+
 
 def render(summary: Mapping[str, Any], sheets: Sequence[str], loading: str) -> bytes:
     """Makes the page.
@@ -40,12 +45,13 @@ def render(summary: Mapping[str, Any], sheets: Sequence[str], loading: str) -> b
         section(
             "Classes",
             paragraph(f"Why a class ended: {why}."),
+            paragraph(_FIGURES),
             table("Each class", ["token", "class", *COLUMNS], rows, numbers=4),
         )
     ]
     if sheets:
         left = len(tokens) - len(sheets)
-        more = paragraph(f"Those of {counted(left, 'more class')} are in the folder.") if left else ""
+        more = paragraph(f"Those of {counted(left, 'more token')} are in the folder.") if left else ""
         what = "Above the plain text, below the same with the token; images of a column begin at the same noise."
         parts.append(section("Without and with the token", paragraph(what), *sheets, more))
     parts.append(section("Using the tokens, beside the folder", code(loading)))

@@ -125,8 +125,13 @@ def _chart(points: Sequence[Mapping[str, float]], x: str, label: str) -> str:
     for name, title in _FIGURES.items():
         places = [(_EDGE + width * point[x] / largest, _EDGE + height * (1 - point[name])) for point in points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        lines += f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-dasharray="{_DASHES[name]}"/>'
-        lines += _text(places[-1][0] + 6, places[-1][1] + 4, title)
+        start = _EDGE + 90 * list(_FIGURES).index(name)
+        for points_of_line in (path, f"{start},16 {start + 36},16"):
+            lines += (
+                f'<polyline points="{points_of_line}" fill="none" stroke="currentColor" '
+                f'stroke-dasharray="{_DASHES[name]}"/>'
+            )
+        lines += _text(start + 42, 20, title)
     axis = f'<rect class="track" x="{_EDGE}" y="{_HEIGHT - _EDGE}" width="{width}" height="1"/>'
     ends = _text(8, _HEIGHT - _EDGE + 4, "0") + _text(8, _EDGE + 4, "1") + _text(_EDGE, _HEIGHT - 20, "0")
     ends += _text(_WIDTH - 4 * _EDGE, _HEIGHT - 20, f"{label}: {largest:g}")

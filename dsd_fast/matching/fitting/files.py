@@ -23,7 +23,7 @@ from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.fitting.learned import own_model, put_lora
 from dsd_fast.matching.score import PairScorer
-from dsd_fast.training import plain
+from dsd_fast.training import as_json
 from dsd_fast.unet.adapters import strengths_summary
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
         "config": {key: value for key, value in asdict(scorer.config).items() if key != "memory_budget"},
     }
     with replacing(folder / MATCHER) as file:
-        file.write(json.dumps(about, indent=2, allow_nan=False, default=plain).encode() + b"\n")
+        file.write(json.dumps(as_json(about), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def others(scorer: PairScorer, lora: str | None) -> list[dict[str, list[tuple[str, float]]]]:

@@ -21,6 +21,7 @@ from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.loop import training
 from dsd_fast.matching.groups import Group, drawn_groups, wrong_text
 from dsd_fast.matching.score import PairScorer
+from dsd_fast.models.private import check_ordinary
 from dsd_fast.training import FitHistory, Report
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def fit(
     steps = base.model.schedule.num_train_timesteps
     if config.timestep_range is not None and config.timestep_range[1] > steps:
         raise ValueError(f"timestep_range: got {config.timestep_range}, expected at most (0, {steps})")
-    _check_ordinary(base)
+    parts = {"unet": base.model.unet}
+    parts |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(base.model.text_encoders)}
+    check_ordinary("fit", parts)
     # The caller's program may be without gradients, or mix precisions; this is training, in the types of its settings.
     learning = (torch.inference_mode(False), torch.enable_grad(), own_types(base.model.device))
     with ExitStack() as stack:
@@ -78,18 +81,6 @@ def fit(
         if out is not None:
             save(out, scorer, learned.lora, adapter)
     return scorer, learned.lora, history
-
-
-def _check_ordinary(base: PairScorer) -> None:
-    parts = {"unet": base.model.unet}
-    parts |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(base.model.text_encoders)}
-    for part, network in parts.items():
-        for name, parameter in network.named_parameters():
-            if parameter.is_inference():
-                raise ValueError(
-                    f"fit: {part}.{name} was made under torch.inference_mode, and such a tensor takes part in no "
-                    "gradient; load the model, or the adapter, outside of it"
-                )
 
 
 def check_patience(config: FitConfig, held_out: Sequence[Group] | None) -> None:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from dsd_fast.class_tokens.zsl.data import read_folders, read_proposed, readable
+from dsd_fast.class_tokens.zsl.data import read_folders, readable
+from dsd_fast.class_tokens.zsl.proposed import read_proposed
 
 SEEN, UNSEEN = ("001.Brown_bear", "fox", "killer+whale", "otter"), ("seal", "zebra")
 

@@ -13,6 +13,7 @@ import dsd_fast as dsd
 from dsd_fast.class_tokens.zsl import run_zsl
 from dsd_fast.class_tokens.zsl.classifiers import probabilities
 from dsd_fast.class_tokens.zsl.run import read_data
+from dsd_fast.class_tokens.zsl.task import crossed
 from dsd_fast.engine import LearnedTokens
 from dsd_fast.jobs import read_index, read_tensors
 from dsd_fast.metrics import best_penalty, zero_shot
@@ -79,6 +80,18 @@ def test_figures_are_those_of_its_files(root, whole):
     assert results["errors"] == []
 
 
+def test_real_images_of_unseen_classes_are_judged_by_what_has_not_learned_from_them():
+    first, unseen = np.array([True, False, True, False]), np.array([True, True, False, False])
+
+    def learned(half):
+        # Of each image whether it was learned from, and which half it was.
+        return {"real": np.stack([half, np.full(4, half[0])], 1).astype(float)}
+
+    found = crossed(learned, first, unseen)["real"]
+    assert found[:, 0].tolist() == [0, 0, 0, 0]
+    assert found[:, 1].tolist() == [0, 1, 0.5, 0.5]
+
+
 def test_tokens_and_plain_images_have_the_same_noise_and_other_texts(whole):
     out, results = whole
     gamma = results["choice"]["gamma"]
@@ -94,8 +107,10 @@ def test_tokens_and_plain_images_have_the_same_noise_and_other_texts(whole):
     assert list(tokens.classes.values()) == list(UNSEEN) == list(results["tokens"])
 
 
-def test_killed_in_each_stage_and_the_same_files(model, root, whole, tmp_path):
+def test_killed_in_each_stage_and_the_same_files(model, root, whole, tmp_path, monkeypatch):
     out = tmp_path / "killed"
+    # A kill, unlike a power failure, takes nothing back that was written.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
     def run(moment):
         def report(stage, done, total):
@@ -159,7 +174,8 @@ def test_an_image_that_cannot_be_used_is_told_and_counts_in_nothing(model, tmp_p
     root = tmp_path / "images"
     draw(root)
     (root / "purple_ring" / "extra.png").write_bytes(b"no image")
-    settings = config(root, tmp_path / "out", validation=0, gammas=None, baselines=(), counts=(1,), accept=0.0)
+    settings = config(root, tmp_path / "out", validation=0, gammas=None, baselines=(), counts=(1,))
+    settings = replace(settings, accept=0.0, max_tries=1, per_class=6)
     settings = replace(settings, classifiers=("softmax",), tokens=replace(settings.tokens, updates=1))
     results = run_zsl(settings, model=model)
     (error,) = results["errors"]
@@ -167,6 +183,11 @@ def test_an_image_that_cannot_be_used_is_told_and_counts_in_nothing(model, tmp_p
     data = results["data"]
     assert data["train_images"] + data["test_images_of_seen"] + data["test_images_of_unseen"] == len(CLASSES) * IMAGES
     assert (results["table"][0]["penalty"], data["validation"]) == (0, [])
+    # Images that were not accepted are none.
+    made = read_index(tmp_path / "out/test/images-token-0.9", ["status"])["status"].to_pylist()
+    assert set(made) == {"ok", "error"}
+    features, _ = read_tensors(tmp_path / "out/features/test-images-token-0.9/00000.safetensors")
+    assert len(features["features"]) == made.count("ok")
     # What is refused before anything is computed.
     Image.new("RGB", (8, 8)).save(root / "purple_ring" / "extra.png")
     with pytest.raises(ValueError, match="no folder 'unicorn'"):

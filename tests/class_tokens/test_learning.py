@@ -1,0 +1,228 @@
+"""The loop of classes, on losses that cost nothing."""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from dsd_fast.class_tokens import TokenConfig
+from dsd_fast.class_tokens.learning import CHECKPOINT, Learning, Losses
+from dsd_fast.class_tokens.optimiser import shortened
+
+CONFIG = TokenConfig(updates=6, learning_rate=0.05, stopping="never", keep="last", save_every=0)
+NAMES = ("a", "b", "c", "d", "e")
+WIDTH = 4
+
+
+class Losing:
+    """A loss for each class and update as told, a gradient of the class, the update and the vectors."""
+
+    def __init__(self, losses=None, accuracies=None):
+        self.losses, self.accuracies, self.asked = losses or {}, accuracies or {}, []
+
+    def __call__(self, vectors, classes, updates):
+        self.asked.append(list(zip(classes, updates, strict=True)))
+        told = [
+            [table.get(number, {}).get(update, default) for number, update in self.asked[-1]]
+            for table, default in ((self.losses, 1.0), (self.accuracies, 0.0))
+        ]
+        gradients = [
+            torch.stack([torch.sin(own[number] * (number + 2) + update) for number, update in self.asked[-1]])
+            for own in vectors
+        ]
+        losses, accuracies = (torch.tensor(each, dtype=torch.float64) for each in told)
+        gradients[0][losses.isinf()] = math.nan
+        return Losses(losses, accuracies, accuracies, gradients)
+
+
+def begin(vectors=1, encoders=1):
+    random = torch.Generator().manual_seed(0)
+    shape = (len(NAMES), vectors, WIDTH)
+    return [torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(encoders)]
+
+
+def learning(losing=None, config=CONFIG, together=2, callback=None, folder=None, own=None, names=NAMES):
+    own = own or begin()
+    norms = [0.5] * len(own)
+    return Learning(names, own, norms, losing or Losing(), config, together, callback, folder, {"is": "this"})
+
+
+def test_a_waiting_class_takes_the_place_of_one_that_ends():
+    losing = Losing(accuracies={0: {0: 1.0}, 2: {2: 1.0}})
+    run = learning(losing, replace(CONFIG, stopping="official", patience=9, updates=4))
+    run.run()
+    assert losing.asked == [
+        [(0, 0), (1, 0)],
+        [(1, 1), (2, 0)],
+        [(1, 2), (2, 1)],
+        [(1, 3), (2, 2)],
+        [(3, 0), (4, 0)],
+        [(3, 1), (4, 1)],
+        [(3, 2), (4, 2)],
+        [(3, 3), (4, 3)],
+    ]
+    assert [each.ended for each in run.histories] == ["accuracy", "updates", "accuracy", "updates", "updates"]
+    assert [each.updates for each in run.histories] == [1, 4, 3, 4, 4]
+
+
+def test_a_step_is_that_of_torch():
+    """AdamW after clipping, classes apart, in float64: a step rounds each number a few times."""
+    config = replace(CONFIG, clip_norm=0.7, weight_decay=0.1, eps=1e-3, betas=(0.8, 0.9))
+    run = learning(config=config, own=begin(2, 2))
+    run.run()
+    losing = Losing()
+    for number in range(len(NAMES)):
+        parameters = [each[number].clone().requires_grad_() for each in begin(2, 2)]
+        options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps, "weight_decay": 0.1}
+        adam = torch.optim.AdamW(parameters, **options)
+        for update in range(config.updates):
+            full = [torch.stack([p.detach()] * len(NAMES)) for p in parameters]
+            for p, gradient in zip(parameters, losing(full, [number], [update]).gradients, strict=True):
+                p.grad = gradient[0]
+            assert torch.nn.utils.clip_grad_norm_(parameters, 0.7) > 0.7
+            adam.step()
+        for p, own in zip(parameters, run.kept(number), strict=True):
+            assert torch.allclose(own, p, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("keep", ["best", "after-best", "last"])
+def test_what_is_kept(keep):
+    losses = {0: dict(enumerate([3.0, 2.0, 2.5, 2.0, 4.0, 9.0]))}
+    seen = []
+
+    class Seeing(Losing):
+        def __call__(self, vectors, classes, updates):
+            seen.append(vectors[0][0].clone())
+            return super().__call__(vectors, classes, updates)
+
+    run = learning(Seeing(losses), replace(CONFIG, keep=keep), own=[each[:1] for each in begin()], names=("a",))
+    run.run()
+    assert run.histories[0].best_update == 2
+    want = {"best": seen[1], "after-best": seen[2]}
+    if keep == "last":
+        assert not any(torch.equal(run.kept(0)[0], each) for each in seen)
+    else:
+        assert torch.equal(run.kept(0)[0], want[keep])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf], ids=["loss", "gradient"])
+def test_a_class_whose_numbers_are_none_ends_with_what_it_had(wrong):
+    alone, events = learning(names=("a",), own=[each[:1] for each in begin()], config=replace(CONFIG, updates=2)), []
+    alone.run()
+    run = learning(Losing({0: {2: wrong}}), callback=events.append)
+    run.run()
+    assert [each.ended for each in run.histories] == ["not-finite"] + ["updates"] * 4
+    assert run.histories[0].updates == 2
+    assert torch.equal(run.kept(0)[0], alone.kept(0)[0])
+    ended = next(event for event in events if event.ended == "not-finite")
+    assert (ended.name, ended.update) == ("a", 3)
+    others = learning()
+    others.run()
+    assert all(torch.equal(run.kept(number)[0], others.kept(number)[0]) for number in range(1, 5))
+
+
+def test_vectors_are_held_at_the_clamp():
+    events = []
+    run = learning(config=replace(CONFIG, norm_clamp=1.2, updates=3), own=begin(2, 2), callback=events.append)
+    run.run()
+    for number in range(len(NAMES)):
+        norms = torch.cat([own.norm(dim=-1) for own in run.kept(number)]) / 0.5
+        assert norms.max() <= 1.2 * (1 + 1e-12)
+        last = [event for event in events if event.name == NAMES[number]][-1]
+        assert last.norm == pytest.approx(float(norms.max()), rel=1e-12)
+        assert last.clamped == pytest.approx(float((norms > 1.2 * (1 - 1e-9)).double().mean()))
+    assert {event.clamped for event in events} >= {1.0}
+    assert torch.equal(shortened(torch.zeros(2, 3), 1.0), torch.zeros(2, 3))
+
+
+def plain(losses, accuracies, config):
+    """The official code's rule, as its loop has it."""
+    lowest, left = 99999.0, config.patience
+    for number, (loss, share) in enumerate(zip(losses, accuracies, strict=True), start=1):
+        if loss < lowest:
+            lowest, left = loss, config.patience
+        else:
+            left -= 1
+        if share > config.accuracy:
+            return number, "accuracy"
+        if left < 0:
+            return number, "patience"
+        if number == config.updates:
+            return number, "updates"
+    raise AssertionError
+
+
+def test_the_official_rule_ends_where_the_official_loop_does():
+    random = torch.Generator().manual_seed(3)
+    ends = set()
+    for _ in range(60):
+        losses = (torch.rand(12, generator=random).double() * 9 - torch.arange(12)).round().tolist()
+        accuracies = ((torch.rand(12, generator=random).double() * 7.7).round() / 10).tolist()
+        config = replace(CONFIG, stopping="official", patience=3, updates=10)
+        run = learning(
+            Losing({0: dict(enumerate(losses))}, {0: dict(enumerate(accuracies))}),
+            config,
+            own=[each[:1] for each in begin()],
+            names=("a",),
+        )
+        run.run()
+        ended = run.histories[0].updates, run.histories[0].ended
+        assert ended == plain(losses, accuracies, config)
+        ends.add(ended[1])
+    assert ends == {"accuracy", "patience", "updates"}
+
+
+def test_gamma_ends_at_the_mean_probability():
+    run = learning(Losing({}, {0: {0: 0.6, 1: 0.75, 2: 0.9}}), replace(CONFIG, stopping="gamma", gamma=0.75, updates=5))
+    run.run()
+    assert [(each.updates, each.ended) for each in run.histories[:2]] == [(2, "gamma"), (5, "updates")]
+
+
+def test_an_interrupted_learning_goes_on_to_the_same_bits(tmp_path):
+    """At every update of every class in turn; what others would draw from is the update's number alone."""
+    losing = Losing(accuracies={1: {2: 1.0}})
+    config = replace(CONFIG, stopping="official", updates=4, patience=9, keep="best")
+    whole = learning(losing, config, folder=tmp_path / "whole")
+    whole.run()
+    for stop in range(1, 11):
+        folder = tmp_path / str(stop)
+        done = []
+
+        def callback(event, done=done, stop=stop):
+            done.append(event)
+            if len(done) == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            learning(Losing(accuracies={1: {2: 1.0}}), config, folder=folder, callback=callback).run()
+        again = learning(Losing(accuracies={1: {2: 1.0}}), config, folder=folder)
+        again.run()
+        assert [asdict(each) for each in again.histories] == [asdict(each) for each in whole.histories]
+        assert (folder / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+    other = learning(Losing(accuracies={1: {2: 1.0}}), config, together=3, folder=tmp_path / "1")
+    other.run()
+    assert other.done
+
+
+def test_another_number_together_goes_on_as_well(tmp_path):
+    def stop(event):
+        if event.update == 2 and event.name == "b":
+            raise KeyboardInterrupt
+
+    whole = learning(together=5)
+    whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        learning(folder=tmp_path, together=3, callback=stop).run()
+    again = learning(folder=tmp_path, together=1)
+    again.run()
+    for number in range(len(NAMES)):
+        assert torch.allclose(again.kept(number)[0], whole.kept(number)[0], rtol=1e-12, atol=0)
+
+
+def test_a_checkpoint_of_another_learning_is_refused(tmp_path):
+    learning(folder=tmp_path).run()
+    other = learning(folder=tmp_path)
+    other._fingerprint = {"is": "that"}
+    with pytest.raises(ValueError, match="differs in is; choose another folder"):
+        other.run()
