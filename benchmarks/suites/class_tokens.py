@@ -126,7 +126,8 @@ def ambiguous(
 ) -> list[Figure]:
     """How often a token makes pictures of its class where the prompt beside it says less than the class has."""
     bench = _Bench(task, context, n, runs)
-    models, _ = bench.learned(config)
+    # Two attributes are not said: a vector for each.
+    models, _ = bench.learned(replace(config, vectors=2))
     figures = []
     for guidance in (GUIDANCE, 1.0):
         rows = {
