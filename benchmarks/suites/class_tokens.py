@@ -63,7 +63,7 @@ CONFIG = TokenConfig(
     learning_rate=0.05,
     norm_clamp=1.5,
     stopping="never",
-    updates=40,
+    updates=32,
     keep="best",
 )
 FIRST_SEED = 1_000_000

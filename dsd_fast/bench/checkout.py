@@ -21,8 +21,8 @@ _TRAINING = "benchmarks.mini"
 def experiment(name: str) -> ModuleType:
     """Imports a module of the repository's ``benchmarks/suites``, by its name there.
 
-    It and ``benchmarks/mini`` become importable under those names alone: other packages named ``benchmarks`` are neither hidden nor
-    taken for it.
+    It and ``benchmarks/mini`` become importable under those names alone: other packages named ``benchmarks`` are
+    neither hidden nor taken for it.
 
     Raises:
         UnavailableError: the package runs from no checkout.
