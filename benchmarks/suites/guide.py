@@ -79,7 +79,7 @@ class Attribute(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         answers = self.network(pixels).split([len(each) for each in ATTRIBUTES.values()], -1)
         of = dict(zip(ATTRIBUTES, answers, strict=True))
-        joint = of[self.names[0]].log_softmax(-1)
+        joint: Tensor = of[self.names[0]].log_softmax(-1)
         for name in self.names[1:]:
             joint = (joint[:, :, None] + of[name].log_softmax(-1)[:, None]).flatten(1)
         return joint

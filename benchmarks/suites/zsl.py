@@ -113,7 +113,7 @@ def _judged(results: Mapping[str, Any], out: Path, model: Model, context: Contex
     for key, folder in results["images"].items():
         files = sorted((out / folder).rglob("*.png"))
         names = [file.parent.name for file in files]
-        images = [np.asarray(Image.open(file)) for file in files]
+        images = [np.array(Image.open(file)) for file in files]
         asked = [dict(zip(("colour", "shape"), name.split(), strict=True)) for name in names]
         seen = look(seeing, np.stack(images))
         found[f"{_METHODS[key]}: judge"] = np.array([shows(*pair) for pair in zip(seen, asked, strict=True)])
