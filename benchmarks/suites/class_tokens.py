@@ -66,8 +66,9 @@ CONFIG = TokenConfig(
     updates=32,
     keep="best",
 )
-FIRST_SEED = 1_000_000
-"""Of the pictures that are judged, in whose noise no token has been learned."""
+FIRST_SEED = 2_000_000
+"""Of the pictures that are judged, in whose noise no token has been learned. The settings were chosen by other ones, and
+by a run of seed 0, which is none of these."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class _Bench:
         models, clamped = [], []
         config = replace(config, templates=(self.task.template,))
         for run in track(range(self.runs), "tokens", transient=True):
-            learner = ClassTokenLearner(self.model, self.guide, replace(config, seed=run), targets=targets)
+            learner = ClassTokenLearner(self.model, self.guide, replace(config, seed=1 + run), targets=targets)
             tokens = learner.learn(list(self.task.classes))
             models.append(self.model.with_tokens(tokens))
             clamped += [bool(about["clamped"]) for about in tokens.about.values()]
