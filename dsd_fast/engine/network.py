@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsd_fast.engine.preprocessing import Picture, Preprocessing, of_processor, of_timm
-from dsd_fast.jobs import row_id, weights_hash
+from dsd_fast.jobs import config_hash, row_id, weights_hash
 from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import named
@@ -24,6 +25,8 @@ from dsd_fast.models.load import (
     resolve_device,
     weight_patterns,
 )
+
+_TOLD = (int, float, str, FunctionType, BuiltinFunctionType, type)
 
 
 class PixelNetwork:
@@ -69,12 +72,33 @@ class PixelNetwork:
 
     def settings(self) -> dict[str, Any]:
         """Tell what changes answers, as JSON: weights, structure and preprocessing."""
+        network: Any = self.network
+        has_config = hasattr(getattr(network, "config", None), "to_dict")
         return {
-            "name": named(type(self.network)),
-            "weights": weights_hash([self.network]),
-            "structure": row_id(re.sub(r" at 0x[0-9a-f]+", "", repr(self.network))),
+            "name": named(type(network)),
+            "weights": weights_hash([network]),
+            "structure": config_hash(network) if has_config else _structure(network),
             "preprocessing": self.preprocessing.settings(),
         }
+
+
+def _structure(network: nn.Module) -> str:
+    """A hash of the classes of modules and of what they hold besides weights: numbers, texts and functions.
+
+    Not of their representation, which other versions of torch give otherwise.
+    """
+
+    def is_told(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(map(is_told, value))
+        return isinstance(value, _TOLD)
+
+    told: dict[str, Any] = {}
+    for path, module in network.named_modules():
+        # What is off may as well be missing.
+        held = {key: x for key, x in vars(module).items() if key[0] != "_" and x is not False and is_told(x)}
+        told[path] = [named(type(module)), held]
+    return row_id(json.dumps(told, sort_keys=True, default=named))
 
 
 class _ToInput(torch.autograd.Function):

@@ -118,14 +118,31 @@ def test_classifiers_of_transformers_by_folder_and_as_modules(vit):
         guide_of(module, processor=ViTImageProcessor(), size=(8, 8))
 
 
-def test_structure_is_in_a_guides_settings():
-    pooled = [nn.Sequential(pool, nn.Flatten(), nn.LazyLinear(2)).eval() for pool in (nn.AvgPool2d(4), nn.MaxPool2d(4))]
-    for each in pooled:
-        each(torch.zeros(1, 3, 8, 8))
-        nn.init.ones_(each[2].weight), nn.init.ones_(each[2].bias)
-    told = [guide_of(each, classes=["a", "b"], mean=MEAN, std=STD).settings() for each in pooled]
-    assert told[0]["weights"] == told[1]["weights"]
-    assert told[0] != told[1]
+def test_structure_is_in_a_guides_settings(vit):
+    def told(*layers, **held):
+        torch.manual_seed(0)
+        module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 2))
+        vars(module).update(held)
+        return guide_of(module.eval(), classes=["a", "b"], mean=MEAN, std=STD).settings()
+
+    same = told(nn.AvgPool2d(8))
+    for other in (
+        told(nn.MaxPool2d(8)),
+        told(nn.AvgPool2d(8, stride=4)),
+        told(nn.AvgPool2d(8), scale=2.0),
+        told(nn.AvgPool2d(8), act=torch.tanh),
+    ):
+        assert (other["weights"], other["preprocessing"]) == (same["weights"], same["preprocessing"])
+        assert other["structure"] != same["structure"]
+    # What another version of a library calls, shows or keeps besides is no other network.
+    assert told(nn.AvgPool2d(8), bias=None, exact=False, _cache=1) == same
+    module, processor = ViTForImageClassification.from_pretrained(vit), ViTImageProcessor.from_pretrained(vit)
+    same = guide_of(module, processor=processor).settings()
+    module.vit.add_module("unused", nn.Dropout())
+    module.config.transformers_version, module.config.another = "9.9.9", None
+    assert guide_of(module.eval(), processor=processor).settings() == same
+    module.config.hidden_act = "relu"
+    assert guide_of(module, processor=processor).settings() != same
 
 
 def test_what_goes_not_together_is_refused():
