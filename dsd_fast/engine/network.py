@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dsd_fast.engine.preprocessing import Picture, Preprocessing, of_processor, of_timm
+from dsd_fast.engine.settings import above, is_size, number, or_none
 from dsd_fast.jobs import config_hash, row_id, weights_hash
 from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.kernels.common.transfer import upload
@@ -225,10 +227,16 @@ def preprocessing_of(
         import timm
 
         return of_timm(timm.data.resolve_model_data_config(network), f"classifier {type(network).__name__}")
-    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-        raise ValueError(f"mean, std: got {mean} and {std}, expected three numbers each for a module")
-    sides = None if size is None else (int(size[0]), int(size[1]))
-    return Preprocessing(sides, None, "bicubic", tuple(map(float, mean)), tuple(map(float, std)))
+    three: dict[str, tuple[float, ...]] = {}
+    values: Any
+    for name, values, allowed in (("mean", mean, number(0, 1)), ("std", std, above(0, 10))):
+        if np.shape(values) != (3,) or not all(map(allowed, values)):
+            raise ValueError(f"{name}: got {values} for a module, expected three numbers, of values in [0, 1]")
+        three[name] = tuple(map(float, values))
+    sides = tuple(size) if isinstance(size, list) else size
+    if not or_none(is_size)(sides):
+        raise ValueError(f"size: got {size}, expected (height, width), or None")
+    return Preprocessing(sides, None, "bicubic", three["mean"], three["std"])
 
 
 @ordinary()

@@ -156,6 +156,14 @@ def test_what_goes_not_together_is_refused():
     ):
         with pytest.raises(ValueError, match=wrong):
             guide.logits(pixels)
+    for images, wrong in (
+        ([], "images: got none, expected at least one picture"),
+        ([np.zeros((8, 8, 3), np.float32)], r"images: got float32 of shape \(8, 8, 3\), expected uint8 \(H, W, 3\)"),
+        ([np.zeros((8, 8), np.uint8)], r"images: got uint8 of shape \(8, 8\)"),
+    ):
+        for each in (guide, Fixed(None, 3)):
+            with pytest.raises(ValueError, match=wrong):
+                each.of_images(images)
     assert guide_of(guide) is guide
     for classifier, options, wrong in (
         (guide, {"labels": ["a", "b"]}, "labels: got .*, but .* has its own"),
@@ -163,7 +171,12 @@ def test_what_goes_not_together_is_refused():
         ("clip", {"model": model, "classes": ["a", "b"], "templates": "none"}, "templates: got 'none'"),
         ("clip", {"model": dsd.from_pipeline(model.to_pipeline()), "classes": ["a", "b"]}, "has no CLIP"),
         (module, known, "labels: got None for a module, expected the names of its outputs"),
-        (module, {"labels": ["a", "b"], "mean": MEAN}, "mean, std: got .* and None"),
+        (module, {"labels": ["a", "b"], "mean": MEAN}, "std: got None for a module, expected three numbers"),
+        (module, {**known, "mean": (123.7, 116.3, 103.5)}, r"mean: got \(123.7, .*, of values in \[0, 1\]"),
+        (module, {**known, "std": (0.5, float("nan"), 0.5)}, "std: got"),
+        (module, {**known, "mean": 0.5}, "mean: got 0.5 for a module, expected three numbers"),
+        (module, {**known, "size": 8}, r"size: got 8, expected \(height, width\), or None"),
+        (module, {**known, "size": [0, 8]}, r"size: got \[0, 8\], expected"),
         (network().train(), {"labels": ["a", "b"], **known}, "classifier: it is in training mode"),
     ):
         with pytest.raises(ValueError, match=wrong):
