@@ -261,8 +261,9 @@ class CategoryDiscriminator:
             descent = Descent(
                 dict(network.named_parameters()),
                 losses,
-                lambda name, step: config.learning_rate * (1 + math.cos(math.pi * step / config.steps)) / 2,
-                lambda name: config.weight_decay if name.endswith("weight") else 0.0,
+                lambda name: name.endswith("weight"),
+                lambda _, step: config.learning_rate * (1 + math.cos(math.pi * step / config.steps)) / 2,
+                lambda is_matrix: config.weight_decay if is_matrix else 0.0,
                 steps=config.steps,
                 clip_norm=_CLIP_NORM,
                 validate_every=config.steps,
