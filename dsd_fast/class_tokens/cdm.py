@@ -215,14 +215,19 @@ class CategoryDiscriminator:
             encoder: the one that it was trained with; None: the one of its config.
 
         Raises:
-            ValueError: no such file, or an encoder or a CLIP that is another than in training.
+            ValueError: no such file, one of another format, or an encoder or a CLIP that is another than in training.
         """
         file = Path(folder) / FILE
         if not file.is_file():
             raise ValueError(f"folder: {file} does not exist")
-        tensors, about = read_tensors(file)
-        config = CdmConfig(**about["config"])
-        made = cls(model, encoder or encoder_of(config, model), about["classes"], config, len(tensors["mean"]))
+        from safetensors import SafetensorError
+
+        try:
+            tensors, about = read_tensors(file)
+            config, classes, width = CdmConfig(**about["config"]), about["classes"], len(tensors["mean"])
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"folder: {file} is no category discrimination model ({error})") from error
+        made = cls(model, encoder or encoder_of(config, model), classes, config, width)
         own = made._about()
         other = sorted(key for key in {*about, *own} if about.get(key) != own.get(key))
         if other:
