@@ -46,12 +46,12 @@ from dsd_fast.bench.suites import SUITES
 from dsd_fast.bench.tables import summary
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("ops", "unet", "features", "fit", "generate")
+NAMES = ("ops", "unet", "features", "fit", "generate", "tokens")
 DEVICE = "cuda"
 _SUITES = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 
 # What the suites import beyond torch and Triton.
-NEEDS = {"unet": "diffusers", "features": "diffusers", "fit": "diffusers", "generate": "diffusers"}
+NEEDS = dict.fromkeys(("unet", "features", "fit", "generate", "tokens"), "diffusers")
 
 SANITIZER = Path("/usr/local/cuda/bin/compute-sanitizer")
 
@@ -87,7 +87,7 @@ PLAN = (
     Step("smoke", 60, "gpu and smoke"),
     Step(
         "forward, backward",
-        60,
+        50,
         cases={
             "ops": [
                 *(f"forward/{each}" for each in (*_LONG, "sdxl/4096", "sdxl/1024")),
@@ -95,15 +95,16 @@ PLAN = (
             ]
         },
     ),
-    Step("tuning", 50, cases={"ops": ["tune/*"]}),
-    Step("unet", 90, cases={"unet": ["sd15/16", "sd15/64"]}),
+    Step("tuning", 45, cases={"ops": ["tune/*"]}),
+    Step("unet", 80, cases={"unet": ["sd15/16", "sd15/64"]}),
     Step(
         "elementwise, features",
-        75,
+        65,
         cases={"ops": ["elementwise/*", "features/*", "token-maps/sd15/4096"], "features": ["sd15/against-official"]},
     ),
-    Step("generation", 60, cases={"generate": ["sd15/images"]}),
-    Step("remaining checks", 70, "gpu and not smoke"),
+    Step("generation", 50, cases={"generate": ["sd15/images"]}),
+    Step("class tokens", 50, cases={"tokens": ["sd15/*"]}),
+    Step("remaining checks", 65, "gpu and not smoke"),
 )
 MOST_SECONDS = 480
 

@@ -126,7 +126,7 @@ class Learning(Loop):
                 events.append(TokenUpdate(self._names[number], made[place] + 1, *told, *about, history.ended))
             chosen = good if config.keep == "last" else best
             for state, old, new in zip(self._states, before, after, strict=True):
-                state[:3, index[good]] = new[:, good]
+                state[:3, index] = new
                 state[3, index[chosen]] = (old if config.keep == "best" else new)[0, chosen]
             self._queue = [number for number in self._queue if self.histories[number].ended is None]
         if self._callback is not None:

@@ -34,6 +34,8 @@ CLASSIFIERS = {
 _SOURCES = {True: "stabilityai/stable-diffusion-2-1-base", False: "CompVis/stable-diffusion-v1-4"}
 _TYPES = {"fp16": "float16", "bf16": "bfloat16", "no": "float32"}
 _SHOWN = "A photo of {} {}"
+# A stock pipeline's own, by which images are made that are evaluated.
+_SHOWING: dict[str, Any] = {"steps": 50, "guidance": 7.5, "noise": "diffusers"}
 
 
 @dataclass
@@ -218,12 +220,16 @@ class _Experiment:
             return
         folder = config.output_path / "img" / self.name / "train"
         learner = OfficialLearner(self.model, self.guide, self._settings(), self.target, config.defects())
-        learner.picture = lambda epoch, pixels, output, loss: _write(
-            folder / f"{epoch}_{self.labels[output]}_{loss}.jpg", pixels
-        )
-        if not learner.begun(self.folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        fresh = not learner.begun(self.folder)
+
+        def picture(epoch: int, pixels: Tensor, output: int, loss: float) -> None:
+            nonlocal fresh
+            if fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+                fresh = False
+            _write(folder / f"{epoch}_{self.labels[output]}_{loss}.jpg", pixels)
+
+        learner.picture = picture
         tokens = learner.learn([self.spelt], out=self.folder)
         if config.save_as_full_pipeline:
             _save_pipeline(self._with(tokens), config.output_path / "pipeline_token" / self.name / self.identifier)
@@ -236,9 +242,8 @@ class _Experiment:
         if not (folder.exists() and config.skip_exists):
             shutil.rmtree(folder, ignore_errors=True)
             words.append(config.initializer_token)
-        folder.mkdir(parents=True, exist_ok=True)
         model = self._with(LearnedTokens.load(self.folder))
-        sampler = Sampler(model, GenerateConfig(noise="diffusers", image_size=(config.height, config.width)))
+        sampler = Sampler(model, GenerateConfig(**_SHOWING, image_size=(config.height, config.width)))
         shares = {}
         for word in words:
             outputs = []
@@ -304,6 +309,7 @@ def _guide(config: RunConfig, classifier: Any, model: Model) -> Guide:
 
 def _write(file: Path, pixels: Tensor) -> None:
     """Write pixels (3, H, W) in [−1, 1] as a JPEG."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     Image.fromarray(to_uint8(pixels[None].detach())[0].cpu().numpy()).save(content, "JPEG")
     with replacing(file) as stream:

@@ -76,6 +76,7 @@ class Engine(Encoding):
         self.model, self.program, self.adapters, self.controls = model, program, adapters, tuple(controls)
         self.noise_plan = self.plan(noise_pred=True)
         self._keeping: dict[int, tuple[Plan, Plan]] = {}
+        self._row_bytes: dict[tuple[object, ...], int] = {}
 
     def under(self, adapter: str | Sequence[str] | None, controls: Sequence[Control] = ()) -> Engine:
         """View the same engine under other adapters and ControlNets; equal encoders' adapters share text states.
@@ -339,7 +340,7 @@ class Engine(Encoding):
             differentiable = None
             if gradients:
                 sizes = self._time_ids if time_ids is None else lambda latents: time_ids
-                about = (sizes, timestep_cond, gradients, checkpoint, self.memory_budget)
+                about = (sizes, timestep_cond, gradients, checkpoint, self.memory_budget, self._row_bytes)
                 differentiable = Differentiable(self.noise_plan, texts, *about)
             return Prediction(send, *rows, self.noise_plan, differentiable=differentiable)
         return Prediction(send, *rows, *self.keeping_plans(cache_branch_id), cache_interval)
@@ -354,7 +355,8 @@ class Engine(Encoding):
             ValueError: a memory budget that does not hold one row.
         """
         latents = torch.zeros(1, self.program.latent_channels, *self.latent_size, dtype=self.model.dtype, device="cpu")
-        differentiable = Differentiable(self.noise_plan, texts, self._time_ids, None, 1, False, self.memory_budget)
+        about = (self._time_ids, None, 1, False, self.memory_budget, self._row_bytes)
+        differentiable = Differentiable(self.noise_plan, texts, *about)
         return differentiable.sizes(latents.to(self.model.device), torch.zeros(1, dtype=torch.int64, device="cpu"))[0]
 
     def _controlled_rows(self, latents: Tensor, tokens: int, keys: int, budget: int | None) -> int:

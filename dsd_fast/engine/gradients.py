@@ -34,6 +34,7 @@ class Differentiable:
         calls: that are differentiated together, which share the memory.
         checkpoint: compute all rows again.
         memory_budget: bytes; None: the device's default.
+        known: what one row keeps, by what it depends on; filled.
     """
 
     plan: Plan
@@ -43,6 +44,7 @@ class Differentiable:
     calls: int
     checkpoint: bool
     memory_budget: int | None
+    known: dict[tuple[object, ...], int]
     _sizes: tuple[int, int, bool] | None = None
 
     def wanted(self, latents: Tensor, text_of: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ class Differentiable:
     def rows(self, latents: Tensor, t: float | Tensor, text_of: Tensor, latent_of: Tensor) -> tuple[Tensor, Tensor]:
         """Predict for all rows: their numbers (B,), and the outputs in that order."""
         times = t if isinstance(t, Tensor) else as_tensor([t]).repeat(len(latents))
-        with own_types(latents.device), self.plan.active():
+        with own_types(latents.device):
             size, held, by_region = self.sizes(latents, text_of[:1])
             # Rows of one latent side by side: what comes before the network reads a text is computed once for them.
             order = latent_of.argsort(stable=True)
@@ -85,10 +87,14 @@ class Differentiable:
 
     def _row_bytes(self, latents: Tensor, text_of: Tensor) -> int:
         """Bytes that one row keeps for its backward pass, as it is without a compiled runtime."""
-        row = latents[:1].detach().requires_grad_()
-        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-        bare = replace(self, plan=self.plan.bare())
-        return kept_bytes(lambda: bare._run(row, zero, text_of, zero, False), self.plan.network.module)
+        network = self.plan.network
+        key = (latents.shape[1:], latents.dtype, self.texts.tokens, network.checkpointing)
+        if key not in self.known:
+            row = latents[:1].detach().requires_grad_()
+            zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+            bare = replace(self, plan=self.plan.bare())
+            self.known[key] = kept_bytes(lambda: bare._run(row, zero, text_of, zero, False), network.module)
+        return self.known[key]
 
     def _run(self, latents: Tensor, times: Tensor, text_of: Tensor, latent_of: Tensor, by_region: bool) -> Tensor:
         used, latent = torch.unique(latent_of, return_inverse=True)

@@ -158,7 +158,7 @@ def test_the_official_rule_ends_where_the_official_loop_does():
     ends = set()
     for _ in range(60):
         losses = (torch.rand(12, generator=random).double() * 9 - torch.arange(12)).round().tolist()
-        accuracies = (torch.rand(12, generator=random).double() * 0.73).tolist()
+        accuracies = ((torch.rand(12, generator=random).double() * 7.7).round() / 10).tolist()
         config = replace(CONFIG, stopping="official", patience=3, updates=10)
         run = learning(
             Losing({0: dict(enumerate(losses))}, {0: dict(enumerate(accuracies))}),

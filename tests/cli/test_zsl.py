@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -57,10 +58,14 @@ def test_writes_figures_and_a_page(folder):
     assert json.loads((folder / "other/results.json").read_bytes()) == results
 
 
-def test_refuses_in_one_sentence(folder):
+def test_refuses_in_one_sentence(folder, monkeypatch):
     (folder / "run.toml").write_text(TOML.replace("per_class = 1", "per_clas = 1"))
     found = zsl("run.toml")
     assert (found.exit_code, found.stderr.count("Error")) == (2, 1)
     assert re.search("per_clas: there is no such setting; 'per_class' may be meant", " ".join(found.stderr.split()))
     assert zsl("missing.toml").exit_code == 2
-    assert not (folder / "made").exists()
+    (folder / "run.toml").write_text(TOML)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    found = zsl("run.toml")
+    assert (found.exit_code, "pip install 'dsd-fast[zsl]'" in " ".join(found.stderr.split())) == (2, True)
+    assert not list((folder / "made").iterdir())

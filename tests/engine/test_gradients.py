@@ -213,19 +213,21 @@ def test_each_latent_may_have_a_timestep_of_its_own(model):
 def test_adapters_count_again_where_rows_are_computed_again(tmp_path):
     pipe = tiny_pipeline("sd15")
     load_tiny_lora(pipe, "sd15", tmp_path, adapter_name="x")
-    pipe.disable_lora()
     model, found = dsd.from_pipeline(pipe), {}
     spliced = Splice(model, {"<cat>": 1})
     bank = 0.3 * normal(1, 24, seed=3).float()
-    for adapter in ("x", ()):
+    for adapter in ("x", (), None):
         for checkpoint in (False, True):
+            pipe.set_adapters("x", 1.0)
             engine, own = Engine(spliced.model, adapter), bank.clone().requires_grad_()
             spliced.put(own)
             with engine.adapters.active(texts_only=True):
                 states = spliced.model.encode_prompts(["a <cat>"])
             predict = engine.predict(Texts(states), torch.tensor([0]), gradients=1, checkpoint=checkpoint)
             latents = normal(1, 4, *engine.latent_size, seed=4).float()
-            found[adapter, checkpoint] = torch.autograd.grad(predict(latents, 500).pow(2).sum(), own)
+            output = predict(latents, 500)
+            pipe.set_adapters("x", 0.3)
+            found[adapter, checkpoint] = torch.autograd.grad(output.pow(2).sum(), own)
         assert_equal_gradients(found[adapter, True], found[adapter, False], 1e-6)
     assert (found["x", True][0] - found[(), True][0]).abs().max() > 0.1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,16 @@ _STRENGTH = 1.0
 _STEPS = 2000
 
 Floats = NDArray[np.float64]
+
+
+def check_installed() -> None:
+    """Refuse to begin what could not be ended.
+
+    Raises:
+        ImportError: scikit-learn is not installed; says which extra brings it.
+    """
+    if find_spec("sklearn") is None:
+        raise ImportError("zero-shot learning needs scikit-learn: pip install 'dsd-fast[zsl]'")
 
 
 def probabilities(
@@ -41,12 +52,11 @@ def probabilities(
     lacking = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if len(lacking):
         raise ValueError(f"features: there are none of class {lacking[0]}")
-    try:
-        from sklearn.covariance import ledoit_wolf
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError("zero-shot learning needs scikit-learn: pip install 'dsd-fast[zsl]'") from error
+    check_installed()
+    from sklearn.covariance import ledoit_wolf
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     known, asked = np.asarray(features, np.float64), np.asarray(test, np.float64)
     mean, deviation = known.mean(0), known.std(0)
     # A feature that never changes says nothing.

@@ -21,7 +21,8 @@ Features = Callable[[Sequence[Picture]], Tensor]
 
 # What a process that dies loses is a part at most.
 _PART = 256
-_TOGETHER = 32
+# Of photographs of 12 million pixels, 36 MB each.
+_TOGETHER = 16
 _LOADERS = 4
 
 
@@ -70,7 +71,7 @@ def _made(files: Sequence[Path], features: Features) -> tuple[Tensor, dict[str, 
     found: dict[int, Tensor] = {}
     errors: dict[str, str] = {}
     pictures: dict[int, Picture] = {}
-    for place, loaded in enumerate(ahead(_load, files, workers=_LOADERS, read_ahead=2 * _TOGETHER, name="dsd-decode")):
+    for place, loaded in enumerate(ahead(_load, files, workers=_LOADERS, read_ahead=2 * _LOADERS, name="dsd-decode")):
         if isinstance(loaded, ImageError):
             errors[str(place)] = str(loaded)
         else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsd_fast.class_tokens.zsl.classifiers import check_installed
 from dsd_fast.class_tokens.zsl.config import ZslConfig
 from dsd_fast.class_tokens.zsl.data import ZslData, read_folders
 from dsd_fast.class_tokens.zsl.figures import counts_up_to, curve, figures, plain, tsne
@@ -54,7 +55,9 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
         ValueError: data or settings that do not fit, by name; a class of which no image was accepted; tokens of other
             settings in ``config.out``.
         JobError: generated images of other settings there, or another process that writes.
+        ImportError: scikit-learn, or scipy for the proposed splits, is not installed.
     """
+    check_installed()
     data = read_data(config)
     with locked(config.out):
         remove_stale(config.out / RESULTS)

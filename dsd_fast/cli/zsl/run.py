@@ -25,7 +25,7 @@ def run(config: ZslConfig) -> dict[str, Any]:
     """Does all stages that are not done, and writes the page.
 
     Raises:
-        CommandError: the folder cannot be written, or has other results.
+        CommandError: the folder cannot be written, or has other results; a package that is not installed.
         ValueError: data or settings that do not fit.
         KeyboardInterrupt: after Ctrl-C.
     """
@@ -42,7 +42,7 @@ def run(config: ZslConfig) -> dict[str, Any]:
 
         try:
             results = run_zsl(config, report=report)
-        except JobError as error:
+        except (JobError, ImportError) as error:
             raise CommandError(str(error)) from error
         with replacing(config.out / "report.html") as file:
             file.write(render({**results, "versions": versions()}, pairs(config.out, results["images"])))
