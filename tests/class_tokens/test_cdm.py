@@ -183,7 +183,7 @@ def test_what_is_learned_of_some_classes_tells_others(model):
     names = [f"{each.objects[0].colour} {each.objects[0].shape}" for each in scenes]
     unseen = sorted(set(names))[::5]
     seen = [name for name in sorted(set(names)) if name not in unseen]
-    config = CdmConfig(templates=("one {}",), widths=(), steps=60, batch_size=64)
+    config = CdmConfig(templates=("one {}",))
     encoder = encoder_of(config, model)
     known, others = ([n for n, name in enumerate(names) if name in group] for group in (seen, unseen))
     features = encoder.of_images([scenes[n].image for n in known])

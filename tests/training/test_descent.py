@@ -53,6 +53,8 @@ def descent(folder=None, own=None, wrong=None, report=lambda *_: None, **options
 
 def test_steps_are_those_of_the_plain_loop():
     made, own = descent(average=0.4), parameters()
+    # One call of the fused step for each group.
+    assert len(made._optimizer.param_groups) == 2
     history = made.fit()
     groups = [{"params": [p], "weight_decay": decay(group(name)), "name": name} for name, p in own.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), foreach=False)
