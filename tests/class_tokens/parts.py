@@ -18,6 +18,7 @@ CONFIG = TokenConfig(
     guidance=3.0,
     learning_rate=0.01,
     weight_decay=0.1,
+    norm_clamp=None,
     updates=3,
     stopping="never",
     keep="last",
