@@ -48,8 +48,9 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
     Returns:
         "table": of each method and classifier "t1", "u", "s", "h" at the "penalty" λ that the validation classes
         choose, see :func:`~dsd_fast.class_tokens.zsl.figures.figures`; "choice": γ, and what it was chosen by;
-        "sensitivity" to λ and to the number of images; "tokens", "tsne", "images" (folders by method), "data",
-        "errors" (images that could not be used) and "settings".
+        "sensitivity" to λ and to the number of images; "tokens"; "tsne"; "sheets", see
+        :meth:`~dsd_fast.class_tokens.zsl.task.Task.sheets`; "data"; "errors" (images that could not be used); and
+        "settings".
 
     Raises:
         ValueError: data or settings that do not fit, by name; a class of which no image was accepted; tokens of other
@@ -114,7 +115,7 @@ def _results(run: Run) -> dict[str, Any]:
         "sensitivity": {"penalty": curve(scores[first], task.labels, run.data.seen), "images": growth},
         "tokens": {tokens.classes[token]: {"token": token, **tokens.about[token]} for token in tokens},
         "tsne": tsne(tokens, run.model, config.seed),
-        "images": {"token": f"test/images-token-{gamma:g}", "plain": "test/images-plain"},
+        "sheets": task.sheets(gamma),
         "data": _about(run.data),
         "errors": run.errors,
         "settings": asdict(config),
