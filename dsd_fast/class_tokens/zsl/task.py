@@ -55,6 +55,7 @@ class Run:
         place: file → its row of the features.
         clip: (N, C) logits of CLIP's zero-shot classification; None where it is no baseline.
         errors: what is wrong with other images.
+        repeated: test images that are training images, too.
     """
 
     def __init__(self, config: ZslConfig, data: ZslData, model: Model, report: Report) -> None:
@@ -66,6 +67,8 @@ class Run:
         features, errors = self.made(files, digests, "real")
         good = [number for number in range(len(files)) if number not in errors]
         self.data, self.features, self.errors = data.of(good), features[good], list(errors.values())
+        learned = {digests[number] for number in good if data.train[number]}
+        self.repeated = [data.files[i] for i in good if not data.train[i] and digests[i] in learned]
         self.place = {file: number for number, file in enumerate(self.data.files)}
         self.clip: NDArray[np.float32] | None = None
         if "clip" in config.baselines:
@@ -221,12 +224,13 @@ class Task:
             file = self.folder / "steps" / image_path(row_id(of, *map(row_id_of, rows)), name, "png")
             if not file.is_file():
                 latents = sampler.predicted(rows)[1][columns].transpose(0, 1).flatten(0, 1)  # (2 · columns, C, h, w)
-                pixels = to_uint8(sampler.engine.decode_latents(latents)).unflatten(0, (2, -1))  # (2, columns, H, W, 3)
-                lines = pixels.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (2 · H, columns · W, 3)
+                pixels = to_uint8(sampler.engine.decode_latents(latents))  # (2 · columns, H, W, 3)
+                lines = pixels.view(2, len(columns), *pixels.shape[1:]).transpose(1, 2)  # (2, H, columns, W, 3)
+                sheet = lines.flatten(2, 3).flatten(0, 1)  # (2 · H, columns · W, 3)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 remove_stale(file)
                 with replacing(file) as stream:
-                    Image.fromarray(lines.cpu().numpy()).save(stream, "PNG")
+                    Image.fromarray(sheet.cpu().numpy()).save(stream, "PNG")
             told = file.relative_to(run.config.out).as_posix()
             found.append({"class": name, "file": told, "times": [times[column] for column in columns]})
         run.report(f"{self.name}: steps", len(pairs), len(pairs))

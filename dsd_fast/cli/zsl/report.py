@@ -76,6 +76,9 @@ def _table(results: Mapping[str, Any]) -> str:
     told = "λ and γ were chosen on the validation classes, which are seen ones."
     if not results["data"]["validation"]:
         told = "There were no validation classes: λ is 0."
+    if repeated := results["data"]["test_images_learned_from"]:
+        told += f" {len(repeated)} test images, {repeated[0]} the first, are training images too: "
+        told += "figures of their classes say too much."
     tried = "; ".join(f"γ {each['gamma']:g}: H {each['h']:.3f}" for each in results["choice"]["tried"])
     return section(
         "Figures",
@@ -171,16 +174,17 @@ def _tokens(results: Mapping[str, Any]) -> str:
         cells = [f"<bdi>{visible(name)}</bdi>", f"<bdi>{visible(about['token'])}</bdi>", visible(str(about["ended"]))]
         norm, probability = (about.get(key) for key in ("norm", "probability"))
         numbers = [
+            str(about["images"]),
             str(about["updates"]),
             *("–" if each is None else f"{each:.2f}" for each in (probability, norm, share)),
         ]
         rows.append([*cells, *numbers])
-    header = ["class", "token", "ended by", "updates", "probability", "norm", "accuracy"]
+    header = ["class", "token", "ended by", "images", "updates", "probability", "norm", "accuracy"]
     return section(
         "Tokens",
         paragraph(
             "The probability is the guide's, of the images learned from; the norm is in means of the vocabulary's; the "
             "accuracy is of the class's test images, among all classes."
         ),
-        table("Each unseen class", header, rows, numbers=4),
+        table("Each unseen class", header, rows, numbers=5),
     )
