@@ -20,10 +20,10 @@ LEAKAGE = (
 
 _METHODS = {
     "token": "class tokens",
-    "plain": "the same texts without the tokens",
-    "ensemble": "an ensemble of templates",
+    "plain": "plain prompt",
+    "ensemble": "template ensemble",
     "clip": "CLIP",
-    "real": "real images of the unseen classes, two halves",
+    "real": "real images",
 }
 _FIGURES = {"t1": "T1", "u": "U", "s": "S", "h": "H"}
 # Of lines, by figure.
@@ -98,7 +98,7 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _sheets(sheets: Sequence[Mapping[str, Any]], out: Path) -> str:
-    rows = []
+    articles = ""
     for sheet in sheets:
         name, columns = sheet["class"], len(sheet["times"])
         with Image.open(out / sheet["file"]) as picture:
@@ -106,7 +106,8 @@ def _sheets(sheets: Sequence[Mapping[str, Any]], out: Path) -> str:
             larger = max(1, _SIDE * columns // picture.width)
             shown = picture.resize([larger * side for side in picture.size], Image.Resampling.NEAREST)
         shown.thumbnail((_SIDE * columns, 2 * _SIDE))
-        rows.append([f"<bdi>{visible(name)}</bdi>", image(shown, f"{name}: without the token above, with it below")])
+        drawn = image(shown, f"{name}: without the token above, with it below")
+        articles += f"<article>\n<h3><bdi>{visible(name)}</bdi></h3>\n{drawn}</article>\n"
     times = ", ".join(f"{t:g}" for t in sheets[0]["times"][:-1])
     return section(
         "What the tokens change",
@@ -114,7 +115,7 @@ def _sheets(sheets: Sequence[Mapping[str, Any]], out: Path) -> str:
             "Of the same noise, at the same steps: above of the text without the token, below with it. From left to "
             f"right what the network takes the image for at timesteps {times}, and the image."
         ),
-        table("Images at the same steps", ["class", "without the token above, with it below"], rows),
+        articles,
     )
 
 
