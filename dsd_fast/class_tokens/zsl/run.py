@@ -48,7 +48,7 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
     Returns:
         "table": of each method and classifier "t1", "u", "s", "h" at the "penalty" λ that the validation classes
         choose, see :func:`~dsd_fast.class_tokens.zsl.figures.figures`; "choice": γ, and what it was chosen by;
-        "sensitivity" to λ and to the number of images; "tokens"; "tsne"; "sheets", see
+        "sensitivity" to λ and to the number of images; "tokens"; "tsne"; "images" (folders by method); "sheets", see
         :meth:`~dsd_fast.class_tokens.zsl.task.Task.sheets`; "data"; "errors" (images that could not be used); and
         "settings".
 
@@ -127,6 +127,7 @@ def _results(run: Run) -> dict[str, Any]:
             for token, name in tokens.classes.items()
         },
         "tsne": tsne(tokens, run.model, config.seed),
+        "images": {"token": f"test/images-token-{gamma:g}", "plain": "test/images-plain"},
         "sheets": task.sheets(gamma),
         "data": {**_about(run.data), "test_images_learned_from": run.repeated},
         "errors": run.errors,
