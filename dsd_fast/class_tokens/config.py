@@ -125,7 +125,8 @@ class TokenConfig:
                 object.__setattr__(self, name, value)
 
 
-def _are_templates(x: object) -> bool:
+def are_templates(x: object) -> bool:
+    """Allow texts with a place for a class each."""
     try:
         return isinstance(x, tuple) and bool(check_templates(x))
     except ValueError:
@@ -137,7 +138,7 @@ def _are_betas(x: object) -> bool:
 
 
 _FIELDS: Fields = {
-    "templates": (_are_templates, 'texts with one "{}" or "{class}" each'),
+    "templates": (are_templates, 'texts with one "{}" or "{class}" each'),
     "class_name": (is_bool, "True or False"),
     "token": (lambda x: is_text(x) and x.count("{}") <= 1, 'a text with at most one "{}"'),
     "vectors": (integer(1), "an integer of at least 1"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion import (
+    CLEAN,
     Predict,
     RowNoise,
     guidance_embedding,
@@ -163,13 +164,25 @@ class Sampler:
             ImageError: an image of a row that cannot be used.
             ValueError: no rows, or rows of several groups.
         """
-        groups = {self.group(row) for row in rows}
-        if len(groups) != 1:
-            raise ValueError(f"rows: got {len(rows)} of {len(groups)} groups, expected at least one, of one group")
-        engine = self._under(rows[0].adapter)
-        # The encoders may have changed since the last call.
-        engine.forget()
-        return torch.cat([self._sampled(engine, part) for part in self._parts(engine, rows)])
+        return torch.cat([self._sampled(engine, part) for engine, part in self._parts_of_group(rows)])
+
+    @torch.no_grad()
+    def predicted(self, rows: Sequence[GenerateRow]) -> tuple[list[float], Tensor]:
+        """Sample as :meth:`latents` does, and tell at each step which clean latents the network's answer stands for.
+
+        Returns:
+            The timesteps of its calls, and −1; (calls + 1, n, C, h, w) float32 on the model's device, the last of which
+            are those of :meth:`latents`. An answer between two timesteps of the schedule is read as one at the nearer.
+
+        Raises:
+            ImageError, ValueError: as there.
+        """
+        found = []
+        for engine, part in self._parts_of_group(rows):
+            seen: list[tuple[float, Tensor]] = []
+            latents = self._sampled(engine, part, seen)
+            found.append(torch.stack([*(clean for _, clean in seen), latents]))
+        return [*(t for t, _ in seen), CLEAN], torch.cat(found, dim=1)
 
     @torch.no_grad()
     def pixels(self, rows: Sequence[GenerateRow]) -> Tensor:
@@ -208,6 +221,16 @@ class Sampler:
         told = model_settings(self._under((name,)))
         return [told["weights"], told["adapters"], told["adapter_strengths"]]
 
+    def _parts_of_group(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[Engine, Sequence[GenerateRow]]]:
+        groups = {self.group(row) for row in rows}
+        if len(groups) != 1:
+            raise ValueError(f"rows: got {len(rows)} of {len(groups)} groups, expected at least one, of one group")
+        engine = self._under(rows[0].adapter)
+        # The encoders may have changed since the last call.
+        engine.forget()
+        for part in self._parts(engine, rows):
+            yield engine, part
+
     def _parts(self, engine: Engine, rows: Sequence[GenerateRow]) -> Iterator[Sequence[GenerateRow]]:
         """Rows whose texts' keys, made once for all steps, and whose kept activations are held at once."""
         most, most_kept = self._held(engine, self.model.latent_size(rows[0].size))
@@ -234,7 +257,9 @@ class Sampler:
             kept, taken = engine.rows_kept(self.config.cache_branch_id, size)
         return engine.texts_together(engine.noise_plan, size, taken), kept
 
-    def _sampled(self, engine: Engine, rows: Sequence[GenerateRow]) -> Tensor:
+    def _sampled(
+        self, engine: Engine, rows: Sequence[GenerateRow], seen: list[tuple[float, Tensor]] | None = None
+    ) -> Tensor:
         first, config, device = rows[0], self.config, self.model.device
         assert first.size is not None
         assert first.steps is not None
@@ -245,6 +270,8 @@ class Sampler:
             clean = engine.encode_images(pixels, draws.from_posterior).to(device, draws.held or torch.float32)
         start = draws.start((self.model.latent_channels, *self.model.latent_size(first.size)))
         predict = self._predict(engine, rows)
+        if seen is not None:
+            predict = self._noting(predict, seen)
         options: dict[str, Any] = {"steps": first.steps, "draws": draws, "eta": config.eta}
         if clean is None:
             latents = sample(self._scheduler, predict, upload(start, device), **options)
@@ -278,6 +305,16 @@ class Sampler:
             return answer
         plain = partial(predict, part=slice(len(with_guide), None))
         return within(self.model.schedule, self.config.guidance_interval, answer, plain)
+
+    def _noting(self, predict: Predict, seen: list[tuple[float, Tensor]]) -> Predict:
+        """As `predict`; notes the timestep of each call, and the clean latents that its answer stands for."""
+
+        def predict_noting(latents: Tensor, t: float) -> Tensor:
+            output = predict(latents, t)
+            seen.append((t, self.model.schedule.to_original(output, latents, round(t)).float()))
+            return output
+
+        return predict_noting
 
     def _conditions(self, rows: Sequence[GenerateRow]) -> list[Tensor]:
         """(n, 3, H, W) in [0, 1] for each ControlNet, or none."""

@@ -37,6 +37,10 @@ def zsl(*arguments):
 
 def test_writes_figures_and_a_page(folder):
     (folder / "scenes" / "red_circle" / "broken.png").write_bytes(b"no image")
+    # An unseen class's image lies among a seen one's, too; with so many that some are training images.
+    content = (folder / "scenes/red_circle/0.png").read_bytes()
+    for name in ("again", "and again"):
+        (folder / f"scenes/blue_circle/{name}.png").write_bytes(content)
     found = zsl("run.toml", "--out", "other")
     # An image could not be used.
     assert found.exit_code == 1, found.output
@@ -48,9 +52,12 @@ def test_writes_figures_and_a_page(folder):
         assert f"{row['h']:.3f}" in found.output
     assert "CLIP and Stable Diffusion have been trained" in page
     assert "broken.png" in page
+    assert "red_circle/0.png" in results["data"]["test_images_learned_from"]
+    assert "test images, " in page
+    assert "training images" in found.output
     assert all(name in page for name in CLASSES if name in results["data"]["unseen"])
-    # A pair for each class, and a mark for each token and name.
-    assert page.count("<img ") == 2 * 3
+    # A picture of each class, and a mark for each token and name.
+    assert page.count("<img ") == 3
     assert page.count("<circle ") == len(results["tsne"]) == 2 * 3
     assert "<script" not in page
     # Again, with nothing left to do but the figures.

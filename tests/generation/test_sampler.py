@@ -264,6 +264,37 @@ def test_guidance_in_an_interval_is_a_plain_loop(high):
     assert counted["up"] == 6 + sum(applied)
 
 
+@pytest.mark.parametrize("name", ["sd15", "v"])
+def test_predicted_clean_latents_are_those_of_the_scheduler(name):
+    made, pipe = sampler(name, scheduler="ddim", steps=3), pipeline(name)
+    rows = [made.resolve(GenerateRow(prompt, 3)) for prompt in ("a dog", "a red cat")]
+    # Texts are taken in two parts.
+    made.engine.texts_together = lambda *_: 2
+    times, clean = made.predicted(rows)
+    scheduler = made.model.new_scheduler()
+    scheduler.set_timesteps(3)
+    assert times == [*scheduler.timesteps.tolist(), -1]
+    for number, row in enumerate(rows):
+        states = torch.cat(pipe.encode_prompt(row.prompt, "cpu", 1, True)[::-1])
+        z, expected = noise(3, 0, (1, 4, 16, 16)), []
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                both = pipe.unet(z.expand(2, -1, -1, -1), t, states).sample
+                step = scheduler.step(both[:1] + 4.0 * (both[1:] - both[:1]), t, z)
+                z = step.prev_sample
+                expected.append(step.pred_original_sample)
+        assert_close(clean[:, number], torch.cat([*expected, z]))
+    assert torch.equal(clean[-1], made.latents(rows))
+
+
+def test_a_timestep_between_two_predicts_as_the_nearer():
+    config = {**pipeline("sd15").scheduler.config, "use_karras_sigmas": True}
+    made = sampler("sd15", scheduler=diffusers.EulerDiscreteScheduler.from_config(config), steps=3)
+    times, clean = made.predicted([made.resolve(GenerateRow("a dog", 3))])
+    assert any(t % 1 for t in times)
+    assert clean.isfinite().all()
+
+
 def rows_seen(made, rows):
     """What the network and the text encoders are called for: rows of a text-free layer, of one behind, of keys."""
     unet, counted, handles = made.model.unet, Counter(), []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsd_fast.class_tokens.cdm import CdmConfig
-from dsd_fast.class_tokens.config import TokenConfig
+from dsd_fast.class_tokens.config import TokenConfig, are_templates
 from dsd_fast.class_tokens.zsl.classifiers import CLASSIFIERS
 from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, is_text, number, or_none
 from dsd_fast.generation.config import GenerateConfig
@@ -103,6 +103,8 @@ class ZslConfig:
         for name, kind in _TABLES.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}: got {getattr(self, name)!r:.80}, expected a {kind.__name__}")
+        if self.tokens.loss == "noise":
+            raise ValueError("tokens.loss: got 'noise', which needs images of unseen classes; expected 'cross-entropy'")
         if self.proposed is not None and self.unseen is not None:
             raise ValueError("unseen: given with proposed, whose splits say it; expected one of them")
         if self.gammas and self.tokens.stopping != "gamma":
@@ -204,7 +206,7 @@ _FIELDS: Fields = {
     "max_tries": (integer(1), "an integer of at least 1"),
     "classifiers": (lambda x: _some_of(*CLASSIFIERS)(x) and bool(x), f"some of {', '.join(CLASSIFIERS)}"),
     "baselines": (_some_of(*BASELINES), f"some of {', '.join(BASELINES)}, each once"),
-    "ensemble": (_all(lambda x: is_text(x) and x.count("{}") == 1), 'texts with one "{}" each'),
+    "ensemble": (are_templates, 'texts with one "{}" or "{class}" each'),
     "counts": (_all(integer(1)), "integers of at least 1"),
     "seed": (integer(0, 2**64 - 1), "an integer from 0 to 2**64 - 1"),
 }

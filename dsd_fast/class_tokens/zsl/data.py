@@ -25,7 +25,7 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 _READERS = 8
 _SHOWN = 3
 # Of the names of CUB's classes and of Caltech's folders, "001.Black_footed_Albatross".
-_NUMBER = re.compile(r"\d+\.\s*")
+_NUMBER = re.compile(r"^\d+\.(?!\d)\s*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +97,24 @@ class ZslData:
         Raises:
             ValueError: names that are no seen classes; fewer than two, or fewer than two other seen classes.
         """
-        if chosen is None:
-            if self.validation:
-                return self
-            chosen = max(2, round(self.seen.sum() * (~self.seen).mean()))
         own = np.flatnonzero(self.seen).tolist()
-        if isinstance(chosen, int):
+        if chosen is None and not self.validation:
+            chosen = max(2, round(len(own) * (~self.seen).mean()))
+        if chosen is None:
+            classes = list(self.validation)
+        elif isinstance(chosen, int):
             classes = sorted(own, key=lambda c: row_id("validation", str(seed), self.names[c]))[:chosen]
         else:
             named = {self.names[c]: c for c in own}
-            wrong = [name for name in chosen if readable(name) not in named]
-            if wrong:
-                raise ValueError(f"validation: {wrong[0]!r} is no seen class; there are {', '.join(named)}")
-            classes = [named[readable(name)] for name in chosen]
+            found = [name if name in named else readable(name) for name in chosen]
+            for name, meant in zip(chosen, found, strict=True):
+                if meant not in named:
+                    raise ValueError(f"validation: {name!r} is no seen class; there are {', '.join(named)}")
+            classes = list({named[name] for name in found})
         if not 2 <= len(classes) <= len(own) - 2:
             raise ValueError(
-                f"validation: got {len(classes)} of {len(own)} seen classes, expected at least two, and two others"
+                f"validation: got {len(classes)} of {len(own)} seen classes, expected at least two, and two others; "
+                "or 0, without which λ is 0"
             )
         return replace(self, validation=tuple(sorted(classes)))
 

@@ -4,7 +4,7 @@ Ugly", as their authors hand them out (xlsa17)."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,9 +52,7 @@ def read_proposed(
     labels = _numbers(values, "labels") - 1
     if names is None and "allclasses_names" not in values:
         raise ValueError(f"names: {Path(folder) / 'att_splits.mat'} has no allclasses_names; expected a file of names")
-    classes = (
-        tuple(read_classes(names)) if names is not None else tuple(map(readable, _texts(values["allclasses_names"])))
-    )
+    classes = tuple(read_classes(list(map(readable, _texts(values["allclasses_names"]))) if names is None else names))
     if not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"names: got {len(classes)} for labels from {labels.min() + 1} to {labels.max() + 1}")
     given = _texts(values["image_files"])
@@ -128,11 +126,15 @@ def _places(values: dict[str, Any], name: str, count: int) -> NDArray[np.intp]:
 
 def _texts(cells: Any) -> list[str]:
     """Texts of cells, which scipy has as arrays of one text each."""
-    return [str(np.asarray(cell).ravel()[0]) for cell in np.asarray(cells).ravel()]
+    return ["".join(map(str, np.asarray(cell).ravel())) for cell in np.asarray(cells).ravel()]
 
 
-def _mapped(given: Iterable[str], root: Path) -> list[str]:
-    """Paths below the root by the longest end of each that is there."""
+def _mapped(given: Sequence[str], root: Path) -> list[str]:
+    """Paths below the root by the longest end of each that is there, each of another file.
+
+    Raises:
+        ValueError: images that are not there; two that are one file.
+    """
     found, missing = [], []
     for path in given:
         parts = [part for part in PurePosixPath(path.replace("\\", "/")).parts if part not in ("/", "..")]
@@ -147,4 +149,12 @@ def _mapped(given: Iterable[str], root: Path) -> list[str]:
             f"images: {len(missing)} of {len(found) + len(missing)} images are not below {root}, the first "
             f"{missing[0]!r}, of which no end was found"
         )
+    first: dict[str, str] = {}
+    for path, end in zip(given, found, strict=True):
+        # As of photographs with several objects, whose classes differ by the part that the authors looked at.
+        if end in first:
+            raise ValueError(
+                f"images: the images {first[end]!r} and {path!r} are both {root / end}, expected a file for each"
+            )
+        first[end] = path
     return found

@@ -48,8 +48,9 @@ def run_zsl(config: ZslConfig, *, model: Model | None = None, report: Report | N
     Returns:
         "table": of each method and classifier "t1", "u", "s", "h" at the "penalty" λ that the validation classes
         choose, see :func:`~dsd_fast.class_tokens.zsl.figures.figures`; "choice": γ, and what it was chosen by;
-        "sensitivity" to λ and to the number of images; "tokens", "tsne", "images" (folders by method), "data",
-        "errors" (images that could not be used) and "settings".
+        "sensitivity" to λ and to the number of images; "tokens"; "tsne"; "images" (folders by method); "sheets", see
+        :meth:`~dsd_fast.class_tokens.zsl.task.Task.sheets`; "data"; "errors" (images that could not be used); and
+        "settings".
 
     Raises:
         ValueError: data or settings that do not fit, by name; a class of which no image was accepted; tokens of other
@@ -83,11 +84,17 @@ def read_data(config: ZslConfig) -> ZslData:
     if config.proposed is not None:
         data = read_proposed(config.proposed, config.images, config.names)
     else:
+        # It would be a class the next time.
+        if config.unseen is not None and config.images.resolve() in config.out.resolve().parents:
+            raise ValueError(f"out: {config.out} is in images, whose folders are classes; expected another place")
         data = read_folders(config.images, config.unseen, config.names, share=config.test_share, seed=config.seed)
     if config.validation == 0:
         return replace(data, validation=())
     chosen = config.validation
-    return data.validated(read_classes(chosen) if isinstance(chosen, Path) else chosen, config.seed)
+    data = data.validated(read_classes(chosen) if isinstance(chosen, Path) else chosen, config.seed)
+    # Refuses classes of which nothing could be held out, before anything is computed.
+    data.held_out(config.test_share, config.seed)
+    return data
 
 
 def _results(run: Run) -> dict[str, Any]:
@@ -100,6 +107,8 @@ def _results(run: Run) -> dict[str, Any]:
     table = [
         {"method": method, "classifier": kind, **figures(each, task.labels, run.data.seen, penalty)}
         for (method, kind), each in scores.items()
+        # Of a method that the validation classes have too few images for no λ is known.
+        if not penalties or (method, kind) in penalties
         for penalty in [penalties.get((method, kind), 0.0)]
     ]
     first = TOKEN, config.classifiers[0]
@@ -108,14 +117,19 @@ def _results(run: Run) -> dict[str, Any]:
         few = task.scores(TOKEN, made, count)[first]
         growth.append({"images": count, **plain(zero_shot(few, task.labels, run.data.seen, penalties.get(first, 0)))})
     tokens = LearnedTokens.load(task.folder_of_tokens(gamma))
+    counts = np.bincount(made.labels, minlength=len(run.data.names)).tolist()
     return {
         "table": table,
         "choice": {"gamma": gamma, "tried": tried},
         "sensitivity": {"penalty": curve(scores[first], task.labels, run.data.seen), "images": growth},
-        "tokens": {tokens.classes[token]: {"token": token, **tokens.about[token]} for token in tokens},
+        "tokens": {
+            name: {"token": token, "images": counts[run.data.names.index(name)], **tokens.about[token]}
+            for token, name in tokens.classes.items()
+        },
         "tsne": tsne(tokens, run.model, config.seed),
         "images": {"token": f"test/images-token-{gamma:g}", "plain": "test/images-plain"},
-        "data": _about(run.data),
+        "sheets": task.sheets(gamma),
+        "data": {**_about(run.data), "test_images_learned_from": run.repeated},
         "errors": run.errors,
         "settings": asdict(config),
     }

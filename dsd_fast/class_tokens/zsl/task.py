@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from dsd_fast.class_tokens.cdm import CategoryDiscriminator, encoder_of
 from dsd_fast.class_tokens.learner import ClassTokenLearner
@@ -19,6 +20,7 @@ from dsd_fast.class_tokens.zsl.classifiers import probabilities
 from dsd_fast.class_tokens.zsl.config import ZslConfig
 from dsd_fast.class_tokens.zsl.data import ZslData, drawn
 from dsd_fast.class_tokens.zsl.features import Features, features_of
+from dsd_fast.diffusion import CLEAN, scheduler_timesteps
 from dsd_fast.engine.guides import guide_of
 from dsd_fast.engine.templates import filled
 from dsd_fast.engine.tokens import LearnedTokens
@@ -26,12 +28,15 @@ from dsd_fast.generation.export import generate_to
 from dsd_fast.generation.files import IMAGES, image_path
 from dsd_fast.generation.guides import AcceptClassifier
 from dsd_fast.generation.rows import GenerateRow, row_id_of
-from dsd_fast.generation.sampler import Sampler
+from dsd_fast.generation.sampler import Sampler, to_uint8
 from dsd_fast.generation.units import units_of
-from dsd_fast.jobs import read_index, read_manifest, row_id
+from dsd_fast.jobs import read_index, read_manifest, remove_stale, replacing, row_id
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
+
+# Classes whose images are shown as they come to be, and at how many steps.
+_SHEETS, _COLUMNS = 12, 5
 
 Probabilities = dict[tuple[str, str], NDArray[np.float64]]
 """(method, classifier) → (n, C) of a task's test images."""
@@ -50,6 +55,7 @@ class Run:
         place: file → its row of the features.
         clip: (N, C) logits of CLIP's zero-shot classification; None where it is no baseline.
         errors: what is wrong with other images.
+        repeated: test images that are training images, too.
     """
 
     def __init__(self, config: ZslConfig, data: ZslData, model: Model, report: Report) -> None:
@@ -61,6 +67,8 @@ class Run:
         features, errors = self.made(files, digests, "real")
         good = [number for number in range(len(files)) if number not in errors]
         self.data, self.features, self.errors = data.of(good), features[good], list(errors.values())
+        learned = {digests[number] for number in good if data.train[number]}
+        self.repeated = [data.files[i] for i in good if not data.train[i] and digests[i] in learned]
         self.place = {file: number for number, file in enumerate(self.data.files)}
         self.clip: NDArray[np.float32] | None = None
         if "clip" in config.baselines:
@@ -138,23 +146,14 @@ class Task:
     def folder_of_tokens(self, gamma: float) -> Path:
         return self.folder / f"tokens-{gamma:g}"
 
+    def folder_of_images(self, method: str, gamma: float | None = None) -> Path:
+        return self.folder / (f"images-{method}" if gamma is None else f"images-{method}-{gamma:g}")
+
     def generated(self, method: str, gamma: float | None = None) -> Generated:
         """Images of the unseen classes, and their features."""
-        run, config, names = self.run, self.run.config, self.data.unseen_names
-        model, prompts = run.model, Prompts(names, config.tokens)
-        if gamma is None:
-            texts = [prompts.plain(number) for number in range(len(names))]
-        else:
-            model = model.with_tokens(self.tokens(gamma))
-            texts = [prompts.every(number) for number in range(len(names))]
-        if method == "ensemble":
-            texts = [[filled(template, name) for template in config.ensemble] for name in names]
-        rows = [
-            GenerateRow(text, config.seed, label=name, cls=number)
-            for number, name in enumerate(names)
-            for text in texts[number]
-        ]
-        folder = self.folder / (f"images-{method}" if gamma is None else f"images-{method}-{gamma:g}")
+        run, config, names, rows = self.run, self.run.config, self.data.unseen_names, self._rows(method)
+        model = run.model if gamma is None else run.model.with_tokens(self.tokens(gamma))
+        folder = self.folder_of_images(method, gamma)
         accept = None
         if config.accept is not None:
             accept = AcceptClassifier(self.discriminator.guide(names), names, config.accept)
@@ -187,6 +186,55 @@ class Task:
         for c in classes:
             turns[labels == c] = np.arange((labels == c).sum())
         return Generated(features, labels, turns)
+
+    def _rows(self, method: str) -> list[GenerateRow]:
+        """What images of the unseen classes are made of: the token's texts, or a baseline's."""
+        config, names = self.run.config, self.data.unseen_names
+        prompts = Prompts(names, config.tokens)
+
+        def texts(number: int) -> list[str]:
+            if method == "ensemble":
+                return [filled(template, names[number]) for template in config.ensemble]
+            return prompts.plain(number) if method == "plain" else prompts.every(number)
+
+        return [
+            GenerateRow(text, config.seed, label=name, cls=number)
+            for number, name in enumerate(names)
+            for text in texts(number)
+        ]
+
+    def sheets(self, gamma: float) -> list[dict[str, Any]]:
+        """Draw how an image of each of the first classes comes to be, of the same noise without and with the token.
+
+        Returns:
+            {"class", "file" (below the run's folder), "times"} each: a picture of what the network takes the image for
+            at each of these timesteps, and at −1 of the image, from left to right; above without the token, below with.
+        """
+        run, of = self.run, read_manifest(self.folder_of_images("token", gamma))["fingerprint"]
+        sampler = Sampler(run.model.with_tokens(LearnedTokens.load(self.folder_of_tokens(gamma))), run.config.generate)
+        times = [*scheduler_timesteps(sampler.model.new_scheduler(), run.config.generate.steps), CLEAN]
+        columns = np.unique(np.linspace(0, len(times) - 1, _COLUMNS).round().astype(int)).tolist()
+        units = (units_of(self._rows(method), 1) for method in ("plain", "token"))
+        pairs = [[sampler.resolve(unit.attempt(0)) for unit in pair] for pair in zip(*units, strict=True)][:_SHEETS]
+        found = []
+        for number, rows in enumerate(pairs):
+            run.report(f"{self.name}: steps", number, len(pairs))
+            name = self.data.unseen_names[number]
+            # Of other images another file.
+            file = self.folder / "steps" / image_path(row_id(of, *map(row_id_of, rows)), name, "png")
+            if not file.is_file():
+                latents = sampler.predicted(rows)[1][columns].transpose(0, 1).flatten(0, 1)  # (2 · columns, C, h, w)
+                pixels = to_uint8(sampler.engine.decode_latents(latents))  # (2 · columns, H, W, 3)
+                lines = pixels.view(2, len(columns), *pixels.shape[1:]).transpose(1, 2)  # (2, H, columns, W, 3)
+                sheet = lines.flatten(2, 3).flatten(0, 1)  # (2 · H, columns · W, 3)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                remove_stale(file)
+                with replacing(file) as stream:
+                    Image.fromarray(sheet.cpu().numpy()).save(stream, "PNG")
+            told = file.relative_to(run.config.out).as_posix()
+            found.append({"class": name, "file": told, "times": [times[column] for column in columns]})
+        run.report(f"{self.name}: steps", len(pairs), len(pairs))
+        return found
 
     def scores(self, method: str, made: Generated, most: int | None = None) -> Probabilities:
         """Of classifiers that learn from seen classes' real images and the first generated ones of the unseen ones."""

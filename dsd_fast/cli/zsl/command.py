@@ -57,6 +57,8 @@ def _show(results: dict[str, Any], out: Path) -> None:
         whole.add_row(row["method"], row["classifier"], *cells, f"{row['penalty']:.2f}")
     console.print(whole)
     show_errors(console, "not used", [("unusable", error) for error in results["errors"]], len(results["errors"]))
+    if data["test_images_learned_from"]:
+        show_line(console, f"Test images that are training images, too: {len(data['test_images_learned_from'])}")
     chosen = ", chosen by the validation classes" if data["validation"] else ", without validation classes"
     line = f"{len(data['unseen'])} unseen of {len(data['seen']) + len(data['unseen'])} classes"
     show_line(console, f"{line}, γ = {results['choice']['gamma']:g}{chosen}. Results: {out}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -20,40 +20,34 @@ LEAKAGE = (
 
 _METHODS = {
     "token": "class tokens",
-    "plain": "the same texts without the tokens",
-    "ensemble": "an ensemble of templates",
+    "plain": "plain prompt",
+    "ensemble": "template ensemble",
     "clip": "CLIP",
-    "real": "real images of the unseen classes, two halves",
+    "real": "real images",
 }
 _FIGURES = {"t1": "T1", "u": "U", "s": "S", "h": "H"}
 # Of lines, by figure.
 _DASHES = {"t1": "2 4", "u": "8 4", "s": "2 2", "h": "none"}
 _WIDTH, _HEIGHT, _EDGE = 640, 260, 44
+# Longest side of an image.
+_SIDE = 160
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Images of one class and of the same noise, without and with its token."""
-
-    seed: int
-    plain: Image.Image
-    token: Image.Image
-
-
-def render(results: Mapping[str, Any], pairs: Mapping[str, Sequence[Pair]]) -> bytes:
+def render(results: Mapping[str, Any], out: Path) -> bytes:
     """Makes the page.
 
     Args:
         results: of the run, and "versions".
-        pairs: class → images of it.
+        out: the run's folder.
     """
-    data, best = results["data"], max(results["table"][: len(results["settings"]["classifiers"])], key=lambda r: r["h"])
+    # Of the classifier that γ is chosen by, and not of the one that is better on these very images.
+    data, first = results["data"], results["table"][0]
     lead = [
-        f"{len(data['unseen'])} unseen and {len(data['seen'])} seen classes: H {best['h']:.3f} by class tokens with "
-        f"{best['classifier']}, T1 {best['t1']:.3f}.",
+        f"{len(data['unseen'])} unseen and {len(data['seen'])} seen classes: H {first['h']:.3f} by class tokens with "
+        f"{first['classifier']}, T1 {first['t1']:.3f}.",
         LEAKAGE,
     ]
-    parts = [_table(results), *([_pairs(pairs)] if pairs else [])]
+    parts = [_table(results), _sheets(results["sheets"], out)]
     curves = results["sensitivity"]
     lines = _chart(curves["penalty"], "penalty", "λ") + paragraph(
         "T1 does not depend on λ. A λ that is chosen by these images themselves would be no result."
@@ -82,6 +76,9 @@ def _table(results: Mapping[str, Any]) -> str:
     told = "λ and γ were chosen on the validation classes, which are seen ones."
     if not results["data"]["validation"]:
         told = "There were no validation classes: λ is 0."
+    if repeated := results["data"]["test_images_learned_from"]:
+        told += f" {len(repeated)} test images, {repeated[0]} the first, are training images too: "
+        told += "figures of their classes say too much."
     tried = "; ".join(f"γ {each['gamma']:g}: H {each['h']:.3f}" for each in results["choice"]["tried"])
     return section(
         "Figures",
@@ -100,20 +97,25 @@ def _table(results: Mapping[str, Any]) -> str:
     )
 
 
-def _pairs(pairs: Mapping[str, Sequence[Pair]]) -> str:
-    rows = []
-    for name, own in pairs.items():
-        plain, token = (
-            "".join(image(getattr(each, kind), f"{name}, {kind}, seed {each.seed}") for each in own)
-            for kind in ("plain", "token")
-        )
-        rows.append([f"<bdi>{visible(name)}</bdi>", plain, token])
+def _sheets(sheets: Sequence[Mapping[str, Any]], out: Path) -> str:
+    articles = ""
+    for sheet in sheets:
+        name, columns = sheet["class"], len(sheet["times"])
+        with Image.open(out / sheet["file"]) as picture:
+            # Small ones by whole numbers, so that each pixel stays a sharp square.
+            larger = max(1, _SIDE * columns // picture.width)
+            shown = picture.resize([larger * side for side in picture.size], Image.Resampling.NEAREST)
+        shown.thumbnail((_SIDE * columns, 2 * _SIDE))
+        drawn = image(shown, f"{name}: without the token above, with it below")
+        articles += f"<article>\n<h3><bdi>{visible(name)}</bdi></h3>\n{drawn}</article>\n"
+    times = ", ".join(f"{t:g}" for t in sheets[0]["times"][:-1])
     return section(
         "What the tokens change",
         paragraph(
-            "Each image on the right has the noise, the steps and the text of the one on the left, and the token."
+            "Of the same noise, at the same steps: above of the text without the token, below with it. From left to "
+            f"right what the network takes the image for at timesteps {times}, and the image."
         ),
-        table("Images of the same noise", ["class", "without the token", "with it"], rows),
+        articles,
     )
 
 
@@ -173,16 +175,17 @@ def _tokens(results: Mapping[str, Any]) -> str:
         cells = [f"<bdi>{visible(name)}</bdi>", f"<bdi>{visible(about['token'])}</bdi>", visible(str(about["ended"]))]
         norm, probability = (about.get(key) for key in ("norm", "probability"))
         numbers = [
+            str(about["images"]),
             str(about["updates"]),
             *("–" if each is None else f"{each:.2f}" for each in (probability, norm, share)),
         ]
         rows.append([*cells, *numbers])
-    header = ["class", "token", "ended by", "updates", "probability", "norm", "accuracy"]
+    header = ["class", "token", "ended by", "images", "updates", "probability", "norm", "accuracy"]
     return section(
         "Tokens",
         paragraph(
             "The probability is the guide's, of the images learned from; the norm is in means of the vocabulary's; the "
             "accuracy is of the class's test images, among all classes."
         ),
-        table("Each unseen class", header, rows, numbers=4),
+        table("Each unseen class", header, rows, numbers=5),
     )

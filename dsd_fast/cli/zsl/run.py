@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from dsd_fast.class_tokens.zsl import ZslConfig, run_zsl
 from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.options import exact_products, quiet_transformers
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError, progress
-from dsd_fast.cli.zsl.report import Pair, render
-from dsd_fast.generation.files import IMAGES, image_path
-from dsd_fast.jobs import JobError, read_index, replacing
-
-# Classes on the page, and pairs of images of each.
-_CLASSES, _PAIRS, _SIDE = 12, 2, 192
+from dsd_fast.cli.zsl.report import render
+from dsd_fast.jobs import JobError, replacing
 
 
 def run(config: ZslConfig) -> dict[str, Any]:
@@ -45,30 +37,5 @@ def run(config: ZslConfig) -> dict[str, Any]:
         except (JobError, ImportError) as error:
             raise CommandError(str(error)) from error
         with replacing(config.out / "report.html") as file:
-            file.write(render({**results, "versions": versions()}, pairs(config.out, results["images"])))
+            file.write(render({**results, "versions": versions()}, config.out))
     return results
-
-
-def pairs(out: Path, folders: Mapping[str, str]) -> dict[str, list[Pair]]:
-    """Gives of the first classes images of the same noise without and with the token."""
-    there = {name: out / folder for name, folder in folders.items() if (out / folder).is_dir()}
-    if len(there) < len(folders):
-        return {}
-    rows: dict[str, dict[tuple[str, int], str]] = {}
-    for name, folder in there.items():
-        index = read_index(folder, ["label", "seed", "status"]).to_pylist()
-        rows[name] = {(row["label"], row["seed"]): row["id"] for row in index if row["status"] == "ok"}
-    found: dict[str, list[Pair]] = {}
-    for label, seed in rows["token"]:
-        if (label, seed) not in rows["plain"] or (label not in found and len(found) == _CLASSES):
-            continue
-        if len(found.setdefault(label, [])) < _PAIRS:
-            shown = [_small(there[name] / IMAGES / image_path(rows[name][label, seed], label, "png")) for name in rows]
-            found[label].append(Pair(seed, **dict(zip(rows, shown, strict=True))))
-    return found
-
-
-def _small(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        image.thumbnail((_SIDE, _SIDE))
-        return image.convert("RGB")

@@ -6,6 +6,7 @@ import pytest
 from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.class_tokens.zsl import ZslConfig
 from dsd_fast.class_tokens.zsl.config import TOKENS
+from dsd_fast.class_tokens.zsl.run import read_data
 from tests.repository.source import ROOT
 
 
@@ -40,7 +41,9 @@ def test_reads_tables_lists_and_paths_from_the_files_folder(tmp_path):
         ("out = 'a'\nimages = 'b'\ncdm = 3", r"cdm: got 3, expected a table, \[cdm\]"),
         ("out = 'a'\nimages = 'b'\nclassifiers = ['svm']", "classifiers: got .*, expected some of softmax, gaussian"),
         ("out = 'a'\nimages = 'b'\nclassifiers = []", "classifiers"),
-        ("out = 'a'\nimages = 'b'\nensemble = ['a']", 'ensemble: .*one "{}" each'),
+        ("out = 'a'\nimages = 'b'\nensemble = ['a']", 'ensemble: .*one "{}" or'),
+        ("out = 'a'\nimages = 'b'\nensemble = ['a {} in {place}']", 'ensemble: .*one "{}" or'),
+        ("out = 'a'\nimages = 'b'\ntokens = {loss = 'noise', stopping = 'never'}", "tokens.loss: got 'noise'"),
         ("out = 'a'\nimages = 'b'\nproposed = 'c'\nunseen = ['d']", "unseen: given with proposed"),
         ("out = 'a'\nimages = 'b'\ngammas = [0.5]\ntokens = {stopping = 'never'}", "gammas: given where .* 'never'"),
         ("out = 'a'\nimages = 'b'\ngammas = [0.5, 0.9]\nvalidation = 0", "gammas: got 2 without validation classes"),
@@ -62,3 +65,16 @@ def test_the_document_and_the_examples_are_of_these_settings():
     )
     listed = [name for line in lines for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert sorted([*listed, "cdm", "tokens", "generate"]) == sorted(ZslConfig.__dataclass_fields__)
+
+
+def test_refuses_a_run_before_anything_is_computed(tmp_path):
+    for name in "abcdef":
+        for k in range(1 + (name < "c")):
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "images" / name / f"{k}.png").touch()
+    unseen = ("e", "f")
+    with pytest.raises(ValueError, match=r"out: .* is in images, whose folders are classes"):
+        read_data(ZslConfig(tmp_path / "images" / "out", tmp_path / "images", unseen=unseen))
+    # Of the other two seen classes no image can be held out.
+    with pytest.raises(ValueError, match="no test images of seen classes"):
+        read_data(ZslConfig(tmp_path / "out", tmp_path / "images", unseen=unseen, validation=("a", "b")))

@@ -56,7 +56,7 @@ def test_reads_the_proposed_splits(tmp_path):
     assert data.train.tolist() == [True, True, False] * 4 + [False] * 6
     assert data.seen.tolist() == [True] * 4 + [False] * 2
     assert data.validation == (2, 3)
-    assert data.validated(None, 0) is data
+    assert data.validated(None, 0).validation == (2, 3)
     task = data.held_out(0.5, 0)
     assert (task.names, task.seen.tolist()) == (data.names[:4], [True, True, False, False])
 
@@ -80,12 +80,23 @@ def test_the_proposed_splits_own_names_of_flo_come_from_a_file(tmp_path):
         ({"trainval_loc": places(1, 4, 7, 70)}, "trainval_loc has 1 to 70, expected 1 to 18"),
         ({"trainval_loc": places(1, 2, 3, 4, 7, 10)}, "image 3 is in several"),
         ({"test_unseen_loc": places(3, 13), "test_seen_loc": places(6, 9)}, "test_unseen_loc has images of 'Brown"),
+        ({"allclasses_names": cells([*SEEN, *UNSEEN[:1], ""])}, "got '', expected names"),
+        ({"image_files": cells(["/a/fox/0.jpg", *["x"] * 16, ""])}, "images are not below"),
         ({"test_seen_loc": places(3, 13), "test_unseen_loc": places(14, 16)}, "'seal', whose class is not in trainval"),
     ],
 )
 def test_refuses_proposed_splits_that_do_not_hold(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         read_proposed(*proposed(tmp_path, **changed))
+
+
+def test_refuses_two_images_that_are_one_file(tmp_path):
+    folder, images = proposed(tmp_path)
+    paths = [f"/BS/a/{name}/{k}.jpg" for name in (*SEEN, *UNSEEN) for k in range(3)]
+    paths[4] = "/BS/b/fox/0.jpg"
+    savemat(folder / "res101.mat", {"labels": places(*np.repeat(np.arange(1, 7), 3)), "image_files": cells(paths)})
+    with pytest.raises(ValueError, match=r"'/BS/a/fox/0\.jpg' and '/BS/b/fox/0\.jpg' are both .*fox/0\.jpg"):
+        read_proposed(folder, images / "JPEGImages")
 
 
 def test_says_which_images_are_not_there(tmp_path):
@@ -141,7 +152,8 @@ def test_reads_one_folder_with_unseen_classes_and_holds_images_out(tmp_path):
         (("seal",), None, "there are 1 unseen classes"),
         (UNSEEN, ("seal", "fox"), "validation: 'seal' is no seen class"),
         (UNSEEN, 3, "got 3 of 4 seen classes"),
-        (UNSEEN, 1, "got 1 of 4 seen classes"),
+        (UNSEEN, 1, "got 1 of 4 seen classes.*; or 0, without which λ is 0"),
+        (UNSEEN, ("fox", "fox"), "got 1 of 4 seen classes"),
     ],
 )
 def test_refuses_folders(tmp_path, unseen, validation, message):
@@ -154,3 +166,19 @@ def test_names_as_texts_have_them():
     assert [readable(name) for name in ("001.Black_footed_Albatross", "grizzly+bear", "7", "3. __")] == [
         "Black footed Albatross", "grizzly bear", "7", "3. __"
     ]  # fmt: skip
+    # Numbers that are parts of a name.
+    assert [readable(name) for name in ("3.5_inch_disk", "Boeing_737.max")] == ["3.5 inch disk", "Boeing 737.max"]
+
+
+def test_names_from_a_file_are_said_as_they_are(tmp_path):
+    touch(tmp_path, *(f"data/{name}/{k}.png" for name in SEEN + UNSEEN for k in range(2)))
+    (tmp_path / "names.txt").write_text("bear\nfox\n2.killer_whale\notter\nseal\nzebra\n")
+    data = read_folders(tmp_path / "data", UNSEEN, tmp_path / "names.txt")
+    assert data.validated(["2.killer_whale", "fox"], 0).validation == (1, 2)
+
+
+def test_one_validation_class_of_the_data_set_itself_is_refused(tmp_path):
+    touch(tmp_path, *(f"train/{name}/{k}.png" for name in SEEN[:3] for k in range(2)), "val/otter/0.png")
+    touch(tmp_path, *(f"test/{name}/c.png" for name in SEEN + UNSEEN))
+    with pytest.raises(ValueError, match="validation: got 1 of 4 seen classes"):
+        read_folders(tmp_path).validated(None, 0)

@@ -15,6 +15,7 @@ from dsd_fast.class_tokens.zsl.classifiers import probabilities
 from dsd_fast.class_tokens.zsl.run import read_data
 from dsd_fast.class_tokens.zsl.task import crossed
 from dsd_fast.engine import LearnedTokens
+from dsd_fast.generation.units import try_seed
 from dsd_fast.jobs import read_index, read_tensors
 from dsd_fast.metrics import best_penalty, zero_shot
 from tests.class_tokens.zsl.scenes import CLASSES, IMAGES, UNSEEN, config, draw
@@ -78,6 +79,8 @@ def test_figures_are_those_of_its_files(root, whole):
     curve = {each["penalty"]: each for each in results["sensitivity"]["penalty"]}
     assert (min(curve), max(curve)) == (0, 1)
     assert results["errors"] == []
+    assert results["data"]["test_images_learned_from"] == []
+    assert {name: each["images"] for name, each in results["tokens"].items()} == dict.fromkeys(UNSEEN, 2)
 
 
 def test_real_images_of_unseen_classes_are_judged_by_what_has_not_learned_from_them():
@@ -105,6 +108,31 @@ def test_tokens_and_plain_images_have_the_same_noise_and_other_texts(whole):
     assert token[next(key for key in token if key[0] == "red circle")] == "A photo of <red-circle> red circle"
     tokens = LearnedTokens.load(out / f"test/tokens-{gamma:g}")
     assert list(tokens.classes.values()) == list(UNSEEN) == list(results["tokens"])
+
+
+def test_sheets_end_in_the_images_of_both_texts(whole):
+    out, results = whole
+    gamma = results["choice"]["gamma"]
+    assert [sheet["class"] for sheet in results["sheets"]] == list(UNSEEN)
+    for sheet in results["sheets"]:
+        # One step, and the image.
+        assert len(sheet["times"]) == 2
+        assert sheet["times"][1] == -1
+        drawn = np.array(Image.open(out / sheet["file"]))
+        height, width = (side // 2 for side in drawn.shape[:2])
+        for line, folder in enumerate(("images-plain", f"images-token-{gamma:g}")):
+            rows = read_index(out / "test" / folder, ["id", "label", "seed"]).to_pylist()
+            # The first of the class, in the order that images are made in.
+            row = next(row for row in rows if row["label"] == sheet["class"] and row["seed"] == first_seed(sheet))
+            made = np.array(Image.open(next((out / "test" / folder).rglob(f"{row['id']}.png"))))
+            shown = drawn[line * height : (line + 1) * height, width:]
+            # Of other rows computed together: rounding.
+            assert np.abs(shown.astype(int) - made).max() <= 1
+        assert (drawn[:height] != drawn[height:]).any()
+
+
+def first_seed(sheet):
+    return try_seed(0, sheet["class"], 0, 0)
 
 
 def test_killed_in_each_stage_and_the_same_files(model, root, whole, tmp_path, monkeypatch):
@@ -135,6 +163,7 @@ def test_killed_in_each_stage_and_the_same_files(model, root, whole, tmp_path, m
         ("validation: images, images-token-1", 1),
         ("test: tokens", 1),
         ("test: images, images-plain", 4),
+        ("test: steps", 1),
         ("results.json", 0),
     ]
     assert [ended(start(lambda moment=moment: run(moment))) for moment in [*moments, None]] == [
