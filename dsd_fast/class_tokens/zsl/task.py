@@ -61,7 +61,7 @@ class Run:
     def __init__(self, config: ZslConfig, data: ZslData, model: Model, report: Report) -> None:
         self.config, self.model, self.report = config, model, report
         # Refuses a model without a CLIP, and names that it does not read, before anything is computed.
-        guide = guide_of("clip", model=model, classes=data.names)
+        guide = guide_of("clip", model=model, classes=data.names, templates=config.cdm.templates)
         self.encoder = encoder_of(config.cdm, model, local_files_only=config.local_files_only)
         files, digests = [data.root / file for file in data.files], data.digests()
         features, errors = self.made(files, digests, "real")
