@@ -210,6 +210,7 @@ def test_metadata_of_the_wheel(distributions):
         "data",
         "metrics",
         "ray",
+        "zsl",
         "bench",
         "dev",
     }

@@ -8,11 +8,11 @@ from tests.repository.source import ROOT
 
 def test_examples_run(tmp_path):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     for number, example in enumerate(examples):
         (tmp_path / f"example{number}.py").write_text(example)
     # Each by itself, with names of its own, in a process that imports what they import once.
-    code = "import runpy\nfor number in range(5):\n    runpy.run_path(f'example{number}.py')\n    print('THE END')"
+    code = "import runpy\nfor number in range(6):\n    runpy.run_path(f'example{number}.py')\n    print('THE END')"
     done = run_python(["-W", "error::UserWarning", "-c", code], cwd=tmp_path, path=[ROOT])
     printed = done.stdout.split("THE END\n")
     assert (tmp_path / "fitted" / "matcher.json").is_file()
@@ -21,4 +21,5 @@ def test_examples_run(tmp_path):
     assert scores == sorted(scores, reverse=True)
     assert re.fullmatch(r"(up-level\S+ \(1, 2, \d+, \d+, \d+\)\n)+", printed[2])
     assert printed[3] == "(64, 64)\n" * 2
-    assert re.fullmatch(r"tensor\(\[ *[\d.]+, *[\d.]+\]\)\n", printed[4])
+    assert {file.name for file in (tmp_path / "tokens").iterdir()} >= {"red-circle-token.safetensors", "tokens.json"}
+    assert re.fullmatch(r"tensor\(\[ *[\d.]+, *[\d.]+\]\)\n", printed[5])
