@@ -127,7 +127,11 @@ def _results(run: Run) -> dict[str, Any]:
             for token, name in tokens.classes.items()
         },
         "tsne": tsne(tokens, run.model, config.seed),
-        "images": {"token": f"test/images-token-{gamma:g}", "plain": "test/images-plain"},
+        "images": {
+            method: task.folder_of_images(method, own).relative_to(config.out).as_posix()
+            for method, own in {TOKEN: gamma, "plain": None, "ensemble": None}.items()
+            if method == TOKEN or method in config.baselines
+        },
         "sheets": task.sheets(gamma),
         "data": {**_about(run.data), "test_images_learned_from": run.repeated},
         "errors": run.errors,
