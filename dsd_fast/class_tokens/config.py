@@ -34,7 +34,8 @@ KEEP = ("best", "after-best", "last")
 class TokenConfig:
     """How class tokens are learned; the defaults but ``norm_clamp`` are the official code's.
 
-    The code of idansc/discriminative_class_tokens. Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion Models"; Fu et al. 2024, "DIG-ZSL".
+    The code of idansc/discriminative_class_tokens. Schwartz et al. 2023, "Discriminative Class Tokens for
+    Text-to-Image Diffusion Models"; Fu et al. 2024, "DIG-ZSL".
 
     Attributes:
         templates: texts with one "{}" or "{class}" each, where the token stands; an update's images take them in turn,
@@ -55,8 +56,8 @@ class TokenConfig:
             ones. Either depends on the seed alone, and fresh noise on the class and its update too.
         learning_rate, betas, eps, weight_decay: of AdamW, for the learned vectors alone.
         clip_norm: largest norm of a token's gradient; None does not clip.
-        norm_clamp: largest norm of a vector, as a multiple of the vocabulary's mean norm; None, as officially, does not
-            clamp.
+        norm_clamp: largest norm of a vector after an update, as a multiple of the vocabulary's mean norm; None, as
+            officially, does not clamp.
         stopping: "official": after an update in which more than ``accuracy`` of the images were right, or after more
             than ``patience`` updates without a lower loss; "gamma": once the class's mean probability is at least
             ``gamma``; "never": after ``updates``, which holds for all. None: "official", or "never" for the noise loss,

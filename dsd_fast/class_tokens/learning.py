@@ -18,7 +18,7 @@ from dsd_fast.training import Loop
 CHECKPOINT = "training.checkpoint"
 """Safetensors as others, under a name that nobody who reads a folder of tokens takes for one."""
 
-# Of a norm that was shortened, what rounding may leave below the clamp.
+# Of a norm that was shortened, how far rounding may leave it from the clamp.
 _ROUNDING = 1e-5
 
 
@@ -141,7 +141,7 @@ class Learning(Loop):
         """Of a class's vectors the longest norm, in the vocabulary's, and the share of them at the clamp."""
         ratios = torch.cat([own.norm(dim=-1) / norm for own, norm in zip(vectors, self._norms, strict=True)])
         most = self._config.norm_clamp
-        at_clamp = 0.0 if most is None else float((ratios >= most * (1 - _ROUNDING)).double().mean())
+        at_clamp = 0.0 if most is None else float(((ratios / most - 1).abs() <= _ROUNDING).double().mean())
         return float(ratios.max()), at_clamp
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

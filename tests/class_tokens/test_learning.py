@@ -133,6 +133,9 @@ def test_vectors_are_held_at_the_clamp():
         assert last.norm == pytest.approx(float(norms.max()), rel=1e-12)
         assert last.clamped == pytest.approx(float((norms > 1.2 * (1 - 1e-9)).double().mean()))
     assert {event.clamped for event in events} >= {1.0}
+    # A longer word that a token begins as is held by nothing.
+    longer, held = (torch.tensor([[length, 0.0]], dtype=torch.float64) for length in (0.7, 0.6))
+    assert run.about([longer, held]) == (pytest.approx(1.4), 0.5)
     assert torch.equal(shortened(torch.zeros(2, 3), 1.0), torch.zeros(2, 3))
 
 

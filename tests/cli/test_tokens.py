@@ -95,9 +95,10 @@ def test_it_learns_what_the_library_does_and_shows_it(cli, model):
     line = next(line for line in done.stdout.splitlines() if "<ring>" in line)
     cells = [cell.strip() for cell in line.strip("│").split("│")]
     assert cells[1:5] == ["ring", str(about["updates"]), about["ended"], f"{about['loss']:.4f}"]
-    assert cells[7] == f"{about['norm']:.2f}"
+    assert about["clamped"] == 1
+    assert cells[7] == f"{about['norm']:.2f} (clamped)" == "1.50 (clamped)"
     assert f"ring: {counted(about['updates'], 'update')}, loss" in done.stderr
-    assert "2 tokens, " in done.stdout
+    assert "2 tokens, 2 of 2 at the norm clamp, " in done.stdout
 
     # The pictures: the plain text above, the token below, of the same noise.
     with Image.open("out/pictures/ring-token.png") as sheet:
@@ -112,7 +113,10 @@ def test_it_learns_what_the_library_does_and_shows_it(cli, model):
 
     seen = Seen(Path("out/report.html").read_text(encoding="utf-8"))
     assert "b" not in {tag for tag, _ in seen.tags}
-    assert all(text in seen.text for text in ("a ring", "a <ring> ring", HOSTILE, f"{about['loss']:.4f}"))
+    assert all(
+        text in seen.text
+        for text in ("a ring", "a <ring> ring", HOSTILE, f"{about['loss']:.4f}", "2 of 2 at the norm clamp")
+    )
     assert len([tag for tag, _ in seen.tags if tag == "img"]) == 2
 
     again = cli("tokens", "show", "out", "--model", "mini", "--words", 1)
@@ -277,7 +281,7 @@ def test_show_names_the_nearest_words(cli, model):
         ["<ring>", "ring", "7", "gamma", "0.2500", "-", "-", "1.50 (clamped)"],
         ["<a:B>", "a:B", "-", "-", "-", "-", "-", "-"],
     ]
-    assert "2 tokens, learned on \\x1b[31mmini." in plain.stdout
+    assert "2 tokens, 1 of 2 at the norm clamp, learned on \\x1b[31mmini." in plain.stdout
     near = cli("tokens", "show", "out", "--model", "mini", "--words", 2).stdout
     table = model.text_encoders[0].get_input_embeddings().weight.detach().double()
     for vector in learned(model)["<a:B>"].double():

@@ -39,7 +39,7 @@ def learn(request: LearnRequest) -> None:
     config = request.config()
     request.check()
     from dsd_fast.cli.tokens.learn import run
-    from dsd_fast.cli.tokens.show import COLUMNS, figures
+    from dsd_fast.cli.tokens.show import COLUMNS, at_clamp, figures
 
     try:
         summary = run(request, config)
@@ -49,7 +49,8 @@ def learn(request: LearnRequest) -> None:
     _show_table(console, [*COLUMNS], [[each["token"], each["class"], *figures(each)] for each in rows[:SHOWN]])
     if len(rows) > SHOWN:
         show_line(console, f"and {len(rows) - SHOWN:,} more: dsd-fast tokens show {request.out}")
-    show_line(console, f"{counted(len(rows), 'token')}, {summary['seconds']:.1f} s in this run. Results: {request.out}")
+    told = f"{counted(len(rows), 'token')}{at_clamp(rows)}, {summary['seconds']:.1f} s in this run"
+    show_line(console, f"{told}. Results: {request.out}")
     end(True, sum(each["ended"] == "not-finite" for each in rows))
 
 
@@ -61,7 +62,7 @@ def show(request: ShowRequest) -> None:
     The words are those of the vocabulary with the largest cosines to each of a token's vectors, and need --model, the
     one that the tokens were learned on. A loss, and what follows it, is of the update whose vectors were kept.
     """
-    from dsd_fast.cli.tokens.show import COLUMNS, figures, nearest_words
+    from dsd_fast.cli.tokens.show import COLUMNS, at_clamp, figures, nearest_words
     from dsd_fast.engine import LearnedTokens
 
     learned, near = LearnedTokens.load(request.tokens), dict[str, str]()
@@ -74,7 +75,8 @@ def show(request: ShowRequest) -> None:
     ]
     console = Console()
     _show_table(console, [*(["near to"] if near else []), *COLUMNS], rows)
-    show_line(console, f"{counted(len(rows), 'token')}, learned on {learned.settings.get('model') or 'some model'}.")
+    told = f"{counted(len(rows), 'token')}{at_clamp(learned.about.values())}"
+    show_line(console, f"{told}, learned on {learned.settings.get('model') or 'some model'}.")
 
 
 @tokens.command()

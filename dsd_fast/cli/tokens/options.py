@@ -131,9 +131,11 @@ class LearningOptions(Options, panel="Learning"):
     ] = "none"
     norm_clamp: Annotated[
         str,
-        typer.Option(metavar="X|none", help="Largest norm of a vector, in mean norms of the vocabulary."),
+        typer.Option(
+            metavar="X|none", help="Largest norm of a vector after an update, in the vocabulary's mean norms."
+        ),
         _limit("--norm-clamp"),
-    ] = "none"
+    ] = "1.5"
     stopping: Annotated[
         str | None,
         typer.Option(

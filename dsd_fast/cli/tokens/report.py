@@ -9,7 +9,7 @@ from typing import Any
 from dsd_fast.cli.report import code, image, page, paragraph, section, settings, table, visible
 from dsd_fast.cli.terminal import counted
 from dsd_fast.cli.tokens.pictures import Sheet
-from dsd_fast.cli.tokens.show import COLUMNS, figures
+from dsd_fast.cli.tokens.show import COLUMNS, at_clamp, figures
 
 SHOWN = 100
 """Classes with pictures on the page; the folder has all."""
@@ -37,7 +37,7 @@ def render(summary: Mapping[str, Any], sheets: Sequence[str], loading: str) -> b
         loading: Python that makes images with the tokens.
     """
     tokens = summary["tokens"]
-    lead = [f"{counted(len(tokens), 'class token')} of {summary['settings']['model']}."]
+    lead = [f"{counted(len(tokens), 'class token')} of {summary['settings']['model']}{at_clamp(tokens)}."]
     rows = [[visible(each["token"]), visible(each["class"]), *map(visible, figures(each))] for each in tokens]
     reasons = {each["ended"] for each in tokens}
     why = "; ".join(f"{name}: {text}" for name, text in _HOW.items() if name in reasons)

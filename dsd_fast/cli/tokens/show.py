@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,12 @@ def figures(about: Mapping[str, Any]) -> list[str]:
     )
     clamped = " (clamped)" if about.get("clamped") else ""
     return [str(about.get("updates", "-")), about.get("ended") or "-", loss, right, probability, f"{norm}{clamped}"]
+
+
+def at_clamp(tokens: Collection[Mapping[str, Any]]) -> str:
+    """Tells how many tokens have vectors that the norm clamp holds; nothing where none has."""
+    held = sum(bool(about.get("clamped")) for about in tokens)
+    return f", {held:,} of {len(tokens):,} at the norm clamp" if held else ""
 
 
 def nearest_words(model: Model, tokens: LearnedTokens, count: int) -> dict[str, str]:
