@@ -108,6 +108,19 @@ def test_together_as_each_alone(dtype, scheduler, steps, most, kept):
         assert (kept[name] - begin).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("images", [2, 3, 7])
+def test_every_template_has_its_turn(images):
+    prompts, seen = Prompts(NAMES, replace(CONFIG, images=images)), set()
+    every = prompts.every(1)
+    for update in range(20):
+        texts = prompts.texts(1, update)
+        counts = [texts.count(text) for text in every]
+        assert sum(counts) == len(texts) == images
+        assert max(counts) - min(counts) <= 1
+        seen.update(texts)
+    assert seen == set(every)
+
+
 def test_the_model_stays_as_it_is():
     own = model()
     parts = {"unet": own.unet, "vae": own.vae, "text": own.text_encoders[0]}

@@ -99,6 +99,7 @@ def test_what_is_kept(keep):
     run = learning(Seeing(losses), replace(CONFIG, keep=keep), own=[each[:1] for each in begin()], names=("a",))
     run.run()
     assert run.histories[0].best_update == 2
+    assert run.histories[0].summary(last=keep == "last")["loss"] == (9.0 if keep == "last" else 2.0)
     want = {"best": seen[1], "after-best": seen[2]}
     if keep == "last":
         assert not any(torch.equal(run.kept(0)[0], each) for each in seen)
