@@ -25,11 +25,11 @@ PYTEST := -m pytest -n $(PROCESSES) --dist worksteal
 STAMP := $(VENV)/installed
 
 # Oldest versions: what holds the arithmetic, and the tests of it. Left out is what no version changes: the compiled library,
-# which is one binary for all (test_cross_attention_score.py calls it), the mini model's training, and of the interpreted
+# which is one binary for all (test_cross_attention_score.py calls it), the mini model's pictures, and of the interpreted
 # kernels all but attention's. The rest of the house has the pinned versions alone.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/installed
-OLDEST_TESTS := tests/kernels tests/unet tests/models --ignore=tests/models/mini \
+OLDEST_TESTS := tests/kernels tests/unet tests/models tests/training --ignore=tests/models/mini \
   $(addprefix --ignore=tests/kernels/test_,cpu_library.py elementwise.py guarded.py)
 
 # Newest versions: of torch the newest build for CPUs, since the ordinary one brings gigabytes of CUDA.

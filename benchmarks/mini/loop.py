@@ -134,8 +134,9 @@ def fit(
         descent = Descent(
             parameters,
             lambda step, backward: backward(loss(step)),
-            lambda key, step: recipe.rate_at(step) * rates(key),
-            lambda key: recipe.weight_decay if parameters[key].ndim > 1 else 0.0,
+            lambda key: (rates(key), parameters[key].ndim > 1),
+            lambda group, step: recipe.rate_at(step) * group[0],
+            lambda group: recipe.weight_decay if group[1] else 0.0,
             steps=recipe.steps,
             clip_norm=1.0,
             betas=(0.9, 0.99),

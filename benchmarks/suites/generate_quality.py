@@ -94,9 +94,12 @@ def features(network: nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def drawn(sampler: Sampler, prompts: Sequence[str]) -> np.ndarray:
-    """Pictures of the prompts, uint8 (N, H, W, 3); picture k has the seed k."""
-    rows = [sampler.resolve(GenerateRow(prompt, seed)) for seed, prompt in enumerate(prompts)]
+def drawn(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> np.ndarray:
+    """Pictures of the prompts, uint8 (N, H, W, 3); picture k has the seed k, unless others are given."""
+    rows = [
+        sampler.resolve(GenerateRow(prompt, seed))
+        for prompt, seed in zip(prompts, range(len(prompts)) if seeds is None else seeds, strict=True)
+    ]
     starts = range(0, len(rows), _AT_ONCE)
     made = [
         to_uint8(sampler.pixels(rows[start : start + _AT_ONCE])) for start in track(starts, "pictures", transient=True)

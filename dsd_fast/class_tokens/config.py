@@ -32,7 +32,9 @@ KEEP = ("best", "after-best", "last")
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """How class tokens are learned; the defaults are the official code's (idansc/discriminative_class_tokens).
+    """How class tokens are learned; the defaults but ``norm_clamp`` are the official code's.
+
+    Those of idansc/discriminative_class_tokens.
 
     Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion Models"; Fu et al. 2024, "DIG-ZSL".
 
@@ -55,7 +57,7 @@ class TokenConfig:
             ones. Either depends on the seed alone, and fresh noise on the class and its update too.
         learning_rate, betas, eps, weight_decay: of AdamW, for the learned vectors alone.
         clip_norm: largest norm of a token's gradient; None does not clip.
-        norm_clamp: largest norm of a vector, as a multiple of the vocabulary's mean norm; None does not clamp.
+        norm_clamp: largest norm of a vector, as a multiple of the vocabulary's mean norm; None does not clamp, as officially.
         stopping: "official": after an update in which more than ``accuracy`` of the images were right, or after more
             than ``patience`` updates without a lower loss; "gamma": once the class's mean probability is at least
             ``gamma``; "never": after ``updates``, which holds for all. None: "official", or "never" for the noise loss,
@@ -96,7 +98,7 @@ class TokenConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float | None = None
-    norm_clamp: float | None = None
+    norm_clamp: float | None = 1.5
     stopping: str | None = None
     accuracy: float = 0.7
     patience: int = 15

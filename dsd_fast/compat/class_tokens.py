@@ -282,6 +282,7 @@ class _Experiment:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            norm_clamp=None,
             clip_norm=None if config.clip_before_backward else float(config.max_grad_norm),
             patience=config.early_stopping,
             updates=config.num_train_epochs,

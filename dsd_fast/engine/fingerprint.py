@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 from dsd_fast.diffusion import changed_in_place
 from dsd_fast.engine.changes import FLEETING, changes
 from dsd_fast.engine.engine import Engine
-from dsd_fast.jobs import row_id, tensors_hash, weights_hash
+from dsd_fast.jobs import config_hash, row_id, tensors_hash, weights_hash
 from dsd_fast.kernels.common.host import as_tensor
 from dsd_fast.unet.adapters import acting_tensors, strengths_by_layer, strengths_summary
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
 
-# Of a network's config: how its file was made. The weights' hash knows the types.
-_OF_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 # Spelt as no vocabulary tells: case, accents, spaces, signs, other scripts, and a word of many pieces.
 _PROBE = "A Photo of  the\tdigit 3, naïve CAFÉ—日本 🙂 !?…don't, uncharacteristically\n"
 
@@ -48,7 +46,7 @@ def model_settings(engine: Engine) -> dict[str, Any]:
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights,
         "changes": {name: _hash(changed) for name, network in networks.items() if (changed := changes(network))},
-        "configs": {name: _config_hash(network) for name, network in networks.items()},
+        "configs": {name: config_hash(network) for name, network in networks.items()},
         "tokenizers": [_tokenizer_hash(tokenizer) for tokenizer in model.tokenizers],
         "adapters": {name: told for name, layers in strengths.items() if (told := strengths_summary(layers))},
         "adapter_strengths": _hash(strengths),
@@ -77,19 +75,6 @@ def _number(value: Any) -> str:
         return tensors_hash({"": as_tensor(value)})
     return (
         repr(value) if isinstance(value, bool | int | float | str | list | tuple | dict) else type(value).__qualname__
-    )
-
-
-def _config_hash(network: Any) -> str:
-    config = network.config
-    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    # What is off or not set may as well be missing, as in the config of a library that knows less.
-    return _hash(
-        {
-            key: value
-            for key, value in values.items()
-            if not key.startswith("_") and key not in _OF_THE_FILE and value is not None and value is not False
-        }
     )
 
 

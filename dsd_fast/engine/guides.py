@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.engine.network import PixelNetwork, check_absent, load_with_processor, preprocessing_of, wide
-from dsd_fast.engine.preprocessing import Picture, to_pixels
+from dsd_fast.engine.preprocessing import Picture, check_pictures, to_pixels
 from dsd_fast.engine.templates import check_templates
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Guide:
         raise NotImplementedError
 
     def of_images(self, images: Sequence[Picture]) -> Tensor:
-        """Give (n, outputs) of n pictures (H, W, 3) of 8 bits, without gradients."""
+        """Give (n, outputs) of n pictures (H, W, 3) of 8 bits and one size, without gradients."""
+        check_pictures(images)
         with torch.no_grad():
             return self.logits(to_pixels(np.stack(images)))
 

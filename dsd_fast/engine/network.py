@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dsd_fast.engine.preprocessing import Picture, Preprocessing, of_processor, of_timm
-from dsd_fast.jobs import row_id, weights_hash
+from dsd_fast.engine.settings import above, is_size, number, or_none
+from dsd_fast.jobs import config_hash, row_id, weights_hash
 from dsd_fast.kernels.common.host import ordinary, own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.controlnet import named
@@ -24,6 +27,8 @@ from dsd_fast.models.load import (
     resolve_device,
     weight_patterns,
 )
+
+_TOLD = (int, float, str, FunctionType, BuiltinFunctionType, type)
 
 
 class PixelNetwork:
@@ -69,12 +74,33 @@ class PixelNetwork:
 
     def settings(self) -> dict[str, Any]:
         """Tell what changes answers, as JSON: weights, structure and preprocessing."""
+        network: Any = self.network
+        has_config = hasattr(getattr(network, "config", None), "to_dict")
         return {
-            "name": named(type(self.network)),
-            "weights": weights_hash([self.network]),
-            "structure": row_id(re.sub(r" at 0x[0-9a-f]+", "", repr(self.network))),
+            "name": named(type(network)),
+            "weights": weights_hash([network]),
+            "structure": config_hash(network) if has_config else _structure(network),
             "preprocessing": self.preprocessing.settings(),
         }
+
+
+def _structure(network: nn.Module) -> str:
+    """A hash of the classes of modules and of what they hold besides weights: numbers, texts and functions.
+
+    Not of their representation, which other versions of torch give otherwise.
+    """
+
+    def is_told(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(map(is_told, value))
+        return isinstance(value, _TOLD)
+
+    told: dict[str, Any] = {}
+    for path, module in network.named_modules():
+        # What is off may as well be missing.
+        held = {key: x for key, x in vars(module).items() if key[0] != "_" and x is not False and is_told(x)}
+        told[path] = [named(type(module)), held]
+    return row_id(json.dumps(told, sort_keys=True, default=named))
 
 
 class _ToInput(torch.autograd.Function):
@@ -201,10 +227,16 @@ def preprocessing_of(
         import timm
 
         return of_timm(timm.data.resolve_model_data_config(network), f"classifier {type(network).__name__}")
-    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-        raise ValueError(f"mean, std: got {mean} and {std}, expected three numbers each for a module")
-    sides = None if size is None else (int(size[0]), int(size[1]))
-    return Preprocessing(sides, None, "bicubic", tuple(map(float, mean)), tuple(map(float, std)))
+    three: dict[str, tuple[float, ...]] = {}
+    values: Any
+    for name, values, allowed in (("mean", mean, number(0, 1)), ("std", std, above(0, 10))):
+        if np.shape(values) != (3,) or not all(map(allowed, values)):
+            raise ValueError(f"{name}: got {values} for a module, expected three numbers, of values in [0, 1]")
+        three[name] = tuple(map(float, values))
+    sides = tuple(size) if isinstance(size, list) else size
+    if not or_none(is_size)(sides):
+        raise ValueError(f"size: got {size}, expected (height, width), or None")
+    return Preprocessing(sides, None, "bicubic", three["mean"], three["std"])
 
 
 @ordinary()

@@ -96,7 +96,12 @@ class Preprocessing:
         return self._finish(x.clamp(0, 1))
 
     def of_images(self, images: Sequence[Picture]) -> Tensor:
-        """Prepare n pictures (H, W, 3) of 8 bits, each of its own size, resized by Pillow: (n, 3, h, w) float32."""
+        """Prepare n pictures (H, W, 3) of 8 bits, each of its own size, resized by Pillow: (n, 3, h, w) float32.
+
+        Raises:
+            ValueError: none, pictures of another type or shape, or smaller ones than what is cut out of them.
+        """
+        check_pictures(images)
         prepared = []
         for image in images:
             height, width = self._resized(*image.shape[:2])
@@ -151,6 +156,19 @@ class Preprocessing:
             for each in (self.mean, self.std)
         )
         return ((x.flip(1) if self.reverse else x) - mean) / std
+
+
+def check_pictures(images: Sequence[Picture]) -> None:
+    """Refuse what is no picture of 8 bits, as numbers from 0 to 1 would be taken for black.
+
+    Raises:
+        ValueError: none, or an array of another type or shape.
+    """
+    if not len(images):
+        raise ValueError("images: got none, expected at least one picture")
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"images: got {image.dtype} of shape {image.shape}, expected uint8 (H, W, 3)")
 
 
 def to_pixels(images: Picture) -> Tensor:

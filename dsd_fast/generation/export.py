@@ -103,6 +103,11 @@ class _Batch:
     window: _Window
     rows: Mapping[int, GenerateRow]
 
+    def first_tries(self) -> list[GenerateRow]:
+        """The rows with the seeds of their units' first tries: of a class's images all differ, its row has one."""
+        works = self.window.works
+        return [replace(row, seed=works[place].unit.attempt(0).seed) for place, row in self.rows.items()]
+
 
 def generate_to(
     sampler: Sampler,
@@ -323,7 +328,7 @@ class _Making:
                 yield from self._accepted(batch)
             return
         # From a GPU the images of a batch are copied beside the computation of the next one.
-        for batch, copy in one_behind((batch, self._begun(list(batch.rows.values()))) for batch in batches):
+        for batch, copy in one_behind((batch, self._begun(batch.first_tries())) for batch in batches):
             images, finite = _on_host(copy)
             vectors = self.near.vectors(images) if self.near and len(images) else [None] * len(images)
             for place, image, good, vector in zip(batch.rows, images, finite, vectors, strict=True):

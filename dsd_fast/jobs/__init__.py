@@ -3,7 +3,7 @@
 from dsd_fast.jobs.errors import JobError, LockedError, ManifestError
 from dsd_fast.jobs.files import remove_stale, replacing, sync_folder
 from dsd_fast.jobs.filling import Exported, fill
-from dsd_fast.jobs.ids import file_digest, row_id, tensors_hash, weights_hash, worker_of
+from dsd_fast.jobs.ids import config_hash, file_digest, row_id, tensors_hash, weights_hash, worker_of
 from dsd_fast.jobs.index import index_shards, read_index, read_shard
 from dsd_fast.jobs.job import Counts, Job, Write
 from dsd_fast.jobs.lock import all_ended, locked, waiting
@@ -26,6 +26,7 @@ __all__ = [
     "Write",
     "Writer",
     "all_ended",
+    "config_hash",
     "file_digest",
     "fill",
     "index_shards",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsd_fast.jobs.tensors import tensor_bytes
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _BYTES = 16
 _ID = re.compile(f"[0-9a-fA-F]{{{2 * _BYTES}}}")
+# Of a network's config: how its file was made. The weights' hash knows the types.
+_OF_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def row_id(*parts: bytes | str) -> str:
@@ -107,3 +110,25 @@ def _tensor_digest(tensor: Tensor) -> bytes:
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=_BYTES)
     digest.update(tensor_bytes(tensor))
     return digest.digest()
+
+
+def config_hash(network: Any) -> str:
+    """BLAKE2b over the config of a network of diffusers or transformers, 32 hexadecimal digits.
+
+    How its file was made does not count.
+    """
+    config = network.config
+    return row_id(
+        json.dumps(_told(config.to_dict() if hasattr(config, "to_dict") else config), sort_keys=True, default=str)
+    )
+
+
+def _told(values: Any) -> Any:
+    """What of a config counts: what is off or not set may as well be missing, as where a library knows less."""
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        key: _told(value)
+        for key, value in values.items()
+        if not str(key).startswith("_") and key not in _OF_THE_FILE and value is not None and value is not False
+    }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -75,14 +75,18 @@ class Progress:
     without_gain: int = 0
 
 
+Group = TypeVar("Group", bound=Hashable)
+
+
 class Descent(Loop):
     """Parameters that follow the gradient of a loss.
 
     Args:
         parameters: what is trained, by name, on one device.
         losses: of a step, see :data:`Losses`.
-        rate: the learning rate as rate(name, step).
-        decay: the weight decay as decay(name).
+        group: of a parameter, by its name; the optimiser takes a group's step in one call.
+        rate: the learning rate as rate(group, step).
+        decay: the weight decay as decay(group).
         steps: to take.
         clip_norm: largest norm of the gradient of all parameters together.
         betas: of AdamW.
@@ -100,8 +104,9 @@ class Descent(Loop):
         self,
         parameters: Mapping[str, Parameter],
         losses: Losses,
-        rate: Callable[[str, int], float],
-        decay: Callable[[str], float],
+        group: Callable[[str], Group],
+        rate: Callable[[Group, int], float],
+        decay: Callable[[Group], float],
         *,
         steps: int,
         clip_norm: float,
@@ -121,7 +126,10 @@ class Descent(Loop):
         self._steps, self._clip_norm, self._decay = steps, clip_norm, average
         self._validate, self._validate_every, self._patience = validate, validate_every, patience
         self._report = report
-        groups = [{"params": [p], "name": name, "weight_decay": decay(name)} for name, p in self.parameters.items()]
+        members: dict[Group, list[Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            members.setdefault(group(name), []).append(parameter)
+        groups = [{"params": own, "group": key, "weight_decay": decay(key)} for key, own in members.items()]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
         self._device = next(iter(self.parameters.values())).device
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
@@ -184,7 +192,7 @@ class Descent(Loop):
         progress = self.progress
         loss = self._gradient()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(group["name"], progress.step)
+            group["lr"] = self._rate(group["group"], progress.step)
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self._clip_norm, foreach=True)
         told = torch.stack([loss, norm.to(loss)])

@@ -74,7 +74,8 @@ class Loop(ABC):
         """Go on from the checkpoint, if there is one, to the end; what an exception interrupts is in the checkpoint.
 
         Raises:
-            ValueError: the folder's checkpoint is one of another fingerprint, with the names of what differs.
+            ValueError: the folder's checkpoint is one of another fingerprint, with the names of what differs; or is no
+                file that a loop wrote.
             OSError: the folder cannot be read or written, or the disk is full.
         """
         self._resume()
@@ -106,7 +107,12 @@ class Loop(ABC):
         remove_stale(self._file)
         if not self._file.exists():
             return
-        tensors, values = read_tensors(self._file)
+        from safetensors import SafetensorError
+
+        try:
+            tensors, values = read_tensors(self._file)
+        except SafetensorError as error:
+            raise ValueError(f"out: {self._file} is no checkpoint ({error}); choose another folder") from error
         found, own = values.pop("fingerprint", {}), self._fingerprint
         other = sorted(key for key in {*found, *own} if found.get(key) != own.get(key))
         if other:

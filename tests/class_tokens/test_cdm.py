@@ -16,6 +16,7 @@ from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.engine.network import vision_network
 from dsd_fast.generation.guides import AcceptClassifier
 from dsd_fast.generation.rows import GenerateRow
+from dsd_fast.jobs import write_tensors
 from dsd_fast.models.mini.scenes import EVAL_SEED, scene
 
 CONFIG = CdmConfig(templates=("one {}", "a {class}"), widths=(12,), dropout=0.0, steps=7, batch_size=4, save_every=0)
@@ -118,7 +119,7 @@ def test_a_guide_is_the_cosine_with_names_it_has_not_seen(model, encoder, fitted
         cdm.guide(["a", "a"])
 
 
-def test_what_is_saved_is_what_was_made(model, encoder, examples, fitted):
+def test_what_is_saved_is_what_was_made(model, encoder, examples, fitted, tmp_path):
     cdm, out = fitted
     content = (out / "cdm.safetensors").read_bytes()
     loaded = CategoryDiscriminator.load(out, model, encoder)
@@ -149,6 +150,12 @@ def test_what_is_saved_is_what_was_made(model, encoder, examples, fitted):
         CategoryDiscriminator.load(out, dsd.from_pipeline(model.to_pipeline(), clip=other), encoder)
     with pytest.raises(ValueError, match=r"folder: .*nowhere.cdm.safetensors does not exist"):
         CategoryDiscriminator.load(out / "nowhere", model)
+    (tmp_path / "cdm.safetensors").write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"folder: .*cdm.safetensors is no category discrimination model"):
+        CategoryDiscriminator.load(tmp_path, model, encoder)
+    write_tensors(tmp_path / "cdm.safetensors", {"weight": features})
+    with pytest.raises(ValueError, match=r"is no category discrimination model \('config'\)"):
+        CategoryDiscriminator.load(tmp_path, model, encoder)
 
 
 def test_an_interrupted_fit_goes_on_where_it_was(model, encoder, examples, fitted, tmp_path):
@@ -176,7 +183,7 @@ def test_what_is_learned_of_some_classes_tells_others(model):
     names = [f"{each.objects[0].colour} {each.objects[0].shape}" for each in scenes]
     unseen = sorted(set(names))[::5]
     seen = [name for name in sorted(set(names)) if name not in unseen]
-    config = CdmConfig(templates=("one {}",), widths=(), steps=60, batch_size=64)
+    config = CdmConfig(templates=("one {}",))
     encoder = encoder_of(config, model)
     known, others = ([n for n, name in enumerate(names) if name in group] for group in (seen, unseen))
     features = encoder.of_images([scenes[n].image for n in known])

@@ -118,14 +118,31 @@ def test_classifiers_of_transformers_by_folder_and_as_modules(vit):
         guide_of(module, processor=ViTImageProcessor(), size=(8, 8))
 
 
-def test_structure_is_in_a_guides_settings():
-    pooled = [nn.Sequential(pool, nn.Flatten(), nn.LazyLinear(2)).eval() for pool in (nn.AvgPool2d(4), nn.MaxPool2d(4))]
-    for each in pooled:
-        each(torch.zeros(1, 3, 8, 8))
-        nn.init.ones_(each[2].weight), nn.init.ones_(each[2].bias)
-    told = [guide_of(each, classes=["a", "b"], mean=MEAN, std=STD).settings() for each in pooled]
-    assert told[0]["weights"] == told[1]["weights"]
-    assert told[0] != told[1]
+def test_structure_is_in_a_guides_settings(vit):
+    def told(*layers, **held):
+        torch.manual_seed(0)
+        module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 2))
+        vars(module).update(held)
+        return guide_of(module.eval(), classes=["a", "b"], mean=MEAN, std=STD).settings()
+
+    same = told(nn.AvgPool2d(8))
+    for other in (
+        told(nn.MaxPool2d(8)),
+        told(nn.AvgPool2d(8, stride=4)),
+        told(nn.AvgPool2d(8), scale=2.0),
+        told(nn.AvgPool2d(8), act=torch.tanh),
+    ):
+        assert (other["weights"], other["preprocessing"]) == (same["weights"], same["preprocessing"])
+        assert other["structure"] != same["structure"]
+    # What another version of a library calls, shows or keeps besides is no other network.
+    assert told(nn.AvgPool2d(8), bias=None, exact=False, _cache=1) == same
+    module, processor = ViTForImageClassification.from_pretrained(vit), ViTImageProcessor.from_pretrained(vit)
+    same = guide_of(module, processor=processor).settings()
+    module.vit.add_module("unused", nn.Dropout())
+    module.config.transformers_version, module.config.another = "9.9.9", None
+    assert guide_of(module.eval(), processor=processor).settings() == same
+    module.config.hidden_act = "relu"
+    assert guide_of(module, processor=processor).settings() != same
 
 
 def test_what_goes_not_together_is_refused():
@@ -139,6 +156,14 @@ def test_what_goes_not_together_is_refused():
     ):
         with pytest.raises(ValueError, match=wrong):
             guide.logits(pixels)
+    for images, wrong in (
+        ([], "images: got none, expected at least one picture"),
+        ([np.zeros((8, 8, 3), np.float32)], r"images: got float32 of shape \(8, 8, 3\), expected uint8 \(H, W, 3\)"),
+        ([np.zeros((8, 8), np.uint8)], r"images: got uint8 of shape \(8, 8\)"),
+    ):
+        for each in (guide, Fixed(None, 3)):
+            with pytest.raises(ValueError, match=wrong):
+                each.of_images(images)
     assert guide_of(guide) is guide
     for classifier, options, wrong in (
         (guide, {"labels": ["a", "b"]}, "labels: got .*, but .* has its own"),
@@ -146,7 +171,12 @@ def test_what_goes_not_together_is_refused():
         ("clip", {"model": model, "classes": ["a", "b"], "templates": "none"}, "templates: got 'none'"),
         ("clip", {"model": dsd.from_pipeline(model.to_pipeline()), "classes": ["a", "b"]}, "has no CLIP"),
         (module, known, "labels: got None for a module, expected the names of its outputs"),
-        (module, {"labels": ["a", "b"], "mean": MEAN}, "mean, std: got .* and None"),
+        (module, {"labels": ["a", "b"], "mean": MEAN}, "std: got None for a module, expected three numbers"),
+        (module, {**known, "mean": (123.7, 116.3, 103.5)}, r"mean: got \(123.7, .*, of values in \[0, 1\]"),
+        (module, {**known, "std": (0.5, float("nan"), 0.5)}, "std: got"),
+        (module, {**known, "mean": 0.5}, "mean: got 0.5 for a module, expected three numbers"),
+        (module, {**known, "size": 8}, r"size: got 8, expected \(height, width\), or None"),
+        (module, {**known, "size": [0, 8]}, r"size: got \[0, 8\], expected"),
         (network().train(), {"labels": ["a", "b"], **known}, "classifier: it is in training mode"),
     ):
         with pytest.raises(ValueError, match=wrong):

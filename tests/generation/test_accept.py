@@ -157,8 +157,8 @@ def test_a_module_gets_normalised_pixels_of_its_size():
     with pytest.raises(ValueError, match=r"classifier gave logits of shape \(6, 2\), expected \(6, 3\)"):
         AcceptClassifier(network, ["a", "b", "c"], mean=mean, std=std)(images, rows_of("abcabc"))
     for options, wrong in (
-        ({}, "mean, std: got None and None, expected three numbers each"),
-        ({"mean": mean, "std": [1, 1, 0]}, "mean, std: got"),
+        ({}, "mean: got None for a module, expected three numbers"),
+        ({"mean": mean, "std": [1, 1, 0]}, "std: got"),
         ({"mean": mean, "std": std, "threshold": 1.5}, "threshold: got 1.5, expected a number from 0 to 1"),
         ({"mean": mean, "std": std, "labels": ["b", "c"]}, "classes: 'a' is none of the classifier's labels"),
         # Its softmax is 1, whatever the image is.

@@ -226,6 +226,15 @@ def test_units_are_tried_until_one_is_accepted(sampler, tmp_path):
         generate_to(sampler, templates, tmp_path / "a", **options | {"max_tries": 4})
 
 
+def test_images_of_a_class_have_their_own_seeds_without_a_judge_too(sampler, tmp_path):
+    templates = [GenerateRow("a red cat", 3, label="cat", cls=0), GenerateRow("a dog", 3, label="dog", cls=1)]
+    generate_to(sampler, templates, tmp_path, per_class=2, layout="parquet")
+    for number, row in enumerate(read_index(tmp_path).to_pylist()):
+        assert row["seed"] == try_seed(3, row["label"], number // 2, 0)
+        expected = alone(sampler, GenerateRow(row["prompt"], row["seed"]))
+        assert np.abs(pixels_of(tmp_path, row["id"]) - expected).max() <= 1
+
+
 class OfCats(Judge):
     """Its scores differ from batch to batch, as those of any network do in their last digits."""
 

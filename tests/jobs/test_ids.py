@@ -1,10 +1,11 @@
 import hashlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dsd_fast.jobs import file_digest, row_id, weights_hash, worker_of
+from dsd_fast.jobs import config_hash, file_digest, row_id, weights_hash, worker_of
 from tests.repository.processes import run_python
 from tests.repository.source import ROOT
 
@@ -90,3 +91,12 @@ def test_names_and_order_of_modules_count_and_the_layout_in_memory_does_not():
 def test_another_process_finds_the_same_hash():
     code = "from tests.jobs import test_ids as t; print(t.weights_hash([t.network()]))"
     assert run_python(["-c", code], cwd=ROOT).stdout == f"{weights_hash([network()])}\n"
+
+
+def test_a_configs_hash_is_that_of_what_is_set():
+    def told(**values):
+        return config_hash(SimpleNamespace(config={"width": 8, "vision": {"depth": 2}} | values))
+
+    other_version = {"depth": 2, "dtype": "float32", "transformers_version": "9.9", "_name": "x", "bias": False}
+    assert told() == told(vision=other_version, architectures=["X"], dropout=None)
+    assert len({told(), told(width=9), told(vision={"depth": 3}), told(vision={"depth": 2, "bias": True})}) == 4

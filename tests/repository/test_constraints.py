@@ -83,6 +83,7 @@ OPTIONAL = {
     "ray": "ray",
     "scipy": "bench",
     "sklearn": "bench",
+    "timm": "zsl",
     "torchmetrics": "metrics",
 }
 DISTRIBUTIONS = {

@@ -28,12 +28,16 @@ def parts(own, step, wrong=None):
         yield (y - part.sum((1, 2, 3))[:, None]).square().sum() * (math.nan if step == wrong else 1) / len(x)
 
 
-def rate(name, step):
-    return (0.1 if name == "weight" else 0.02) / (step + 1)
+def group(name):
+    return "matrix" if name == "weight" else "vector"
 
 
-def decay(name):
-    return 0.3 if name == "weight" else 0.0
+def rate(group, step):
+    return (0.1 if group == "matrix" else 0.02) / (step + 1)
+
+
+def decay(group):
+    return 0.3 if group == "matrix" else 0.0
 
 
 def descent(folder=None, own=None, wrong=None, report=lambda *_: None, **options):
@@ -44,18 +48,20 @@ def descent(folder=None, own=None, wrong=None, report=lambda *_: None, **options
             backward(part)
 
     settings = {"steps": 6, "clip_norm": 0.7, "betas": (0.8, 0.9), "validate_every": 2, "save_every": 0.0} | options
-    return Descent(own, losses, rate, decay, folder=folder, fingerprint={}, report=report, **settings)
+    return Descent(own, losses, group, rate, decay, folder=folder, fingerprint={}, report=report, **settings)
 
 
 def test_steps_are_those_of_the_plain_loop():
     made, own = descent(average=0.4), parameters()
+    # One call of the fused step for each group.
+    assert len(made._optimizer.param_groups) == 2
     history = made.fit()
-    groups = [{"params": [p], "weight_decay": decay(name), "name": name} for name, p in own.items()]
+    groups = [{"params": [p], "weight_decay": decay(group(name)), "name": name} for name, p in own.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), foreach=False)
     average, losses = {name: p.detach().clone() for name, p in own.items()}, []
     for step in range(6):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(group["name"], step)
+        for each in optimizer.param_groups:
+            each["lr"] = rate(group(each["name"]), step)
         loss = sum(parts(own, step))
         optimizer.zero_grad()
         loss.backward()

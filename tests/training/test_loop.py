@@ -117,6 +117,9 @@ def test_another_fingerprint_is_refused_by_the_names_of_what_differs(tmp_path):
     with pytest.raises(ValueError, match="differs in rates;"):
         Sum(tmp_path, **same).run()
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+    (tmp_path / CHECKPOINT).write_bytes(before[:50])
+    with pytest.raises(ValueError, match=r"^out: .* is no checkpoint .*; choose another folder$"):
+        Sum(tmp_path).run()
 
 
 def test_draws_are_the_keys_own_and_leave_the_process_generators_alone():

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from dsd_fast.models.mini.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["Seen", "answers", "cache_folder", "judge", "look", "seen", "to_bytes", "train"]
+__all__ = ["Seen", "answers", "cache_folder", "folder_of", "judge", "learn", "look", "seen", "to_bytes", "train"]
 
 FIRST_SEED = 500_000_000
 """Of the judge's scenes: neither the model's training scenes nor those for evaluation."""
@@ -39,6 +40,9 @@ _RECIPE = Recipe(steps=3000, batch=64, learning_rate=2e-3, weight_decay=0.02, em
 _PICTURES = 16_384
 _DIGITS = 0.25
 _STRENGTH = 0.15
+
+Example = tuple[np.ndarray, list[int]]
+"""A picture, uint8 (64, 64, 3), and the right answers; −1 is none."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +103,20 @@ def seen(given: list[int]) -> Seen:
 
 
 def cache_folder(vae: AutoencoderKL) -> Path:
-    """Where the judge of this VAE's pictures is kept, under `$XDG_CACHE_HOME` or `~/.cache`.
+    """Where the judge of this VAE's pictures is kept, see :func:`folder_of`."""
+    return folder_of("judge", vae, _RECIPE, _PICTURES, _DIGITS, _STRENGTH, FIRST_SEED, _Judge())
 
-    The folder's name depends on the VAE's weights and on how the judge is trained.
+
+def folder_of(name: str, vae: AutoencoderKL, *made_by: object) -> Path:
+    """Where a network that sees this VAE's pictures is kept, under `$XDG_CACHE_HOME` or `~/.cache`.
+
+    The folder's name depends on the VAE's weights and on how the network is trained.
     """
-    digest = hashlib.sha256(repr((_RECIPE, _PICTURES, _DIGITS, _STRENGTH, FIRST_SEED, _Judge())).encode())
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    digest = hashlib.sha256(repr(made_by).encode())
+    for key, value in sorted(vae.state_dict().items()):
+        digest.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "dsd_fast" / f"judge-{digest.hexdigest()[:16]}"
+    return home / "dsd_fast" / f"{name}-{digest.hexdigest()[:16]}"
 
 
 def judge(vae: AutoencoderKL, folder: Path | None = None) -> nn.Module:
@@ -122,10 +131,30 @@ def judge(vae: AutoencoderKL, folder: Path | None = None) -> nn.Module:
 
 def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, pictures: int = _PICTURES) -> None:
     """Trains a judge into `folder`; killed, it goes on from its last checkpoint when called again."""
-    data = made_once(folder / "pictures.safetensors", pictures, lambda numbers: _pictures(vae, numbers))
+    learn("judge", _Judge, FACTS, _example, vae, folder, recipe, pictures)
+
+
+def learn(
+    name: str,
+    make: Callable[[], nn.Module],
+    questions: Sequence[int],
+    example: Callable[[int], Example],
+    vae: AutoencoderKL,
+    folder: Path,
+    recipe: Recipe,
+    pictures: int,
+) -> None:
+    """Trains a network that answers questions about pictures, into `<folder>/<name>-final.safetensors`.
+
+    Args:
+        make: the untrained network, (n, 3, 64, 64) → (n, sum of `questions`).
+        questions: how many answers each has.
+        example: what gives the picture of each number.
+    """
+    data = made_once(folder / "pictures.safetensors", pictures, lambda numbers: _pictures(vae, numbers, example))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = _Judge().train()
+        network = make().train()
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:
@@ -134,20 +163,20 @@ def train(vae: AutoencoderKL, folder: Path, *, recipe: Recipe = _RECIPE, picture
         drawn, decoded = data["drawn"][rows], data["decoded"][rows]
         chosen = torch.where((torch.rand(recipe.batch, generator=draw) < 0.5).view(-1, 1, 1, 1), drawn, decoded)
         pixels = preprocess(chosen)
-        # What a sampler leaves behind is not what the VAE leaves behind: a judge must not depend on either's texture.
+        # What a sampler leaves behind is not what the VAE leaves behind: a network must not depend on either's texture.
         strength = _STRENGTH * torch.rand(recipe.batch, 1, 1, 1, generator=draw)
         pixels = pixels + strength * torch.randn(pixels.shape, generator=draw)
         wanted = data["answers"][rows].long().unbind(-1)
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
             torch.manual_seed(step)
-            given = network(pixels.contiguous(memory_format=torch.channels_last)).split(FACTS, -1)
+            given = network(pixels.contiguous(memory_format=torch.channels_last)).split(questions, -1)
         pairs = zip(given, wanted, strict=True)
         return torch.stack([_cross_entropy(logits.float(), right) for logits, right in pairs]).sum()
 
-    fit("judge", dict(network.named_parameters()), loss, recipe, folder)
-    write_tensors(folder / "judge-final.safetensors", average(folder, "judge"))
+    fit(name, dict(network.named_parameters()), loss, recipe, folder)
+    write_tensors(folder / f"{name}-final.safetensors", average(folder, name))
     (folder / "pictures.safetensors").unlink()
-    shutil.rmtree(folder / "judge")
+    shutil.rmtree(folder / name)
 
 
 @torch.inference_mode()
@@ -166,19 +195,18 @@ def _cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
     return F.cross_entropy(logits, right, ignore_index=-1, reduction="sum") / len(right)
 
 
-def _pictures(vae: AutoencoderKL, numbers: range) -> dict[str, Tensor]:
-    drawn, wanted = [], []
-    for number in numbers:
-        seed = FIRST_SEED + number
-        rng = np.random.default_rng((seed, 5))
-        if rng.random() < _DIGITS:
-            item = digit(int(rng.integers(len(TRAINING))), seed)
-            drawn.append(item.image)
-            wanted.append([len(SHAPES), len(RELATIONS), -1] * len(COLOURS) + [item.label])
-        else:
-            picture = scene(seed, held_out=None)
-            drawn.append(picture.image)
-            wanted.append(answers(picture))
+def _example(number: int) -> Example:
+    seed = FIRST_SEED + number
+    rng = np.random.default_rng((seed, 5))
+    if rng.random() < _DIGITS:
+        item = digit(int(rng.integers(len(TRAINING))), seed)
+        return item.image, [len(SHAPES), len(RELATIONS), -1] * len(COLOURS) + [item.label]
+    picture = scene(seed, held_out=None)
+    return picture.image, answers(picture)
+
+
+def _pictures(vae: AutoencoderKL, numbers: range, example: Callable[[int], Example]) -> dict[str, Tensor]:
+    drawn, wanted = zip(*map(example, numbers), strict=True)
     images = torch.from_numpy(np.stack(drawn))
     decoded = to_bytes(vae.decode(vae.encode(preprocess(images).to(vae.device)).latent_dist.mean).sample)
     return {"drawn": images, "decoded": decoded, "answers": torch.tensor(wanted, dtype=torch.int8)}

@@ -26,6 +26,7 @@ def _suite(module: str, find: Callable[[str], ModuleType] = _speed) -> Callable[
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
+    "class-tokens": _suite("class_tokens", experiment),
     "feature-quality": _suite("feature_quality", experiment),
     "features": _suite("features"),
     "fit": _suite("fit"),
@@ -36,6 +37,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "ops": _suite("ops"),
     "tokens": _suite("tokens"),
     "unet": _suite("unet"),
+    "zsl": _suite("zsl", experiment),
 }
 """Name of a suite → what gives it. Its module, and with it what it measures, is imported by that call.
 

@@ -70,8 +70,9 @@ def training(
     return Descent(
         learned.parameters,
         step_losses,
-        lambda name, step: fit.rate(name.split(".")[0], step),
-        lambda name: fit.weight_decay if name.startswith("lora.") else 0.0,
+        lambda name: name.split(".")[0],
+        fit.rate,
+        lambda method: fit.weight_decay if method == "lora" else 0.0,
         steps=fit.steps,
         clip_norm=fit.clip_norm,
         scaled=fit.autocast == "float16",
