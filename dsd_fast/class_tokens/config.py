@@ -57,7 +57,8 @@ class TokenConfig:
             ones. Either depends on the seed alone, and fresh noise on the class and its update too.
         learning_rate, betas, eps, weight_decay: of AdamW, for the learned vectors alone.
         clip_norm: largest norm of a token's gradient; None does not clip.
-        norm_clamp: largest norm of a vector, as a multiple of the vocabulary's mean norm; None does not clamp, as officially.
+        norm_clamp: largest norm of a vector, as a multiple of the vocabulary's mean norm; None, as officially, does not
+            clamp.
         stopping: "official": after an update in which more than ``accuracy`` of the images were right, or after more
             than ``patience`` updates without a lower loss; "gamma": once the class's mean probability is at least
             ``gamma``; "never": after ``updates``, which holds for all. None: "official", or "never" for the noise loss,

@@ -10,7 +10,7 @@ from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.class_tokens.learning import CHECKPOINT, Learning, Losses
 from dsd_fast.class_tokens.optimiser import shortened
 
-CONFIG = TokenConfig(updates=6, learning_rate=0.05, stopping="never", keep="last", save_every=0)
+CONFIG = TokenConfig(updates=6, learning_rate=0.05, norm_clamp=None, stopping="never", keep="last", save_every=0)
 NAMES = ("a", "b", "c", "d", "e")
 WIDTH = 4
 
