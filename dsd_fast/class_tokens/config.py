@@ -38,7 +38,7 @@ class TokenConfig:
 
     Attributes:
         templates: texts with one "{}" or "{class}" each, where the token stands; an update's images take them in turn,
-            in an order that the class and the update draw.
+            in an order that the class and the update draw, or so many of them as there are images.
         class_name: whether the class's name follows the token in a text, "<cardinal> cardinal".
         token: what a token is called; "{}" is the class's name, of which blanks and "_" become "-". One class alone can
             do without.

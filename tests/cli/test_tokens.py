@@ -95,7 +95,7 @@ def test_it_learns_what_the_library_does_and_shows_it(cli, model):
     line = next(line for line in done.stdout.splitlines() if "<ring>" in line)
     cells = [cell.strip() for cell in line.strip("│").split("│")]
     assert cells[1:5] == ["ring", str(about["updates"]), about["ended"], f"{about['loss']:.4f}"]
-    assert cells[7] == f"{about['norm']:.2f}"
+    assert cells[7] == f"{about['norm']:.2f}" + (" (clamped)" if about["clamped"] else "")
     assert f"ring: {counted(about['updates'], 'update')}, loss" in done.stderr
     assert "2 tokens, " in done.stdout
 
@@ -193,6 +193,7 @@ def test_a_classifier_of_a_folder_with_targets_and_a_loss_that_is_no_number(cli,
     refused = cli(*command)
     assert refused.exit_code == 2
     assert "cross" in refused.stderr
+    assert not Path("out").exists()
     Path("targets.json").write_text('{"ring": 1, "cross": "red cross"}')
     done = cli(*command, "--targets", "targets.json", "--learning-rate", 1e38)
     assert done.exit_code == 1, done.stderr

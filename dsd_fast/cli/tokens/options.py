@@ -133,7 +133,7 @@ class LearningOptions(Options, panel="Learning"):
         str,
         typer.Option(metavar="X|none", help="Largest norm of a vector, in mean norms of the vocabulary."),
         _limit("--norm-clamp"),
-    ] = "none"
+    ] = "1.5"
     stopping: Annotated[
         str | None,
         typer.Option(
