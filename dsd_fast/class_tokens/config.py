@@ -34,12 +34,12 @@ KEEP = ("best", "after-best", "last")
 class TokenConfig:
     """How class tokens are learned; the defaults but ``norm_clamp`` are the official code's.
 
-    The code of idansc/discriminative_class_tokens. Schwartz et al. 2023, "Discriminative Class Tokens for
-    Text-to-Image Diffusion Models"; Fu et al. 2024, "DIG-ZSL".
+    Schwartz et al. 2023, "Discriminative Class Tokens for Text-to-Image Diffusion Models", with the code
+    idansc/discriminative_class_tokens; Fu et al. 2024, "DIG-ZSL".
 
     Attributes:
         templates: texts with one "{}" or "{class}" each, where the token stands; an update's images take them in turn,
-            in an order that the class and the update draw.
+            in an order that the class and the update draw, or so many of them as there are images.
         class_name: whether the class's name follows the token in a text, "<cardinal> cardinal".
         token: what a token is called; "{}" is the class's name, of which blanks and "_" become "-". One class alone can
             do without.

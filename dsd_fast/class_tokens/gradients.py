@@ -33,6 +33,8 @@ from dsd_fast.models.splice import Splice
 # What gradients are multiplied by on their way through half types, since float16 would take the smallest for zero; as a
 # power of two it changes no digit.
 _LIFT = 1024.0
+# And of a class by at most this power of two or its inverse, which leaves float32 room on either side.
+_LIFTS = 64
 # Bounds the encoders' activations.
 _TEXTS_AT_ONCE = 64
 
@@ -166,7 +168,7 @@ class ThroughImages(Gradients):
             told.append(torch.stack([-own, (logs.argmax(1) == targets[part]).to(own), own.exp()]).detach())
         # Of each class as large as a half type likes it.
         largest = gradient.view(count, -1).abs().amax(1)
-        lift = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+        lift = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-_LIFTS, _LIFTS))
         lift = torch.where(largest.isfinite() & (largest > 0), lift, 1.0)
         torch.autograd.backward([clean], [(gradient.view(count, -1) * lift[:, None]).view_as(gradient)])
         means = torch.cat(told, dim=1).view(3, count, -1).mean(-1)

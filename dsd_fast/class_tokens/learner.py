@@ -139,9 +139,9 @@ class ClassTokenLearner:
 
         Returns:
             The tokens, in the classes' order; ``about`` each are "updates", "ended" and "best_update" (see
-            :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy" and "probability" of that update, and of
-            the vectors "norm", the longest as a multiple of the vocabulary's mean norm, and "clamped", the share of
-            them at the clamp.
+            :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy" and "probability" of that update, with
+            ``keep="last"`` of the last one, and of the vectors "norm", the longest as a multiple of the vocabulary's
+            mean norm, and "clamped", the share of them at the clamp.
 
         Raises:
             ValueError: a class, a text, an argument or a setting that does not fit, by name; an ``out`` of another
@@ -162,10 +162,10 @@ class ClassTokenLearner:
             _check_texts(splice.model, prompts, len(names))
             initial = [splice.initial(token, prompts.initial(number)) for number, token in enumerate(prompts.tokens)]
             real = torch.promote_types(model.dtype, torch.float32)
-            if folder is not None:
-                stack.enter_context(locked(folder))
             engine = self._engine(splice.model)
             gradients, about = self._gradients(engine, splice, prompts, names, images)
+            if folder is not None:
+                stack.enter_context(locked(folder))
             settings = as_json({**self._settings(model), "classes": names, **about})
             learning = Learning(
                 names,
@@ -173,7 +173,7 @@ class ClassTokenLearner:
                 splice.vocabulary_norms(),
                 gradients,
                 config,
-                config.together or self._together(engine),
+                self._together(engine),
                 callback,
                 folder,
                 settings,
@@ -182,7 +182,7 @@ class ClassTokenLearner:
                 learning.run()
             finally:
                 self.history = dict(zip(names, learning.histories, strict=True))
-            tokens = _learned(learning, prompts.tokens, names, settings, config.pooled)
+            tokens = _learned(learning, prompts.tokens, names, settings, config)
             if folder is not None:
                 for name in (BANK, LIST, *tokens.files().values()):
                     remove_stale(folder / name)
@@ -264,13 +264,13 @@ def _encoded(engine: Engine, images: Sequence[ImageSource], digest: Any) -> Tens
 
 
 def _learned(
-    learning: Learning, tokens: Sequence[str], names: Sequence[str], settings: Mapping[str, Any], pooled: str
+    learning: Learning, tokens: Sequence[str], names: Sequence[str], settings: Mapping[str, Any], config: TokenConfig
 ) -> LearnedTokens:
     vectors, about = {}, {}
     for number, (token, history) in enumerate(zip(tokens, learning.histories, strict=True)):
         kept = learning.kept(number)
         vectors[token] = kept[0] if len(kept) == 1 else dict(zip(ENCODERS, kept, strict=True))
         norm, clamped = learning.about(kept)
-        about[token] = {**history.summary(), "norm": norm, "clamped": clamped}
+        about[token] = {**history.summary(last=config.keep == "last"), "norm": norm, "clamped": clamped}
     classes = dict(zip(tokens, names, strict=True))
-    return LearnedTokens(vectors, classes=classes, about=about, settings=settings, pooled=pooled)
+    return LearnedTokens(vectors, classes=classes, about=about, settings=settings, pooled=config.pooled)

@@ -63,7 +63,7 @@ class Learning(Loop):
         vectors: that they begin with, (N, v, E) for each text encoder, on the CPU.
         norms: the vocabulary's mean norm, for each text encoder.
         differentiate: see :data:`Differentiate`.
-        together: classes learned side by side.
+        together: classes learned side by side where neither the settings nor the checkpoint say how many.
         config, callback: see :class:`~dsd_fast.class_tokens.ClassTokenLearner`.
         folder, fingerprint: see :class:`~dsd_fast.training.Loop`.
 
@@ -85,7 +85,8 @@ class Learning(Loop):
     ) -> None:
         super().__init__(folder, fingerprint, config.save_every, CHECKPOINT)
         self._names, self._norms, self._config = names, norms, config
-        self._differentiate, self._together, self._callback = differentiate, together, callback
+        self._differentiate, self._callback = differentiate, callback
+        self._together = config.together or together
         # (4, N, v, E) for each text encoder: the vectors, AdamW's two running means, and the vectors that are kept.
         self._states = [torch.stack([own, 0 * own, 0 * own, own]) for own in vectors]
         self.histories = [ClassHistory() for _ in names]
@@ -147,10 +148,13 @@ class Learning(Loop):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See :class:`~dsd_fast.training.Loop`."""
         tensors = {f"encoder_{number}": state for number, state in enumerate(self._states)}
-        return tensors, {"queue": self._queue, "histories": [asdict(each) for each in self.histories]}
+        histories = [asdict(each) for each in self.histories]
+        return tensors, {"queue": self._queue, "together": self._together, "histories": histories}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """See :class:`~dsd_fast.training.Loop`."""
         self._states = [tensors[f"encoder_{number}"] for number in range(len(self._states))]
         self._queue = values["queue"]
+        # Of the memory that was free when it began: with another number the same learning would round otherwise.
+        self._together = self._config.together or values["together"]
         self.histories = [ClassHistory(**each) for each in values["histories"]]

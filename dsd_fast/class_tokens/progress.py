@@ -57,11 +57,11 @@ class ClassHistory:
         """Updates made."""
         return len(self.losses)
 
-    def summary(self) -> dict[str, Any]:
-        """Tell in short, as JSON; of the best update loss, accuracy and probability, None where there is none."""
-        best = self.best_update - 1
+    def summary(self, last: bool) -> dict[str, Any]:
+        """Tell in short, as JSON; of the last or the best update loss, accuracy and probability, None without one."""
+        number = self.updates if last else self.best_update
         told = {
-            name: own[best] if best >= 0 and own else None
+            name: own[number - 1] if number and own else None
             for name, own in (("loss", self.losses), ("accuracy", self.accuracies), ("probability", self.probabilities))
         }
         return {"updates": self.updates, "ended": self.ended, "best_update": self.best_update, **told}

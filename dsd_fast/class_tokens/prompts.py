@@ -57,11 +57,11 @@ class Prompts:
         return [filled(template, said) for template in self._config.templates]
 
     def texts(self, number: int, update: int) -> list[str]:
-        """Give the texts of a class's images in one of its updates."""
+        """Give the texts of a class's images in one of its updates, of as many templates as there are images for."""
         every, images = self.every(number), self._config.images
         random = torch.Generator().manual_seed(self.seed(number, update, _ORDER))
-        order = torch.randperm(images, generator=random, device="cpu").tolist()
-        return [every[place % len(every)] for place in order]
+        order = torch.randperm(max(images, len(every)), generator=random, device="cpu").tolist()
+        return [every[place % len(every)] for place in order[:images]]
 
     def noise_seed(self, number: int, update: int) -> int:
         """Give the 64-bit seed of a class's fresh noise in one of its updates."""

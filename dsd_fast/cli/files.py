@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsd_fast.cli.terminal import CommandError
@@ -17,15 +17,23 @@ from dsd_fast.jobs import sync_folder
 def writing(out: Path) -> Iterator[None]:
     """Makes the folder `out`; inside, nothing but results is written, so a refusal of the system is one of theirs.
 
+    After an exception a folder that was made for nothing is gone.
+
     Raises:
         CommandError: `out` cannot be written.
     """
+    new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         reason = "it is a file" if out.is_file() else error.strerror or error
         raise CommandError(f"--out {out} cannot be written: {reason}") from error
+    finally:
+        if new:
+            # It says itself whether there is something in it.
+            with suppress(OSError):
+                out.rmdir()
 
 
 def check_folder(out: Path) -> None:

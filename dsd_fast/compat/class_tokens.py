@@ -19,7 +19,7 @@ from dsd_fast.compat.class_token_defects import Defects, OfficialLearner, decaye
 from dsd_fast.diffusion import scheduler_timesteps
 from dsd_fast.engine.guides import Guide, guide_of
 from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, is_text, number, one_of
-from dsd_fast.engine.tokens import LearnedTokens
+from dsd_fast.engine.tokens import LIST, LearnedTokens
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
 from dsd_fast.generation.sampler import to_uint8
 from dsd_fast.jobs.files import replacing
@@ -216,7 +216,7 @@ class _Experiment:
 
     def train(self) -> None:
         config = self.config
-        if config.skip_exists and (self.folder / BANK).exists():
+        if config.skip_exists and (self.folder / LIST).exists():
             return
         folder = config.output_path / "img" / self.name / "train"
         learner = OfficialLearner(self.model, self.guide, self._settings(), self.target, config.defects())
@@ -268,7 +268,8 @@ class _Experiment:
         steps = config.num_of_SD_inference_steps
         calls = len(scheduler_timesteps(self.model.new_scheduler(), steps))
         return TokenConfig(
-            templates=self.templates,
+            # Officially image i has template i, which is not drawn.
+            templates=self.templates[: config.epoch_size],
             token=config.placeholder_token,
             initial=config.initializer_token,
             images=config.epoch_size,

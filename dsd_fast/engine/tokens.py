@@ -92,19 +92,17 @@ class LearnedTokens(Mapping[str, Vectors]):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder, in place of the tokens that it has.
 
-        The files of :meth:`write_files`; ``tokens.json`` for people; last ``bank.safetensors``, all of it, so that a
-        folder that could not be finished is still of the older tokens.
+        First ``bank.safetensors``, all of it, by which the folder is read: one that could not be finished is of the
+        older tokens or of these. Then the files of :meth:`write_files`, and ``tokens.json`` for people.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
         folder = Path(folder)
-        before = _listed(folder / LIST)
-        files = self.write_files(folder)
-        shown = {token: {"class": self.classes[token], "file": files[token], **self.about[token]} for token in self}
-        with replacing(folder / LIST) as stream:
-            content = {"tokens": shown, "pooled": self.pooled, "settings": self.settings}
-            stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        files = self.files()
+        # While the older bank still tells of them: no other would know them for tokens that are no longer.
+        for file in _listed(folder / BANK) - set(files.values()):
+            (folder / file).unlink(missing_ok=True)
         about = {
             "tokens": list(self),
             "files": files,
@@ -116,8 +114,11 @@ class LearnedTokens(Mapping[str, Vectors]):
         # The tensor without a name keeps A1111 from taking the bank of one token for a token called "bank".
         nameless = {"": torch.zeros(0, dtype=torch.float32, device="cpu")}
         write_tensors(folder / BANK, {**bank_of(self), **nameless}, about)
-        for file in before - set(files.values()):
-            (folder / file).unlink(missing_ok=True)
+        self.write_files(folder)
+        shown = {token: {"class": self.classes[token], "file": files[token], **self.about[token]} for token in self}
+        with replacing(folder / LIST) as stream:
+            content = {"tokens": shown, "pooled": self.pooled, "settings": self.settings}
+            stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def write_files(self, folder: str | os.PathLike[str]) -> dict[str, str]:
         """Write a file for each token, as diffusers and the embeddings folders of A1111 and ComfyUI read them.
@@ -211,11 +212,10 @@ def _rows(what: str, value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def _listed(file: Path) -> set[str]:
-    """The token files that a folder's list names, of this folder alone."""
+def _listed(bank: Path) -> set[str]:
+    """The token files that a folder's bank names, of this folder alone."""
     try:
-        tokens = json.loads(file.read_bytes())["tokens"]
-        names = {str(each["file"]) for each in tokens.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = {str(each) for each in read_file(bank)[1]["files"].values()}
+    except (ModelError, KeyError, AttributeError):
         return set()
     return {name for name in names if Path(name).name == name and name.endswith(".safetensors")}

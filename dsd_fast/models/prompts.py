@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -136,8 +137,10 @@ def tokenize(tokenizer: Any, texts: list[str], limit: int) -> tuple[Tensor, Tens
     for index, text in enumerate(texts):
         check_unicode(f"prompts[{index}]", text)
     with _TOKENIZING:
-        # Spells a learned token of several vectors out into its several tokens, as stock pipelines do.
-        texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
+        # Spells a learned token of several vectors out into its several tokens, as stock pipelines do. They ask for the
+        # added tokens at every word, of which a tokenizer makes a new table each time.
+        asked = SimpleNamespace(tokenize=tokenizer.tokenize, added_tokens_encoder=tokenizer.added_tokens_encoder)
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(texts, asked)
         encoded = as_tokens(tokenizer, texts, padding="max_length", max_length=limit, truncation=False)
     for index, mask in enumerate(encoded["attention_mask"]):
         if sum(mask) > limit:

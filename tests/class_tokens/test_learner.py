@@ -18,7 +18,7 @@ from dsd_fast.engine import Engine
 from dsd_fast.images import load_image, to_tensor
 from dsd_fast.models.splice import Splice
 from dsd_fast.reference import class_tokens as reference
-from tests.class_tokens.parts import CONFIG, NAMES, SIDE, guide, learn, model, pipeline
+from tests.class_tokens.parts import CONFIG, NAMES, SIDE, Linear, guide, learn, model, pipeline
 from tests.repository.processes import run_python
 from tests.repository.source import ROOT
 
@@ -106,6 +106,19 @@ def test_together_as_each_alone(dtype, scheduler, steps, most, kept):
         learn(config, [name], own)
         assert (kept[name] - together[name]).abs().max() <= most
         assert (kept[name] - begin).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("images", [2, 3, 7])
+def test_every_template_has_its_turn(images):
+    prompts, seen = Prompts(NAMES, replace(CONFIG, images=images)), set()
+    every = prompts.every(1)
+    for update in range(20):
+        texts = prompts.texts(1, update)
+        counts = [texts.count(text) for text in every]
+        assert sum(counts) == len(texts) == images
+        assert max(counts) - min(counts) <= 1
+        seen.update(texts)
+    assert seen == set(every)
 
 
 def test_the_model_stays_as_it_is():
@@ -245,6 +258,20 @@ def test_what_does_not_fit_is_refused(message, config, names, options):
 
     with pytest.raises(ValueError, match=message):
         refused()
+
+
+def test_a_gradient_almost_too_small_for_float32_is_a_number():
+    """What a guide leaves that is sure of the class: e⁻⁹⁷."""
+    own = model("sd15", torch.float32)
+
+    class Sure(Linear):
+        def logits(self, pixels):
+            return super().logits(pixels) + torch.tensor([97.0, 0.0, 0.0])
+
+    sure = Sure(3 * (SIDE * own.vae_scale_factor) ** 2, scale=0.1)
+    _, history = learn(replace(CONFIG, updates=1, scheduler="ddim"), NAMES[:1], own, sure)
+    assert history["ring"].probabilities == [1.0]
+    assert history["ring"].ended == "updates"
 
 
 def test_small_gradients_pass_through_float16(monkeypatch):

@@ -99,6 +99,7 @@ def test_what_is_kept(keep):
     run = learning(Seeing(losses), replace(CONFIG, keep=keep), own=[each[:1] for each in begin()], names=("a",))
     run.run()
     assert run.histories[0].best_update == 2
+    assert run.histories[0].summary(last=keep == "last")["loss"] == (9.0 if keep == "last" else 2.0)
     want = {"best": seen[1], "after-best": seen[2]}
     if keep == "last":
         assert not any(torch.equal(run.kept(0)[0], each) for each in seen)
@@ -217,10 +218,23 @@ def test_another_number_together_goes_on_as_well(tmp_path):
     whole.run()
     with pytest.raises(KeyboardInterrupt):
         learning(folder=tmp_path, together=3, callback=stop).run()
-    again = learning(folder=tmp_path, together=1)
+    again = learning(config=replace(CONFIG, together=1), folder=tmp_path)
     again.run()
     for number in range(len(NAMES)):
         assert torch.allclose(again.kept(number)[0], whole.kept(number)[0], rtol=1e-12, atol=0)
+
+
+def test_as_many_go_on_together_as_began(tmp_path):
+    """However much memory is free now, so that the sums are the same."""
+    with pytest.raises(KeyboardInterrupt):
+        learning(folder=tmp_path, together=3, callback=lambda event: _interrupt()).run()
+    losing = Losing()
+    learning(losing, folder=tmp_path, together=1).run()
+    assert losing.asked[0] == [(0, 1), (1, 1), (2, 1)]
+
+
+def _interrupt():
+    raise KeyboardInterrupt
 
 
 def test_a_checkpoint_of_another_learning_is_refused(tmp_path):

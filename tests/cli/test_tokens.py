@@ -197,6 +197,7 @@ def test_a_classifier_of_a_folder_with_targets_and_a_loss_that_is_no_number(cli,
     refused = cli(*command)
     assert refused.exit_code == 2
     assert "cross" in refused.stderr
+    assert not Path("out").exists()
     Path("targets.json").write_text('{"ring": 1, "cross": "red cross"}')
     done = cli(*command, "--targets", "targets.json", "--learning-rate", 1e38)
     assert done.exit_code == 1, done.stderr

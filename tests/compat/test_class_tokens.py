@@ -93,6 +93,7 @@ def test_a_token_is_that_of_the_plain_loop(tmp_path, monkeypatch, flags, plain):
     run(settings, model=from_pipeline(pipe), classifier=guide(kind))
     tokens = learned(tmp_path)
     made = official._Experiment(settings, from_pipeline(pipe), guide(), reference.TEMPLATES)._settings()
+    assert made.templates == tuple(reference.TEMPLATES[:2])
     prompts = Prompts(["tiger cat"], made)
     orders = [[prompts.every(0).index(text) for text in prompts.texts(0, update)] for update in range(3)]
     options = {"steps": 2, "updates": 2, "count": 2, "learning_rate": 0.05, "batch_size": 2, "orders": orders}

@@ -1,6 +1,8 @@
 """Learned tokens and their files: what comes back, what stock pipelines read, and no folder that is half of two."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,19 +96,32 @@ def test_a_folder_takes_other_tokens_in_place_of_the_older_and_leaves_what_is_no
     assert {"<bird>", "<dog>"} <= both.tokenizers[0].get_vocab().keys()
 
 
-def test_a_folder_that_could_not_be_finished_is_of_the_older_tokens(tmp_path, monkeypatch):
-    made().save(tmp_path)
-    write = tokens.write_tensors
+def test_a_folder_that_could_not_be_finished_is_of_the_older_tokens_or_of_the_newer(tmp_path, monkeypatch):
+    model, newer = (
+        dsd.from_pipeline(tiny_pipeline("sd15")),
+        LearnedTokens(dict.fromkeys(("<cat>", "<red>"), torch.ones(24))),
+    )
+    rename, stop = os.replace, ["bank", "cat-token", "red-token", "tokens"]
 
-    def full(file, *given):
-        if file.name == "bank.safetensors":
+    def full(source, target):
+        if Path(target).stem == stop[0]:
             raise OSError("no space left on device")
-        write(file, *given)
+        rename(source, target)
 
-    monkeypatch.setattr(tokens, "write_tensors", full)
-    with pytest.raises(OSError, match="no space left"):
-        LearnedTokens({"<cat>": torch.ones(24)}).save(tmp_path)
-    assert same(LearnedTokens.load(tmp_path), made())
+    for want in (made(), newer, newer, newer):
+        made().save(tmp_path / stop[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            with pytest.raises(OSError, match="no space left"):
+                newer.save(tmp_path / stop[0])
+        assert same(LearnedTokens.load(tmp_path / stop[0]), want)
+        got, known = (model.with_tokens(source) for source in (tmp_path / stop[0], want))
+        assert got.tokenizers[0].get_vocab() == known.tokenizers[0].get_vocab()
+        prompts = [" and ".join(want)]
+        assert torch.equal(got.encode_prompts(prompts).states, known.encode_prompts(prompts).states)
+        newer.save(tmp_path / stop[0])
+        assert {file.stem for file in (tmp_path / stop[0]).iterdir()} == {"bank", "cat-token", "red-token", "tokens"}
+        stop.pop(0)
 
 
 def test_names_of_files_are_safe_and_no_two_are_alike():

@@ -111,6 +111,16 @@ def test_adapters_of_the_encoders_keep_working(tmp_path):
     assert (found["x"] - found[()]).abs().max() > 0.1
 
 
+def test_texts_of_many_tokens_need_one_table_of_them(model, monkeypatch):
+    """A tokenizer makes it anew each time that it is asked."""
+    spliced, asked = Splice(model, {f"<{number}>": 2 for number in range(9)}), []
+    kind = type(spliced.model.tokenizers[0])
+    table = kind.added_tokens_encoder.fget
+    monkeypatch.setattr(kind, "added_tokens_encoder", property(lambda self: asked.append(1) or table(self)))
+    spliced.model.encode_prompts([f"red <{number}>" for number in range(9)])
+    assert len(asked) == 1
+
+
 def test_tokens_begin_as_words(models):
     spliced = Splice(models["sdxl"], TOKENS)
     for model_table, one, two, mean in zip(
