@@ -116,7 +116,7 @@ class TokenConfig:
     def __post_init__(self) -> None:
         if isinstance(self.templates, str):
             object.__setattr__(self, "templates", (self.templates,))
-        check_fields(self, _FIELDS)
+        check_fields(self, FIELDS)
         noise = self.loss == "noise"
         if noise and self.stopping not in (None, "never"):
             raise ValueError(f"stopping: got {self.stopping!r} for the noise loss, expected 'never'")
@@ -137,7 +137,7 @@ def _are_betas(x: object) -> bool:
     return isinstance(x, tuple) and len(x) == 2 and all(number(0, 1)(each) and each < 1 for each in x)
 
 
-_FIELDS: Fields = {
+FIELDS: Fields = {
     "templates": (are_templates, 'texts with one "{}" or "{class}" each'),
     "class_name": (is_bool, "True or False"),
     "token": (lambda x: is_text(x) and x.count("{}") <= 1, 'a text with at most one "{}"'),

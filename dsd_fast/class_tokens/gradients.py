@@ -68,7 +68,7 @@ class Gradients(ABC):
     def __call__(self, vectors: Sequence[Tensor], classes: Sequence[int], updates: Sequence[int]) -> Losses:
         """See :data:`~dsd_fast.class_tokens.learning.Differentiate`."""
         model = self._model
-        leaves = [upload(each, model.device).requires_grad_() for each in vectors]  # (N, v, E)
+        leaves = [upload(each, model.device).detach().requires_grad_() for each in vectors]  # (N, v, E)
         self._splice.put(*(leaf.flatten(0, 1) for leaf in leaves))
         texts = [text for each in zip(classes, updates, strict=True) for text in self._prompts.texts(*each)]
         different = list(dict.fromkeys(texts))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig
 from dsd_fast.class_tokens.gradients import Gradients, ThroughImages
 from dsd_fast.class_tokens.learning import CHECKPOINT, Losses
+from dsd_fast.class_tokens.optimiser import clipped
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.diffusion import Predict, guided
 from dsd_fast.engine import Engine, Texts
@@ -31,6 +32,8 @@ from dsd_fast.unet import Plan, TextKV
 Picture = Callable[[int, Tensor, int, float], None]
 """Called with an update's number from 0, an image (3, H, W) in [−1, 1], the output it was taken for, and its loss."""
 
+# What accelerate multiplies a float16 network's loss by, at the beginning.
+_SCALE = 65536.0
 # What the lowest loss is at the beginning.
 _NONE = 99999.0
 # Side, mean and std of images as the official classifiers get them.
@@ -48,7 +51,9 @@ class Defects:
         unpadded_prompts: texts, and the empty one beside each, have as many tokens as the text has, where pipelines pad
             them to the encoder's limit.
         collapse_changes_seed: an update whose loss is more than twice the lowest adds 1 to the seed of the noise.
-        clip_before_backward: gradients are clipped before there are any, which is never.
+        clip_before_backward: gradients are clipped before an image's own is added to those of the update's images
+            before it, not after the last; of a model in float16 they are 65536 times as large then, as officially, so
+            that next to nothing is left of all images but the last.
         save_after_step: the token is kept that the optimiser made of the one with the lowest loss.
         unfiltered_resize: images are resized without a filter, to a size that is not the classifier's own.
     """
@@ -71,9 +76,12 @@ class OfficialLearner(ClassTokenLearner):
 
     Attributes:
         picture: told of every image.
+        clip_before: norm that gradients are clipped to before an image's own is added, or None.
     """
 
     def __init__(self, model: Model, guide: Guide, config: TokenConfig, target: int, defects: Defects) -> None:
+        self.clip_before = config.clip_norm if defects.clip_before_backward else None
+        config = config if self.clip_before is None else replace(config, clip_norm=None)
         super().__init__(model, guide, config, targets=[target])
         self._guide, self._defects = guide, defects
         self._latents = self.noise(config.seed)
@@ -107,7 +115,7 @@ class OfficialLearner(ClassTokenLearner):
     ) -> tuple[Gradients, dict[str, Any]]:
         _, about = super()._gradients(engine, splice, prompts, names, images)
         gradients = _Defective(self, engine, splice, prompts, about["targets"])
-        return gradients, {**about, "defects": asdict(self._defects)}
+        return gradients, {**about, "defects": {**asdict(self._defects), "max_grad_norm": self.clip_before}}
 
 
 class _Defective(ThroughImages):
@@ -128,14 +136,32 @@ class _Defective(ThroughImages):
             for table, weight in self._tables:
                 factor = (1 - config.learning_rate * config.weight_decay) ** update
                 table.weight = nn.Parameter(weight * factor, requires_grad=False)
-            self._unconditional, self._first = self._encoded([""]), None
-        losses = super().__call__(vectors, classes, updates)
+            with torch.no_grad():
+                self._unconditional, self._first = self._encoded([""]), None
+        each = super().__call__
+        losses = (each if self._learner.clip_before is None else self._image_by_image)(vectors, classes, updates)
         total = float(losses.losses[0]) * config.images
         if self._defects.collapse_changes_seed and total > 2 * self._lowest:
             self._seed += 1
             self._latents, self._first = self._learner.noise(self._seed), None
         self._lowest = min(self._lowest, total)
         return losses
+
+    def _image_by_image(self, *given: Any) -> Losses:
+        """Add up the mean's gradient as officially, clipped before each image."""
+        config, latents, prompts = self._config, self._latents, self._prompts
+        assert latents is not None
+        scale = _SCALE if self._model.dtype == torch.float16 else 1.0
+        made, gradients = [], [torch.zeros_like(each) for each in given[0]]
+        for image in range(config.images):
+            self._config, self._latents, self._first = replace(config, images=1), latents[image : image + 1], None
+            self._prompts = _OneText(prompts, image)
+            made.append(super().__call__(*given))
+            before = clipped([scale * each for each in gradients], self._learner.clip_before)
+            gradients = [b / scale + g / config.images for b, g in zip(before, made[-1].gradients, strict=True)]
+        self._config, self._latents, self._prompts = config, latents, prompts
+        told = torch.tensor([each.of(0) for each in made], dtype=torch.float64, device="cpu").mean(0)[:, None]
+        return Losses(told[0], told[1], told[2], gradients)
 
     def _predict(self, texts: PromptStates, text_of: Tensor) -> Predict:
         if not self._defects.unpadded_prompts:
@@ -155,6 +181,16 @@ class _Defective(ThroughImages):
             checkpoint=config.checkpointing,
         )
         return guided(predict, config.guidance) if self._is_guided else predict
+
+
+class _OneText(Prompts):
+    """The text of one of each update's images."""
+
+    def __init__(self, prompts: Prompts, image: int) -> None:
+        self._all, self._image = prompts, image
+
+    def texts(self, number: int, update: int) -> list[str]:
+        return [self._all.texts(number, update)[self._image]]
 
 
 class _Unpadded(Texts):

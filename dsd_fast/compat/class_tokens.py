@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dsd_fast.class_tokens import TokenConfig
+from dsd_fast.class_tokens.config import FIELDS as _LEARNING
 from dsd_fast.class_tokens.config import TEMPLATES
 from dsd_fast.compat.class_token_defects import Defects, OfficialLearner, decayed, mean_pooled, unfiltered
 from dsd_fast.diffusion import scheduler_timesteps
@@ -118,6 +119,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, _FIELDS)
+        self.output_path = Path(self.output_path)
         if self.gradient_accumulation_steps != self.epoch_size:
             raise ValueError(
                 f"gradient_accumulation_steps: got {self.gradient_accumulation_steps} with an epoch_size of "
@@ -154,6 +156,8 @@ _FIELDS: Fields = {
     "early_stopping": (integer(0), "an integer of at least 0"),
     "batch_size": (one_of(1), "1, as no other works officially: how many images go together is the engine's to know"),
     "lr": (above(0), "a number above 0"),
+    **{name: _LEARNING[name] for name in ("betas", "eps", "weight_decay")},
+    "output_path": (lambda x: isinstance(x, str | Path), "a path"),
     "max_grad_norm": (_is_number, "a number above 0, or its text"),
     "seed": (integer(0, 2**64 - 2), "an integer from 0 to 2**64 - 2"),
     "guidance_scale": (number(0, 1e6), "a finite number of at least 0"),
@@ -283,7 +287,7 @@ class _Experiment:
             eps=config.eps,
             weight_decay=config.weight_decay,
             norm_clamp=None,
-            clip_norm=None if config.clip_before_backward else float(config.max_grad_norm),
+            clip_norm=float(config.max_grad_norm),
             patience=config.early_stopping,
             updates=config.num_train_epochs,
             keep="after-best" if config.save_after_step else "best",

@@ -16,8 +16,9 @@ Deviations: texts are padded to the encoder's limit as wherever a pipeline reads
 (``padded=False``); other rows of the table stay as they are, where official AdamW decays them all
 (``decay_vocabulary=True``); patience begins as given, and a bad update does not change the noise (``collapse=True``); a
 latent is scaled as the scheduler asks, which PNDM does not; the order of the texts comes from (seed, update), the
-noise from (seed, image). The networks keep their type: there is no mixed precision. Gradients are not clipped, which
-the official code means to do but does before there are any.
+noise from (seed, image). The networks keep their type: there is no mixed precision. Gradients are not clipped: the
+official code clips what an update's earlier images have left, before it adds an image's own (``clip_before=1``; by its
+float16 gradients are 65536 times as large then, which leaves next to nothing of all images but the last).
 
 Letters: n images of an update, v vectors of the token, V rows of the table, E its width, C channels.
 """
@@ -150,6 +151,7 @@ def backward(
     latents: Tensor,
     *,
     batch_size: int = 1,
+    clip_before: float | None = None,
     **made: Any,
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the mean loss of n images to that of the tables, where it is zero but in the token's rows.
@@ -159,25 +161,28 @@ def backward(
         classifier: (b, 3, H, W) images in [0, 1] → (b, outputs), with all that it does to images.
         target: the class's output.
         batch_size: images made together; 1 is official.
+        clip_before: norm that the sum of the earlier images' gradients is clipped to before the next is added.
         texts, latents, made: of the n images, as for :func:`images`.
 
     Returns:
         Losses (n,), float32 at least, and which images were right (n,).
     """
     losses, right = [], []
-    tables = [encoder.get_input_embeddings().weight for _, encoder in _encoders(pipe)]
+    tables, others = [encoder.get_input_embeddings().weight for _, encoder in _encoders(pipe)], _others(pipe, token)
     for start in range(0, len(texts), batch_size):
         rows = slice(start, start + batch_size)
         outputs = widened(classifier(images(pipe, texts[rows], latents[rows], **made)))
         targets = torch.full((len(outputs),), target, device=outputs.device, dtype=torch.int64)
         loss = functional.cross_entropy(outputs, targets, reduction="none")
+        if clip_before is not None:
+            torch.nn.utils.clip_grad_norm_(tables, clip_before)
         # The networks' own parameters, which may ask for gradients, get none.
-        for table, slope in zip(tables, torch.autograd.grad(loss.sum() / len(texts), tables), strict=True):
+        slopes = torch.autograd.grad(loss.sum() / len(texts), tables)
+        for table, slope, zero in zip(tables, slopes, others, strict=True):
+            slope[zero] = 0
             table.grad = slope if table.grad is None else table.grad + slope
         losses.append(loss.detach())
         right.append(outputs.argmax(1) == target)
-    for table, others in zip(tables, _others(pipe, token), strict=True):
-        table.grad[others] = 0
     return torch.cat(losses), torch.cat(right)
 
 

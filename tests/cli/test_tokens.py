@@ -230,6 +230,7 @@ def test_bars_show_running_classes_and_lines_those_that_ended():
         (["ring", "--classes", "names.txt", "--classifier", "clip"], "--classes: given with CLASS"),
         (["--classes", "none.txt", "--classifier", "clip"], "none.txt"),
         (["--classes", "names.txt", "--classifier", "clip"], "classes: 'ring' is there more than once"),
+        (["a b", "a_b", "--classifier", "clip"], "classes: 'a b' and 'a_b' both have the token '<a-b>'"),
         (["ring", "--loss", "noise"], "--loss noise needs --data"),
         (
             ["ring", "--loss", "noise", "--data", "data", "--classifier", "clip"],
@@ -258,6 +259,7 @@ def test_the_options_own_error_comes_first(cli, arguments, message):
     done = cli("tokens", "learn", "--out", "out", *arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())
+    assert "loading" not in done.stderr
     assert not Path("out").exists()
 
 

@@ -37,13 +37,13 @@ def pipeline():
 
 
 class Jumping(nn.Sequential):
-    """Its second answer is far off."""
+    """What it says of the second update's two images is far off."""
 
-    calls = 0
+    seen = 0
 
     def forward(self, x):
-        self.calls += 1
-        return super().forward(x) + (x.new_tensor([20.0, 0, 0]) if self.calls == 2 else 0)
+        self.seen += len(x)
+        return super().forward(x) + (x.new_tensor([20.0, 0, 0]) if 2 < self.seen <= 4 else 0)
 
 
 def network(kind=nn.Sequential):
@@ -80,9 +80,10 @@ def seeded_noise(self, seed):
             {"decay_vocabulary": True, "gradient_checkpointing": True, "weight_decay": 2.0},
             {"decay_vocabulary": True, "weight_decay": 2.0},
         ),
-        # Of one call the texts would have the longest one's length.
-        ({"unpadded_prompts": True}, {"padded": False, "batch_size": 1}),
+        ({"unpadded_prompts": True}, {"padded": False}),
         ({"collapse_changes_seed": True, "num_train_epochs": 3}, {"collapse": True, "updates": 3}),
+        # The first image's gradient is clipped to some of its norm, the second's is whole.
+        ({"max_grad_norm": "1e-2"}, {"clip_before": 1e-2}),
     ],
     ids=lambda value: next(iter(value)),
 )
@@ -96,7 +97,7 @@ def test_a_token_is_that_of_the_plain_loop(tmp_path, monkeypatch, flags, plain):
     assert made.templates == tuple(reference.TEMPLATES[:2])
     prompts = Prompts(["tiger cat"], made)
     orders = [[prompts.every(0).index(text) for text in prompts.texts(0, update)] for update in range(3)]
-    options = {"steps": 2, "updates": 2, "count": 2, "learning_rate": 0.05, "batch_size": 2, "orders": orders}
+    options = {"steps": 2, "updates": 2, "count": 2, "learning_rate": 0.05, "clip_before": 1.0, "orders": orders}
 
     def plainly(**changes):
         layers = network(kind)
@@ -200,7 +201,7 @@ def test_learning_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert sorted(f.name for f in (tmp_path / "whole" / folder).iterdir()) == sorted(
         f.name for f in (tmp_path / "parts" / folder).iterdir()
     )
-    run(replace(config(tmp_path / "parts"), skip_exists=True), model=model, classifier=guide())
+    run(replace(config(str(tmp_path / "parts")), skip_exists=True), model=model, classifier=guide())
     assert len(written) == 5
 
 
@@ -243,6 +244,9 @@ def test_official_classifiers():
         ({"batch_size": 2}, "batch_size: got 2, expected 1, as no other works officially"),
         ({"epoch_size": 3}, "gradient_accumulation_steps: got 2 with an epoch_size of 3, expected the same"),
         ({"number_of_prompts": 4}, "number_of_prompts: got 4, expected at most 3, the templates"),
+        ({"betas": (2, 3)}, r"betas: got \(2, 3\), expected two numbers from 0 to below 1"),
+        ({"weight_decay": -1}, "weight_decay: got -1, expected a number of at least 0"),
+        ({"output_path": 3}, "output_path: got 3, expected a path"),
         ({"max_grad_norm": "no"}, "max_grad_norm: got 'no', expected a number above 0, or its text"),
         ({"classifier": "vit"}, "classifier: got 'vit', expected one of inet, inat, cub"),
         ({"placeholder_token": "dog</w>"}, "dog"),

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig, TokenUpdate
+from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.images import ImageFiles
 from dsd_fast.cli.results import versions, write_json
@@ -49,6 +50,8 @@ def run(request: LearnRequest, config: TokenConfig) -> dict[str, Any]:
     """
     out = request.out
     classes, images = _classes(request)
+    # Refuses two classes of one token.
+    Prompts(classes, config)
     targets = None if request.what.targets is None else _targets(request.what.targets)
     check_folder(out)
     request.source.check()
