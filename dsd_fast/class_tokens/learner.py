@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsd_fast.class_tokens.config import TokenConfig
 from dsd_fast.class_tokens.gradients import Gradients, ThroughImages, ThroughNoise
-from dsd_fast.class_tokens.learning import Learning
+from dsd_fast.class_tokens.learning import CHECKPOINT, Learning
 from dsd_fast.class_tokens.progress import Callback, ClassHistory
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.diffusion import scheduler_timesteps
@@ -145,7 +145,7 @@ class ClassTokenLearner:
 
         Raises:
             ValueError: a class, a text, an argument or a setting that does not fit, by name; an ``out`` of another
-                learning.
+                learning, or of tokens that came from elsewhere.
             ImageError: an image that cannot be used.
             LockedError: another process learns into ``out``.
         """
@@ -166,6 +166,10 @@ class ClassTokenLearner:
             gradients, about = self._gradients(engine, splice, prompts, names, images)
             if folder is not None:
                 stack.enter_context(locked(folder))
+                if (folder / BANK).exists() and not (folder / CHECKPOINT).exists():
+                    raise ValueError(
+                        f"out: {str(folder)!r} has tokens that were not learned there; give another folder"
+                    )
             settings = as_json({**self._settings(model), "classes": names, **about})
             learning = Learning(
                 names,

@@ -306,6 +306,14 @@ def test_tokens_of_two_text_encoders_are_shown_by_the_first():
         nearest_words(model, LearnedTokens({"<r>": torch.ones(1, 3)}), 1)
 
 
+def test_tokens_that_came_from_elsewhere_are_not_replaced(cli, model):
+    learned(model).save("out")
+    done = cli("tokens", "learn", "ring", "cross", "--classifier", "clip", *SMALL)
+    assert done.exit_code == 2
+    assert "out: 'out' has tokens that were not learned there; give another folder" in " ".join(done.stderr.split())
+    assert same(LearnedTokens.load("out"), learned(model))
+
+
 def test_exported_files_are_what_other_programs_read(cli, model):
     """One tensor (v, E) a file under a name that a prompt of theirs can hold, and nothing else in the folder."""
     tokens = learned(model)
