@@ -67,8 +67,8 @@ CONFIG = TokenConfig(
     keep="best",
 )
 FIRST_SEED = 2_000_000
-"""Of the pictures that are judged, in whose noise no token has been learned. The settings were chosen by other noise, and
-by a run of seed 0, which is none of these runs."""
+"""Of the pictures that are judged, in whose noise no token has been learned. The settings were chosen by other
+noise, and by a run of seed 0, which is none of these runs."""
 
 
 @dataclass(frozen=True)

@@ -75,4 +75,4 @@ def test_refuses_in_one_sentence(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     found = zsl("run.toml")
     assert (found.exit_code, "pip install 'dsd-fast[zsl]'" in " ".join(found.stderr.split())) == (2, True)
-    assert not list((folder / "made").iterdir())
+    assert not (folder / "made").exists()
