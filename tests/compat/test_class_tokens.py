@@ -211,6 +211,7 @@ def test_noise_is_the_official_generators(tmp_path):
     generator = torch.Generator().manual_seed(35)
     expected = [torch.randn(1, 4, 16, 16, generator=generator) for _ in range(2)]
     assert torch.equal(learner._latents, torch.cat(expected))
+    assert learner.config.norm_clamp is None
 
 
 def test_official_classifiers():
