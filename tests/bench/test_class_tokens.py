@@ -80,7 +80,7 @@ def test_tasks_have_the_prompts_and_what_is_right(model, networks):
 
 def test_figures_are_the_shares_of_the_pictures(monkeypatch, networks):
     monkeypatch.setattr(class_tokens, "CLAMPS", (None, 1.5))
-    config = class_tokens.replace(class_tokens.CONFIG, images=1, updates=1, steps=2)
+    config = class_tokens.replace(class_tokens.CONFIG, images=1, updates=1, steps=2, keep="last")
     task = class_tokens.NO_WORD["shapes"]
     context = _context(*networks)
     figures = {each.name: each for each in class_tokens.no_word("s", task, context, n=5, runs=1, config=config)}
