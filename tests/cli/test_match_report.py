@@ -136,7 +136,7 @@ def test_a_budget_too_small_for_the_maps_is_found_before_scoring(cli, good_image
     assert done.exit_code == 2
     assert f"Error: --heatmaps: memory_budget: {budget:,} bytes cannot hold" in done.stderr
     assert "images" not in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert cli(*command).exit_code == 0
 
 
@@ -147,7 +147,7 @@ def test_words_without_places_are_found_before_scoring(cli, good_images, tmp_pat
     assert done.exit_code == 2
     assert "Error: --heatmaps: tokenizer: " in done.stderr
     assert "images" not in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert cli(*command).exit_code == 0
 
 

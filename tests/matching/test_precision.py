@@ -100,7 +100,7 @@ def test_gradients_of_a_fit_lose_no_more_than_the_plain_ways():
 def test_what_a_fit_learns_is_float32_from_the_first_weights_on():
     half, whole = pipelines("sd15", "epsilon")[0], pipeline()
     methods = ("lora", "prompt", "heads")
-    first = [learn._learned.parameters for learn in (training_of(pipe, methods) for pipe in (half, whole))]
+    first = [learn.parameters for learn in (training_of(pipe, methods) for pipe in (half, whole))]
     for name, value in first[0].items():
         assert value.dtype == torch.float32
         # The prompt begins as text states of the network's own type.
