@@ -1,22 +1,15 @@
-"""A fit that is killed at chosen moments and goes on, each time in a new process; run by test_resume.
-
-Prints a JSON object: how each process ended, and the digests of the files it left.
-"""
+"""A fit that is killed at chosen moments and goes on, each time in a new process; run by test_resume."""
 
 import hashlib
-import json
 import os
-import signal
-import sys
 from pathlib import Path
-
-import torch
 
 import dsd_fast as dsd
 from dsd_fast.jobs import read_tensors
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.files import LORA, MATCHER
 from dsd_fast.training import CHECKPOINT
+from tests.killing import kill, tell
 from tests.matching.fitting.parts import groups, matcher, pipeline
 
 FIT = FitConfig(steps=3, batch_size=2, validate_every=2, save_every=0, lora_dropout=0.1, warmup=0)
@@ -24,9 +17,6 @@ MOMENTS = (("step", 1), ("file", CHECKPOINT), ("look", 2), ("file", MATCHER), No
 
 
 def fit(folder: Path, moment: tuple | None) -> None:
-    def kill() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
     def callback(step, loss, record):
         if moment == ("step" if record is None else "look", step):
             kill()
@@ -45,20 +35,6 @@ def fit(folder: Path, moment: tuple | None) -> None:
     own.fit(groups(), ("lora", "heads"), validation=wrong, config=FIT, out=folder, callback=callback, progress=False)
 
 
-def in_new_process(folder: Path, moment: tuple | None) -> int:
-    """The signal that ended it, or 0."""
-    child = os.fork()
-    if not child:
-        try:
-            fit(folder, moment)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
-
-
 def files(folder: Path) -> dict[str, str]:
     # Only the order of what the LoRA's header says differs from one writing to the next.
     found = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != LORA}
@@ -67,13 +43,5 @@ def files(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    ends = [in_new_process(folder / "killed", moment) for moment in MOMENTS]
-    ends.append(in_new_process(folder / "whole", None))
-    killed, whole = (files(folder / name) for name in ("killed", "whole"))
-    print(json.dumps({"ends": ends, "killed": killed, "whole": whole}))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    tell(fit, MOMENTS, files)
