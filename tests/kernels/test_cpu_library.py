@@ -171,7 +171,22 @@ def test_strides_do_not_matter(dtype):
     assert all(torch.equal(a, b) for a, b in zip(grads, right, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.fixture
+def denormals(request):
+    """Whether the processor computes with float32's subnormals, or takes them as 0."""
+    assert torch.set_flush_denormal(not request.param)
+    yield
+    torch.set_flush_denormal(False)
+
+
+# float16's subnormals are numbers in float32 whatever it does with its own; bfloat16's are its own.
+@pytest.mark.parametrize(
+    ("dtype", "denormals"),
+    [(torch.bfloat16, True), (torch.float16, True), (torch.float16, False)],
+    ids=["bfloat16", "float16", "float16-flushed"],
+    indirect=["denormals"],
+)
+@pytest.mark.usefixtures("denormals")
 def test_every_number_of_16_bits_is_read_and_written_as_it_is(dtype):
     """One key has probability 1, so the output is its value, and every one of the 65,536 has its turn."""
     v = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).reshape(256, 1, 256)

@@ -19,15 +19,17 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// Numbers and subnormals alike: the exponent is moved by a product with 2^112, which is exact.
+// Subnormals as a difference of two numbers: threads that take float32's own subnormals as 0 (set_flush_denormal) read them, too.
 inline float from_float16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
+  const uint32_t subnormal = 0x38800000 | bits;  // 2^-14 · (1 + mantissa)
   float value;
-  __builtin_memcpy(&value, &bits, 4);
-  value *= 0x1p112f;
+  __builtin_memcpy(&value, &subnormal, 4);
+  value -= 0x1p-14f;
   uint32_t result;
   __builtin_memcpy(&result, &value, 4);
+  if ((x & 0x7c00) != 0) result = bits + 0x38000000;
   if ((x & 0x7c00) == 0x7c00) result = 0x7f800000 | bits;
   result |= sign;
   __builtin_memcpy(&value, &result, 4);
