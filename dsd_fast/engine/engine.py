@@ -257,7 +257,8 @@ class Engine(Encoding):
         latents, timesteps, time_ids, conditions, condition_of = shown
         size: tuple[int, int] = (latents.shape[-2], latents.shape[-1])
         if conditions:
-            states = texts.chosen().to(latents.device)
+            # ControlNets are networks of their own, which know no counts.
+            states = texts.chosen().to(latents.device).expanded()
             residuals_of = partial(
                 control_residuals,
                 self.controls,

@@ -66,16 +66,17 @@ class Texts:
         values = upload(states.states, device, dtype)
         count, length, _ = values.shape
         real = torch.arange(length, device="cpu") < states.lengths[:, None]
-        lengths = None
+        lengths, bias = None, states.key_bias
         if self._vectors is not None:
             added = len(self._vectors)
             values = torch.cat([values, upload(self._vectors, device, dtype).expand(count, -1, -1)], dim=1)
             real = torch.cat([real, real.new_ones(count, added)], dim=1)
+            bias = None if bias is None else torch.cat([bias, bias.new_zeros(count, added)], dim=1)
             if bare < count:
                 lengths = torch.tensor([length + added] * bare + [length] * (count - bare), device="cpu")
         pooled = None if states.pooled is None else upload(states.pooled, device, dtype)
         scored = real if self._scored == "real" else None
-        return plan.encode_text(values, pooled=pooled, score_mask=scored, lengths=lengths)
+        return plan.encode_text(values, pooled=pooled, key_bias=bias, score_mask=scored, lengths=lengths)
 
     def groups(
         self, plan: Plan, text_of: Tensor, size: tuple[int, int], memory_budget: int | None

@@ -29,13 +29,16 @@ class PromptStates:
         states: (M, T, E), what cross-attention sees; SDXL: both encoders' penultimate states side by side.
         pooled: (M, E2), SDXL's pooled state of the second encoder; None for other families.
         lengths: (M,) int64 on the CPU, real tokens of each prompt, start and end tokens included, padding not.
-        token_ids: (M, T) int64 on the CPU, the first tokenizer's ids, padding included.
+        token_ids: (M, T) int64 on the CPU, the first tokenizer's ids, padding included; 0 where a state is of no token.
+        counts: (M, T) int64 on the CPU, how many equal states each stands for, 0 where there is none; None: each for
+            itself. Attention to k equal keys is attention to one whose logit is larger by log k.
     """
 
     states: Tensor
     pooled: Tensor | None
     lengths: Tensor
     token_ids: Tensor
+    counts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -44,25 +47,73 @@ class PromptStates:
         """The prompts of a slice (views) or of a tensor of positions (copies)."""
         own = rows if isinstance(rows, slice) else upload(rows, self.states.device)
         pooled = None if self.pooled is None else self.pooled[own]
-        return PromptStates(self.states[own], pooled, self.lengths[rows], self.token_ids[rows])
+        counts = None if self.counts is None else self.counts[rows]
+        return PromptStates(self.states[own], pooled, self.lengths[rows], self.token_ids[rows], counts)
 
     def to(self, device: torch.device | str) -> "PromptStates":
         """These prompts with the states on ``device``."""
         device = torch.device(device)
         pooled = None if self.pooled is None else upload(self.pooled, device)
-        return PromptStates(upload(self.states, device), pooled, self.lengths, self.token_ids)
+        return PromptStates(upload(self.states, device), pooled, self.lengths, self.token_ids, self.counts)
 
     def followed_by(self, other: "PromptStates") -> "PromptStates":
-        """These prompts and then those of ``other``, of the same model, where these are."""
+        """These prompts and then those of ``other``, of the same model, where these are.
+
+        Where they have different numbers of states, the fewer are followed by some that stand for none.
+        """
         pooled, other = None, other.to(self.states.device)
         if self.pooled is not None and other.pooled is not None:
             pooled = torch.cat([self.pooled, other.pooled])
+        width = max(self.states.shape[1], other.states.shape[1])
+        first, second = self._widened(width), other._widened(width)
+        counts = None
+        if first.counts is not None or second.counts is not None:
+            counts = torch.cat([first._counted(), second._counted()])
         return PromptStates(
-            torch.cat([self.states, other.states]),
+            torch.cat([first.states, second.states]),
             pooled,
             torch.cat([self.lengths, other.lengths]),
-            torch.cat([self.token_ids, other.token_ids]),
+            torch.cat([first.token_ids, second.token_ids]),
+            counts,
         )
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """What is added to each key's logit, (M, T) float32 on the CPU, the logarithm of its count; None: nothing."""
+        return None if self.counts is None else self.counts.to(torch.float64).log().float()
+
+    def expanded(self) -> "PromptStates":
+        """The same prompts with each state as often as it counts, as networks read them that know no counts.
+
+        Raises:
+            ValueError: prompts of different numbers of states.
+        """
+        if self.counts is None:
+            return self
+        totals = self.counts.sum(1)
+        if len(totals) and int(totals.min()) != int(totals.max()):
+            raise ValueError(
+                f"counts: got prompts of {int(totals.min())} to {int(totals.max())} states, expected one number"
+            )
+        places = torch.arange(self.counts.shape[1], device="cpu").expand_as(self.counts)
+        place = places.flatten().repeat_interleave(self.counts.flatten()).view(len(self), -1)  # (M, 77)
+        row = torch.arange(len(self), device="cpu")[:, None]
+        device = self.states.device
+        states = self.states[upload(row, device), upload(place, device)]
+        return PromptStates(states, self.pooled, self.lengths, self.token_ids[row, place])
+
+    def _counted(self) -> Tensor:
+        return torch.ones_like(self.token_ids) if self.counts is None else self.counts
+
+    def _widened(self, width: int) -> "PromptStates":
+        more = width - self.states.shape[1]
+        if not more:
+            return self
+        states, ids, counts = (
+            torch.cat([x, x.new_zeros(len(self), more, *x.shape[2:])], dim=1)
+            for x in (self.states, self.token_ids, self._counted())
+        )
+        return PromptStates(states, self.pooled, self.lengths, ids, counts)
 
 
 def token_limit(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> int:
