@@ -49,6 +49,8 @@ RUNS = 3
 """Tokens are learned so many times, each with a seed of its own."""
 STEPS, GUIDANCE, SAMPLER = 6, 3.0, "dpm++2m"
 CLAMPS = (None, 2.5, 1.5)
+# Of a vocabulary's tokens that end a word.
+_END = "</w>"
 CONFIG = TokenConfig(
     class_name=False,
     # The guide's logits are tens: without a temperature its gradient says nothing of most classes.
@@ -61,9 +63,11 @@ CONFIG = TokenConfig(
     gradient_steps=1,
     noise="fresh",
     learning_rate=0.05,
+    compared=6,
+    restart_after=8,
     norm_clamp=1.5,
     stopping="never",
-    updates=32,
+    updates=40,
     keep="best",
 )
 FIRST_SEED = 2_000_000
@@ -93,6 +97,11 @@ class Task:
         values = product(*(ATTRIBUTES[name] for name in self.attributes))
         return {" ".join(each): {**dict(zip(self.attributes, each, strict=True)), **self.said} for each in values}
 
+    def initial(self, model: Model) -> tuple[str, ...]:
+        """The words of the vocabulary that are no part of a word that says a class."""
+        words = (token[: -len(_END)] for token in sorted(model.tokenizers[0].get_vocab()) if token.endswith(_END))
+        return tuple(word for word in words if len(word) > 1 and word.isalpha() and word not in " ".join(self.classes))
+
 
 NO_WORD = {
     "shapes": Task("a red {}", ("shape",), {"colour": "red"}, ("colour", "shape")),
@@ -109,7 +118,7 @@ def no_word(
     bench = _Bench(task, context, n, runs)
     named = bench.pictures([bench.model] * runs, bench.texts("{}"))
     figures = bench.figures(f"{name}, the word itself", named)
-    figures += bench.figures(f"{name}, no word", bench.pictures([bench.model] * runs, bench.texts(config.initial)))
+    figures += bench.figures(f"{name}, no word", bench.pictures([bench.model] * runs, bench.texts("a")))
     for clamp in CLAMPS:
         row = f"{name}, token, " + ("no clamp" if clamp is None else f"clamp {clamp:g}")
         models, clamped = bench.learned(replace(config, norm_clamp=clamp))
@@ -162,7 +171,7 @@ class _Bench:
         """The model with each run's tokens, and which of all runs' tokens the clamp holds."""
         targets = dict(zip(self.task.classes, self.outputs, strict=True))
         models, clamped = [], []
-        config = replace(config, templates=(self.task.template,))
+        config = replace(config, templates=(self.task.template,), initial=self.task.initial(self.model))
         for run in track(range(self.runs), "tokens", transient=True):
             learner = ClassTokenLearner(self.model, self.guide, replace(config, seed=1 + run), targets=targets)
             tokens = learner.learn(list(self.task.classes))
