@@ -49,6 +49,8 @@ RUNS = 3
 """Tokens are learned so many times, each with a seed of its own."""
 STEPS, GUIDANCE, SAMPLER = 6, 3.0, "dpm++2m"
 CLAMPS = (None, 2.5, 1.5)
+NONE = "a"
+"""The word that says nothing of a class."""
 # Of a vocabulary's tokens that end a word.
 _END = "</w>"
 CONFIG = TokenConfig(
@@ -118,10 +120,12 @@ def no_word(
     bench = _Bench(task, context, n, runs)
     named = bench.pictures([bench.model] * runs, bench.texts("{}"))
     figures = bench.figures(f"{name}, the word itself", named)
-    figures += bench.figures(f"{name}, no word", bench.pictures([bench.model] * runs, bench.texts("a")))
-    for clamp in CLAMPS:
+    figures += bench.figures(f"{name}, no word", bench.pictures([bench.model] * runs, bench.texts(NONE)))
+    begun: list[tuple[float | None, str | tuple[str, ...]]] = [(each, task.initial(bench.model)) for each in CLAMPS]
+    for clamp, initial in [*begun, (CLAMPS[-1], NONE)]:
         row = f"{name}, token, " + ("no clamp" if clamp is None else f"clamp {clamp:g}")
-        models, clamped = bench.learned(replace(config, norm_clamp=clamp))
+        row += f', from "{initial}" alone' if isinstance(initial, str) else ""
+        models, clamped = bench.learned(replace(config, norm_clamp=clamp, initial=initial))
         answers = bench.pictures(models, bench.texts("<{}>"))
         figures += bench.figures(row, answers)
         share = interval(np.stack([answers[..., 0], named[..., 0]], -1), _of_the_second)
@@ -137,7 +141,7 @@ def ambiguous(
     """How often a token makes pictures of its class where the prompt beside it says less than the class has."""
     bench = _Bench(task, context, n, runs)
     # Two attributes are not said: a vector for each.
-    models, _ = bench.learned(replace(config, vectors=2))
+    models, _ = bench.learned(replace(config, vectors=2, initial=task.initial(bench.model)))
     figures = []
     for guidance in (GUIDANCE, 1.0):
         rows = {
@@ -171,7 +175,7 @@ class _Bench:
         """The model with each run's tokens, and which of all runs' tokens the clamp holds."""
         targets = dict(zip(self.task.classes, self.outputs, strict=True))
         models, clamped = [], []
-        config = replace(config, templates=(self.task.template,), initial=self.task.initial(self.model))
+        config = replace(config, templates=(self.task.template,))
         for run in track(range(self.runs), "tokens", transient=True):
             learner = ClassTokenLearner(self.model, self.guide, replace(config, seed=1 + run), targets=targets)
             tokens = learner.learn(list(self.task.classes))
