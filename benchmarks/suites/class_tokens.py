@@ -49,6 +49,10 @@ RUNS = 3
 """Tokens are learned so many times, each with a seed of its own."""
 STEPS, GUIDANCE, SAMPLER = 6, 3.0, "dpm++2m"
 CLAMPS = (None, 2.5, 1.5)
+NONE = "a"
+"""The word that says nothing of a class."""
+# Of a vocabulary's tokens that end a word.
+_END = "</w>"
 CONFIG = TokenConfig(
     class_name=False,
     # The guide's logits are tens: without a temperature its gradient says nothing of most classes.
@@ -61,9 +65,11 @@ CONFIG = TokenConfig(
     gradient_steps=1,
     noise="fresh",
     learning_rate=0.05,
+    compared=6,
+    restart_after=8,
     norm_clamp=1.5,
     stopping="never",
-    updates=32,
+    updates=40,
     keep="best",
 )
 FIRST_SEED = 2_000_000
@@ -93,6 +99,11 @@ class Task:
         values = product(*(ATTRIBUTES[name] for name in self.attributes))
         return {" ".join(each): {**dict(zip(self.attributes, each, strict=True)), **self.said} for each in values}
 
+    def initial(self, model: Model) -> tuple[str, ...]:
+        """The words of the vocabulary that are no part of a word that says a class."""
+        words = (token[: -len(_END)] for token in sorted(model.tokenizers[0].get_vocab()) if token.endswith(_END))
+        return tuple(word for word in words if len(word) > 1 and word.isalpha() and word not in " ".join(self.classes))
+
 
 NO_WORD = {
     "shapes": Task("a red {}", ("shape",), {"colour": "red"}, ("colour", "shape")),
@@ -109,10 +120,12 @@ def no_word(
     bench = _Bench(task, context, n, runs)
     named = bench.pictures([bench.model] * runs, bench.texts("{}"))
     figures = bench.figures(f"{name}, the word itself", named)
-    figures += bench.figures(f"{name}, no word", bench.pictures([bench.model] * runs, bench.texts(config.initial)))
-    for clamp in CLAMPS:
+    figures += bench.figures(f"{name}, no word", bench.pictures([bench.model] * runs, bench.texts(NONE)))
+    begun: list[tuple[float | None, str | tuple[str, ...]]] = [(each, task.initial(bench.model)) for each in CLAMPS]
+    for clamp, initial in [*begun, (CLAMPS[-1], NONE)]:
         row = f"{name}, token, " + ("no clamp" if clamp is None else f"clamp {clamp:g}")
-        models, clamped = bench.learned(replace(config, norm_clamp=clamp))
+        row += f', from "{initial}" alone' if isinstance(initial, str) else ""
+        models, clamped = bench.learned(replace(config, norm_clamp=clamp, initial=initial))
         answers = bench.pictures(models, bench.texts("<{}>"))
         figures += bench.figures(row, answers)
         share = interval(np.stack([answers[..., 0], named[..., 0]], -1), _of_the_second)
@@ -128,7 +141,7 @@ def ambiguous(
     """How often a token makes pictures of its class where the prompt beside it says less than the class has."""
     bench = _Bench(task, context, n, runs)
     # Two attributes are not said: a vector for each.
-    models, _ = bench.learned(replace(config, vectors=2))
+    models, _ = bench.learned(replace(config, vectors=2, initial=task.initial(bench.model)))
     figures = []
     for guidance in (GUIDANCE, 1.0):
         rows = {

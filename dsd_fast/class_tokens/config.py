@@ -45,7 +45,12 @@ class TokenConfig:
             do without.
         vectors: of each token.
         initial: words whose vectors' mean a token begins as, or, where they are as many as its vectors, one each; "{}"
-            in it is the class's name.
+            in it is the class's name. Of several such each class begins as those in whose images the guide sees it
+            most, the mean probability of ``compared`` images of one noise for all: from where a class is never seen the
+            gradient may lead to another. With the noise loss as those by which it loses least.
+        compared: images made with each of several initial words.
+        restart_after: updates of which the guide has taken no image for the class, after which it begins anew, as the
+            next best of its initial words; None: never.
         loss: "cross-entropy" of the guide's outputs / temperature, which is DIG-ZSL's loss where they are cosines; or
             "noise", the plain noise loss on given images, as textual inversion has it (Gal et al. 2022).
         temperature: that the guide's outputs are divided by.
@@ -83,7 +88,9 @@ class TokenConfig:
     class_name: bool = True
     token: str = "<{}>"
     vectors: int = 1
-    initial: str = "a"
+    initial: str | tuple[str, ...] = "a"
+    compared: int = 8
+    restart_after: int | None = None
     loss: str = "cross-entropy"
     temperature: float = 1.0
     images: int = 5
@@ -120,6 +127,8 @@ class TokenConfig:
         noise = self.loss == "noise"
         if noise and self.stopping not in (None, "never"):
             raise ValueError(f"stopping: got {self.stopping!r} for the noise loss, expected 'never'")
+        if noise and self.restart_after is not None:
+            raise ValueError(f"restart_after: got {self.restart_after} for the noise loss, expected None")
         for name, value in (("stopping", "never" if noise else "official"), ("keep", "last" if noise else "best")):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -133,6 +142,11 @@ def are_templates(x: object) -> bool:
         return False
 
 
+def _are_initial(x: object) -> bool:
+    words = (x,) if isinstance(x, str) else x
+    return isinstance(words, tuple) and bool(words) and all(is_text(each) and bool(each.strip()) for each in words)
+
+
 def _are_betas(x: object) -> bool:
     return isinstance(x, tuple) and len(x) == 2 and all(number(0, 1)(each) and each < 1 for each in x)
 
@@ -142,7 +156,9 @@ FIELDS: Fields = {
     "class_name": (is_bool, "True or False"),
     "token": (lambda x: is_text(x) and x.count("{}") <= 1, 'a text with at most one "{}"'),
     "vectors": (integer(1), "an integer of at least 1"),
-    "initial": (lambda x: is_text(x) and bool(x.strip()), "words"),
+    "initial": (_are_initial, "words, or a tuple of them"),
+    "compared": (integer(1), "an integer of at least 1"),
+    "restart_after": (or_none(integer(1)), "an integer of at least 1, or None"),
     "loss": (one_of(*LOSSES), f"one of {', '.join(LOSSES)}"),
     "temperature": (above(0), "a number above 0"),
     "images": (integer(1), "an integer of at least 1"),

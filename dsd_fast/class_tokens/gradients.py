@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ from dsd_fast.diffusion import (
 from dsd_fast.engine import Engine, Noised, Texts, draw_noise
 from dsd_fast.engine.guides import Guide
 from dsd_fast.engine.prediction import Prediction
+from dsd_fast.generation.config import GenerateConfig
+from dsd_fast.generation.rows import GenerateRow
+from dsd_fast.generation.sampler import Sampler
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.models.splice import Splice
@@ -35,6 +39,8 @@ from dsd_fast.models.splice import Splice
 _LIFT = 1024.0
 # And of a class by at most this power of two or its inverse, which leaves float32 room on either side.
 _LIFTS = 64
+# Of the settings, those of how images are made.
+_IMAGES = ("steps", "guidance", "scheduler", "image_size", "adapter", "memory_budget")
 # Bounds the encoders' activations.
 _TEXTS_AT_ONCE = 64
 
@@ -88,6 +94,12 @@ class Gradients(ABC):
         losses, *optional = answer.told
         accuracies, probabilities = (None if each is None else each.detach().cpu() for each in optional)
         return Losses(losses.detach().cpu(), accuracies, probabilities, gradients)
+
+    def compare(self, vectors: Sequence[Tensor], together: int) -> Tensor:
+        """See :data:`~dsd_fast.class_tokens.learning.Compare`; the losses of a first update."""
+        every = range(len(vectors[0]))
+        parts = [every[start : start + together] for start in range(0, len(every), together)]
+        return torch.cat([self(vectors, part, [0] * len(part)).losses for part in parts])
 
     def _encoded(self, texts: Sequence[str]) -> PromptStates:
         with self._engine.adapters.active(texts_only=True):
@@ -149,6 +161,43 @@ class ThroughImages(Gradients):
         self._decoded = engine.images_decoded()
         self._unconditional = engine.encode_prompts(None if self._model.absent_prompt_is_zeros else [""])
 
+    @cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self._model, GenerateConfig(**{name: getattr(self._config, name) for name in _IMAGES}))
+
+    @torch.no_grad()
+    def compare(self, vectors: Sequence[Tensor], together: int) -> Tensor:
+        """See :data:`~dsd_fast.class_tokens.learning.Compare`; how improbable the guide finds each class, at the mean.
+
+        Classes whose texts say the same are judged by the same images.
+        """
+        self._splice.put(*(each.flatten(0, 1) for each in vectors))
+        texts = [self._prompts.first(number) for number in range(len(vectors[0]))]
+        said = [
+            (*(text.replace(token, "\0") for text in own), *(bytes(each[number].numpy()) for each in vectors))
+            for number, (token, own) in enumerate(zip(self._prompts.tokens, texts, strict=True))
+        ]
+        shown = list(dict.fromkeys(said))
+        rows = [
+            self._sampler.resolve(GenerateRow(text, seed=(self._config.seed + image) % 2**64))
+            for each in shown
+            for image, text in enumerate(texts[said.index(each)])
+        ]
+        at_once = self._sampler.rows_at_once(rows[0])
+        probabilities = torch.cat(
+            [
+                self._logs(self._sampler.pixels(rows[start : start + at_once])).exp()[:, self._targets].cpu()
+                for start in range(0, len(rows), at_once)
+            ]
+        )
+        means = probabilities.view(len(shown), self._config.compared, -1).mean(1)  # (different texts, N)
+        return 1 - means[[shown.index(each) for each in said], range(len(said))]
+
+    def _logs(self, pixels: Tensor) -> Tensor:
+        """Logarithms of the guide's probabilities, (n, outputs), at least in float32."""
+        logits = self._guide.logits(pixels) / self._config.temperature
+        return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+
     def _differentiate(
         self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
     ) -> Answer:
@@ -160,8 +209,7 @@ class ThroughImages(Gradients):
         for start in range(0, len(clean), self._decoded):
             part = slice(start, start + self._decoded)
             leaf = clean[part].detach().requires_grad_()
-            logits = self._guide.logits(self._engine.decode_latents(leaf)) / self._config.temperature
-            logs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+            logs = self._logs(self._engine.decode_latents(leaf))
             own = logs.gather(1, targets[part, None])[:, 0]
             torch.autograd.backward(-own.sum() * _LIFT)
             gradient[part] = _grad(leaf)

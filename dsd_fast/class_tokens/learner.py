@@ -138,10 +138,10 @@ class ClassTokenLearner:
             callback: called for each update of each class.
 
         Returns:
-            The tokens, in the classes' order; ``about`` each are "updates", "ended" and "best_update" (see
-            :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy" and "probability" of that update, with
-            ``keep="last"`` of the last one, and of the vectors "norm", the longest as a multiple of the vocabulary's
-            mean norm, and "clamped", the share of them at the clamp.
+            The tokens, in the classes' order; ``about`` each are "initial", the words that it began as, "updates",
+            "ended" and "best_update" (see :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy" and
+            "probability" of that update, with ``keep="last"`` of the last one, and of the vectors "norm", the longest
+            as a multiple of the vocabulary's mean norm, and "clamped", the share of them at the clamp.
 
         Raises:
             ValueError: a class, a text, an argument or a setting that does not fit, by name; an ``out`` of another
@@ -160,7 +160,10 @@ class ClassTokenLearner:
             model = self._model.frozen()
             splice = Splice(model, dict.fromkeys(prompts.tokens, config.vectors), config.pooled)
             _check_texts(splice.model, prompts, len(names))
-            initial = [splice.initial(token, prompts.initial(number)) for number, token in enumerate(prompts.tokens)]
+            initial = [
+                [splice.initial(token, words) for words in prompts.initial(number)]
+                for number, token in enumerate(prompts.tokens)
+            ]
             real = torch.promote_types(model.dtype, torch.float32)
             engine = self._engine(splice.model)
             gradients, about = self._gradients(engine, splice, prompts, names, images)
@@ -173,7 +176,10 @@ class ClassTokenLearner:
             settings = as_json({**self._settings(model), "classes": names, **about})
             learning = Learning(
                 names,
-                [torch.stack(each).to(real) for each in zip(*initial, strict=True)],
+                [
+                    torch.stack([torch.stack([start[encoder] for start in own]) for own in initial], dim=1).to(real)
+                    for encoder in range(len(splice.widths))
+                ],  # (S, N, v, E) each
                 splice.vocabulary_norms(),
                 gradients,
                 config,
@@ -181,12 +187,13 @@ class ClassTokenLearner:
                 callback,
                 folder,
                 settings,
+                gradients.compare if len(initial[0]) > 1 else None,
             )
             try:
                 learning.run()
             finally:
                 self.history = dict(zip(names, learning.histories, strict=True))
-            tokens = _learned(learning, prompts.tokens, names, settings, config)
+            tokens = _learned(learning, prompts, names, settings, config)
             if folder is not None:
                 for name in (BANK, LIST, *tokens.files().values()):
                     remove_stale(folder / name)
@@ -268,13 +275,15 @@ def _encoded(engine: Engine, images: Sequence[ImageSource], digest: Any) -> Tens
 
 
 def _learned(
-    learning: Learning, tokens: Sequence[str], names: Sequence[str], settings: Mapping[str, Any], config: TokenConfig
+    learning: Learning, prompts: Prompts, names: Sequence[str], settings: Mapping[str, Any], config: TokenConfig
 ) -> LearnedTokens:
     vectors, about = {}, {}
-    for number, (token, history) in enumerate(zip(tokens, learning.histories, strict=True)):
+    for number, (token, history) in enumerate(zip(prompts.tokens, learning.histories, strict=True)):
         kept = learning.kept(number)
         vectors[token] = kept[0] if len(kept) == 1 else dict(zip(ENCODERS, kept, strict=True))
         norm, clamped = learning.about(kept)
-        about[token] = {**history.summary(last=config.keep == "last"), "norm": norm, "clamped": clamped}
-    classes = dict(zip(tokens, names, strict=True))
+        initial = prompts.initial(number)[history.initial]
+        told = history.summary(last=config.keep == "last")
+        about[token] = {"initial": initial, **told, "norm": norm, "clamped": clamped}
+    classes = dict(zip(prompts.tokens, names, strict=True))
     return LearnedTokens(vectors, classes=classes, about=about, settings=settings, pooled=config.pooled)

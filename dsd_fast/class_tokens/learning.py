@@ -48,6 +48,9 @@ class Losses:
         return float(self.losses[place]), accuracy, probability
 
 
+Compare = Callable[[Sequence[Tensor], int], Tensor]
+"""Called with the vectors of all N classes, (N, v, E) for each text encoder, and how many classes may be computed
+together; gives what each class loses by them, (N,) on the CPU, to be compared with what it loses by others."""
 Differentiate = Callable[[Sequence[Tensor], Sequence[int], Sequence[int]], Losses]
 """Called with the vectors of all N classes, (N, v, E) for each text encoder, the numbers of the C classes that take
 part, and how many updates each of these has had."""
@@ -60,12 +63,13 @@ class Learning(Loop):
 
     Args:
         names: of the classes.
-        vectors: that they begin with, (N, v, E) for each text encoder, on the CPU.
+        vectors: that they may begin with, (S, N, v, E) for each text encoder, on the CPU.
         norms: the vocabulary's mean norm, for each text encoder.
         differentiate: see :data:`Differentiate`.
         together: classes learned side by side where neither the settings nor the checkpoint say how many.
         config, callback: see :class:`~dsd_fast.class_tokens.ClassTokenLearner`.
         folder, fingerprint: see :class:`~dsd_fast.training.Loop`.
+        compare: see :data:`Compare`; None where S is 1.
 
     Attributes:
         histories: of the classes.
@@ -82,13 +86,17 @@ class Learning(Loop):
         callback: Callback | None,
         folder: Path | None,
         fingerprint: Mapping[str, Any],
+        compare: Compare | None = None,
     ) -> None:
         super().__init__(folder, fingerprint, config.save_every, CHECKPOINT)
         self._names, self._norms, self._config = names, norms, config
-        self._differentiate, self._callback = differentiate, callback
+        self._compare, self._differentiate, self._callback = compare, differentiate, callback
         self._together = config.together or together
+        self._vectors = vectors
         # (4, N, v, E) for each text encoder: the vectors, AdamW's two running means, and the vectors that are kept.
-        self._states = [torch.stack([own, 0 * own, 0 * own, own]) for own in vectors]
+        self._states: list[Tensor] = []
+        # (S, N), the order in which each class begins as what it may begin as.
+        self._ranking = torch.zeros(1, len(names), dtype=torch.int64, device="cpu")
         self.histories = [ClassHistory() for _ in names]
         # Classes that have not ended; the first of them run.
         self._queue = list(range(len(names)))
@@ -99,13 +107,40 @@ class Learning(Loop):
         return not self._queue
 
     def step(self) -> None:
-        """Make one update of the classes that run."""
+        """Make one update of the classes that run; before the first choose what each begins with."""
+        if not self._states:
+            self._begin()
+        self._update()
+
+    def _begin(self) -> None:
+        ranking = self._ranking
+        if self._compare is not None:
+            losses = [self._compare(each, self._together) for each in zip(*self._vectors, strict=True)]
+            ranking = torch.stack(losses).nan_to_num(nan=torch.inf).argsort(dim=0, stable=True)
+        with self.changing():
+            self._ranking = ranking
+            self._states = [torch.zeros(4, *each.shape[1:], dtype=each.dtype, device="cpu") for each in self._vectors]
+            for number in range(len(self._names)):
+                self._start(number)
+                for state in self._states:
+                    state[3, number] = state[0, number]
+
+    def _start(self, number: int) -> None:
+        """Let a class begin as the next in its order, its optimiser anew."""
+        history = self.histories[number]
+        history.initial, history.began = int(self._ranking[history.starts, number]), history.updates
+        history.starts += 1
+        for state, own in zip(self._states, self._vectors, strict=True):
+            state[0, number], state[1:3, number] = own[history.initial, number], 0.0
+
+    def _update(self) -> None:
         running, config = self._queue[: self._together], self._config
         index = torch.tensor(running, dtype=torch.int64, device="cpu")
         made = [self.histories[number].updates for number in running]
         answer = self._differentiate([state[0] for state in self._states], running, made)
         finite = answer.finite()
-        steps = torch.tensor(made, dtype=torch.float64, device="cpu") + 1
+        begun = [self.histories[number].began for number in running]
+        steps = torch.tensor(made, dtype=torch.float64, device="cpu") - torch.tensor(begun, device="cpu") + 1
         gradients = clipped(answer.gradients, config.clip_norm)
         before = [state[:, index] for state in self._states]
         after = [stepped(own[:3], gradient, steps, config) for own, gradient in zip(before, gradients, strict=True)]
@@ -129,6 +164,9 @@ class Learning(Loop):
             for state, old, new in zip(self._states, before, after, strict=True):
                 state[:3, index] = new
                 state[3, index[chosen]] = (old if config.keep == "best" else new)[0, chosen]
+            for number in running:
+                if self.histories[number].overlooked(config) and self.histories[number].starts < len(self._ranking):
+                    self._start(number)
             self._queue = [number for number in self._queue if self.histories[number].ended is None]
         if self._callback is not None:
             for event in events:
@@ -148,12 +186,14 @@ class Learning(Loop):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See :class:`~dsd_fast.training.Loop`."""
         tensors = {f"encoder_{number}": state for number, state in enumerate(self._states)}
+        tensors["ranking"] = self._ranking
         histories = [asdict(each) for each in self.histories]
         return tensors, {"queue": self._queue, "together": self._together, "histories": histories}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """See :class:`~dsd_fast.training.Loop`."""
-        self._states = [tensors[f"encoder_{number}"] for number in range(len(self._states))]
+        self._states = [tensors[f"encoder_{number}"] for number in range(len(self._vectors))]
+        self._ranking = tensors["ranking"]
         self._queue = values["queue"]
         # Of the memory that was free when it began: with another number the same learning would round otherwise.
         self._together = self._config.together or values["together"]

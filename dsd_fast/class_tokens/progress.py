@@ -42,6 +42,9 @@ class ClassHistory:
         losses, accuracies, probabilities: of each update, see :class:`TokenUpdate`; the latter two are empty with the
             noise loss.
         best_update: the one with the lowest loss, from 1; 0 before there is any.
+        starts: how often it began.
+        initial: the place of the words that it began as at last among those that it may begin as.
+        began: updates before that.
         ended: "accuracy", "patience", "gamma", "updates", or "not-finite": a loss or gradient that is no number, whose
             update was not made.
     """
@@ -50,6 +53,9 @@ class ClassHistory:
     accuracies: list[float] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     best_update: int = 0
+    starts: int = 0
+    initial: int = 0
+    began: int = 0
     ended: str | None = None
 
     @property
@@ -77,11 +83,16 @@ class ClassHistory:
             self.best_update = self.updates
         return best
 
+    def overlooked(self, config: TokenConfig) -> bool:
+        """Tell whether the guide has not seen the class for so long that it is to begin anew."""
+        most = config.restart_after
+        return most is not None and self.updates - self.began >= most and not any(self.accuracies[-most:])
+
     def why_ended(self, config: TokenConfig) -> str | None:
         """Tell which stopping rule the last update met, or None."""
         if config.stopping == "official" and self.accuracies[-1] > config.accuracy:
             return "accuracy"
-        if config.stopping == "official" and self.updates - self.best_update > config.patience:
+        if config.stopping == "official" and self.updates - max(self.best_update, self.began) > config.patience:
             return "patience"
         if config.stopping == "gamma" and self.probabilities[-1] >= config.gamma:
             return "gamma"

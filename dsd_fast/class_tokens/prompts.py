@@ -40,9 +40,11 @@ class Prompts:
             if (first := self.tokens.index(token)) < number:
                 raise ValueError(f"classes: {names[first]!r} and {names[number]!r} both have the token {token!r}")
 
-    def initial(self, number: int) -> str:
-        """Give the words that a class's token begins as."""
-        return self._config.initial.replace("{}", self._spelt[number])
+    def initial(self, number: int) -> list[str]:
+        """Give the words that a class's token may begin as."""
+        given = self._config.initial
+        words = (given,) if isinstance(given, str) else given
+        return [each.replace("{}", self._spelt[number]) for each in words]
 
     def every(self, number: int) -> list[str]:
         """Give a class's texts, one for each template."""
@@ -62,6 +64,11 @@ class Prompts:
         random = torch.Generator().manual_seed(self.seed(number, update, _ORDER))
         order = torch.randperm(max(images, len(every)), generator=random, device="cpu").tolist()
         return [every[place % len(every)] for place in order[:images]]
+
+    def first(self, number: int) -> list[str]:
+        """Give the texts of a class's images by which beginnings are compared."""
+        every = self.every(number)
+        return [every[image % len(every)] for image in range(self._config.compared)]
 
     def noise_seed(self, number: int, update: int) -> int:
         """Give the 64-bit seed of a class's fresh noise in one of its updates."""

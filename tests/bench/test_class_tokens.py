@@ -75,12 +75,17 @@ def test_tasks_have_the_prompts_and_what_is_right(model, networks):
         "a <large-red> circle",
         "a circle",
     ]
+    words = circles.task.initial(model)
+    assert "large" not in words
+    assert {"small", "red", "ed", "circles"}.isdisjoint(words)
+    assert {"above", "photo"} < set(words)
     assert circles.guide.labels[circles.outputs[large_red]] == "red circle large"
 
 
 def test_figures_are_the_shares_of_the_pictures(monkeypatch, networks):
     monkeypatch.setattr(class_tokens, "CLAMPS", (None, 1.5))
-    config = class_tokens.replace(class_tokens.CONFIG, images=1, updates=1, steps=2, keep="last")
+    monkeypatch.setattr(class_tokens.Task, "initial", lambda task, model: ("photo", "large"))
+    config = class_tokens.replace(class_tokens.CONFIG, images=1, updates=1, compared=1, steps=2, keep="last")
     task = class_tokens.NO_WORD["shapes"]
     context = _context(*networks)
     figures = {each.name: each for each in class_tokens.no_word("s", task, context, n=5, runs=1, config=config)}

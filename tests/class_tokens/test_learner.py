@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from dsd_fast.class_tokens.gradients import ThroughImages, ThroughNoise
 from dsd_fast.class_tokens.learning import CHECKPOINT, Learning
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.engine import Engine
+from dsd_fast.generation import GenerateConfig, Sampler
+from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.images import load_image, to_tensor
 from dsd_fast.models.splice import Splice
 from dsd_fast.reference import class_tokens as reference
@@ -81,6 +84,33 @@ def test_classes_are_learned_as_by_the_official_loop(family, settings, kept):
         assert history[name].losses == pytest.approx(found.losses, rel=1e-11)
         assert history[name].accuracies == found.accuracies
         assert torch.allclose(kept[name], torch.cat([each.flatten() for each in found.vectors]), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("class_name", [False, True], ids=["texts that say the same", "the class's name"])
+def test_a_class_begins_as_words_in_whose_images_the_guide_sees_it(class_name, kept):
+    """By the pictures of plain prompts that have the words in the token's place."""
+    words = ("of", "photo", "one {}" if class_name else "one")
+    config = replace(CONFIG, templates=("a {}", "one {}"), initial=words, compared=3, class_name=class_name, updates=1)
+    own = model("sd15")
+    tokens, _ = learn(config, own=own)
+    sampler = Sampler(own, GenerateConfig(steps=config.steps, guidance=config.guidance))
+    found = torch.empty(len(words), len(NAMES), dtype=torch.float64)
+    for (s, said), (n, name) in product(enumerate(words), enumerate(NAMES)):
+        # Words of several tokens are their mean, which no prompt says.
+        vectors = Splice(own, {"<v>": 1}).initial("<v>", said.replace("{}", name))[0]
+        spliced = Sampler(own.with_tokens({"<v>": vectors}), sampler.config)
+        texts = [template.replace("{}", f"<v> {name}" if class_name else "<v>") for template in config.templates]
+        rows = [spliced.resolve(GenerateRow(texts[i % 2], seed=config.seed + i)) for i in range(3)]
+        logits = guide(own).logits(spliced.pixels(rows)) / config.temperature
+        found[s, n] = logits.double().softmax(1)[:, n].mean()
+    best = found.argmax(0)
+    assert [about["initial"] for about in tokens.about.values()] == [
+        words[s].replace("{}", name) for s, name in zip(best.tolist(), NAMES, strict=True)
+    ]
+    margin = found.sort(0).values
+    assert float((margin[-1] - margin[-2]).min()) > 1e-6
+    alone = learn(replace(config, initial=words[best[0]]), NAMES[:1], own)[0]
+    assert torch.equal(tokens[f"<{NAMES[0]}>"], alone[f"<{NAMES[0]}>"])
 
 
 @pytest.mark.parametrize(

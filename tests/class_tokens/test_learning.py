@@ -45,7 +45,17 @@ def begin(vectors=1, encoders=1):
 def learning(losing=None, config=CONFIG, together=2, callback=None, folder=None, own=None, names=NAMES):
     own = own or begin()
     norms = [0.5] * len(own)
-    return Learning(names, own, norms, losing or Losing(), config, together, callback, folder, {"is": "this"})
+    return Learning(
+        names,
+        [each[None] for each in own],
+        norms,
+        losing or Losing(),
+        config,
+        together,
+        callback,
+        folder,
+        {"is": "this"},
+    )
 
 
 def test_a_waiting_class_takes_the_place_of_one_that_ends():
@@ -64,6 +74,65 @@ def test_a_waiting_class_takes_the_place_of_one_that_ends():
     ]
     assert [each.ended for each in run.histories] == ["accuracy", "updates", "accuracy", "updates", "updates"]
     assert [each.updates for each in run.histories] == [1, 4, 3, 4, 4]
+
+
+def test_each_class_begins_as_what_it_loses_least_by(tmp_path):
+    """Of what is no number least is lost by none; a learning that goes on does not compare again."""
+    starts = [torch.stack([each, 2 * each, 3 * each]) for each in begin(2, 2)]
+    table = torch.tensor([[3.0, 1.0, 2.0, math.nan, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 1.0, math.nan, 4.0]])
+    asked = []
+
+    def compare(vectors, together):
+        asked.append(vectors)
+        return table[len(asked) - 1]
+
+    def made(folder, updates):
+        config = replace(CONFIG, updates=updates)
+        return Learning(NAMES, starts, [0.5] * 2, Losing(), config, 2, None, folder, {"is": "this"}, compare)
+
+    run = made(tmp_path, 1)
+    run.run()
+    assert [each.initial for each in run.histories] == [1, 0, 2, 1, 2]
+    assert all(torch.equal(a, b[n]) for n, given in enumerate(asked) for a, b in zip(given, starts, strict=True))
+    for number, history in enumerate(run.histories):
+        alone = learning(own=[each[history.initial] for each in starts], config=replace(CONFIG, updates=1))
+        alone.run()
+        assert all(torch.equal(a, b) for a, b in zip(run.kept(number), alone.kept(number), strict=True))
+    again = made(tmp_path, 1)
+    again.run()
+    assert len(asked) == 3
+    assert again.histories == run.histories
+
+
+def test_a_class_that_is_not_seen_begins_anew(tmp_path):
+    """As the next in its order, with an optimiser as new, until it is seen or there is none left."""
+    starts = [torch.stack([each, 2 * each, 3 * each]) for each in begin(2)]
+    losses = iter(torch.tensor([[1.0] * 5, [3.0] * 5, [2.0] * 5]))
+    seen = {0: {2: 0.5}, 1: {3: 0.5, 5: 0.5, 7: 0.5}, 2: {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.5}}
+    config, folder = replace(CONFIG, updates=8, restart_after=2, keep="last"), {"is": "this"}
+
+    def compare(vectors, together):
+        return next(losses)
+
+    run = Learning(NAMES, starts, [0.5], Losing(accuracies=seen), config, 2, None, tmp_path, folder, compare)
+    run.run()
+    assert [(each.starts, each.initial, each.began) for each in run.histories] == [
+        (3, 1, 5),
+        (2, 2, 2),
+        (1, 0, 0),
+        (3, 1, 4),
+        (3, 1, 4),
+    ]
+    # The second start of the second class, by hand.
+    vectors = starts[0][2, 1].clone()
+    moments = torch.zeros(2, *vectors.shape, dtype=vectors.dtype)
+    for update in range(2, 8):
+        gradient = torch.sin(vectors * 3 + update)
+        moments = torch.stack([0.9 * moments[0] + 0.1 * gradient, 0.999 * moments[1] + 0.001 * gradient**2])
+        mean, square = moments[0] / (1 - 0.9 ** (update - 1)), moments[1] / (1 - 0.999 ** (update - 1))
+        vectors = vectors * (1 - config.learning_rate * config.weight_decay)
+        vectors = vectors - config.learning_rate * mean / (square.sqrt() + config.eps)
+    assert torch.allclose(run.kept(1)[0], vectors, rtol=1e-10, atol=1e-12)
 
 
 def test_a_step_is_that_of_torch():

@@ -94,7 +94,7 @@ class Update:
     @cached_property
     def first(self) -> Tensor:
         """(1, E) that each token begins as."""
-        return self.splice.initial(self.prompts.tokens[0], self.prompts.initial(0))[0]
+        return self.splice.initial(self.prompts.tokens[0], self.prompts.initial(0)[0])[0]
 
     def texts(self, number: int) -> list[str]:
         """A class's, with the official pipeline's token."""
@@ -110,7 +110,7 @@ class Update:
             return answer
 
         first = self.first.expand(self.classes, 1, -1)
-        learning = Learning(self.names, [first], [1.0], watched, self.config, self.classes, None, None, {})
+        learning = Learning(self.names, [first[None]], [1.0], watched, self.config, self.classes, None, None, {})
         learning.step()
         return kept
 

@@ -83,8 +83,19 @@ class TextOptions(Options, panel="Texts and tokens"):
     token: Annotated[str, typer.Option(metavar="TEXT", help="Of a class; {} is its name.")] = "<{}>"
     vectors: Annotated[int, typer.Option(help="Of each token.")] = 1
     initial: Annotated[
-        str, typer.Option(metavar="WORDS", help="A token begins as their mean, or one each; {} is the class's name.")
-    ] = "a"
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            help="A token begins as their mean, or one each; {} is the class's name. Repeat: as those in whose images "
+            "the classifier sees the class most.",
+            show_default="a",
+        ),
+    ] = None
+    compared: Annotated[int, typer.Option(help="Images made with each of several initial words.")] = 8
+    restart_after: Annotated[
+        int | None,
+        typer.Option(help="Updates without an image of the class, after which it begins anew, as the next best words."),
+    ] = None
     pooled: Annotated[
         str,
         typer.Option(
@@ -180,6 +191,10 @@ class ShownModelOptions(ModelOptions):
     ] = ""
 
 
+# Options that are repeated, of which none means the settings' own.
+_LISTS = ("templates", "initial")
+
+
 class LearnRequest(Options):
     """Classes, what judges their images, and how tokens are learned."""
 
@@ -209,8 +224,7 @@ class LearnRequest(Options):
         settings: dict[str, Any] = {"memory_budget": parse_bytes(self.memory.memory_budget)}
         for group in (self.texts, self.sampling, self.learning, self.together):
             settings = {**group.values(), **settings}
-        if settings["templates"] is None:
-            del settings["templates"]
+        settings = {name: value for name, value in settings.items() if name not in _LISTS or value is not None}
         from dsd_fast.class_tokens import TokenConfig
 
         return TokenConfig(**settings)
