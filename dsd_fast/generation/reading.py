@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd_fast.engine import ImagePrompt
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import ImagePrompt, Prompt
 from dsd_fast.generation.rows import GenerateRow, check_seed
 from dsd_fast.jobs import tables
 from dsd_fast.jobs.tables import SUFFIXES, Row, image_path, read_lines
