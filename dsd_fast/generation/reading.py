@@ -244,7 +244,7 @@ def _given(prompt: Any, place: str) -> _Said | GenerateRow:
         return _Said(place, {"prompt": prompt})
     if not isinstance(prompt, Mapping):
         raise ValueError(
-            f"{place}: got {repr(prompt)[:80]}, expected a text, an image as a prompt, a mapping or a GenerateRow"
+            f"{place}: got {repr(prompt)[:80]}, expected a text, a mapping, a GenerateRow or an image as a prompt"
         )
     named = _fields(prompt, place, more="size")
     return _Said(place, {named[column]: value for column, value in prompt.items()}, named)
