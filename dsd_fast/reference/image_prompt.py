@@ -19,7 +19,7 @@ Letters: N images, T tokens, E width of the text states, V of the image encoder'
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -78,29 +78,25 @@ def vectors(
     return h
 
 
-@torch.no_grad()
 def convert(
     pipe: DiffusionPipeline, clip: Any, images: Sequence[Image], prompts: str | Sequence[str] = "", **recipe: Any
 ) -> Tensor:
-    """Prompt states of images for `prompt_embeds`, (N, T, E): the prompt's begin state, and h in all other places.
+    """Prompt states of images for `prompt_embeds`, (N, T, E): a prompt's words, and h from its end token on.
+
+    Of the empty prompt, the official one, that is the begin state and h in all other places. Officially another prompt
+    has no effect here.
 
     Args:
         pipe: StableDiffusionPipeline whose text encoder is CLIP's.
         clip: CLIPModel.
         images: Pillow images.
-        prompts: of all images or of each; the begin state is the same for all.
+        prompts: of all images or of each.
         recipe: cut, norm, inverted, vision, as for :func:`vectors`.
 
     Raises:
         ValueError: a prompt that is too long.
     """
-    rows = []
-    for texts, _, h in _each(pipe, clip, images, prompts, recipe):
-        states = torch.zeros_like(texts)
-        states[:, 0] = texts[:, 0]
-        states[:, 1:] = h
-        rows.append(states)
-    return torch.cat(rows)
+    return edit(pipe, clip, images, prompts, 0.0, **recipe)
 
 
 @torch.no_grad()
@@ -122,10 +118,18 @@ def edit(
     Raises:
         ValueError: a prompt that is too long.
     """
-    rows = []
-    for texts, end, h in _each(pipe, clip, images, prompts, recipe):
+    if "inverted" not in recipe:
+        recipe["inverted"] = inverse(clip, recipe.get("cut", 0.3))
+    prepare, known, rows = processor(clip), {}, []
+    each = [prompts] * len(images) if isinstance(prompts, str) else prompts
+    for image, prompt in zip(images, each, strict=True):
+        if prompt not in known:
+            known = {prompt: _text(pipe, prompt)}
+        texts, end = known[prompt]
+        pixels = prepare(images=image.convert("RGB"), return_tensors="pt").pixel_values
+        h = vectors(clip, pixels, **recipe).to(texts)
         states = texts.clone()
-        states[:, end:] = h + alpha * texts[:, end:]
+        states[:, end:] = h[:, None] + alpha * texts[:, end:]
         rows.append(states)
     return torch.cat(rows)
 
@@ -257,17 +261,3 @@ def _text(pipe: Any, prompt: str) -> tuple[Tensor, int]:
     ids = tokenize(pipe, pipe.tokenizer, prompt)[1:]
     end = len(pipe.tokenizer(pipe.maybe_convert_prompt(prompt, pipe.tokenizer)).input_ids) - 1
     return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0], end
-
-
-def _each(
-    pipe: Any, clip: Any, images: Sequence[Image], prompts: str | Sequence[str], recipe: dict[str, Any]
-) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Of each image its prompt's states and end, and h (1, 1, E)."""
-    recipe = {"inverted": inverse(clip, recipe.get("cut", 0.3)), **recipe}
-    prepare, known = processor(clip), {}
-    each = [prompts] * len(images) if isinstance(prompts, str) else prompts
-    for image, prompt in zip(images, each, strict=True):
-        if prompt not in known:
-            known = {prompt: _text(pipe, prompt)}
-        pixels = prepare(images=image.convert("RGB"), return_tensors="pt").pixel_values
-        yield *known[prompt], vectors(clip, pixels, **recipe).to(known[prompt][0])[:, None]
