@@ -44,8 +44,8 @@ class ImagePromptConverter:
     """Makes prompts of images: the text state whose projection by CLIP is that of the image.
 
     Ding et al. 2023, "The CLIP Model is Secretly an Image-to-Prompt Converter", section 3: h = norm · u / |u| with
-    u = W_T⁺ W_V p, p being the vision tower's pooled state, W_T and W_V CLIP's projections of texts and images, and W_T⁺
-    an inverse, see :class:`ImagePromptConfig`.
+    u = W_T⁺ W_V p, p being the vision tower's pooled state, W_T and W_V CLIP's projections of texts and images, and
+    W_T⁺ an inverse, see :class:`ImagePromptConfig`.
 
     It holds where the UNet reads the last states of CLIP's own text tower (SD 1.x), which captions tell: both towers
     must give the same for them. Else (SD 2.x, SDXL) the states at captions' ends, and SDXL's pooled states, are fitted
@@ -331,7 +331,7 @@ def _shares(
             raise ValueError(f"groups[{number}] is empty, expected at least one image")
         if len(share) != len(group) or not all(map(math.isfinite, share)):
             raise ValueError(
-                f"weights: got {share} for the {len(group)} images of group {number}, expected one number each"
+                f"weights: got {share} for {len(group)} images of groups[{number}], expected one number each"
             )
         shares.append(share)
     return shares
