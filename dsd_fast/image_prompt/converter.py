@@ -273,16 +273,12 @@ class ImagePromptConverter:
         # Nothing goes on decoding when who asks stops early.
         with closing(cast("Generator[Tensor | ImageError]", self.prepared(images))) as prepared:
             while some := list(itertools.islice(prepared, chunk or self.config.batch)):
-                pixels = [each for each in some if isinstance(each, Tensor)]
-                with torch.inference_mode(False), torch.no_grad():
-                    rows = self.map.mapped(self.pooled(torch.stack(pixels))) if pixels else torch.empty(0, device="cpu")
-                finite = rows.isfinite().all(dim=-1).tolist()
-                answers = iter(zip(rows, finite, strict=True))
-                for place, each in enumerate(some):
-                    if isinstance(each, ImageError):
-                        continue
-                    row, usable = next(answers)
-                    some[place] = row if usable else _not_finite(done + place)
+                if pixels := [each for each in some if isinstance(each, Tensor)]:
+                    with torch.inference_mode(False), torch.no_grad():
+                        rows = self.map.mapped(self.pooled(torch.stack(pixels)))
+                    places = [place for place, each in enumerate(some) if isinstance(each, Tensor)]
+                    for place, row, finite in zip(places, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
+                        some[place] = row if finite else _not_finite(done + place)
                 done += len(some)
                 yield some
 

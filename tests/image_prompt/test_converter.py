@@ -214,6 +214,7 @@ def test_what_is_refused(model, converter, pictures, tmp_path):
     with pytest.raises(ImageError, match="source is a NoneType"):
         converter.convert([pictures[0], None])
     assert len(converter.convert([])) == 0
+    assert [type(row) for row in next(converter.mapped_chunks([None, None]))] == [ImageError] * 2
     for field, value in (("inverse", "exact"), ("cut", -1), ("norm", 0), ("captions", "words"), ("batch", 0)):
         with pytest.raises(ValueError, match=f"{field}: got"):
             ImagePromptConfig(**{field: value})
