@@ -1,0 +1,108 @@
+"""The noise loss: how far what the network predicts for noised images is from what it was trained to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsd_fast.diffusion import NoiseSchedule
+from dsd_fast.engine.engine import Engine
+from dsd_fast.engine.latents import Noised
+from dsd_fast.engine.texts import Texts
+from dsd_fast.kernels.common.transfer import upload
+from dsd_fast.models.prompts import PromptStates
+
+
+class Draw(NamedTuple):
+    """What a row of the loss is made of.
+
+    Attributes:
+        image: (), the number of one of the images.
+        time: () int64, the timestep.
+        noise: (C, h, w) float32.
+    """
+
+    image: int
+    time: Tensor
+    noise: Tensor
+
+
+def draw(seed: int, images: int, timesteps: int, shape: torch.Size | tuple[int, ...]) -> Draw:
+    """Draw one of some images, a timestep, and noise, on the CPU."""
+    random = torch.Generator().manual_seed(seed)
+    image = int(torch.randint(images, (), generator=random, device="cpu"))
+    time = torch.randint(timesteps, (), generator=random, device="cpu")
+    return Draw(image, time, torch.randn(shape, generator=random, dtype=torch.float32, device="cpu"))
+
+
+class NoiseLoss:
+    """The mean square of what the network predicts wrongly.
+
+    Ho et al. 2020, "Denoising Diffusion Probabilistic Models", eq. 14; as in the training scripts of diffusers against
+    what the network was trained to predict: noise, velocity or the sample.
+
+    Args:
+        engine: of the network.
+        checkpoint: whether activations are computed again for the gradient, see :meth:`Engine.predict`.
+    """
+
+    def __init__(self, engine: Engine, *, checkpoint: bool = False) -> None:
+        self._engine, self._checkpoint = engine, checkpoint
+        self._at_once: int | None = None
+
+    def __call__(
+        self,
+        texts: PromptStates,
+        text_of: Tensor,
+        clean: Tensor,
+        times: Tensor,
+        noise: Tensor,
+        backward: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """Measure B rows, (B,).
+
+        Args:
+            texts: M of them, leaves where they want a gradient.
+            text_of: (B,) int64 on the CPU, the text of each row.
+            clean: (B, C, h, w) latents, on any device.
+            times: (B,) int64 on the CPU.
+            noise: (B, C, h, w), on any device.
+            backward: called with the sum of squares, (), of one micro-batch after the other, together ``C·h·w`` times
+                the sum of what is returned; not with the mean, since float16 has no gradients as small. None: without
+                gradients.
+        """
+        engine = self._engine
+        model, shown = engine.model, Texts(texts)
+        clean = upload(clean, model.device, model.dtype)
+        noised = Noised.rows(model.schedule, clean, noise, times)
+        wanted = _wanted(model.schedule, clean, noised)
+        predict = engine.predict(shown, text_of, gradients=1, checkpoint=self._checkpoint)
+
+        def squares(part: slice) -> Tensor:
+            wrong = predict(noised.latents, times, part).to(wanted.dtype) - wanted[part]
+            return wrong.square().flatten(1)
+
+        if backward is None:
+            with torch.no_grad():
+                return squares(slice(None)).mean(1)
+        self._at_once, losses = self._at_once or engine.rows_differentiated(shown), []
+        for start in range(0, len(text_of), self._at_once):
+            own = squares(slice(start, start + self._at_once))
+            backward(own.sum())
+            losses.append(own.detach().mean(1))
+        return torch.cat(losses)
+
+
+def _wanted(schedule: NoiseSchedule, clean: Tensor, noised: Noised) -> Tensor:
+    """What the network is to predict, (n, C, h, w), in the noise's type."""
+    kind, epsilon = schedule.prediction_type, noised.noise
+    if kind == "epsilon":
+        return epsilon
+    if kind == "sample":
+        return clean.to(epsilon.dtype)
+    signal, sigma = schedule.coefficients(noised.timesteps)
+    signal, sigma = (upload(each, clean.device, epsilon.dtype).view(-1, 1, 1, 1) for each in (signal, sigma))
+    return signal * epsilon - sigma * clean.to(epsilon.dtype)
