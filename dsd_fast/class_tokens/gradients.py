@@ -25,7 +25,7 @@ from dsd_fast.diffusion import (
 )
 from dsd_fast.engine import Engine, Texts, draw_noise
 from dsd_fast.engine.guides import Guide
-from dsd_fast.engine.noise_loss import NoiseLoss, draw
+from dsd_fast.engine.noise_loss import NoiseLoss, draw_row
 from dsd_fast.engine.prediction import Prediction
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
@@ -269,6 +269,7 @@ class ThroughNoise(Gradients):
 
     def draw(self, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw one of a class's images, a timestep, and noise."""
-        latents = self._latents[number]
-        drawn = draw(seed, len(latents), self._model.schedule.num_train_timesteps, latents.shape[1:])
-        return latents[drawn.image], drawn.time, drawn.noise
+        random, latents = torch.Generator().manual_seed(seed), self._latents[number]
+        image = int(torch.randint(len(latents), (), generator=random, device="cpu"))
+        time, noise = draw_row(random, (0, self._model.schedule.num_train_timesteps), latents.shape[1:])
+        return latents[image], torch.tensor(time, device="cpu"), noise

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,26 +15,10 @@ from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
 
 
-class Draw(NamedTuple):
-    """What a row of the loss is made of.
-
-    Attributes:
-        image: (), the number of one of the images.
-        time: () int64, the timestep.
-        noise: (C, h, w) float32.
-    """
-
-    image: int
-    time: Tensor
-    noise: Tensor
-
-
-def draw(seed: int, images: int, timesteps: int, shape: torch.Size | tuple[int, ...]) -> Draw:
-    """Draw one of some images, a timestep, and noise, on the CPU."""
-    random = torch.Generator().manual_seed(seed)
-    image = int(torch.randint(images, (), generator=random, device="cpu"))
-    time = torch.randint(timesteps, (), generator=random, device="cpu")
-    return Draw(image, time, torch.randn(shape, generator=random, dtype=torch.float32, device="cpu"))
+def draw_row(random: torch.Generator, span: tuple[int, int], shape: Sequence[int]) -> tuple[int, Tensor]:
+    """Draw a timestep from span[0] up to, not including, span[1], then noise, (\\*shape) float32 on the CPU."""
+    time = int(torch.randint(*span, (), generator=random, device="cpu"))
+    return time, torch.randn(tuple(shape), generator=random, dtype=torch.float32, device="cpu")
 
 
 class NoiseLoss:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, number, one_of, or_none
+from dsd_fast.training.order import scheduled
 
 METHODS = ("lora", "prompt", "heads")
 LEARNING_RATES = {"lora": 3e-3, "prompt": 0.1, "heads": 0.1}
@@ -104,11 +105,7 @@ class FitConfig:
         given = self.learning_rate
         rate = given.get(method, LEARNING_RATES[method]) if isinstance(given, Mapping) else given
         rate = LEARNING_RATES[method] if rate is None else rate
-        if self.warmup:
-            rate *= min(1.0, (step + 1) / self.warmup)
-        if self.schedule == "linear":
-            rate *= min(1.0, 2 * (1 - step / self.steps))
-        return rate
+        return scheduled(rate, step, self.steps, self.warmup, falls=self.schedule == "linear")
 
 
 def parse_methods(method: str | Sequence[str]) -> tuple[str, ...]:

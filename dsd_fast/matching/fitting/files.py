@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dsd_fast.engine.lora import own_model, put_lora
 from dsd_fast.jobs import read_tensors, remove_stale, replacing, row_id, write_tensors
 from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.matching.config import MatchConfig
-from dsd_fast.matching.fitting.learned import own_model, put_lora
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.training import as_json
 from dsd_fast.unet.adapters import strengths_summary
@@ -105,10 +105,10 @@ def load(
         if prompt.ndim != 2 or prompt.shape[1] != width:
             raise ValueError(f"folder: {path / PROMPT} has shape {tuple(prompt.shape)}, expected (n, {width})")
     if about["lora"]:
-        own, name = put_lora(base, _tensors(path / LORA, "unet."), f"LoRA {str(path / LORA)!r}")
+        own, name = put_lora(base.engine, _tensors(path / LORA, "unet."), f"LoRA {str(path / LORA)!r}")
         return PairScorer(base.engine.with_unet(own), base.config, prompt), name, adapter
     if prompt is not None:
-        base = PairScorer(base.engine.with_unet(own_model(base)), base.config, prompt)
+        base = PairScorer(base.engine.with_unet(own_model(base.engine)), base.config, prompt)
     return base, None, adapter
 
 
