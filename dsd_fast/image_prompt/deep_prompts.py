@@ -93,12 +93,16 @@ class DeepPrompts(nn.Module):
         made.load_state_dict({name: values[name].float() for name in own})
         return made
 
+    @property
+    def tokens(self) -> int:
+        """How many each layer has."""
+        return int(self.deep_prompt_embeddings.shape[1])
+
     def at(self, layer: int, states: Tensor) -> Tensor:
         """Put a layer's tokens into its input (B, T, W)."""
-        count = self.deep_prompt_embeddings.shape[1]
         prompts = self.prompt_proj(self.deep_prompt_embeddings[layer]).expand(len(states), -1, -1)
         prompts = F.dropout(prompts, self.dropout, self.dropout > 0).to(states.dtype)
-        begin = 1 + count if layer or self.replace_first else 1
+        begin = 1 + self.tokens if layer or self.replace_first else 1
         return torch.cat([states[:, :1], prompts, states[:, begin:]], dim=1)
 
 
@@ -111,18 +115,19 @@ class PromptedVision(nn.Module):
 
     Attributes:
         config: the encoder's.
+        plain: the encoder without them.
         prompts: as given.
     """
 
     def __init__(self, vision: Any, prompts: DeepPrompts) -> None:
         super().__init__()
         self.config = vision.config
-        self._vision = private(vision).eval()
+        self.plain = private(vision).eval()
         self.prompts = prompts.to(vision.post_layernorm.weight.device)
 
     def forward(self, pixel_values: Tensor) -> Any:
         """Encode prepared pictures (B, 3, h, w); of what transformers' model gives it has the ``pooler_output``."""
-        vision, prompts = self._vision, self.prompts
+        vision, prompts = self.plain, self.prompts
         states = vision.pre_layrnorm(vision.embeddings(pixel_values))
         for number, layer in enumerate(vision.encoder.layers):
             states = layer(prompts.at(number, states), None)  # (B, 1 + tokens + patches, W)

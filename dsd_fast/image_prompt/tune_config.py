@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, number, one_of, or_none
+from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, is_span, number, one_of, or_none
 from dsd_fast.training.order import scheduled
 
 
@@ -77,10 +77,6 @@ class TuneConfig:
         return scheduled(rate, step, self.steps, self.warmup, falls=self.schedule == "linear")
 
 
-def _is_span(x: object) -> bool:
-    return isinstance(x, tuple) and len(x) == 2 and all(map(integer(0), x)) and x[0] < x[1]
-
-
 _WHOLE = (integer(1), "an integer of at least 1")
 _LEAST_WHOLE = (integer(0), "an integer of at least 0")
 _ABOVE = (above(0), "a number above 0")
@@ -93,7 +89,7 @@ _FIELDS: Fields = {
     "attention": (one_of("lora", "full", None), "'lora', 'full' or None"),
     "prompt_dropout": (lambda x: number(0, 1)(x) and x < 1, "a share from 0 to below 1"),
     "schedule": (one_of("linear", "constant"), "'linear' or 'constant'"),
-    "timestep_range": (or_none(_is_span), "(first, one past the last), or None"),
+    "timestep_range": (or_none(is_span), "(first, one past the last), or None"),
     "patience": (or_none(integer(1)), "an integer of at least 1, or None"),
     "checkpointing": (is_bool, "True or False"),
     "seed": (integer(0, 2**32 - 1), "an integer from 0 to 2**32 - 1"),

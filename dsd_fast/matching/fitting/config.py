@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, number, one_of, or_none
+from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, is_span, number, one_of, or_none
 from dsd_fast.training.order import scheduled
 
 METHODS = ("lora", "prompt", "heads")
@@ -124,10 +124,6 @@ def _are_rates(x: object) -> bool:
     return all(name in METHODS and above(0)(x[name]) for name in x) if isinstance(x, Mapping) else above(0)(x)
 
 
-def _is_span(x: object) -> bool:
-    return isinstance(x, tuple) and len(x) == 2 and all(map(integer(0), x)) and x[0] < x[1]
-
-
 _WHOLE = (integer(1), "an integer of at least 1")
 _WHOLE_OR_NONE = (or_none(integer(1)), "an integer of at least 1, or None")
 _ABOVE = (above(0), "a number above 0")
@@ -146,5 +142,5 @@ _FIELDS: Fields = {
     "attention": (one_of("cross", "all"), "'cross' or 'all'"),
     "autocast": (one_of(None, "bfloat16", "float16"), "None, 'bfloat16' or 'float16'"),
     "learning_rate": (or_none(_are_rates), f"None, a number above 0, or one by method, of {', '.join(METHODS)}"),
-    "timestep_range": (or_none(_is_span), "(first, one past the last), or None"),
+    "timestep_range": (or_none(is_span), "(first, one past the last), or None"),
 }
