@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ _WORKERS = min(os.cpu_count() or 1, 8)
 _AHEAD = 2 * _WORKERS
 
 
-class ImagePromptConverter:
+class Conversion:
     """Makes prompts of images: the text state whose projection by CLIP is that of the image.
 
     Ding et al. 2023, "The CLIP Model is Secretly an Image-to-Prompt Converter", section 3: h = norm · u / |u| with
@@ -65,6 +65,9 @@ class ImagePromptConverter:
         map: from pooled states to text states.
         preprocessing: CLIP's own, of pictures.
         vision: the tower, from prepared pixels (n, 3, h, w) to pooled states (n, V), or an output that has them.
+        adapter: as given.
+        lora, full: name of the LoRA that a tuning has learned in the model's UNet, or None; whether it has learned
+            whole matrices there.
 
     Raises:
         ValueError: no CLIP; captions that the text encoders do not take; a fitted map that is no better than the mean.
@@ -87,17 +90,26 @@ class ImagePromptConverter:
                 f"clip: got None, and {model.name or 'the model'} has none; expected a CLIPModel, a folder or a hub "
                 "id, here or as dsd_fast.load(…, clip=…)"
             )
-        self.model, self.config = model, config or ImagePromptConfig()
+        self.model, self.config, self.adapter = model, config or ImagePromptConfig(), adapter
         self.engine = Engine(model, adapter)
         space = ClipSpace(model, resize="crop")
         self.map = StateMap(self.engine, space, self.config)
         self.preprocessing: Preprocessing = space.vision.preprocessing
         self.vision: nn.Module = model.clip.vision_model
+        self.lora: str | None = None
+        self.full = False
 
-    def with_vision(self, vision: nn.Module) -> ImagePromptConverter:
+    def with_vision(self, vision: nn.Module) -> Self:
         """This converter with another vision tower."""
         other = copy.copy(self)
         other.vision = vision
+        return other
+
+    def tuned(self, model: Model, vision: nn.Module, lora: str | None, full: bool) -> Self:
+        """This converter with what a tuning has learned, see the attributes."""
+        other = self.with_vision(vision)
+        other.model, other.engine = model, self.engine.with_unet(model)
+        other.lora, other.full = lora, full
         return other
 
     def convert(

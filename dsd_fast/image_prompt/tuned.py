@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from dsd_fast.engine.lora import add_lora, free_name, lora_parameters, own_model, widened
+from dsd_fast.image_prompt.converter import Conversion
 from dsd_fast.image_prompt.deep_prompts import DeepPrompts, PromptedVision
 from dsd_fast.image_prompt.tune_config import TuneConfig
 
 if TYPE_CHECKING:
-    from dsd_fast.image_prompt.converter import ImagePromptConverter
     from dsd_fast.models import Model
+
+Made = TypeVar("Made", bound=Conversion)
 
 _TARGETS = ("attn2.to_k", "attn2.to_v")
 
 
-class Tuned:
+class Tuned(Generic[Made]):
     """The parameters of a tuning, and the converter that has them.
 
     What the converter was tuned to before goes on from there, in memory of its own.
@@ -36,20 +38,20 @@ class Tuned:
         ValueError: a setting that what was learned before does not have; "full" in a UNet of 16 bits.
     """
 
-    def __init__(self, base: ImagePromptConverter, config: TuneConfig) -> None:
+    def __init__(self, base: Made, config: TuneConfig) -> None:
         lora, full = base.lora, config.attention == "full"
         if full and base.model.dtype.itemsize < 4:
             raise ValueError(
                 f"attention: got 'full' for a UNet of {base.model.dtype}, which rounds small steps away; expected "
                 "'lora', or a model loaded in float32"
             )
-        model = own_model(base.engine, lambda name: is_full(name) or (lora is not None and f".{lora}." in name))
+        model = own_model(base.engine, lambda name: f".{lora}." in name or (full and is_full(name)))
         self.parameters: dict[str, Parameter] = {}
         if config.attention == "lora":
             lora = self._learn_lora(model, lora, config)
         elif full:
             own = {name: p for name, p in model.unet.named_parameters() if is_full(name)}
-            self.parameters |= {f"attention.{name}": p.requires_grad_(True) for name, p in own.items()}
+            self._learn("attention", own)
         vision = self._learn_prompts(base, config) if config.prompt_tokens else base.vision
         self.converter = base.tuned(model, vision, lora, base.full or full)
 
@@ -61,12 +63,12 @@ class Tuned:
             raise ValueError(
                 f"rank: got {config.rank}, expected {model.unet.peft_config[lora].r}, which the converter's LoRA has"
             )
-        for path, parameter in lora_parameters(model.unet, lora).items():
+        for parameter in lora_parameters(model.unet, lora).values():
             parameter.data = widened(parameter.data)
-            self.parameters[f"attention.{path}"] = parameter.requires_grad_(True)
+        self._learn("attention", lora_parameters(model.unet, lora))
         return lora
 
-    def _learn_prompts(self, base: ImagePromptConverter, config: TuneConfig) -> PromptedVision:
+    def _learn_prompts(self, base: Conversion, config: TuneConfig) -> PromptedVision:
         vision = base.vision
         if isinstance(vision, PromptedVision):
             prompts, tokens = copy.deepcopy(vision.prompts), vision.prompts.tokens
@@ -77,15 +79,20 @@ class Tuned:
             made = PromptedVision(vision.plain, prompts)
         else:
             made = PromptedVision(vision, DeepPrompts.drawn(vision, config.prompt_tokens, config.seed))
-        self.parameters |= {f"prompts.{name}": p.requires_grad_(True) for name, p in made.prompts.named_parameters()}
+        self._learn("prompts", dict(made.prompts.named_parameters()))
         return made
+
+    def _learn(self, group: str, parameters: dict[str, Parameter]) -> None:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            self.parameters[f"{group}.{name}"] = parameter
 
     def dropout(self, share: float) -> None:
         """Set what share of the deep prompts' numbers is left out."""
         if isinstance(self.converter.vision, PromptedVision):
             self.converter.vision.prompts.dropout = share
 
-    def finished(self) -> ImagePromptConverter:
+    def finished(self) -> Made:
         """The converter, of which nothing wants a gradient any more."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)

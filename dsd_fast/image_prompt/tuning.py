@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import resource
 import time
@@ -9,26 +10,24 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsd_fast.engine.fingerprint import model_settings
 from dsd_fast.engine.noise_loss import NoiseLoss, draw_row
+from dsd_fast.image_prompt.converter import Conversion
 from dsd_fast.image_prompt.files import FILES, write
 from dsd_fast.image_prompt.tune_config import TuneConfig
-from dsd_fast.image_prompt.tuned import Tuned
-from dsd_fast.images import ImageSource
+from dsd_fast.image_prompt.tuned import Made, Tuned
+from dsd_fast.images import ImageError, ImageSource, check_sources
 from dsd_fast.jobs import locked, remove_stale
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.models.private import check_ordinary
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.training import Descent, FitHistory, Report, seed_of, seeded
 from dsd_fast.training.order import batch_of
-
-if TYPE_CHECKING:
-    from dsd_fast.image_prompt.converter import ImagePromptConverter
 
 # Of each held-out image, at timesteps that are spread over the schedule.
 _DRAWS = 4
@@ -65,10 +64,10 @@ class Pictures:
         digest: hexadecimal, of the pixels.
     """
 
-    def __init__(self, base: ImagePromptConverter, images: list[ImageSource]) -> None:
+    def __init__(self, base: Conversion, images: list[ImageSource]) -> None:
         digest = hashlib.sha256()
         self.latents = base.engine.encode_sources(images, digest)
-        self.prepared = torch.cat([base.prepared(image) for image in images])
+        self.prepared = torch.stack([_usable(each) for each in base.prepared(images)])
         digest.update(self.prepared.numpy().tobytes())
         self.digest = digest.hexdigest()
 
@@ -77,13 +76,13 @@ class Pictures:
 
 
 def tune(
-    base: ImagePromptConverter,
+    base: Made,
     images: Iterable[ImageSource],
     validation: Iterable[ImageSource] | None,
     config: TuneConfig,
     out: Path | None,
     report: Report,
-) -> ImagePromptConverter:
+) -> tuple[Made, Tuning]:
     """See :meth:`dsd_fast.image_prompt.ImagePromptConverter.finetune`.
 
     Args:
@@ -118,14 +117,13 @@ def tune(
         history = training(tuned, pictures, config, checked, fingerprint, out, report).fit()
         count = sum(parameter.numel() for parameter in tuned.parameters.values())
         converter = tuned.finished()
-        converter.tuning = Tuning(history, count, time.monotonic() - began, _peak_bytes(device))
         if out is not None:
             write(out, converter)
-    return converter
+    return converter, Tuning(history, count, time.monotonic() - began, _peak_bytes(device))
 
 
 def training(
-    tuned: Tuned,
+    tuned: Tuned[Made],
     pictures: Pictures,
     config: TuneConfig,
     validation: Pictures | None,
@@ -148,6 +146,15 @@ def training(
     span = config.timestep_range or (0, engine.model.schedule.num_train_timesteps)
     shape = pictures.latents.shape[1:]
 
+    with torch.no_grad():
+        # The begin state, and one that stands for all others.
+        template = converter.prompt_of(converter.map.mapped(converter.pooled(pictures.prepared[:1]))).states()
+
+    def states_of(prepared: Tensor) -> PromptStates:
+        vectors, pooled = converter.vectors_of(converter.pooled(prepared))
+        rows = template[torch.zeros(len(prepared), dtype=torch.int64, device="cpu")]
+        return replace(rows, states=torch.cat([rows.states[:, :-1], vectors[:, None]], dim=1), pooled=pooled)
+
     def step_losses(step: int, backward: Callable[[Tensor], None]) -> None:
         chosen = batch_of(len(pictures), config.batch_size, step, config.seed)
         randoms = [torch.Generator().manual_seed(seed_of(config.seed, step, n)) for n in range(len(chosen))]
@@ -157,7 +164,7 @@ def training(
         def states() -> PromptStates:
             # Dropout draws from torch's own generators: the same both times.
             with seeded(seed_of(config.seed, step, 0, 2), device):
-                return converter.prompts_of(converter.pooled(prepared)).states()
+                return states_of(prepared)
 
         tuned.dropout(config.prompt_dropout)
         # The image encoder keeps nothing while the UNet runs, which needs the memory: it is gone through once more.
@@ -182,7 +189,8 @@ def training(
     @torch.no_grad()
     def validate() -> tuple[None, float]:
         assert validation is not None
-        states = converter.prompts_of(converter.pooled(validation.prepared)).states()
+        parts = (states_of(part) for part in torch.split(validation.prepared, converter.config.batch))
+        states = functools.reduce(PromptStates.followed_by, parts)
         count = len(validation)
         edges = [span[0] + (span[1] - span[0]) * place // _DRAWS for place in range(_DRAWS + 1)]
         losses = []
@@ -220,8 +228,6 @@ def training(
 
 
 def _listed(name: str, images: Iterable[ImageSource]) -> list[ImageSource]:
-    from dsd_fast.images import check_sources
-
     check_sources(images)
     listed = list(images)
     if not listed:
@@ -229,8 +235,14 @@ def _listed(name: str, images: Iterable[ImageSource]) -> list[ImageSource]:
     return listed
 
 
+def _usable(prepared: Tensor | ImageError) -> Tensor:
+    if isinstance(prepared, ImageError):
+        raise prepared
+    return prepared
+
+
 def _fingerprint(
-    base: ImagePromptConverter, config: TuneConfig, pictures: Pictures, validation: Pictures | None
+    base: Conversion, config: TuneConfig, pictures: Pictures, validation: Pictures | None
 ) -> dict[str, Any]:
     """All that changes the result; not the device, nor what only changes memory or time."""
     return {
