@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsd_fast.engine.lora import widened
 from dsd_fast.models.private import private
 
 
@@ -90,7 +91,7 @@ class DeepPrompts(nn.Module):
             if values[name].shape != value.shape or not values[name].isfinite().all():
                 shape = tuple(values[name].shape)
                 raise ValueError(f"{what}: {name} is of {shape}, expected finite numbers of {tuple(value.shape)}")
-        made.load_state_dict({name: values[name].float() for name in own})
+        made.to(widened(values["deep_prompt_embeddings"]).dtype).load_state_dict({name: values[name] for name in own})
         return made
 
     @property
@@ -111,7 +112,7 @@ class PromptedVision(nn.Module):
 
     Args:
         vision: transformers' CLIPVisionModel, which stays as it is.
-        prompts: moved to its device.
+        prompts: moved to its device, float32 or more.
 
     Attributes:
         config: the encoder's.
@@ -123,7 +124,7 @@ class PromptedVision(nn.Module):
         super().__init__()
         self.config = vision.config
         self.plain = private(vision).eval()
-        self.prompts = prompts.to(vision.post_layernorm.weight.device)
+        self.prompts = prompts.to(widened(vision.post_layernorm.weight))
 
     def forward(self, pixel_values: Tensor) -> Any:
         """Encode prepared pictures (B, 3, h, w); of what transformers' model gives it has the ``pooler_output``."""
