@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.engine.preprocessing import Preprocessing
 from dsd_fast.engine.settings import above, or_none
 from dsd_fast.image_prompt.config import ImagePromptConfig
-from dsd_fast.image_prompt.export import convert_to
 from dsd_fast.image_prompt.mapping import StateMap
 from dsd_fast.images import ImageError, ImageSource, check_sources, load_image
 from dsd_fast.images.batch import ahead
@@ -46,7 +45,7 @@ _AHEAD = 2 * _WORKERS
 _NOTHING = 1e-4
 
 
-class ImagePromptConverter:
+class Conversion:
     """Makes prompts of images: the text state whose projection by CLIP is that of the image.
 
     Ding et al. 2023, "The CLIP Model is Secretly an Image-to-Prompt Converter", section 3: h = norm · u / |u| with
@@ -71,6 +70,9 @@ class ImagePromptConverter:
         map: from pooled states to text states.
         preprocessing: CLIP's own, of pictures.
         vision: the tower, from prepared pixels (n, 3, h, w) to pooled states (n, V), or an output that has them.
+        adapter: as given.
+        lora, full: name of the LoRA that a tuning has learned in the model's UNet, or None; whether it has learned
+            whole matrices there.
 
     Raises:
         ValueError: no CLIP; captions that the text encoders do not take; a fitted map that is no better than the mean.
@@ -93,18 +95,27 @@ class ImagePromptConverter:
                 f"clip: got None, and {model.name or 'the model'} has none; expected a CLIPModel, a folder or a hub "
                 "id, here or as dsd_fast.load(…, clip=…)"
             )
-        self.model, self.config = model, config or ImagePromptConfig()
+        self.model, self.config, self.adapter = model, config or ImagePromptConfig(), adapter
         self.engine = Engine(model, adapter)
         space = ClipSpace(model, resize="crop")
         self.map = StateMap(self.engine, space, self.config)
         self.preprocessing: Preprocessing = space.vision.preprocessing
         self.vision: nn.Module = model.clip.vision_model
+        self.lora: str | None = None
+        self.full = False
         self._told: tuple[object, dict[str, Any]] = None, {}
 
-    def with_vision(self, vision: nn.Module) -> ImagePromptConverter:
+    def with_vision(self, vision: nn.Module) -> Self:
         """This converter with another vision tower."""
         other = copy.copy(self)
         other.vision = vision
+        return other
+
+    def tuned(self, model: Model, vision: nn.Module, lora: str | None, full: bool) -> Self:
+        """This converter with what a tuning has learned, see the attributes."""
+        other = self.with_vision(vision)
+        other.model, other.engine = model, self.engine.with_unet(model)
+        other.lora, other.full = lora, full
         return other
 
     def convert(
@@ -185,12 +196,9 @@ class ImagePromptConverter:
         names = [str(number) for number in range(len(groups))] if names is None else names
         return self.prompt_of(mixed, prompts, alpha, norm=norm, names=names)
 
-    # What it documents holds for the method too.
-    convert_to = convert_to
-
     def prompt_of(
         self,
-        mapped: Sequence[Tensor],
+        mapped: Tensor | Sequence[Tensor],
         prompts: str | Sequence[str] = "",
         alpha: float = 0.0,
         *,

@@ -239,12 +239,17 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_image(converter, pict
 def test_the_preprocessing_is_the_files(model, tmp_path, pictures):
     model.clip.save_pretrained(tmp_path)
     said = {"size": 70, "crop_size": 64, "resample": 2, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | {"image_processor_type": "CLIPImageProcessor"}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(said | {"image_processor_type": "CLIPImageProcessor"})
+    )
     converter = ImagePromptConverter(model, tmp_path)
     for image in pictures:
         want = AutoImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")["pixel_values"]
         close(next(converter.prepared([image]))[None], want, 1e-6)
-    for wrong, message in (("{", "cannot be read as the config"), ('{"crop_size": 32}', r"makes pictures of \(32, 32\)")):
+    for wrong, message in (
+        ("{", "cannot be read as the config"),
+        ('{"crop_size": 32}', r"makes pictures of \(32, 32\)"),
+    ):
         (tmp_path / "preprocessor_config.json").write_text(wrong)
         with pytest.raises(ValueError, match=message):
             ClipSpace(converter.model)
@@ -322,4 +327,3 @@ def test_a_clip_by_folder_takes_the_models_type(model, tmp_path):
     assert half.clip is not converter.model.clip
     assert converter.map.exact
     assert converter.convert([scene(3).image]).vectors.dtype == torch.bfloat16
-
