@@ -1,4 +1,4 @@
-"""Images to prompts, and the converter and its model tuned to images."""
+"""Images to prompts: the whole converter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from dsd_fast.image_prompt.converter import Conversion
+from dsd_fast.image_prompt.export import convert_to
 from dsd_fast.image_prompt.files import read, write
 from dsd_fast.image_prompt.tune_config import TuneConfig
 from dsd_fast.image_prompt.tuning import Tuning, tune
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 
 
 class ImagePromptConverter(Conversion):
-    """:class:`Conversion`, which can be tuned to images.
+    """:class:`~dsd_fast.image_prompt.converter.Conversion` of any number of images, which can be tuned to images.
 
     Attributes:
         tuning: how the tuning went; None of a converter that was not tuned, or was loaded.
     """
 
     tuning: Tuning | None = None
+
+    # What it documents holds for the method too.
+    convert_to = convert_to
 
     def finetune(
         self,

@@ -161,6 +161,8 @@ def test_what_was_learned_is_kept_in_a_folder_and_the_rest_stays_as_it_is(tmp_pa
     shown = pictures(2, seed=5)
     prompt, plain = found.convert(shown), own.convert(shown)
     assert (prompt.vectors - plain.vectors).norm() > 0.01 * plain.vectors.norm()
+    assert found.settings()["deep_prompts"]["replace_first"] is False
+    assert "deep_prompts" not in own.settings()
     # Nothing is left out any more.
     assert torch.equal(found.convert(shown).vectors, prompt.vectors)
     read = ImagePromptConverter.load(tmp_path, own.model, own.model.clip)
@@ -314,8 +316,9 @@ def test_folders_of_others_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             load()
     (tmp_path / ABOUT).write_text(json.dumps({**about, "model": {**about["model"], "name": "other"}}))
-    with pytest.warns(UserWarning, match="was fitted to another model: name 'other'"):
+    with pytest.warns(UserWarning, match="was fitted to another model: name 'other'") as told:
         load()
+    assert told[0].filename == __file__
     for name in (LORA, PROMPTS):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[:100])
