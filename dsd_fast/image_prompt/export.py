@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from dsd_fast.engine.fingerprint import text_settings
 from dsd_fast.engine.image_prompts import KIND, SUFFIX, ImagePrompt
 from dsd_fast.engine.items import COLUMNS, Item, Items, images_of_a_shard, prompt_check
 from dsd_fast.images import ImageError, ImageSource
@@ -47,7 +48,7 @@ def convert_to(
 
     Args:
         folder: made if missing.
-        images, prompts, alpha, norm: see :meth:`ImagePromptConverter.edit`; ``alpha`` 0 is :meth:`~.convert`.
+        images, prompts, alpha, norm: see :meth:`Conversion.edit`; ``alpha`` 0 is :meth:`~.convert`.
         names: of the rows; None: a file's name without its ending, the position of other images. A row's id is made of
             the image's content, the prompt and the name: inputs that are equal in all of them are one row.
         shard_rows: images that become whole files and rows of the index together.
@@ -70,6 +71,7 @@ def convert_to(
         folder,
         KIND,
         {
+            **text_settings(converter.engine, {"vision": converter.vision}),
             **converter.settings(norm),
             "alpha": float(alpha),
             "prompts": prompts if isinstance(prompts, str) else None,

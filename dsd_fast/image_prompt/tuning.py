@@ -148,7 +148,7 @@ def training(
 
     with torch.no_grad():
         # The begin state, and one that stands for all others.
-        template = converter.prompt_of(converter.map.mapped(converter.pooled(pictures.prepared[:1]))).states()
+        template = converter.prompt_of([*converter.map.mapped(converter.pooled(pictures.prepared[:1]))]).states()
 
     def states_of(prepared: Tensor) -> PromptStates:
         vectors, pooled = converter.vectors_of(converter.pooled(prepared))
@@ -246,7 +246,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """All that changes the result; not the device, nor what only changes memory or time."""
     return {
-        **model_settings(base.engine),
+        **model_settings(base.engine, {"vision": base.vision}),
         **base.settings(),
         "images": pictures.digest,
         "validation": None if validation is None else validation.digest,
