@@ -77,7 +77,8 @@ class Encoding:
         """
         if isinstance(prompts, ImagePrompt):
             prompts.check(self.model)
-            return prompts.states()
+            with torch.inference_mode(False):
+                return prompts.states()
         images = {} if prompts is None else {n: each for n, each in enumerate(prompts) if isinstance(each, ImagePrompt)}
         if not images:
             # States are kept, and what is kept may meet gradients later.

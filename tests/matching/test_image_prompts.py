@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import dsd_fast as dsd
+from dsd_fast import matching
 from dsd_fast.engine import Engine, ImagePrompt
+from dsd_fast.jobs import JobError, read_index
 from dsd_fast.matching.score import PairScorer
 from tests.engine.test_image_prompts import image_prompts, model
 
@@ -97,3 +99,20 @@ def test_learned_vectors_follow_them():
     expected = scorer.score(latents, states, every, every)
     close(got, expected)
     close(scorer.score(latents, scorer.encode_texts(prompts), every, every), expected)
+
+
+def test_a_folder_of_scores_knows_them_by_their_content(tmp_path):
+    of = model("sd15")
+    matcher = dsd.Matcher(of, dsd.MatchConfig(timesteps=1))
+    prompts = image_prompts(of, 2)
+    matching.score_to(matcher, tmp_path, pictures(), [*prompts, "a dog"])
+    rows = read_index(tmp_path).to_pylist()
+    close(torch.tensor([row["scores"] for row in rows]), matcher.score(pictures(), [*prompts, "a dog"]))
+    same = image_prompts(of, 2, names=("x", "y"))
+    assert matching.score_to(matcher, tmp_path, pictures(), [*same, "a dog"]).counts.done == 2
+    with pytest.raises(JobError, match="captions"):
+        matching.score_to(matcher, tmp_path, pictures(), [*image_prompts(of, 2, seed=1), "a dog"])
+    many = tmp_path / "many"
+    matching.score_to(matcher, many, pictures(1), image_prompts(of, 20))
+    with pytest.raises(JobError, match="captions"):
+        matching.score_to(matcher, many, pictures(1), image_prompts(of, 20, seed=1))
