@@ -1,0 +1,44 @@
+"""Pictures in lines on one sheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from dsd_fast.generation.files import read_images
+
+# Longer side of an image on a sheet, and what is between two.
+_SIDE, _GAP, _PAPER = 256, 4, (255, 255, 255)
+
+
+def small(picture: Image.Image) -> Image.Image:
+    """Makes a picture as large as a sheet shows it; small ones by whole numbers, so that pixels stay sharp squares."""
+    times = max(1, _SIDE // max(picture.size))
+    shown = picture.convert("RGB").resize([times * side for side in picture.size], Image.Resampling.NEAREST)
+    shown.thumbnail((_SIDE, _SIDE))
+    return shown
+
+
+def read_lines(folder: Path, lines: Sequence[Sequence[str | None]]) -> list[list[Image.Image | None]]:
+    """Reads generated images of a job's folder by their ids, as :func:`small` makes them; None stays None."""
+    names = list(dict.fromkeys(name for line in lines for name in line if name is not None))
+    pictures: dict[str | None, Image.Image] = {}
+    for name, (content, _) in zip(names, read_images(folder, names), strict=True):
+        with Image.open(io.BytesIO(content)) as picture:
+            pictures[name] = small(picture)
+    return [[pictures.get(name) for name in line] for line in lines]
+
+
+def sheet(lines: Sequence[Sequence[Image.Image | None]]) -> Image.Image:
+    """Puts pictures in lines of one length; None leaves its place empty."""
+    sizes = [picture.size for line in lines for picture in line if picture is not None] or [(_SIDE, _SIDE)]
+    width, height = (max(sides) + _GAP for sides in zip(*sizes, strict=True))
+    whole = Image.new("RGB", (width * len(lines[0]) - _GAP, height * len(lines) - _GAP), _PAPER)
+    for row, line in enumerate(lines):
+        for column, picture in enumerate(line):
+            if picture is not None:
+                whole.paste(picture, (column * width, row * height))
+    return whole
