@@ -1,0 +1,170 @@
+"""Options of ``dsd-fast prompt``."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsd_fast.cli.feature_options import Images
+from dsd_fast.cli.groups import Options
+from dsd_fast.cli.images import ImageFiles, read_prompts
+from dsd_fast.cli.options import MEMORY_PANEL, AdaptedModelOptions, MemoryBudget, WorkerOptions, parse_bytes
+from dsd_fast.cli.terminal import CommandError
+
+if TYPE_CHECKING:
+    from dsd_fast.generation import GenerateConfig
+    from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
+    from dsd_fast.models import Model
+
+
+class ClipModelOptions(AdaptedModelOptions):
+    """A model, perhaps a LoRA, and the CLIP that sees the images."""
+
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="The CLIP that sees the images: a folder or hub id, as openai/clip-vit-large-patch14; the model's own "
+            "if none."
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Checks as :class:`AdaptedModelOptions` does, and that a folder of CLIP is there."""
+        super().check()
+        from dsd_fast.models.hub import local_folder
+
+        if self.clip is not None:
+            local_folder(self.clip, "clip")
+
+    def arguments(self) -> dict[str, Any]:
+        """Tells the arguments of :func:`dsd_fast.load`, CLIP among them."""
+        return {**super().arguments(), "clip": self.clip}
+
+
+class ConverterOptions(Options, panel="Conversion"):
+    """How an image becomes a vector; fields of a :class:`dsd_fast.ImagePromptConfig`."""
+
+    inverse: Annotated[
+        str,
+        typer.Option(
+            metavar="truncated|ridge|prior",
+            help="Of CLIP's text projection: the pseudo-inverse without small singular values; ridge regression; or the "
+            "mean under the covariance of captions' states.",
+        ),
+    ] = "truncated"
+    cut: Annotated[
+        float | None,
+        typer.Option(help="Singular values up to it are left out; 0.3 for CLIP-L, else as captions say, if none."),
+    ] = None
+    ridge: Annotated[float | None, typer.Option(help="Of --inverse ridge; as captions say if none.")] = None
+    norm: Annotated[
+        float | None,
+        typer.Option(help="Of the vectors; 27.5 for CLIP-L, else the mean norm of captions' states, if none."),
+    ] = None
+
+    def config(self, memory_budget: str | None) -> "ImagePromptConfig":
+        """Makes the settings that the options stand for.
+
+        Raises:
+            ValueError: a value that is not allowed, by name.
+        """
+        # Before torch is loaded for nothing.
+        settings = {**self.values(), "memory_budget": parse_bytes(memory_budget)}
+        from dsd_fast.image_prompt import ImagePromptConfig
+
+        return ImagePromptConfig(**settings)
+
+
+class TextOptions(Options, panel="Texts"):
+    """The texts that images stand in."""
+
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="One for all images, whose words stand before the image.")
+    ] = ""
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A prompt for each image: .jsonl, .csv or .parquet with the columns image and prompt."
+        ),
+    ] = None
+
+    def texts(self, files: ImageFiles) -> str | list[str]:
+        """Gives one prompt, or one for each image."""
+        return self.prompt if self.prompts is None else files.prompts(read_prompts(self.prompts))
+
+
+class EditTextOptions(TextOptions):
+    """The texts that images are edited by."""
+
+    alpha: Annotated[
+        float, typer.Option(help="How much of the text's own states is added from its end on; 0: its words alone.")
+    ] = 0.6
+
+
+class PictureOptions(Options, panel="Pictures"):
+    """What is shown of the first images: each beside its variations."""
+
+    pictures: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Show the first N images beside variations of them; 0: none.")
+    ] = 0
+    variations: Annotated[int, typer.Option(min=1, metavar="K", help="Of each, with the seeds 0, 1, ….")] = 4
+    sampling_steps: Annotated[int, typer.Option(help="Of the scheduler, for these.")] = 50
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; up to 1 there is none.")] = 7.5
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="As of dsd-fast generate; the model's own if none.")
+    ] = None
+    report: Annotated[bool, typer.Option("--report", help="Write report.html, a page to look at.")] = False
+
+    def sampling(self) -> "GenerateConfig":
+        """Makes the settings of the variations.
+
+        Raises:
+            ValueError: a value that is not allowed, by name.
+        """
+        from dsd_fast.generation import GenerateConfig
+
+        return GenerateConfig(steps=self.sampling_steps, guidance=self.guidance, scheduler=self.scheduler)
+
+
+class TunedPictureOptions(PictureOptions):
+    """Pictures before and after tuning."""
+
+    pictures: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Show the first N images beside variations of them, before and after."),
+    ] = 4
+
+
+class FileOptions(Options, panel="Files"):
+    """How the prompts are written."""
+
+    shard_rows: Annotated[int, typer.Option(min=1, help="Prompts that become a whole file together.")] = 4096
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Try images again that could not be used.")
+    ] = False
+
+
+class ConvertRequest(Options):
+    """Images, and what is made of them."""
+
+    images: Images
+    out: Annotated[Path, typer.Option(help="Folder of the prompts, this job's alone.", show_default=False)]
+    texts: TextOptions
+    converter: ConverterOptions
+    pictures: PictureOptions
+    files: FileOptions
+    workers: WorkerOptions
+    source: TunedModelOptions
+    memory_budget: MemoryBudget = None
+
+    @property
+    def alpha(self) -> float:
+        """Tells how much of the texts' own states is added from their ends on."""
+        return self.texts.alpha if isinstance(self.texts, EditTextOptions) else 0.0
+
+
+class EditRequest(ConvertRequest):
+    """Images, and the texts that they are edited by."""
+
+    texts: EditTextOptions
