@@ -15,7 +15,8 @@ import numpy as np
 from dsd_fast.cli.files import writing
 from dsd_fast.cli.fit.options import FitRequest
 from dsd_fast.cli.results import settings_of, versions, write_json
-from dsd_fast.cli.terminal import CommandError, progress
+from dsd_fast.cli.steps import showing_steps
+from dsd_fast.cli.terminal import CommandError
 from dsd_fast.jobs import LockedError, locked, remove_stale, replacing
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.fitting.config import FitConfig
@@ -73,7 +74,10 @@ def run(
                 "fit": asdict(config),
             }
             start = time.perf_counter()
-            history = _fit(matcher, groups, held_out, methods, config, out)
+            with showing_steps("fitting", config.steps) as report:
+                history = matcher.fit(
+                    groups, methods, validation=held_out, config=config, out=out, callback=report, progress=False
+                )
             if request.official_lora:
                 matcher.save_attn_procs(out / OFFICIAL)
             summary = {
@@ -125,36 +129,6 @@ def hold_out(groups: Sequence[Group], share: float, seed: int) -> tuple[list[Gro
             f"validation_split: {share} of {len(groups)} groups on {len(images)} images leaves no group to learn from"
         )
     return learned, held
-
-
-def _fit(
-    matcher: Matcher,
-    groups: Sequence[Group],
-    held_out: Sequence[Group] | None,
-    methods: Sequence[str],
-    config: FitConfig,
-    out: Path,
-) -> FitHistory:
-    with progress("steps") as display:
-        task = display.add_task("fitting", total=config.steps, units=0)
-        first, shown, held = None, "", ""
-
-        def report(step: int, loss: float | None, record: FitRecord | None) -> None:
-            nonlocal first, shown, held
-            if first is None:
-                # Rate and time left are those of this run, which may go on with an earlier one.
-                first = step if loss is None else step - 1
-                display.update(task, total=config.steps - first)
-            if loss is not None:
-                shown = f", loss {loss:.4f}"
-            if record is not None and record.accuracy is not None:
-                held = f", held out {record.accuracy:.3f} right"
-            begun = f" from step {first}" if first else ""
-            display.update(task, completed=step - first, units=step - first, description=f"fitting{begun}{shown}{held}")
-
-        return matcher.fit(
-            groups, methods, validation=held_out, config=config, out=out, callback=report, progress=False
-        )
 
 
 def _questions(groups: Sequence[Group]) -> int:

@@ -9,7 +9,16 @@ from rich.console import Console
 
 from dsd_fast.cli.groups import command
 from dsd_fast.cli.prompt.options import ConvertRequest, CustomizeRequest, EditRequest, FinetuneRequest, TuneRequest
-from dsd_fast.cli.terminal import EXIT_INTERRUPTED, CommandError, counted, end, fail, show_errors, show_line, show_outcome
+from dsd_fast.cli.terminal import (
+    EXIT_INTERRUPTED,
+    CommandError,
+    counted,
+    end,
+    fail,
+    show_errors,
+    show_line,
+    show_outcome,
+)
 
 prompt = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -76,7 +85,6 @@ def customize(request: CustomizeRequest) -> None:
 def _convert(request: ConvertRequest) -> None:
     """Converts, and prints the first errors, the counts, and how well writing was hidden behind computing."""
     config = request.config()
-    request.check()
     from dsd_fast.cli.prompt.convert import run
 
     summary = run(request, config)

@@ -9,13 +9,19 @@ import typer
 from dsd_fast.cli.feature_options import Images
 from dsd_fast.cli.groups import Options
 from dsd_fast.cli.images import ImageFiles, read_prompts
-from dsd_fast.cli.options import MEMORY_PANEL, AdaptedModelOptions, MemoryBudget, WorkerOptions, parse_bytes
+from dsd_fast.cli.match.captions import read_captions
+from dsd_fast.cli.options import MEMORY_PANEL, AdaptedModelOptions, WorkerOptions
 from dsd_fast.cli.terminal import CommandError
 
 if TYPE_CHECKING:
     from dsd_fast.generation import GenerateConfig
     from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
     from dsd_fast.models import Model
+
+
+def parse_captions(text: str | None) -> str | tuple[str, ...] | None:
+    """Reads the name of a set, or the lines of a .txt file; None stays None."""
+    return text if text is None or not text.endswith(".txt") else tuple(read_captions(Path(text)))
 
 
 class ClipModelOptions(AdaptedModelOptions):
@@ -42,35 +48,61 @@ class ClipModelOptions(AdaptedModelOptions):
         return {**super().arguments(), "clip": self.clip}
 
 
+class TunedModelOptions(ClipModelOptions):
+    """A model, and perhaps what it was tuned to."""
+
+    tuned: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of dsd-fast prompt finetune or customize, as whose images are seen."),
+    ] = None
+
+    def check(self) -> None:
+        """Checks as :class:`ClipModelOptions` does, and that the tuned folder is there."""
+        super().check()
+        if self.tuned is not None and not self.tuned.is_dir():
+            raise CommandError(f"--tuned: {self.tuned} is no folder, expected one of dsd-fast prompt finetune")
+
+
 class ConverterOptions(Options, panel="Conversion"):
-    """How an image becomes a vector; fields of a :class:`dsd_fast.ImagePromptConfig`."""
+    """How an image becomes a vector: the settings of a :class:`dsd_fast.ImagePromptConfig` under their names."""
 
     inverse: Annotated[
         str,
         typer.Option(
             metavar="truncated|ridge|prior",
-            help="Of CLIP's text projection: the pseudo-inverse without small singular values; ridge regression; or the "
-            "mean under the covariance of captions' states.",
+            help="Of CLIP's text projection: without small singular values, as officially; with a ridge; or as captions' "
+            "states are spread.",
         ),
     ] = "truncated"
     cut: Annotated[
         float | None,
-        typer.Option(help="Singular values up to it are left out; 0.3 for CLIP-L, else as captions say, if none."),
+        typer.Option(
+            help="A singular value; officially 0.3, which truncated takes for CLIP-L; else as captions say, if none."
+        ),
     ] = None
-    ridge: Annotated[float | None, typer.Option(help="Of --inverse ridge; as captions say if none.")] = None
     norm: Annotated[
         float | None,
-        typer.Option(help="Of the vectors; 27.5 for CLIP-L, else the mean norm of captions' states, if none."),
+        typer.Option(help="Of the vectors; 27.5 for CLIP-L as officially, else the captions' mean, if none."),
     ] = None
+    captions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="things|scenes|FILE.txt",
+            help="Texts that say what --cut and --norm leave open: a set by name, or one on each line; the model's own "
+            "if none.",
+        ),
+        parse_captions,
+    ] = None
+    batch: Annotated[int, typer.Option(rich_help_panel=MEMORY_PANEL, help="Images that go through CLIP together.")] = 16
 
-    def config(self, memory_budget: str | None) -> "ImagePromptConfig":
+    def config(self) -> "ImagePromptConfig":
         """Makes the settings that the options stand for.
 
         Raises:
             ValueError: a value that is not allowed, by name.
         """
         # Before torch is loaded for nothing.
-        settings = {**self.values(), "memory_budget": parse_bytes(memory_budget)}
+        settings = self.values()
         from dsd_fast.image_prompt import ImagePromptConfig
 
         return ImagePromptConfig(**settings)
@@ -120,8 +152,13 @@ class PictureOptions(Options, panel="Pictures"):
         """Makes the settings of the variations.
 
         Raises:
+            CommandError: some, and no pictures.
             ValueError: a value that is not allowed, by name.
         """
+        if not self.pictures:
+            given = [name for name in self.changed() if name not in ("--pictures", "--report")]
+            if given:
+                raise CommandError(f"{given[0]}: given without --pictures")
         from dsd_fast.generation import GenerateConfig
 
         return GenerateConfig(steps=self.sampling_steps, guidance=self.guidance, scheduler=self.scheduler)
@@ -140,9 +177,9 @@ class FileOptions(Options, panel="Files"):
     """How the prompts are written."""
 
     shard_rows: Annotated[int, typer.Option(min=1, help="Prompts that become a whole file together.")] = 4096
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Try images again that could not be used.")
-    ] = False
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try images again that could not be used.")] = (
+        False
+    )
 
 
 class ConvertRequest(Options):
@@ -156,12 +193,25 @@ class ConvertRequest(Options):
     files: FileOptions
     workers: WorkerOptions
     source: TunedModelOptions
-    memory_budget: MemoryBudget = None
 
     @property
     def alpha(self) -> float:
         """Tells how much of the texts' own states is added from their ends on."""
         return self.texts.alpha if isinstance(self.texts, EditTextOptions) else 0.0
+
+    def config(self) -> "ImagePromptConfig":
+        """Makes the settings of the converter, see :meth:`ConverterOptions.config`.
+
+        Raises:
+            CommandError: options that do not go together.
+        """
+        if self.texts.prompt and self.texts.prompts is not None:
+            raise CommandError("give either --prompt TEXT or --prompts FILE")
+        given = self.converter.changed()
+        if self.source.tuned is not None and given:
+            raise CommandError(f"{given[0]}: given with --tuned, whose folder says how images are converted")
+        self.workers.check(self.source.device)
+        return self.converter.config()
 
 
 class EditRequest(ConvertRequest):
