@@ -1,6 +1,5 @@
 """Options of ``dsd-fast prompt``."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +14,7 @@ from dsd_fast.cli.terminal import CommandError
 
 if TYPE_CHECKING:
     from dsd_fast.generation import GenerateConfig
-    from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
-    from dsd_fast.models import Model
+    from dsd_fast.image_prompt import ImagePromptConfig
 
 
 def parse_captions(text: str | None) -> str | tuple[str, ...] | None:
@@ -70,8 +68,8 @@ class ConverterOptions(Options, panel="Conversion"):
         str,
         typer.Option(
             metavar="truncated|ridge|prior",
-            help="Of CLIP's text projection: without small singular values, as officially; with a ridge; or as captions' "
-            "states are spread.",
+            help="Of CLIP's text projection: without small singular values, as officially; with a ridge; or as states "
+            "of captions are spread.",
         ),
     ] = "truncated"
     cut: Annotated[

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsd_fast.cli.job_report import files, timeline
 from dsd_fast.cli.prompt.pictures import Sheet
-from dsd_fast.cli.report import code, errors, image, page, paragraph, section, settings, table, visible
+from dsd_fast.cli.report import code, errors, image, page, paragraph, section, settings, visible
 from dsd_fast.cli.terminal import counted
 from dsd_fast.jobs import Timeline
 
