@@ -93,12 +93,21 @@ class ClipSpace:
         Raises:
             ValueError: a text that :meth:`tokens` refuses.
         """
+        states = self.text_states(texts)
+        with own_types(self.vision.device):
+            embeds = self._clip.text_projection(states)
+        return F.normalize(wide(embeds), dim=-1)
+
+    def text_states(self, texts: Sequence[str]) -> Tensor:
+        """Give the states (n, E) at texts' ends, in CLIP's own type, before they are projected.
+
+        Raises:
+            ValueError: a text that :meth:`tokens` refuses.
+        """
         tokens = self.tokens(texts)
         parts = (tokens[start : start + _TEXTS_AT_ONCE] for start in range(0, len(tokens), _TEXTS_AT_ONCE))
         with own_types(self.vision.device):
-            pooled = [self._clip.text_model(upload(part, self.vision.device)).pooler_output for part in parts]
-            embeds = self._clip.text_projection(torch.cat(pooled))
-        return F.normalize(wide(embeds), dim=-1)
+            return torch.cat([self._clip.text_model(upload(part, self.vision.device)).pooler_output for part in parts])
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token ids (n, T) int64 of texts.

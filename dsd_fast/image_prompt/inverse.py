@@ -1,0 +1,122 @@
+"""From CLIP's space back to text states, in float64 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Of an image's embedding to that of its caption, less what is the same of all images: what noise stands for in the
+# choice of a cut. The choice is flat in it.
+_COSINE = 0.8
+_CUTS = 48
+# Of the captions one in so many is held out.
+_HELD_OUT = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse:
+    """States of embeddings z of unit length, up to their length: ``matrix`` z + ``offset``.
+
+    Attributes:
+        matrix: (E, D).
+        offset: (E,), or None for nothing.
+        cut: a singular value; None of a fitted map.
+        kept: singular values that are not left out; None where all are weighed.
+    """
+
+    matrix: Tensor
+    offset: Tensor | None = None
+    cut: float | None = None
+    kept: int | None = None
+
+    def __call__(self, embeds: Tensor) -> Tensor:
+        """Map (n, D) to (n, E)."""
+        return F.linear(embeds, self.matrix, self.offset)
+
+
+Make = Callable[[float], Inverse]
+
+
+def truncated(projection: Tensor, cut: float) -> Inverse:
+    """Make the pseudo-inverse of a projection (D, E) without the singular values up to a cut."""
+    u, s, vh = torch.linalg.svd(projection, full_matrices=False)
+    keep = s > cut
+    return Inverse((vh[keep].mT / s[keep]) @ u[:, keep].mT, cut=cut, kept=int(keep.sum()))
+
+
+def ridge(projection: Tensor, cut: float) -> Inverse:
+    """Make (WᵀW + cut² I)⁻¹ Wᵀ of a projection W (D, E)."""
+    u, s, vh = torch.linalg.svd(projection, full_matrices=False)
+    return Inverse((vh.mT * (s / (s**2 + cut**2)).nan_to_num()) @ u.mT, cut=cut)
+
+
+def prior(projection: Tensor, states: Tensor, cut: float) -> Inverse:
+    """Make the mean of states given their embeddings with noise, of a projection W (D, E).
+
+    μ + C Wᵀ (W C Wᵀ + σ² I)⁻¹ (l z − W μ) with μ and C the mean and covariance of the captions' states, l the mean
+    length of their W h, and σ² = cut² tr(C) / E.
+
+    Args:
+        states: (M, E), of captions.
+    """
+    mean = states.mean(0)
+    centred = states - mean
+    spread = centred.mT @ centred / len(states)
+    noise = cut**2 * torch.trace(spread) / len(mean)
+    seen = projection @ spread @ projection.mT
+    seen.diagonal().add_(noise)
+    gain = torch.linalg.lstsq(seen, projection @ spread).solution.mT  # (E, D)
+    length = (states @ projection.mT).norm(dim=1).mean()
+    return Inverse(gain * length, mean - gain @ (projection @ mean), cut=cut)
+
+
+def fitted(embeds: Tensor, states: Tensor) -> Inverse:
+    """Fit states (M, E) to embeddings (M, D) of unit length by least squares, as if these had noise.
+
+    Noise of cosine c to what it is added to is a ridge of (1 / c² − 1) / D.
+    """
+    mean, centre = states.mean(0), embeds.mean(0)
+    x = embeds - centre
+    seen = x.mT @ x / len(x)
+    seen.diagonal().add_((_COSINE**-2 - 1) / embeds.shape[1])
+    gain = torch.linalg.solve(seen, x.mT @ (states - mean) / len(x)).mT
+    return Inverse(gain, mean - gain @ centre)
+
+
+def best_cut(make: Make, projection: Tensor, states: Tensor) -> float:
+    """Choose the cut of which inverses find captions' states (M, E) best, by cosine, from embeddings with noise."""
+    largest = float(torch.linalg.matrix_norm(projection, 2))
+    embeds = F.normalize(states @ projection.mT, dim=1)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(embeds.shape, generator=generator, dtype=embeds.dtype, device="cpu")
+    seen = F.normalize(embeds + noise * ((_COSINE**-2 - 1) / embeds.shape[1]) ** 0.5, dim=1)
+    # What all states have in common is not to be found.
+    centred = states - states.mean(0)
+
+    def found(cut: float) -> float:
+        result = F.normalize(make(cut)(seen), dim=1) * states.norm(dim=1, keepdim=True)
+        return float(F.cosine_similarity(result - states.mean(0), centred, dim=1).mean())
+
+    cuts = [largest * 0.02 ** (number / _CUTS) for number in range(1, _CUTS + 1)]
+    return max(cuts, key=found)
+
+
+def held_out_quality(embeds: Tensor, states: Tensor) -> dict[str, float]:
+    """Tell how well a map fitted to the other captions finds the states of one in eight of them.
+
+    Returns:
+        {"r2", "cosine"}: 1 − Σ|h − e|² / Σ|μ − e|² against the mean μ of the others, and the mean cosine of h − μ and
+        e − μ.
+    """
+    out = torch.arange(len(states), device="cpu") % _HELD_OUT == 0
+    mean = states[~out].mean(0)
+    wanted = states[out] - mean
+    got = fitted(embeds[~out], states[~out])(embeds[out]) - mean
+    return {
+        "r2": 1 - float((got - wanted).square().sum() / wanted.square().sum()),
+        "cosine": float(F.cosine_similarity(got, wanted, dim=1).mean()),
+    }
