@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from dsd_fast.engine.adapters import Adapters
 from dsd_fast.engine.gradients import kept_bytes
+from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.engine.texts import Texts
+from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.unet.stream import default_budget, gradient_budget
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
+
+Prompt = str | ImagePrompt
+"""What stands for a text: itself, or one image."""
 
 # Images in one call of the VAE, and its parts' peaks: so many float tensors of its first width at the image's size. The
 # decoder's last block but one leaves twice that width, which is held beside its norm and the convolution of it.
@@ -52,59 +57,85 @@ class Encoding:
         """The memory budget in bytes; the device's default where none was given."""
         return default_budget(self.model.device) if self.memory_budget is None else self.memory_budget
 
-    def encode_prompts(self, prompts: Sequence[str] | None, clip_skip: int | None = None) -> PromptStates:
-        """Encode M prompts, or the absent one for None, under the engine's adapters; no gradients.
+    def encode_prompts(
+        self, prompts: Sequence[Prompt] | ImagePrompt | None, clip_skip: int | None = None
+    ) -> PromptStates:
+        """Encode M prompts, or the absent one for None, under the engine's adapters; no gradients of the encoders.
+
+        Where all are images as prompts, with ``alpha`` 0, their states are as few as those.
 
         Args:
-            clip_skip: of the prompts, see :meth:`dsd_fast.models.Model.encode_prompts`.
+            prompts: texts, and images as prompts of one each; or M images as prompts.
+            clip_skip: of the texts, see :meth:`dsd_fast.models.Model.encode_prompts`.
 
         Raises:
-            ValueError: a prompt that is not a string or is longer than the encoder's limit.
+            ValueError: a prompt that is neither, or is longer than the encoder's limit; one of another model.
         """
-        # States are kept, and what is kept may meet gradients later.
-        with self.adapters.active(texts_only=True), torch.inference_mode(False), torch.no_grad():
-            if prompts is None:
-                return self.model.encode_unconditional()
-            return self.model.encode_prompts(prompts, clip_skip)
+        if isinstance(prompts, ImagePrompt):
+            prompts.check(self.model)
+            return prompts.states()
+        images = {} if prompts is None else {n: each for n, each in enumerate(prompts) if isinstance(each, ImagePrompt)}
+        if not images:
+            # States are kept, and what is kept may meet gradients later.
+            with self.adapters.active(texts_only=True), torch.inference_mode(False), torch.no_grad():
+                if prompts is None:
+                    return self.model.encode_unconditional()
+                return self.model.encode_prompts(cast("Sequence[str]", prompts), clip_skip)
+        texts = {n: each for n, each in enumerate(prompts or ()) if n not in images}
+        parts = [self.encode_prompts(list(texts.values()), clip_skip)] if texts else []
+        for number, image in images.items():
+            if len(image) != 1:
+                raise ValueError(f"prompts[{number}]: got {len(image)} images as prompts, expected one")
+            parts.append(self.encode_prompts(image))
+        order = torch.tensor([*texts, *images], dtype=torch.int64, device="cpu").argsort()
+        return PromptStates.joined(parts)[order]
 
     def texts(
-        self, prompts: Sequence[str | None], clip_skip: Sequence[int | None] | None = None
+        self, prompts: Sequence[Prompt | None], clip_skip: Sequence[int | None] | None = None
     ) -> tuple[Texts, Tensor]:
         """Give the different ones of n prompts, and (n,) int64, the number of each; None is the absent prompt.
 
-        States are in the UNet's type; those met last are remembered. :meth:`forget` is to be called at each request:
-        the encoders, or their adapters, may have changed since.
+        States are in the UNet's type; those of texts met last are remembered. :meth:`forget` is to be called at each
+        request: the encoders, or their adapters, may have changed since.
 
         Args:
-            clip_skip: one for each prompt.
+            prompts: texts, and images as prompts of one each.
+            clip_skip: one for each prompt; an image as a prompt has none.
         """
         skips = [None] * len(prompts) if clip_skip is None else clip_skip
         asked = [None if prompt is None else (skip, prompt) for prompt, skip in zip(prompts, skips, strict=True)]
-        by_skip: dict[int | None, dict[str, None]] = {}
+        images: dict[tuple[int | None, Prompt], None] = {}
+        by_skip: dict[int | None, dict[Prompt, None]] = {}
         for each in asked:
-            if each is not None:
+            if each is not None and isinstance(each[1], ImagePrompt):
+                images[each] = None
+            elif each is not None:
                 by_skip.setdefault(each[0], {})[each[1]] = None
-        used = [(skip, prompt) for skip, own in by_skip.items() for prompt in own]
-        place: dict[tuple[int | None, str] | None, int] = {None: len(used)}
+        used = [*((skip, prompt) for skip, own in by_skip.items() for prompt in own), *images]
+        place: dict[tuple[int | None, Prompt] | None, int] = {None: len(used)}
         place |= {each: number for number, each in enumerate(used)}
         numbers = torch.tensor([place[each] for each in asked], dtype=torch.int64, device="cpu")
         absent = self._remembered_states(None) if None in prompts else None
-        first, *others = [self._remembered_states(tuple(own), skip) for skip, own in (by_skip or {None: {}}).items()]
-        for other in others:
-            first = first.followed_by(other)
-        return Texts(first, absent), numbers
+        by_skip = by_skip if by_skip or images else {None: {}}
+        parts = [self._remembered_states(tuple(own), skip) for skip, own in by_skip.items()]
+        if images:
+            parts.append(self._own_states(self.encode_prompts([prompt for _, prompt in images])))
+        return Texts(PromptStates.joined(parts), absent), numbers
 
-    def _remembered_states(self, prompts: tuple[str, ...] | None, clip_skip: int | None = None) -> PromptStates:
+    def _remembered_states(self, prompts: tuple[Prompt, ...] | None, clip_skip: int | None = None) -> PromptStates:
         key = (prompts, clip_skip, self.adapters.of_texts)
         states = next((known for other, known in tuple(self._remembered) if other == key), None)
         if states is None:
-            states = self.encode_prompts(prompts, clip_skip).to(self.model.device)
-            # A pipeline's text encoders may have another type than its UNet.
-            pooled = None if states.pooled is None else states.pooled.to(self.model.dtype)
-            states = replace(states, states=states.states.to(self.model.dtype), pooled=pooled)
+            states = self._own_states(self.encode_prompts(prompts, clip_skip))
             # In one statement, for other threads read the list: the oldest goes.
             self._remembered[:] = [*self._remembered[-_REMEMBERED:], (key, states)]
         return states
+
+    def _own_states(self, states: PromptStates) -> PromptStates:
+        """On the UNet's device and in its type, which a pipeline's text encoders need not have."""
+        device, dtype = self.model.device, self.model.dtype
+        pooled = None if states.pooled is None else upload(states.pooled, device, dtype)
+        return replace(states, states=upload(states.states, device, dtype), pooled=pooled)
 
     def forget(self) -> None:
         """Encode prompts anew from now on."""

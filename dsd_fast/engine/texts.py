@@ -44,7 +44,8 @@ class Texts:
     @property
     def tokens(self) -> int:
         """Keys of each text: its tokens, padding included, and the learned vectors."""
-        return int(self.states.states.shape[1]) + (0 if self._vectors is None else len(self._vectors))
+        width = max(int(each.states.shape[1]) for each in (self.states, self.unconditional) if each is not None)
+        return width + (0 if self._vectors is None else len(self._vectors))
 
     def fits(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
         """Tell whether the keys of all texts are held at once; see :meth:`groups`."""

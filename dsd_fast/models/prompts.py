@@ -57,30 +57,32 @@ class PromptStates:
         return PromptStates(upload(self.states, device), pooled, self.lengths, self.token_ids, self.counts)
 
     def followed_by(self, other: "PromptStates") -> "PromptStates":
-        """These prompts and then those of ``other``, of the same model, where these are.
+        """These prompts and then those of ``other``, see :meth:`joined`."""
+        return PromptStates.joined([self, other])
+
+    @staticmethod
+    def joined(parts: Sequence["PromptStates"]) -> "PromptStates":
+        """The prompts of one or more parts in turn, of the same model, where the first part is.
 
         Where they have different numbers of states, the fewer are followed by some that stand for none.
         """
-        pooled, other = None, other.to(self.states.device)
-        if self.pooled is not None and other.pooled is not None:
-            pooled = torch.cat([self.pooled, other.pooled])
-        width = max(self.states.shape[1], other.states.shape[1])
-        first, second = self._widened(width), other._widened(width)
-        counts = None
-        if first.counts is not None or second.counts is not None:
-            counts = torch.cat([first._counted(), second._counted()])
+        device = parts[0].states.device
+        width = max(part.states.shape[1] for part in parts)
+        parts = [part.to(device)._widened(width) for part in parts]
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        counted = any(part.counts is not None for part in parts)
         return PromptStates(
-            torch.cat([first.states, second.states]),
-            pooled,
-            torch.cat([self.lengths, other.lengths]),
-            torch.cat([first.token_ids, second.token_ids]),
-            counts,
+            torch.cat([part.states for part in parts]),
+            torch.cat(pooled) if len(pooled) == len(parts) else None,
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part._counted() for part in parts]) if counted else None,
         )
 
     @property
     def key_bias(self) -> Tensor | None:
-        """What is added to each key's logit, (M, T) float32 on the CPU, the logarithm of its count; None: nothing."""
-        return None if self.counts is None else self.counts.to(torch.float64).log().float()
+        """What is added to each key's logit, (M, T) float64 on the CPU, the logarithm of its count; None: nothing."""
+        return None if self.counts is None else self.counts.to(torch.float64).log()
 
     def expanded(self) -> "PromptStates":
         """The same prompts with each state as often as it counts, as networks read them that know no counts.
@@ -100,7 +102,10 @@ class PromptStates:
         row = torch.arange(len(self), device="cpu")[:, None]
         device = self.states.device
         states = self.states[upload(row, device), upload(place, device)]
-        return PromptStates(states, self.pooled, self.lengths, self.token_ids[row, place])
+        # Real states come first, and so do those that they stand for.
+        real = torch.arange(self.counts.shape[1], device="cpu") < self.lengths[:, None]
+        lengths = (self.counts * real).sum(1)
+        return PromptStates(states, self.pooled, lengths, self.token_ids[row, place])
 
     def _counted(self) -> Tensor:
         return torch.ones_like(self.token_ids) if self.counts is None else self.counts
