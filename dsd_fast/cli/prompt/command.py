@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from dsd_fast.cli.groups import command
-from dsd_fast.cli.prompt.options import ConvertRequest, CustomizeRequest, EditRequest, FinetuneRequest, TuneRequest
+from dsd_fast.cli.prompt.options import ConvertRequest, CustomizeRequest, EditRequest, FinetuneRequest
 from dsd_fast.cli.terminal import (
     EXIT_INTERRUPTED,
     CommandError,
@@ -96,9 +96,9 @@ def _convert(request: ConvertRequest) -> None:
     end(summary["complete"], errors)
 
 
-def _tune(request: TuneRequest) -> None:
+def _tune(request: FinetuneRequest) -> None:
     """Tunes, and prints how the loss went, the time and the memory."""
-    config, tuning = request.converter.config(request.memory_budget), request.tuning_config()
+    config, tuning = request.converter.config(), request.tuning.tuning()
     from dsd_fast.cli.prompt.tune import run
 
     try:

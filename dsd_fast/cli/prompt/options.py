@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsd_fast.cli.feature_options import Images
+from dsd_fast.cli.fit.options import parse_range
 from dsd_fast.cli.groups import Options
 from dsd_fast.cli.images import ImageFiles, read_prompts
 from dsd_fast.cli.match.captions import read_captions
@@ -14,12 +15,17 @@ from dsd_fast.cli.terminal import CommandError
 
 if TYPE_CHECKING:
     from dsd_fast.generation import GenerateConfig
-    from dsd_fast.image_prompt import ImagePromptConfig
+    from dsd_fast.image_prompt import ImagePromptConfig, TuneConfig
 
 
 def parse_captions(text: str | None) -> str | tuple[str, ...] | None:
     """Reads the name of a set, or the lines of a .txt file; None stays None."""
     return text if text is None or not text.endswith(".txt") else tuple(read_captions(Path(text)))
+
+
+def parse_attention(text: str) -> str | None:
+    """Reads what is learned of the network; none is None."""
+    return None if text == "none" else text
 
 
 class ClipModelOptions(AdaptedModelOptions):
@@ -132,6 +138,78 @@ class EditTextOptions(TextOptions):
     ] = 0.6
 
 
+class TuneOptions(Options, panel="Tuning"):
+    """How CLIP and the network are tuned: the settings of a :class:`dsd_fast.TuneConfig` under their names."""
+
+    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 300
+    batch_size: Annotated[int, typer.Option(help="Images a step, each with a timestep and noise of its own.")] = 8
+    attention: Annotated[
+        str,
+        typer.Option(
+            metavar="lora|full|none",
+            help="What is learned in the network: a LoRA on keys and values of its cross-attention, which stock "
+            "diffusers loads; those matrices themselves; or nothing.",
+        ),
+        parse_attention,
+    ] = "lora"
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 16
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Learned tokens at each layer of CLIP's image encoder; 0: none.")
+    ] = 50
+    prompt_dropout: Annotated[float, typer.Option(help="Share of their numbers that a step leaves out.")] = 0.1
+    learning_rate: Annotated[float, typer.Option(help="Of what is learned in the network.")] = 1e-3
+    prompt_learning_rate: Annotated[float, typer.Option(help="Of the learned tokens.")] = 1e-3
+    schedule: Annotated[
+        str,
+        typer.Option(metavar="linear|constant", help="Of the rates; linear falls to 0 over the second half."),
+    ] = "linear"
+    warmup: Annotated[int, typer.Option(help="Steps until the full rates.")] = 10
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0
+    timestep_range: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Train on timesteps from A up to, not including, B; on all if none."),
+        parse_range,
+    ] = None
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="IMAGE|DIR", help="Held-out images, by whose loss the best step is kept; repeat."),
+    ] = None
+    validate_every: Annotated[int, typer.Option(help="Steps between records, and looks at --validation.")] = 50
+    patience: Annotated[int | None, typer.Option(help="Looks without a better one before it stops.")] = None
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", rich_help_panel=MEMORY_PANEL, help="Less memory, a third more time."),
+    ] = False
+    save_every: Annotated[float, typer.Option(rich_help_panel=MEMORY_PANEL, help="Seconds between checkpoints.")] = 60.0
+
+    def tuning(self) -> "TuneConfig":
+        """Makes the settings that the options stand for.
+
+        Raises:
+            ValueError: text that is no value of its option, or a value that is not allowed, by name.
+        """
+        # Before torch is loaded for nothing.
+        settings = self.values()
+        del settings["validation"]
+        from dsd_fast.image_prompt import TuneConfig
+
+        return TuneConfig(**settings)
+
+
+class FewOptions(TuneOptions):
+    """How it is tuned to a few images."""
+
+    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 30
+    learning_rate: Annotated[float, typer.Option(help="Of what is learned in the network.")] = 3e-3
+    schedule: Annotated[
+        str,
+        typer.Option(metavar="linear|constant", help="Of the rates; linear falls to 0 over the second half."),
+    ] = "constant"
+    warmup: Annotated[int, typer.Option(help="Steps until the full rates.")] = 0
+
+
 class PictureOptions(Options, panel="Pictures"):
     """What is shown of the first images: each beside its variations."""
 
@@ -216,3 +294,20 @@ class EditRequest(ConvertRequest):
     """Images, and the texts that they are edited by."""
 
     texts: EditTextOptions
+
+
+class FinetuneRequest(Options):
+    """Images of a domain, and how a model is tuned to them."""
+
+    images: Images
+    out: Annotated[Path, typer.Option(help="Folder of what is learned and its checkpoints.", show_default=False)]
+    tuning: TuneOptions
+    converter: ConverterOptions
+    pictures: TunedPictureOptions
+    source: ClipModelOptions
+
+
+class CustomizeRequest(FinetuneRequest):
+    """One image or a few, and how a model is tuned to them."""
+
+    tuning: FewOptions

@@ -77,7 +77,7 @@ def write_sheets(
     made = [_variations(out / side) for side in sides]
     with replacing_files(out / SHEETS, _NAMES) as folder:
         for number, (path, name, text) in enumerate(zip(images, names, texts, strict=True)):
-            lines = []
+            lines: list[list[Image.Image | None]] = []
             for side, ids in zip(sides, made, strict=True):
                 (line,) = read_lines(out / side, [[ids.get((_row(number), seed)) for seed in range(count)]])
                 lines.append([None if lines else _reference(path), *line])

@@ -22,7 +22,7 @@ _LIMITS = (
 
 def figures(sheets: Iterable[Sheet]) -> list[str]:
     """Puts the first sheets inside the page; as text they take a fraction of the memory that they take as pixels."""
-    shown = []
+    shown = list[str]()
     for sheet in sheets:
         # All are asked for, which writes them.
         if len(shown) < _SHOWN:
