@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,20 @@ class Texts:
 
     def fits(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
         """Tell whether the keys of all texts are held at once; see :meth:`groups`."""
+        return self._together(plan, size, memory_budget) or (
+            self._apart is not None and self._apart[0].fits(plan, size, memory_budget)
+        )
+
+    def _together(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
         return self._known(plan) is not None or self._at_once(plan, size, memory_budget) >= self._count
+
+    @cached_property
+    def _apart(self) -> tuple[Texts, Texts] | None:
+        """The texts, and the unconditional one, by themselves, where it has more states and they would be padded."""
+        if self.unconditional is None or self.unconditional.states.shape[1] <= self.states.states.shape[1]:
+            return None
+        bare = Texts(self.unconditional, scored=self._scored)
+        return Texts(self.states, vectors=self._vectors, scored=self._scored), bare
 
     def chosen(self, numbers: Tensor | None = None) -> PromptStates:
         """Give the states of texts by ascending numbers, all of them by default, the unconditional one last."""
@@ -67,9 +81,10 @@ class Texts:
         values = upload(states.states, device, dtype)
         count, length, _ = values.shape
         real = torch.arange(length, device="cpu") < states.lengths[:, None]
-        lengths, bias = None, states.key_bias
+        lengths, bias = states.key_lengths, states.key_bias
         if self._vectors is not None:
-            added = len(self._vectors)
+            # What stands for no state is then no end, and the bias alone hides it.
+            added, lengths = len(self._vectors), None
             values = torch.cat([values, upload(self._vectors, device, dtype).expand(count, -1, -1)], dim=1)
             real = torch.cat([real, real.new_ones(count, added)], dim=1)
             bias = None if bias is None else torch.cat([bias, bias.new_zeros(count, added)], dim=1)
@@ -97,13 +112,20 @@ class Texts:
         if not plan.reads_text:
             yield None, every, text_of
             return
-        if self.fits(plan, size, memory_budget):
+        if self._together(plan, size, memory_budget):
             keys = self._known(plan)
             if keys is None:
                 # What is kept may meet gradients later.
                 with torch.inference_mode(False), torch.no_grad():
                     keys = self._kept[plan] = self.keys(plan)
             yield keys, every, text_of
+            return
+        if self._apart is not None:
+            for texts, first in zip(self._apart, (0, len(self)), strict=True):
+                own = torch.nonzero((text_of >= len(self)) == (first > 0)).flatten()
+                if len(own):
+                    for keys, rows, local in texts.groups(plan, text_of[own] - first, size, memory_budget):
+                        yield keys, own[rows], local
             return
         at_once = self._at_once(plan, size, memory_budget)
         used, place = torch.unique(text_of, return_inverse=True)

@@ -137,13 +137,19 @@ class AcceptClip(Judge):
 
     def check(self, row: GenerateRow) -> None:
         """Refuse a row whose prompt CLIP does not read."""
-        self._space.tokens([row.prompt])
+        self._space.tokens([_text_of(row)])
 
     def __call__(self, images: Images, rows: Sequence[GenerateRow]) -> list[Verdict]:
         with torch.no_grad():
-            texts = self._space.of_texts([row.prompt for row in rows])
+            texts = self._space.of_texts([_text_of(row) for row in rows])
             scores = (self._space.of_images(list(images)) * texts).sum(-1).tolist()
         return [by_score(score, self.threshold, "low-clip-score") for score in scores]
+
+
+def _text_of(row: GenerateRow) -> str:
+    if not isinstance(row.prompt, str):
+        raise ValueError(f"prompt: got {row.prompt!r}, expected a text, with which CLIP compares images")
+    return row.prompt
 
 
 class NearDuplicates:

@@ -77,8 +77,8 @@ def generate(
 
     Args:
         model: from :func:`dsd_fast.load` or :func:`dsd_fast.from_pipeline`.
-        prompts: a text or texts, rows, or a file of them, see :func:`dsd_fast.generation.reading.rows_of`; consumed as
-            they are needed.
+        prompts: a text or texts, images as prompts, rows, or a file of them, see
+            :func:`dsd_fast.generation.reading.rows_of`; consumed as they are needed.
         config: what rows do not say themselves; None: its defaults.
         out: a folder to fill, see :func:`dsd_fast.generation.export.generate_to`.
         seeds: of the rows, see :func:`~dsd_fast.generation.reading.rows_of`.

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from dsd_fast.engine import ImagePrompt
+from dsd_fast.engine.encoding import Prompt
 from dsd_fast.generation.rows import GenerateRow, check_seed
 from dsd_fast.jobs import tables
 from dsd_fast.jobs.tables import SUFFIXES, Row, image_path, read_lines
 
 Seeds = int | Sequence[int]
-_Prompt = str | Mapping[str, Any] | GenerateRow
+_Prompt = Prompt | Mapping[str, Any] | GenerateRow
 Prompts = _Prompt | os.PathLike[str] | Iterable[_Prompt]
 
 COLUMNS = (
@@ -45,12 +47,12 @@ def rows_of(prompts: Prompts, seeds: Seeds | None = None) -> Iterator[GenerateRo
     """Gives the rows of what a caller asks for, one by one.
 
     Args:
-        prompts: a text or texts; a row or rows, each a :class:`GenerateRow` or a mapping of its fields (the size also
-            as height and width, and the names of :data:`ALIASES`); or a `pathlib.Path`, see :func:`read_rows`.
-            Consumed as they are asked for.
-        seeds: one for all, or one for each prompt, as diffusers' list of generators; a text by itself is a row for each
-            of them. (Each prompt with each seed: :func:`~dsd_fast.generation.grids.grid`, and the command.) None: what
-            the row says, or 0. A row that says its own takes no other.
+        prompts: a text or texts; images as prompts, whose rows have their names; a row or rows, each a
+            :class:`GenerateRow` or a mapping of its fields (the size also as height and width, and the names of
+            :data:`ALIASES`); or a `pathlib.Path`, see :func:`read_rows`. Consumed as they are asked for.
+        seeds: one for all, or one for each prompt, as diffusers' list of generators; one text, or image as a prompt, by
+            itself is a row for each of them. (Each prompt with each seed: :func:`~dsd_fast.generation.grids.grid`, and
+            the command.) None: what the row says, or 0. A row that says its own takes no other.
 
     Raises:
         ValueError: something else, a row that says what there is not or no prompt, or a seed of its own beside
@@ -60,16 +62,16 @@ def rows_of(prompts: Prompts, seeds: Seeds | None = None) -> Iterator[GenerateRo
     own = None if _is_one(seeds) else chosen
     if isinstance(prompts, os.PathLike):
         return _of_file(Path(prompts), _Seeds(chosen, own is not None), None, ())
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or (isinstance(prompts, ImagePrompt) and len(prompts) == 1):
         return _rows([prompts], _Seeds(chosen))
     if isinstance(prompts, Mapping | GenerateRow):
         prompts = [prompts]
     if isinstance(prompts, bytes) or not isinstance(prompts, Iterable) or hasattr(prompts, "columns"):
         raise ValueError(
-            f"prompts: got one {type(prompts).__name__}, expected a text, rows (of a data frame its records, as "
-            "mappings), or the pathlib.Path of a table or a file of prompts"
+            f"prompts: got one {type(prompts).__name__}, expected a text, images as prompts, rows (of a data frame its "
+            "records, as mappings), or the pathlib.Path of a table or a file of prompts"
         )
-    if own and isinstance(prompts, Sequence) and len(prompts) != len(own):
+    if own and isinstance(prompts, Sequence | ImagePrompt) and len(prompts) != len(own):
         raise _other_number(own, len(prompts))
     return _rows(prompts, _Seeds(chosen, own is not None))
 
@@ -183,8 +185,9 @@ class _Said:
             raise ValueError(f"{self.place}: got {sides[0]} {wrong}, expected height and width")
         if sides:
             said["size"] = (said.pop("height"), said.pop("width"))
+        prompt = said["prompt"]
         try:
-            return GenerateRow(**said)
+            return GenerateRow(**({"name": prompt.name} if isinstance(prompt, ImagePrompt) else {}) | said)
         except ValueError as error:
             name, _, rest = str(error).partition(": ")
             column = next((column for column, meant in self.named.items() if meant == name), None)
@@ -238,10 +241,12 @@ def _given(prompt: Any, place: str) -> _Said | GenerateRow:
     """A prompt of a caller."""
     if isinstance(prompt, GenerateRow):
         return prompt
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | ImagePrompt):
         return _Said(place, {"prompt": prompt})
     if not isinstance(prompt, Mapping):
-        raise ValueError(f"{place}: got {repr(prompt)[:80]}, expected a text, a mapping or a GenerateRow")
+        raise ValueError(
+            f"{place}: got {repr(prompt)[:80]}, expected a text, an image as a prompt, a mapping or a GenerateRow"
+        )
     named = _fields(prompt, place, more="size")
     return _Said(place, {named[column]: value for column, value in prompt.items()}, named)
 

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsd_fast.engine import ImagePrompt
+from dsd_fast.engine.encoding import Prompt
 from dsd_fast.engine.items import read_source
 from dsd_fast.images import ImageSource, take
 from dsd_fast.jobs import row_id, storable
@@ -22,7 +24,7 @@ class GenerateRow:
     """One image to be made; what is None is as the configuration says.
 
     Attributes:
-        prompt: the text.
+        prompt: the text, or an image as a prompt.
         seed: of its noise, 0 ≤ seed < 2**64.
         negative_prompt: in the place of the absent prompt.
         size: (height, width) in pixels.
@@ -39,9 +41,9 @@ class GenerateRow:
         ValueError: a value of another type or outside its range, by name.
     """
 
-    prompt: str
+    prompt: Prompt
     seed: int = 0
-    negative_prompt: str | None = None
+    negative_prompt: Prompt | None = None
     size: tuple[int, int] | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -113,6 +115,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _prompt(value: Any) -> Prompt:
+    if isinstance(value, ImagePrompt) and len(value) != 1:
+        raise ValueError
+    return value if isinstance(value, ImagePrompt) else _text(value)
+
+
 def _image(value: Any) -> Any:
     if value is None or isinstance(value, str | bytes):
         raise TypeError
@@ -129,10 +137,11 @@ def _names(value: Any) -> tuple[str, ...]:
 
 _SIZE = partial(_pair, low=1), "(height, width), two positive integers below 2**31"
 _SOURCE = "a pathlib.Path, a Pillow image, an array or a tensor; strings are text"
+_PROMPT = "a text, or one image as a prompt"
 _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "prompt": (_text, "a text"),
+    "prompt": (_prompt, _PROMPT),
     "seed": (check_seed, "an integer from 0 to 2**64 - 1"),
-    "negative_prompt": (_text, "a text"),
+    "negative_prompt": (_prompt, _PROMPT),
     "size": _SIZE,
     "steps": (partial(_int32, low=1), "a positive integer below 2**31"),
     "guidance": (_real, "a finite number"),
@@ -152,11 +161,14 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
 _NEEDED = {"prompt", "seed", "conditions", "name"}
 _SOURCES = ("image", "conditions")
 _PAIRS = ("original_size", "crop", "target_size")
+_PROMPTS = {"prompt": "image_prompt", "negative_prompt": "negative_image_prompt"}
 
 COLUMNS = {
     "prompt": "string",
     "seed": "uint64",
     "negative_prompt": "string",
+    "image_prompt": "string",
+    "negative_image_prompt": "string",
     "height": "int32",
     "width": "int32",
     "steps": "int32",
@@ -174,11 +186,12 @@ COLUMNS = {
     "cls": "int32",
 }
 """Of the index: a row's fields, null where they are None; lists and pairs as JSON; of an image the path of its file, ""
-where it was given as an object. A path that was given as a relative one is as seen from the folder of the index."""
+where it was given as an object. A path that was given as a relative one is as seen from the folder of the index. Where
+an image is the prompt, that is its name, and image_prompt the path of its file and its row there."""
 
 
 def row_id_of(row: GenerateRow, digests: Sequence[str] = ()) -> str:
-    """What a row is known by: all that it says, images by their content and not by their paths.
+    """What a row is known by: all that it says, images and images as prompts by their content and not by their paths.
 
     Rows that are equal in all of it, the name included, are one. What a row leaves to the configuration is no part of
     it: that is the job's.
@@ -192,7 +205,8 @@ def row_id_of(row: GenerateRow, digests: Sequence[str] = ()) -> str:
     if len(digests) != len(row.sources):
         raise ValueError(f"digests: got {len(digests)}, expected one for each of {len(row.sources)} images")
     said = {name: value for name, value in vars(row).items() if value is not None and name not in _SOURCES}
-    return row_id(json.dumps(said, sort_keys=True), "" if row.image is None else "image", *digests)
+    content = json.dumps(said, sort_keys=True, default=lambda prompt: {"image_prompt": prompt.ids})
+    return row_id(content, "" if row.image is None else "image", *digests)
 
 
 def identified(row: GenerateRow) -> tuple[str, GenerateRow]:
@@ -220,8 +234,10 @@ def columns(row: GenerateRow, folder: str | os.PathLike[str] = ".") -> dict[str,
     """A row's values of :data:`COLUMNS` in the index of a folder, of which :func:`from_columns` makes it again."""
     height, width = row.size or (None, None)
     values: dict[str, Any] = {name: getattr(row, name) for name in COLUMNS if hasattr(row, name)}
-    values |= {"height": height, "width": width, "prompt": storable(row.prompt)}
-    values |= {name: storable(values[name]) for name in ("negative_prompt", "label") if values[name] is not None}
+    values |= {"height": height, "width": width}
+    for name, by in _PROMPTS.items():
+        values[name], values[by] = _prompt_columns(values[name], folder)
+    values["label"] = None if row.label is None else storable(row.label)
     values["image"] = None if row.image is None else _path(row.image, folder)
     conditions = [_path(source, folder) for source in row.conditions]
     values["conditions"] = json.dumps(conditions) if conditions else None
@@ -234,11 +250,15 @@ def from_columns(values: Mapping[str, Any], folder: str | os.PathLike[str] = "."
     """The row of a row of a folder's index: :func:`columns` and the name; other columns are left out.
 
     Raises:
-        ValueError: an image that was given as an object, which is nowhere to be found again.
+        ValueError: an image, or an image as a prompt, that was given as an object, which is nowhere to be found again;
+            a file of images as prompts that cannot be read.
     """
     found: dict[str, Any] = {
-        name: values.get(name) for name in COLUMNS if name not in ("height", "width", "conditions")
+        name: values.get(name) for name in COLUMNS if name not in ("height", "width", "conditions", *_PROMPTS.values())
     }
+    for name, by in _PROMPTS.items():
+        if (place := values.get(by)) is not None:
+            found[name] = _image_prompt(by, place, folder)
     for name in ("adapter", *_PAIRS):
         found[name] = None if found[name] is None else tuple(json.loads(found[name]))
     height, width = values.get("height"), values.get("width")
@@ -248,6 +268,24 @@ def from_columns(values: Mapping[str, Any], folder: str | os.PathLike[str] = "."
         raise ValueError("image: it was given as an object and not as a file, so the row cannot be made again")
     found["image"] = None if found["image"] is None else Path(folder, found["image"])
     return GenerateRow(**found, conditions=tuple(Path(folder, path) for path in paths), name=values.get("name") or "")
+
+
+def _prompt_columns(prompt: Prompt | None, folder: str | os.PathLike[str]) -> tuple[str | None, str | None]:
+    """A prompt as the index has it, and where it is to be found if it is an image."""
+    if not isinstance(prompt, ImagePrompt):
+        return None if prompt is None else storable(prompt), None
+    place = [(_path(file, folder), row) for file, row in prompt.sources]
+    return storable(prompt.name), json.dumps(place[0]) if place else ""
+
+
+def _image_prompt(name: str, place: str, folder: str | os.PathLike[str]) -> ImagePrompt:
+    if not place:
+        raise ValueError(f"{name}: it was given as an object and not from a file, so the row cannot be made again")
+    file, row = json.loads(place)
+    prompts = ImagePrompt.load(Path(folder, file))
+    if row >= len(prompts):
+        raise ValueError(f"{name}: {file} has {len(prompts)} image prompts, expected more than {row}")
+    return prompts[row]
 
 
 def _path(source: ImageSource, folder: str | os.PathLike[str]) -> str:

@@ -24,7 +24,8 @@ from dsd_fast.diffusion import (
     within,
 )
 from dsd_fast.diffusion.schedulers import check_draws
-from dsd_fast.engine import Engine
+from dsd_fast.engine import Engine, ImagePrompt
+from dsd_fast.engine.encoding import Prompt
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
 from dsd_fast.engine.items import prompt_check
 from dsd_fast.generation.config import GenerateConfig
@@ -85,7 +86,7 @@ class Sampler:
         # What no row could be made with is said once, and not by each of them.
         check_clip_skip(self.model.text_encoders, config.clip_skip)
         if config.negative_prompt is not None:
-            self._check_text("negative_prompt", config.negative_prompt)
+            self._check_prompt("negative_prompt", config.negative_prompt)
         self._steps_taken(config.steps, None)
         # Refuses a branch that the network does not have.
         self.engine.keeping_plans(config.cache_branch_id)
@@ -112,9 +113,13 @@ class Sampler:
         """
         own, config = vars(row), vars(self.config)
         filled = {name: config[name] if own[name] is None else own[name] for name in _DEFAULTS}
-        self._check_text("prompt", row.prompt)
+        self._check_prompt("prompt", row.prompt)
         if filled["negative_prompt"] is not None:
-            self._check_text("negative_prompt", filled["negative_prompt"])
+            self._check_prompt("negative_prompt", filled["negative_prompt"])
+        if isinstance(row.prompt, ImagePrompt):
+            filled["clip_skip"] = row.clip_skip
+            if row.clip_skip is not None:
+                raise ValueError(f"clip_skip: got {row.clip_skip} of an image as a prompt, which no encoder reads")
         check_clip_skip(self.model.text_encoders, filled["clip_skip"])
         size = filled["size"] = row.size or self.engine.size
         if any(side % self.model.vae_scale_factor for side in size):
@@ -346,7 +351,7 @@ class Sampler:
     def _is_guided(self, row: GenerateRow) -> bool:
         return bool(row.guidance is not None and row.guidance > 1 and not self.engine.program.guidance_width)
 
-    def _negative(self, row: GenerateRow) -> str | None:
+    def _negative(self, row: GenerateRow) -> Prompt | None:
         """The unconditional text; an absent one is the empty one, save where it is zeros."""
         return "" if row.negative_prompt is None and not self.model.absent_prompt_is_zeros else row.negative_prompt
 
@@ -357,9 +362,13 @@ class Sampler:
                 engine.compile(self._runtime)
         return self._engines[adapter]
 
-    def _check_text(self, name: str, text: str) -> None:
-        wrong = self._wrong(text)
-        if wrong is not None:
+    def _check_prompt(self, name: str, prompt: Prompt) -> None:
+        if isinstance(prompt, ImagePrompt):
+            try:
+                prompt.check(self.model)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        elif (wrong := self._wrong(prompt)) is not None:
             raise ValueError(f"{name}: {wrong[1]}")
 
     def _steps_taken(self, steps: int, strength: float | None) -> int:

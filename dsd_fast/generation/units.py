@@ -124,7 +124,7 @@ def _of_classes(rows: Iterable[GenerateRow], per_class: int) -> Iterator[Unit]:
     by_label: dict[str, list[GenerateRow]] = {}
     for row in rows:
         if row.label is None:
-            raise ValueError(f"per_class: the row of the prompt {row.prompt[:80]!r} has no label")
+            raise ValueError(f"per_class: the row of the prompt {str(row.prompt)[:80]!r} has no label")
         others = by_label.setdefault(row.label, [])
         if others and others[0].cls != row.cls:
             raise ValueError(f"per_class: the label {row.label!r} has the indices {others[0].cls} and {row.cls}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from dsd_fast.engine import Texts
+from dsd_fast.engine import ImagePrompt, Texts
+from dsd_fast.engine.encoding import Prompt
 from dsd_fast.images import ImageError, ImageSource, drawn, load_image, to_tensor
 from dsd_fast.jobs import locked
 from dsd_fast.kernels.common.transfer import one_behind
@@ -193,19 +194,23 @@ class Matcher:
         return matcher
 
     def score(
-        self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None
+        self,
+        images: Iterable[ImageSource],
+        captions: Sequence[Prompt] | ImagePrompt,
+        *,
+        seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """All pairs: (N, M) float32 on the CPU, higher is better.
 
         Args:
             images: N paths (``pathlib.Path``), PIL images, uint8 HWC arrays or float CHW tensors in [0, 1]. Each is
                 read before the next is asked for, so that a generator may fill one buffer again.
-            captions: M strings.
+            captions: M strings, or images as prompts of one each; or M images as prompts.
             seeds: one noise seed per image; None: the configuration's for all.
 
         Raises:
             ImageError: an image that cannot be used; :meth:`score_iter` gives it back instead.
-            ValueError: captions that are not strings or too long.
+            ValueError: captions that are neither, or too long; images as prompts of another model.
         """
         rows = []
         for _, row in self.score_iter(images, captions, seeds=seeds):
@@ -215,7 +220,11 @@ class Matcher:
         return torch.stack(rows) if rows else torch.empty(0, len(captions), dtype=torch.float32, device="cpu")
 
     def score_iter(
-        self, images: Iterable[ImageSource], captions: Sequence[str], *, seeds: Sequence[int] | None = None
+        self,
+        images: Iterable[ImageSource],
+        captions: Sequence[Prompt] | ImagePrompt,
+        *,
+        seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Tensor | ImageError]]:
         """:meth:`score` one image at a time, in order: (index, (M,) scores) or (index, the image's error)."""
         return self._scores(images, self._encode(captions), seeds)
@@ -243,14 +252,15 @@ class Matcher:
             for number in sorted([*numbers, *errors]):
                 yield number, errors[number] if number in errors else scores[number]
 
-    def predict(self, pairs: Sequence[tuple[ImageSource, str]]) -> Tensor:
+    def predict(self, pairs: Sequence[tuple[ImageSource, Prompt]]) -> Tensor:
         """(n,) float32 scores of the pairs, higher is better; each image and each caption is encoded once.
 
-        Pairs of a generator may have their images in one buffer, which is read before the next pair is asked for.
+        A caption is a string, or an image as a prompt. Pairs of a generator may have their images in one buffer, which
+        is read before the next pair is asked for.
 
         Raises:
             ImageError: an image that cannot be used.
-            ValueError: captions that are not strings or too long.
+            ValueError: captions that are neither, or too long; images as prompts of another model.
         """
         unique = Pairs()
         numbers = [unique.pair(image, caption) for image, caption in drawn(pairs, taken_pair)]
@@ -265,12 +275,14 @@ class Matcher:
         self,
         *,
         image: ImageSource | None = None,
-        texts: Sequence[str] | None = None,
-        text: str | None = None,
+        texts: Sequence[Prompt] | ImagePrompt | None = None,
+        text: Prompt | None = None,
         images: Sequence[ImageSource] | None = None,
         top_k: int | None = None,
     ) -> list[dict[str, Any]]:
         """Texts for an image (``image=``, ``texts=``) or images for a text (``text=``, ``images=``), best first.
+
+        Texts are strings, or images as prompts.
 
         Returns:
             [{"corpus_id": position in the candidates, "score": float}, …], the first ``top_k`` of them; equal scores
@@ -354,18 +366,25 @@ class Matcher:
         engine = self._scorer.engine
         return engine.encode_images([to_tensor(load_image(image), engine.size)])
 
-    def _encode(self, captions: Iterable[str]) -> Texts:
-        texts = _strings(captions)
-        if not texts:
+    def _encode(self, captions: Sequence[Prompt] | ImagePrompt) -> Texts:
+        texts = captions if isinstance(captions, ImagePrompt) else _captions(captions)
+        if not len(texts):
             raise ValueError("captions: got none, expected at least one")
         return self._scorer.encode_texts(texts)
 
 
-def _strings(captions: Iterable[str]) -> list[str]:
-    texts = [captions] if isinstance(captions, str) else list(captions)
-    if isinstance(captions, str) or not all(isinstance(caption, str) for caption in texts):
-        raise ValueError("captions: expected a sequence of strings")
+def _captions(captions: Iterable[Prompt]) -> list[Prompt]:
+    texts: list[Prompt] = [captions] if isinstance(captions, str) else list(captions)
+    if isinstance(captions, str) or not all(isinstance(caption, str | ImagePrompt) for caption in texts):
+        raise ValueError("captions: expected a sequence of strings, or of images as prompts")
     return texts
+
+
+def _strings(captions: Iterable[str]) -> list[str]:
+    texts = _captions(captions)
+    if not all(isinstance(caption, str) for caption in texts):
+        raise ValueError("captions: expected a sequence of strings")
+    return cast("list[str]", texts)
 
 
 def _seed(seeds: Sequence[int], number: int) -> int:

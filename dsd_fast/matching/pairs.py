@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.engine import Texts
+from dsd_fast.engine.encoding import Prompt
 from dsd_fast.images import ImageError, ImageSource, Taken, take
 from dsd_fast.kernels.common.transfer import one_behind
 from dsd_fast.matching.score import PairScorer, TermsBehind
@@ -24,9 +25,9 @@ class Pairs:
 
     def __init__(self) -> None:
         self.images: list[ImageSource] = []
-        self.texts: list[str] = []
+        self.texts: list[Prompt] = []
         self._image_numbers: dict[Any, int] = {}
-        self._text_numbers: dict[str, int] = {}
+        self._text_numbers: dict[Prompt, int] = {}
         self._pairs: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
@@ -40,14 +41,14 @@ class Pairs:
             self.images.append(image)
         return number
 
-    def text(self, text: str) -> int:
-        """Number a text."""
+    def text(self, text: Prompt) -> int:
+        """Number a text, or an image as a prompt, which is known by its content."""
         number = self._text_numbers.setdefault(text, len(self.texts))
         if number == len(self.texts):
             self.texts.append(text)
         return number
 
-    def pair(self, image: ImageSource, text: str) -> int:
+    def pair(self, image: ImageSource, text: Prompt) -> int:
         """Number a pair."""
         return self._pairs.setdefault((self.image(image), self.text(text)), len(self._pairs))
 
@@ -109,7 +110,7 @@ def image_key(image: ImageSource) -> Any:
     return os.fspath(image) if isinstance(image, os.PathLike) else id(image)
 
 
-def taken_pair(pair: tuple[ImageSource, str]) -> tuple[ImageSource, str]:
+def taken_pair(pair: tuple[ImageSource, Prompt]) -> tuple[ImageSource, Prompt]:
     """Take the image of a pair, see :func:`~dsd_fast.images.take`."""
     image, text = pair
     return take(image), text

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion import resolve_timesteps
-from dsd_fast.engine import Engine, Noised, Texts, draw_noise
+from dsd_fast.engine import Engine, ImagePrompt, Noised, Texts, draw_noise
+from dsd_fast.engine.encoding import Prompt
 from dsd_fast.images import ImageError, ImageSource, decode_chunks
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import Download, upload
@@ -113,15 +114,16 @@ class PairScorer:
         """Join encoded captions with what the scorer has learned for them."""
         return Texts(states, unconditional, vectors=self.prompt, scored=self.config.tokens)
 
-    def encode_texts(self, captions: Sequence[str], unconditional: bool = True) -> Texts:
+    def encode_texts(self, captions: Sequence[Prompt] | ImagePrompt, unconditional: bool = True) -> Texts:
         """Encode each caption once; the states are in host memory.
 
         Args:
-            captions: M strings.
+            captions: M strings, or images as prompts of one each; or M images as prompts.
             unconditional: whether the unconditional text comes with them where the score needs it.
 
         Raises:
-            ValueError: a caption that is not a string or is longer than the encoder's limit.
+            ValueError: a caption that is neither, or is longer than the encoder's limit; an image as a prompt of
+                another model.
         """
         wanted = unconditional and self.needs_unconditional
         empty = self.engine.encode_prompts(None).to("cpu") if wanted else None

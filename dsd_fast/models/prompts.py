@@ -84,6 +84,13 @@ class PromptStates:
         """What is added to each key's logit, (M, T) float64 on the CPU, the logarithm of its count; None: nothing."""
         return None if self.counts is None else self.counts.to(torch.float64).log()
 
+    @property
+    def key_lengths(self) -> Tensor | None:
+        """(M,) int64 on the CPU, states of each prompt up to the last that counts; None: all of each."""
+        if self.counts is None or bool(self.counts[:, -1].all()):
+            return None
+        return (self.counts.ne(0) * torch.arange(1, self.counts.shape[1] + 1, device="cpu")).amax(1)
+
     def expanded(self) -> "PromptStates":
         """The same prompts with each state as often as it counts, as networks read them that know no counts.
 
