@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import typer
 from rich.console import Console
 
@@ -12,7 +10,6 @@ from dsd_fast.cli.prompt.options import ConvertRequest, CustomizeRequest, EditRe
 from dsd_fast.cli.terminal import (
     EXIT_INTERRUPTED,
     CommandError,
-    counted,
     end,
     fail,
     show_errors,
@@ -99,6 +96,7 @@ def _convert(request: ConvertRequest) -> None:
 def _tune(request: FinetuneRequest) -> None:
     """Tunes, and prints how the loss went, the time and the memory."""
     config, tuning = request.converter.config(), request.tuning.tuning()
+    from dsd_fast.cli.prompt.report import told
     from dsd_fast.cli.prompt.tune import run
 
     try:
@@ -106,11 +104,3 @@ def _tune(request: FinetuneRequest) -> None:
     except KeyboardInterrupt:
         fail(f"interrupted; the same command goes on from what is in {request.out}", EXIT_INTERRUPTED)
     show_line(Console(), f"{told(summary)}. Results: {request.out}")
-
-
-def told(summary: dict[str, Any]) -> str:
-    """Tells what a tuning was, in a sentence without its end."""
-    losses = [each["loss"] for each in summary["records"] if each["loss"] is not None]
-    line = f"{counted(summary['steps'], 'step')} on {counted(summary['images'], 'image')}"
-    line += f", loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last" if losses else ""
-    return f"{line}, {summary['seconds']:.1f} s"

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsd_fast.cli.job_report import files, timeline
 from dsd_fast.cli.prompt.pictures import Sheet
-from dsd_fast.cli.report import code, errors, image, page, paragraph, section, settings, visible
+from dsd_fast.cli.report import code, errors, image, page, paragraph, section, settings, table, visible
 from dsd_fast.cli.terminal import counted
 from dsd_fast.jobs import Timeline
 
@@ -58,6 +58,47 @@ def render(summary: Mapping[str, Any], shown: Sequence[str], line: Timeline, loa
     parts += [files(summary["files"]), section("Using the prompts", code(loading))]
     parts.append(settings({**chosen, **summary["versions"]}))
     return page("Images as prompts", lead, parts)
+
+
+def render_tuned(summary: Mapping[str, Any], shown: Sequence[str], loading: str) -> bytes:
+    """Makes the page of a tuning.
+
+    Args:
+        summary: of the run, the content of history.json.
+        shown: images with variations before and after, made by :func:`figures`.
+        loading: Python that uses what was learned.
+    """
+    lead = [f"{summary['settings']['model']} tuned to {counted(summary['images'], 'image')}.", _LIMITS]
+    parts = []
+    if shown:
+        what = "At the left the image; beside it variations before tuning, and below them after, from the same noise."
+        parts.append(pictures(what, shown))
+    columns = ("step", "loss", "validation_loss")
+    rows = [
+        ["-" if each[name] is None else visible(_number(each[name])) for name in columns] for each in summary["records"]
+    ]
+    parts.append(
+        section(
+            "Tuning",
+            paragraph(f"{told(summary)}."),
+            table("How it went", ["after step", "loss", "held out"], rows, numbers=2),
+        )
+    )
+    parts.append(section("Using what was learned, beside the folder", code(loading)))
+    parts.append(settings({**summary["settings"], **summary["versions"]}))
+    return page("Images as prompts: tuning", lead, parts)
+
+
+def told(summary: Mapping[str, Any]) -> str:
+    """Tells what a tuning was, in a sentence without its end."""
+    losses = [each["loss"] for each in summary["records"] if each["loss"] is not None]
+    line = f"{counted(summary['steps'], 'step')} on {counted(summary['images'], 'image')}"
+    line += f", loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last" if losses else ""
+    return f"{line}, {summary['seconds']:.1f} s"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def pictures(what: str, shown: Sequence[str]) -> str:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.images import ImageFiles
 from dsd_fast.cli.prompt.options import FinetuneRequest
-from dsd_fast.cli.prompt.pictures import IMAGES, make_variations, write_sheets
-from dsd_fast.cli.prompt.report import figures, render_tuned
+from dsd_fast.cli.prompt.pictures import IMAGES
 from dsd_fast.cli.results import versions, write_json
 from dsd_fast.cli.steps import showing_steps
 from dsd_fast.cli.terminal import CommandError
-from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
 from dsd_fast.jobs import JobError, locked, remove_stale, replacing
 
