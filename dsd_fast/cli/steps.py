@@ -1,15 +1,16 @@
-"""The steps of a training, shown while it runs."""
+"""The steps of a training, shown while it runs, and what is kept of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsd_fast.cli.terminal import progress
 
 if TYPE_CHECKING:
-    from dsd_fast.training import FitRecord, Report
+    from dsd_fast.training import FitHistory, FitRecord, Report
 
 
 @contextmanager
@@ -35,3 +36,18 @@ def showing_steps(name: str, steps: int) -> Iterator[Report]:
             display.update(task, completed=step - first, units=step - first, description=f"{name}{begun}{shown}{held}")
 
         yield report
+
+
+def history_of(history: FitHistory) -> dict[str, Any]:
+    """Tells how a training went, as JSON."""
+    return {
+        "steps": history.steps,
+        "best_step": history.best_step,
+        "stopped_early": history.stopped_early,
+        "records": [{key: finite(value) for key, value in vars(each).items()} for each in history.records],
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """Gives a number, or None for one that is not finite, which JSON has not."""
+    return value if value is not None and math.isfinite(value) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from dsd_fast.cli.files import writing
 from dsd_fast.cli.fit.options import FitRequest
 from dsd_fast.cli.results import settings_of, versions, write_json
-from dsd_fast.cli.steps import showing_steps
+from dsd_fast.cli.steps import finite, history_of, showing_steps
 from dsd_fast.cli.terminal import CommandError
 from dsd_fast.jobs import LockedError, locked, remove_stale, replacing
 from dsd_fast.matching import Group, MatchConfig, Matcher
@@ -85,12 +84,9 @@ def run(
                 "versions": versions(),
                 "counts": {"groups": len(groups), "held_out": _questions(held_out or ())},
                 "seconds": time.perf_counter() - start,
-                "steps": history.steps,
-                "best_step": history.best_step,
-                "stopped_early": history.stopped_early,
+                **history_of(history),
                 "before": None if held_out is None else _quality(history.records[0], held_out),
                 "after": None if held_out is None else _quality(_best(history), held_out),
-                "records": [{key: _finite(value) for key, value in vars(each).items()} for each in history.records],
             }
             with locked(out), replacing(out / HISTORY) as file:
                 write_json(file, summary)
@@ -147,10 +143,5 @@ def _quality(record: FitRecord, held_out: Sequence[Group]) -> dict[str, Any]:
         "step": record.step,
         "accuracy": record.accuracy,
         "interval": list(interval),
-        "loss": _finite(record.validation_loss),
+        "loss": finite(record.validation_loss),
     }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None

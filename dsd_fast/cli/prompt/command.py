@@ -81,7 +81,8 @@ def customize(request: CustomizeRequest) -> None:
 
 def _convert(request: ConvertRequest) -> None:
     """Converts, and prints the first errors, the counts, and how well writing was hidden behind computing."""
-    config = request.config()
+    request.check()
+    config = request.converter.config(request.source)
     from dsd_fast.cli.prompt.convert import run
 
     summary = run(request, config)
@@ -95,7 +96,7 @@ def _convert(request: ConvertRequest) -> None:
 
 def _tune(request: FinetuneRequest) -> None:
     """Tunes, and prints how the loss went, the time and the memory."""
-    config, tuning = request.converter.config(), request.tuning.tuning()
+    config, tuning = request.converter.config(request.source), request.tuning.tuning()
     from dsd_fast.cli.prompt.report import told
     from dsd_fast.cli.prompt.tune import run
 

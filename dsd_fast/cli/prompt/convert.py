@@ -18,7 +18,7 @@ from dsd_fast.cli.prompt.pictures import IMAGES, Sheet, make_variations, write_s
 from dsd_fast.cli.prompt.report import figures, render
 from dsd_fast.cli.results import versions
 from dsd_fast.engine.image_prompts import ImagePrompt
-from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter
+from dsd_fast.image_prompt import ImagePromptConfig
 from dsd_fast.jobs import index_shards, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
 from dsd_fast.jobs.store import OK
@@ -68,11 +68,7 @@ class Conversion:
         request.source.check()
         check_folder(request.out)
         self.sampling = request.pictures.sampling()
-        model = request.source.load()
-        tuned = request.source.tuned
-        self.converter = (
-            ImagePromptConverter(model, config=config) if tuned is None else ImagePromptConverter.load(tuned, model)
-        )
+        self.converter = request.source.load_converter(config)
 
     def __call__(self, worker: int, workers: int, progress: Callable[[int], None], /) -> dict[str, float]:
         """Converts one worker's images."""

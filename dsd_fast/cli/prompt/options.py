@@ -1,5 +1,6 @@
 """Options of ``dsd-fast prompt``."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from dsd_fast.cli.terminal import CommandError
 
 if TYPE_CHECKING:
     from dsd_fast.generation import GenerateConfig
-    from dsd_fast.image_prompt import ImagePromptConfig, TuneConfig
+    from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
 
 
 def parse_captions(text: str | None) -> str | tuple[str, ...] | None:
@@ -28,8 +29,8 @@ def parse_attention(text: str) -> str | None:
     return None if text == "none" else text
 
 
-class ClipModelOptions(AdaptedModelOptions):
-    """A model, perhaps a LoRA, and the CLIP that sees the images."""
+class TunedModelOptions(AdaptedModelOptions):
+    """A model, the CLIP that sees the images, and perhaps what both were tuned to."""
 
     clip: Annotated[
         str | None,
@@ -38,33 +39,37 @@ class ClipModelOptions(AdaptedModelOptions):
             "if none."
         ),
     ] = None
+    tuned: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of dsd-fast prompt finetune or customize, which is gone on from."),
+    ] = None
 
     def check(self) -> None:
-        """Checks as :class:`AdaptedModelOptions` does, and that a folder of CLIP is there."""
+        """Checks as :class:`AdaptedModelOptions` does, and that folders are there."""
         super().check()
         from dsd_fast.models.hub import local_folder
 
         if self.clip is not None:
             local_folder(self.clip, "clip")
+        if self.tuned is not None and not self.tuned.is_dir():
+            raise CommandError(f"--tuned: {self.tuned} is no folder, expected one of dsd-fast prompt finetune")
 
     def arguments(self) -> dict[str, Any]:
         """Tells the arguments of :func:`dsd_fast.load`, CLIP among them."""
         return {**super().arguments(), "clip": self.clip}
 
+    def load_converter(self, config: "ImagePromptConfig") -> "ImagePromptConverter":
+        """Loads the model, and makes its converter, or that of the tuned folder.
 
-class TunedModelOptions(ClipModelOptions):
-    """A model, and perhaps what it was tuned to."""
+        Raises:
+            ModelError, ValueError: no such model or CLIP, or settings that do not fit them.
+        """
+        from dsd_fast.image_prompt import ImagePromptConverter
 
-    tuned: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder of dsd-fast prompt finetune or customize, as whose images are seen."),
-    ] = None
-
-    def check(self) -> None:
-        """Checks as :class:`ClipModelOptions` does, and that the tuned folder is there."""
-        super().check()
-        if self.tuned is not None and not self.tuned.is_dir():
-            raise CommandError(f"--tuned: {self.tuned} is no folder, expected one of dsd-fast prompt finetune")
+        model = self.load()
+        if self.tuned is None:
+            return ImagePromptConverter(model, config=config)
+        return ImagePromptConverter.load(self.tuned, model)
 
 
 class ConverterOptions(Options, panel="Conversion"):
@@ -99,12 +104,15 @@ class ConverterOptions(Options, panel="Conversion"):
     ] = None
     batch: Annotated[int, typer.Option(rich_help_panel=MEMORY_PANEL, help="Images that go through CLIP together.")] = 16
 
-    def config(self) -> "ImagePromptConfig":
+    def config(self, source: TunedModelOptions) -> "ImagePromptConfig":
         """Makes the settings that the options stand for.
 
         Raises:
+            CommandError: some, and a tuned folder, which has its own.
             ValueError: a value that is not allowed, by name.
         """
+        if source.tuned is not None and (given := self.changed()):
+            raise CommandError(f"{given[0]}: given with --tuned, whose folder says how images are converted")
         # Before torch is loaded for nothing.
         settings = self.values()
         from dsd_fast.image_prompt import ImagePromptConfig
@@ -259,7 +267,7 @@ class FileOptions(Options, panel="Files"):
 
 
 class ConvertRequest(Options):
-    """Images, and what is made of them."""
+    """Images, and how they become prompts."""
 
     images: Images
     out: Annotated[Path, typer.Option(help="Folder of the prompts, this job's alone.", show_default=False)]
@@ -275,19 +283,17 @@ class ConvertRequest(Options):
         """Tells how much of the texts' own states is added from their ends on."""
         return self.texts.alpha if isinstance(self.texts, EditTextOptions) else 0.0
 
-    def config(self) -> "ImagePromptConfig":
-        """Makes the settings of the converter, see :meth:`ConverterOptions.config`.
+    def check(self) -> None:
+        """Refuses options that do not go together.
 
         Raises:
-            CommandError: options that do not go together.
+            CommandError: by option.
         """
         if self.texts.prompt and self.texts.prompts is not None:
             raise CommandError("give either --prompt TEXT or --prompts FILE")
-        given = self.converter.changed()
-        if self.source.tuned is not None and given:
-            raise CommandError(f"{given[0]}: given with --tuned, whose folder says how images are converted")
+        if not math.isfinite(self.alpha):
+            raise CommandError(f"--alpha: got {self.alpha}, expected a finite number")
         self.workers.check(self.source.device)
-        return self.converter.config()
 
 
 class EditRequest(ConvertRequest):
@@ -304,7 +310,7 @@ class FinetuneRequest(Options):
     tuning: TuneOptions
     converter: ConverterOptions
     pictures: TunedPictureOptions
-    source: ClipModelOptions
+    source: TunedModelOptions
 
 
 class CustomizeRequest(FinetuneRequest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsd_fast.cli.job_report import files, timeline
+from dsd_fast.cli.job_report import files, sized, timeline
 from dsd_fast.cli.prompt.pictures import Sheet
 from dsd_fast.cli.report import code, errors, image, page, paragraph, section, settings, table, visible
 from dsd_fast.cli.terminal import counted
@@ -13,6 +13,8 @@ from dsd_fast.jobs import Timeline
 
 # Images with pictures on the page; the folder has all.
 _SHOWN = 100
+
+_LOSSES = ("loss", "validation_loss")
 
 _LIMITS = (
     "One vector stands for the whole image: what is in it and how it looks is kept best, its layout and its counts are "
@@ -73,17 +75,12 @@ def render_tuned(summary: Mapping[str, Any], shown: Sequence[str], loading: str)
     if shown:
         what = "At the left the image; beside it variations before tuning, and below them after, from the same noise."
         parts.append(pictures(what, shown))
-    columns = ("step", "loss", "validation_loss")
     rows = [
-        ["-" if each[name] is None else visible(_number(each[name])) for name in columns] for each in summary["records"]
+        [f"{each['step']:,}", *("-" if (value := each[name]) is None else f"{value:.4f}" for name in _LOSSES)]
+        for each in summary["records"]
     ]
-    parts.append(
-        section(
-            "Tuning",
-            paragraph(f"{told(summary)}."),
-            table("How it went", ["after step", "loss", "held out"], rows, numbers=2),
-        )
-    )
+    went = table("How it went", ["after step", "loss", "held out"], rows, numbers=2)
+    parts.append(section("Tuning", paragraph(f"{told(summary)}."), went))
     parts.append(section("Using what was learned, beside the folder", code(loading)))
     parts.append(settings({**summary["settings"], **summary["versions"]}))
     return page("Images as prompts: tuning", lead, parts)
@@ -94,11 +91,8 @@ def told(summary: Mapping[str, Any]) -> str:
     losses = [each["loss"] for each in summary["records"] if each["loss"] is not None]
     line = f"{counted(summary['steps'], 'step')} on {counted(summary['images'], 'image')}"
     line += f", loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last" if losses else ""
-    return f"{line}, {summary['seconds']:.1f} s"
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    line += f", {counted(summary['parameters'], 'number')} learned"
+    return f"{line}, {summary['seconds']:.1f} s, {sized(summary['peak_bytes'])} at most"
 
 
 def pictures(what: str, shown: Sequence[str]) -> str:
