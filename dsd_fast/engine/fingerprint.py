@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsd_fast.diffusion import changed_in_place
@@ -35,14 +36,32 @@ def model_settings(engine: Engine) -> dict[str, Any]:
                 "expected a function of a module, or functools.partial of one"
             )
     networks = {"unet": model.unet, "vae": model.vae}
-    networks |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(model.text_encoders)}
     networks |= {f"control_{number}": control.net for number, control in enumerate(engine.controls)}
+    return {
+        "revision": model.revision,
+        **text_settings(engine, networks),
+        "absent_prompt_is_zeros": model.absent_prompt_is_zeros,
+        "prediction_type": model.schedule.prediction_type,
+        "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
+    }
+
+
+def text_settings(engine: Engine, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell all of a model's text encoders that changes their states, and the same of other networks, as JSON.
+
+    Args:
+        others: by name.
+
+    Raises:
+        ValueError: see :func:`model_settings`.
+    """
+    model = engine.model
+    networks = {**others, **{f"text_encoder_{number}": each for number, each in enumerate(model.text_encoders)}}
     with engine.adapters.active():
         strengths = {name: strengths_by_layer(network) for name, network in networks.items()}
         weights = weights_hash(networks, acting_tensors)
     return {
         "model": model.name,
-        "revision": model.revision,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights,
         "changes": {name: _hash(changed) for name, network in networks.items() if (changed := changes(network))},
@@ -50,9 +69,6 @@ def model_settings(engine: Engine) -> dict[str, Any]:
         "tokenizers": [_tokenizer_hash(tokenizer) for tokenizer in model.tokenizers],
         "adapters": {name: told for name, layers in strengths.items() if (told := strengths_summary(layers))},
         "adapter_strengths": _hash(strengths),
-        "absent_prompt_is_zeros": model.absent_prompt_is_zeros,
-        "prediction_type": model.schedule.prediction_type,
-        "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
     }
 
 

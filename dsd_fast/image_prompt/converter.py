@@ -6,10 +6,11 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,18 +18,21 @@ from torch import Tensor, nn
 
 from dsd_fast.engine import Engine
 from dsd_fast.engine.clip import ClipSpace
+from dsd_fast.engine.fingerprint import text_settings
 from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.engine.preprocessing import Preprocessing
+from dsd_fast.engine.settings import above, or_none
 from dsd_fast.image_prompt.config import ImagePromptConfig
+from dsd_fast.image_prompt.export import convert_to
 from dsd_fast.image_prompt.mapping import StateMap
 from dsd_fast.images import ImageError, ImageSource, check_sources, load_image
 from dsd_fast.images.batch import ahead
-from dsd_fast.jobs import storable, weights_hash
+from dsd_fast.jobs import storable
+from dsd_fast.jobs.ids import all_tensors
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.load import load_clip
 from dsd_fast.models.prompts import token_limit
-from dsd_fast.unet.adapters import acting_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -38,14 +42,16 @@ if TYPE_CHECKING:
 # Threads that decode and resize, and how far ahead.
 _WORKERS = min(os.cpu_count() or 1, 8)
 _AHEAD = 2 * _WORKERS
+# Of its images' lengths, what a blend is at least.
+_NOTHING = 1e-4
 
 
 class ImagePromptConverter:
     """Makes prompts of images: the text state whose projection by CLIP is that of the image.
 
     Ding et al. 2023, "The CLIP Model is Secretly an Image-to-Prompt Converter", section 3: h = norm · u / |u| with
-    u = W_T⁺ W_V p, p being the vision tower's pooled state, W_T and W_V CLIP's projections of texts and images, and W_T⁺
-    an inverse, see :class:`ImagePromptConfig`.
+    u = W_T⁺ W_V p, p being the vision tower's pooled state, W_T and W_V CLIP's projections of texts and images, and
+    W_T⁺ an inverse, see :class:`ImagePromptConfig`.
 
     It holds where the UNet reads the last states of CLIP's own text tower (SD 1.x), which captions tell: both towers
     must give the same for them. Else (SD 2.x, SDXL) the states at captions' ends, and SDXL's pooled states, are fitted
@@ -93,6 +99,7 @@ class ImagePromptConverter:
         self.map = StateMap(self.engine, space, self.config)
         self.preprocessing: Preprocessing = space.vision.preprocessing
         self.vision: nn.Module = model.clip.vision_model
+        self._told: tuple[object, dict[str, Any]] = None, {}
 
     def with_vision(self, vision: nn.Module) -> ImagePromptConverter:
         """This converter with another vision tower."""
@@ -168,47 +175,45 @@ class ImagePromptConverter:
         """
         check_sources(groups)
         shares = _shares(groups, weights)
-        vectors = self._stacked(
-            itertools.chain.from_iterable(self.mapped_chunks(image for group in groups for image in group))
-        )
-        rows, start = [], 0
-        for share in shares:
-            own = vectors[start : start + len(share)]
-            rows.append(upload(torch.tensor(share, dtype=own.dtype, device="cpu"), own.device) @ own)
-            start += len(share)
+        rows = _checked(itertools.chain.from_iterable(self.mapped_chunks(image for group in groups for image in group)))
+        mixed = []
+        for number, share in enumerate(shares):
+            own = torch.stack(list(itertools.islice(rows, len(share))))
+            mixed.append(upload(torch.tensor(share, dtype=own.dtype, device="cpu"), own.device) @ own)
+            if not float(mixed[-1].norm()) > _NOTHING * float(own.norm()):
+                raise ValueError(f"weights: {share} of groups[{number}] cancel each other")
         names = [str(number) for number in range(len(groups))] if names is None else names
-        return self.prompt_of(torch.stack(rows) if rows else vectors, prompts, alpha, norm=norm, names=names)
+        return self.prompt_of(mixed, prompts, alpha, norm=norm, names=names)
+
+    # What it documents holds for the method too.
+    convert_to = convert_to
 
     def prompt_of(
         self,
-        mapped: Tensor,
+        mapped: Sequence[Tensor],
         prompts: str | Sequence[str] = "",
         alpha: float = 0.0,
         *,
         norm: float | None = None,
         names: Sequence[str] = (),
     ) -> ImagePrompt:
-        """Compose prompts of what :meth:`StateMap.mapped` gives, (N, E [+ E2]).
+        """Compose N prompts of what :meth:`StateMap.mapped` gives of each, (E [+ E2],).
 
         Raises:
             ValueError: see :meth:`edit`.
         """
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(f"alpha: got {alpha!r}, expected a finite number")
-        if norm is not None and (isinstance(norm, bool) or not 0 < norm < math.inf):
-            raise ValueError(f"norm: got {norm!r}, expected a finite number above 0, or None")
+        self.check(alpha, norm)
         texts = [prompts] * len(mapped) if isinstance(prompts, str) else list(prompts)
         for what, given in (("prompts", texts), ("names", names)):
             if len(given) != len(mapped) and (what == "prompts" or given):
                 raise ValueError(f"{what}: got {len(given)} for {len(mapped)} images, expected one each")
-        vectors, pooled = self.map.sized(mapped, norm)
-        if bad := torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten().tolist():
-            raise ValueError(f"images[{bad[0]}] has a vector that is no finite number")
-        different = list(dict.fromkeys(texts))
-        states = self.engine.encode_prompts(different)
-        text_of = torch.tensor([different.index(text) for text in texts], dtype=torch.int64, device="cpu")
+        number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        states = self.engine.encode_prompts(list(number_of))
+        text_of = torch.tensor([number_of[text] for text in texts], dtype=torch.int64, device="cpu")
         ends = states.lengths - 1
-        width = states.states.shape[1] if alpha or not len(ends) else int(ends.max())
+        width = int(ends.max()) if len(ends) and not alpha else states.states.shape[1]
+        rows = torch.stack(list(mapped)) if len(mapped) else self.map.matrix.new_zeros(0, len(self.map.matrix))
+        vectors, pooled = self.map.sized(rows, norm)
         if pooled is not None and alpha and states.pooled is not None:
             pooled = pooled + alpha * upload(states.pooled[upload(text_of, states.pooled.device)], pooled.device)
         return ImagePrompt(
@@ -219,9 +224,20 @@ class ImagePromptConverter:
             pooled=pooled,
             alpha=float(alpha),
             tokens=token_limit(self.model.tokenizers, self.model.text_encoders),
-            names=tuple(storable(name) for name in names),
-            settings=self.settings() | {"norm": self.map.norm if norm is None else float(norm)},
+            names=tuple(map(storable, names)),
+            settings=self.settings(norm),
         )
+
+    def check(self, alpha: float, norm: float | None) -> None:
+        """Refuse numbers outside their range.
+
+        Raises:
+            ValueError: by name.
+        """
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"alpha: got {alpha!r}, expected a finite number")
+        if not or_none(above(0))(norm):
+            raise ValueError(f"norm: got {norm!r}, expected a finite number above 0, or None")
 
     def prepared(self, images: Iterable[ImageSource]) -> Iterator[Tensor | ImageError]:
         """Yield images as the vision tower takes them, (3, h, w) float32 on the CPU, decoded by threads ahead."""
@@ -253,26 +269,37 @@ class ImagePromptConverter:
             chunk: images together; None: as the settings say.
         """
         check_sources(images)
-        prepared = self.prepared(images)
-        while some := list(itertools.islice(prepared, chunk or self.config.batch)):
-            pixels = [each for each in some if isinstance(each, Tensor)]
-            with torch.inference_mode(False), torch.no_grad():
-                rows = iter(self.map.mapped(self.pooled(torch.stack(pixels))) if pixels else ())
-            yield [each if isinstance(each, ImageError) else next(rows) for each in some]
+        done = 0
+        # Nothing goes on decoding when who asks stops early.
+        with closing(cast("Generator[Tensor | ImageError]", self.prepared(images))) as prepared:
+            while some := list(itertools.islice(prepared, chunk or self.config.batch)):
+                pixels = [each for each in some if isinstance(each, Tensor)]
+                with torch.inference_mode(False), torch.no_grad():
+                    rows = self.map.mapped(self.pooled(torch.stack(pixels))) if pixels else torch.empty(0, device="cpu")
+                finite = rows.isfinite().all(dim=-1).tolist()
+                answers = iter(zip(rows, finite, strict=True))
+                for place, each in enumerate(some):
+                    if isinstance(each, ImageError):
+                        continue
+                    row, usable = next(answers)
+                    some[place] = row if usable else _not_finite(done + place)
+                done += len(some)
+                yield some
 
-    def settings(self) -> dict[str, Any]:
-        """Tell what changes answers, as JSON; towers by hashes of their weights."""
-        model = self.model
-        with self.engine.adapters.active(texts_only=True):
-            texts = weights_hash(model.text_encoders, acting_tensors)
-        return {
-            "model": model.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "text_encoders": texts,
-            "vision": weights_hash([self.vision]),
-            "preprocessing": self.preprocessing.settings(),
-            **self.map.settings(),
-        }
+    def settings(self, norm: float | None = None) -> dict[str, Any]:
+        """Tell what changes answers, as JSON.
+
+        Args:
+            norm: of the vectors; None: the settings'.
+        """
+        networks = (*self.model.text_encoders, self.vision)
+        weights = [tensor for network in networks for _, tensor in all_tensors(network)]
+        state = tuple((id(each), None if each.is_inference() else each._version) for each in weights)
+        # Hashing all weights takes longer than to convert an image.
+        if (key := (self.engine.adapters.of_texts, state)) != self._told[0]:
+            told = text_settings(self.engine, {"vision": self.vision})
+            self._told = key, told | {"preprocessing": self.preprocessing.settings(), **self.map.settings()}
+        return self._told[1] if norm is None else self._told[1] | {"norm": float(norm)}
 
     def _converted(
         self,
@@ -283,6 +310,7 @@ class ImagePromptConverter:
         names: Sequence[str] | None,
     ) -> ImagePrompt:
         check_sources(images)
+        self.check(alpha, norm)
         labels: list[str] = []
 
         def sources() -> Iterator[ImageSource]:
@@ -290,18 +318,20 @@ class ImagePromptConverter:
                 labels.append(Path(image).stem if isinstance(image, os.PathLike) else str(number))
                 yield image
 
-        mapped = self._stacked(itertools.chain.from_iterable(self.mapped_chunks(sources())))
+        mapped = list(_checked(itertools.chain.from_iterable(self.mapped_chunks(sources()))))
         return self.prompt_of(mapped, prompts, alpha, norm=norm, names=labels if names is None else names)
 
-    def _stacked(self, rows: Iterable[Tensor | ImageError]) -> Tensor:
-        kept = []
-        for row in rows:
-            if isinstance(row, ImageError):
-                raise row
-            kept.append(row)
-        if kept:
-            return torch.stack(kept)
-        return torch.empty(0, len(self.map.matrix), dtype=torch.float32, device=self.model.device)
+
+def _checked(rows: Iterable[Tensor | ImageError]) -> Iterator[Tensor]:
+    for row in rows:
+        if isinstance(row, ImageError):
+            raise row
+        yield row
+
+
+def _not_finite(number: int) -> ImageError:
+    what = f"image {number}"
+    return ImageError(what, "not-finite", f"CLIP makes no finite numbers of {what}, which dtype float32 may avoid")
 
 
 def _prepared(preprocessing: Preprocessing, source: ImageSource) -> Tensor | ImageError:
@@ -331,7 +361,7 @@ def _shares(
             raise ValueError(f"groups[{number}] is empty, expected at least one image")
         if len(share) != len(group) or not all(map(math.isfinite, share)):
             raise ValueError(
-                f"weights: got {share} for the {len(group)} images of group {number}, expected one number each"
+                f"weights: got {share} for {len(group)} images of groups[{number}], expected one number each"
             )
         shares.append(share)
     return shares

@@ -52,8 +52,8 @@ class StateMap:
     def __init__(self, engine: Engine, space: ClipSpace, config: ImagePromptConfig) -> None:
         self._engine, self._space, self._config = engine, space, config
         self._model, self._clip = engine.model, engine.model.clip
-        name = config.captions or ("scenes" if self._model.name == "mini" else "things")
-        self._captions = captions_of(name) if isinstance(name, str) else name
+        self._source = config.captions or ("scenes" if self._model.name == "mini" else "things")
+        self._captions = captions_of(self._source) if isinstance(self._source, str) else self._source
         self._on_device: dict[object, tuple[Tensor, Tensor, Tensor | None]] = {}
         probes = self._captions[:: max(1, len(self._captions) // _PROBES)]
         own, pooled = self._states(probes)
@@ -147,8 +147,7 @@ class StateMap:
             told |= {"inverse": self._config.inverse, "cut": self.inverse.cut, "kept": self.inverse.kept}
         else:
             told |= {"inverse": "fitted", "pooled_norm": self.pooled_norm, "quality": self.quality}
-        name = self._config.captions
-        return told | {"captions": name if isinstance(name, str) else row_id(*self._captions)}
+        return told | {"captions": self._source if isinstance(self._source, str) else row_id(*self._captions)}
 
     @cached_property
     def _caption_states(self) -> tuple[Tensor, Tensor | None]:
@@ -172,7 +171,7 @@ class StateMap:
             return float64(self._space.text_states(texts))
 
     def _fitted_quality(self) -> dict[str, float]:
-        quality = {}
+        quality: dict[str, float] = {}
         for prefix, states in zip(("", "pooled_"), self._caption_states, strict=True):
             if states is None:
                 continue
