@@ -23,7 +23,7 @@ from dsd_fast.jobs import read_index
 from dsd_fast.models.mini.scenes import scene
 from tests.cli.test_report import Seen
 
-HOSTILE = "<b>[/ring]'&\""
+HOSTILE = "<b>[ring]'&\""
 FEW = ["--sampling-steps", 2, "--guidance", 2, "--scheduler", "ddim"]
 SAMPLED = GenerateConfig(steps=2, guidance=2.0, scheduler="ddim")
 
@@ -67,10 +67,11 @@ def tile(sheet, row, column):
 
 
 def test_its_options_are_the_settings_with_their_defaults():
-    assert requested(ConvertRequest).config() == ImagePromptConfig()
+    request = requested(ConvertRequest)
+    assert request.converter.config(request.source) == ImagePromptConfig()
     names = {parameter.name for parameter in ConvertRequest.parameters()}
     assert {field.name for field in fields(ImagePromptConfig)} <= names
-    assert requested(ConvertRequest).alpha == 0
+    assert request.alpha == 0
     assert requested(EditRequest).alpha == 0.6
 
 
@@ -91,8 +92,8 @@ def test_it_converts_as_the_library_does_and_shows_it(cli, model):
     assert got.names == want.names == (HOSTILE, "a", "c")
     assert got.alpha == 0
 
-    pictures = list(dsd.generate(model, got[:2], SAMPLED, seeds=[0, 1]))
-    assert len(pictures) == 4
+    rows = [dsd.GenerateRow(prompt, seed) for prompt in got[:2] for seed in range(2)]
+    pictures = list(dsd.generate(model, rows, SAMPLED))
     for number, path in enumerate(usable()[:2]):
         with Image.open(f"out/pictures/{number:05d}.png") as sheet:
             assert sheet.size == (3 * 256 + 8, 256)
@@ -132,7 +133,7 @@ def test_it_edits_each_image_by_its_own_text(cli, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert", "none"], "none has no image"),
+        (["convert", "nothing"], "nothing has no image"),
         (["convert", "photos", "--inverse", "best"], "inverse: got 'best', expected one of truncated, ridge, prior"),
         (["convert", "photos", "--cut", "-1"], "cut: got -1.0, expected a number of at least 0"),
         (["convert", "photos", "--norm", "0"], "norm: got 0.0, expected a number above 0"),
@@ -153,6 +154,7 @@ def test_it_edits_each_image_by_its_own_text(cli, model):
 )
 def test_the_options_own_error_comes_first(cli, arguments, message):
     Path("texts.csv").write_text("image,prompt\nother,a ring\n")
+    Path("nothing").mkdir()
     done = cli("prompt", arguments[0], "--out", "out", *arguments[1:])
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())

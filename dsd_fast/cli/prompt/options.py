@@ -260,7 +260,7 @@ class TunedPictureOptions(PictureOptions):
 class FileOptions(Options, panel="Files"):
     """How the prompts are written."""
 
-    shard_rows: Annotated[int, typer.Option(min=1, help="Prompts that become a whole file together.")] = 4096
+    shard_rows: Annotated[int, typer.Option(min=1, help="Prompts that become a whole file together.")] = 256
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try images again that could not be used.")] = (
         False
     )
