@@ -122,10 +122,12 @@ def _summary(numbers: Mapping[str, float] | None, images: int, out: Path) -> dic
     return {**summary(numbers, images, out, ["name", "path"]), "overlap": hidden_share(numbers, "writing")}
 
 
-def _loading(request: ConvertRequest, model: str) -> str:
+def _loading(request: ConvertRequest, name: str) -> str:
     """Python that makes an image of each prompt."""
+    tuned, model = request.source.tuned, f"dsd.load({name!r})"
+    if tuned is not None:
+        model = f"dsd.ImagePromptConverter.load({str(tuned)!r}, {model}).model"
     return (
-        f"import dsd_fast as dsd\n\nmodel = dsd.load({model!r})\n"
-        f"prompts = dsd.ImagePrompt.load({str(request.out)!r})\n"
+        f"import dsd_fast as dsd\n\nmodel = {model}\nprompts = dsd.ImagePrompt.load({str(request.out)!r})\n"
         "for image in dsd.generate(model, prompts):\n    image.show()"
     )

@@ -46,7 +46,7 @@ def render(summary: Mapping[str, Any], shown: Sequence[str], line: Timeline, loa
         loading: Python that uses the prompts.
     """
     folder, chosen = summary["folder"], summary["settings"]
-    lead = [f"{counted(folder['ok'], 'image')} as prompts for {chosen['model']}.", _LIMITS]
+    lead = [f"{counted(folder['ok'], 'image')} as prompts for {chosen['model']}. {_map(chosen)}", _LIMITS]
     if folder["errors"]:
         lead.append(f"{counted(folder['errors'], 'image')} could not be used; the reasons are below.")
     parts = []
@@ -60,6 +60,15 @@ def render(summary: Mapping[str, Any], shown: Sequence[str], line: Timeline, loa
     parts += [files(summary["files"]), section("Using the prompts", code(loading))]
     parts.append(settings({**chosen, **summary["versions"]}))
     return page("Images as prompts", lead, parts)
+
+
+def _map(chosen: Mapping[str, Any]) -> str:
+    """Says how vectors are made of what CLIP sees."""
+    if quality := chosen.get("quality"):
+        found = " and ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in quality.items())
+        return f"Their states come by a map that was fitted to captions; of captions held out it finds: {found}."
+    kept = "" if chosen["kept"] is None else f", {chosen['kept']:,} singular values kept"
+    return f"Vectors of norm {chosen['norm']:.4g}, by the {chosen['inverse']} inverse at {chosen['cut']:.3g}{kept}."
 
 
 def render_tuned(summary: Mapping[str, Any], shown: Sequence[str], loading: str) -> bytes:
