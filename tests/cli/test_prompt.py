@@ -2,7 +2,8 @@
 
 import json
 import pickle
-from dataclasses import fields
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
@@ -14,11 +15,12 @@ from PIL import Image
 
 import dsd_fast as dsd
 from dsd_fast.cli.options import AdaptedModelOptions, ModelOptions
+from dsd_fast.cli.prompt import tune
 from dsd_fast.cli.prompt.convert import Conversion
-from dsd_fast.cli.prompt.options import ConvertRequest, EditRequest
+from dsd_fast.cli.prompt.options import ConvertRequest, CustomizeRequest, EditRequest, FinetuneRequest
 from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.generation import GenerateConfig
-from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter
+from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
 from dsd_fast.jobs import read_index
 from dsd_fast.models.mini.scenes import scene
 from tests.cli.test_report import Seen
@@ -73,6 +75,11 @@ def test_its_options_are_the_settings_with_their_defaults():
     assert {field.name for field in fields(ImagePromptConfig)} <= names
     assert request.alpha == 0
     assert requested(EditRequest).alpha == 0.6
+    assert requested(FinetuneRequest).tuning.tuning() == TuneConfig()
+    assert requested(CustomizeRequest).tuning.tuning() == TuneConfig.few()
+    assert requested(FinetuneRequest, attention="none").tuning.tuning().attention is None
+    names = {parameter.name for parameter in FinetuneRequest.parameters()}
+    assert {field.name for field in fields(TuneConfig)} <= names
 
 
 @pytest.mark.newest
@@ -130,6 +137,77 @@ def test_it_edits_each_image_by_its_own_text(cli, model):
     assert not Path("out/pictures").exists()
 
 
+TUNED = ["--steps", 2, "--batch-size", 2, "--prompt-tokens", 2, "--out", "tuned"]
+
+
+@pytest.mark.newest
+def test_it_tunes_as_the_library_does_and_what_it_learned_is_used(cli, model):
+    Path("photos/bad.png").unlink()
+    command = ["prompt", "customize", "photos", *TUNED, "--norm", 9]
+    shown = ["--pictures", 1, "--variations", 1, *FEW, "--report"]
+    done = cli(*command, *shown)
+    assert done.exit_code == 0, done.stderr
+    base = ImagePromptConverter(model, config=ImagePromptConfig(norm=9.0))
+    want = base.finetune(usable(), replace(TuneConfig.few(2), batch_size=2, prompt_tokens=2), progress=False)
+    got = ImagePromptConverter.load("tuned", model)
+    prompts = want.convert(usable())
+    assert torch.equal(got.convert(usable()).embeds, prompts.embeds)
+    assert not torch.allclose(base.convert(usable()).embeds, prompts.embeds, atol=1e-2)
+
+    history = json.loads(Path("tuned/history.json").read_text())
+    (record,) = want.tuning.history.records
+    assert history["records"] == [{"step": 2, "loss": record.loss, "accuracy": None, "validation_loss": None}]
+    assert (history["steps"], history["images"], history["parameters"]) == (2, 3, want.tuning.parameters)
+    assert f"2 steps on 3 images, loss {record.loss:.4f}, {want.tuning.parameters:,} numbers learned" in done.stdout
+    with Image.open("tuned/pictures/00000.png") as sheet:
+        for line, converter in enumerate((base, want)):
+            rows = dsd.generate(converter.model, converter.convert(usable()[:1]), SAMPLED)
+            assert np.abs(tile(sheet, line, 1) - np.asarray(next(rows)).astype(int)).max() <= 1
+    seen = Seen(Path("tuned/report.html").read_text(encoding="utf-8"))
+    assert all(text in seen.text for text in (HOSTILE, f"{record.loss:.4f}", "3 images"))
+    assert len([tag for tag, _ in seen.tags if tag == "img"]) == 1
+
+    # By the commands: what is learned of CLIP in the prompts, the LoRA in the model that makes images of them.
+    assert cli("prompt", "convert", "photos", "--tuned", "tuned", "--out", "out").exit_code == 0
+    assert torch.allclose(ImagePrompt.load("out").embeds, prompts.embeds, rtol=0, atol=1e-4)
+    refused = cli("prompt", "convert", "photos", "--tuned", "tuned", "--norm", 2, "--out", "out")
+    assert "--norm: given with --tuned" in refused.stderr
+    adapted = dsd.load("mini")
+    adapted.load_lora("tuned", "own")
+    (mine,), (theirs,) = (list(dsd.generate(each, prompts[:1], SAMPLED)) for each in (want.model, adapted))
+    assert np.abs(np.asarray(mine).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+    again = cli(*command)
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(Path("tuned/history.json").read_text())["records"] == history["records"]
+    refused = cli(*command, "--rank", 4)
+    assert refused.exit_code == 2
+    assert "rank" in refused.stderr
+
+
+def test_a_stopped_tuning_keeps_its_checkpoint(cli, monkeypatch):
+    Path("photos/bad.png").unlink()
+
+    def stop(step, loss, record):
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def stopping(name, steps):
+        yield stop
+
+    monkeypatch.setattr(tune, "showing_steps", stopping)
+    stopped = cli("prompt", "customize", "photos", *TUNED)
+    assert stopped.exit_code == 130
+    assert "interrupted; the same command goes on from what is in tuned" in stopped.stderr
+
+
+def test_a_loss_that_is_no_number_is_one_sentence(cli):
+    Path("photos/bad.png").unlink()
+    done = cli("prompt", "customize", "photos", *TUNED, "--learning-rate", 1e30)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1].startswith("Error: step ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -144,10 +222,16 @@ def test_it_edits_each_image_by_its_own_text(cli, model):
         (["convert", "photos", "--guidance", "2"], "--guidance: given without --pictures"),
         (["convert", "photos", "--pictures", "1", "--sampling-steps", "0"], "steps: got 0"),
         (["convert", "photos", "--clip", "./none"], "clip './none' is a folder that does not exist"),
-        (["convert", "photos", "--tuned", "none"], "--tuned: none is no folder"),
-        (["convert", "photos", "--tuned", "photos", "--norm", "2"], "--norm: given with --tuned"),
+        (["convert", "photos", "--tuned", "none"], "none has no prompt.json"),
         (["convert", "photos", "--worker", "2"], "--worker: got 2, expected below --workers"),
         (["convert", "photos", "--out", "texts.csv"], "--out texts.csv cannot be written: it is a file"),
+        (["finetune", "nothing"], "nothing has no image"),
+        (["finetune", "photos", "--attention", "some"], "attention: got 'some', expected 'lora', 'full' or None"),
+        (["finetune", "photos", "--timestep-range", "5"], "--timestep-range: '5' is no range"),
+        (["finetune", "photos", "--validation", "nothing"], "nothing has no image"),
+        (["customize", "photos", "--steps", "0"], "steps: got 0, expected an integer of at least 1"),
+        (["customize", "photos", "--pictures", "0", "--variations", "2"], "--variations: given without --pictures"),
+        (["customize", "photos", "--out", "texts.csv"], "--out texts.csv cannot be written: it is a file"),
         (["edit", "photos"], "give --prompt TEXT, or --prompts FILE"),
         (["edit", "photos", "--prompt", "a", "--alpha", "nan"], "alpha: got nan"),
     ],

@@ -66,7 +66,7 @@ def finetune(request: FinetuneRequest) -> None:
 
     Exit code: 0 when it is done, 2 when nothing could be done, 130 after Ctrl-C, which keeps the checkpoint.
     """
-    _tune(request)
+    _tune("finetune", request)
 
 
 @prompt.command()
@@ -76,7 +76,7 @@ def customize(request: CustomizeRequest) -> None:
 
     Else as `dsd-fast prompt finetune`.
     """
-    _tune(request)
+    _tune("customize", request)
 
 
 def _convert(request: ConvertRequest) -> None:
@@ -94,14 +94,14 @@ def _convert(request: ConvertRequest) -> None:
     end(summary["complete"], errors)
 
 
-def _tune(request: FinetuneRequest) -> None:
+def _tune(name: str, request: FinetuneRequest) -> None:
     """Tunes, and prints how the loss went, the time and the memory."""
     config, tuning = request.converter.config(request.source), request.tuning.tuning()
     from dsd_fast.cli.prompt.report import told
     from dsd_fast.cli.prompt.tune import run
 
     try:
-        summary = run(request, config, tuning)
+        summary = run(name, request, config, tuning)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command goes on from what is in {request.out}", EXIT_INTERRUPTED)
     show_line(Console(), f"{told(summary)}. Results: {request.out}")

@@ -45,14 +45,16 @@ class TunedModelOptions(AdaptedModelOptions):
     ] = None
 
     def check(self) -> None:
-        """Checks as :class:`AdaptedModelOptions` does, and that folders are there."""
+        """Checks as :class:`AdaptedModelOptions` does, and that CLIP's folder and the tuned one are there."""
         super().check()
         from dsd_fast.models.hub import local_folder
 
         if self.clip is not None:
             local_folder(self.clip, "clip")
-        if self.tuned is not None and not self.tuned.is_dir():
-            raise CommandError(f"--tuned: {self.tuned} is no folder, expected one of dsd-fast prompt finetune")
+        if self.tuned is not None:
+            from dsd_fast.image_prompt.files import read_about
+
+            read_about(self.tuned)
 
     def arguments(self) -> dict[str, Any]:
         """Tells the arguments of :func:`dsd_fast.load`, CLIP among them."""

@@ -77,10 +77,10 @@ def write_sheets(
     made = [_variations(out / side) for side in sides]
     with replacing_files(out / SHEETS, _NAMES) as folder:
         for number, (path, name, text) in enumerate(zip(images, names, texts, strict=True)):
-            lines: list[list[Image.Image | None]] = []
+            reference, lines = _reference(path), list[list[Image.Image | None]]()
             for side, ids in zip(sides, made, strict=True):
                 (line,) = read_lines(out / side, [[ids.get((_row(number), seed)) for seed in range(count)]])
-                lines.append([None if lines else _reference(path), *line])
+                lines.append([reference, *line])
             whole = sheet(lines)
             whole.save(folder / f"{_row(number)}.png")
             yield Sheet(name, text, whole)

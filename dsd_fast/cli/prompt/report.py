@@ -82,7 +82,7 @@ def render_tuned(summary: Mapping[str, Any], shown: Sequence[str], loading: str)
     lead = [f"{summary['settings']['model']} tuned to {counted(summary['images'], 'image')}.", _LIMITS]
     parts = []
     if shown:
-        what = "At the left the image; beside it variations before tuning, and below them after, from the same noise."
+        what = "At the left the image; beside it variations, above before tuning, below after, from the same noise."
         parts.append(pictures(what, shown))
     rows = [
         [f"{each['step']:,}", *("-" if (value := each[name]) is None else f"{value:.4f}" for name in _LOSSES)]
@@ -99,9 +99,10 @@ def told(summary: Mapping[str, Any]) -> str:
     """Tells what a tuning was, in a sentence without its end."""
     losses = [each["loss"] for each in summary["records"] if each["loss"] is not None]
     line = f"{counted(summary['steps'], 'step')} on {counted(summary['images'], 'image')}"
-    line += f", loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last" if losses else ""
+    if losses:
+        line += f", loss {losses[0]:.4f}" + (f" at first and {losses[-1]:.4f} at last" if losses[1:] else "")
     line += f", {counted(summary['parameters'], 'number')} learned"
-    return f"{line}, {summary['seconds']:.1f} s, {sized(summary['peak_bytes'])} at most"
+    return f"{line}, {summary['seconds']:.1f} s, {sized(summary['peak_bytes'])} of memory at most"
 
 
 def pictures(what: str, shown: Sequence[str]) -> str:

@@ -23,8 +23,11 @@ HISTORY = "history.json"
 _SIDES = (f"{IMAGES}/before", f"{IMAGES}/after")
 
 
-def run(request: FinetuneRequest, config: ImagePromptConfig, tuning: TuneConfig) -> dict[str, Any]:
+def run(name: str, request: FinetuneRequest, config: ImagePromptConfig, tuning: TuneConfig) -> dict[str, Any]:
     """Tunes, and makes the pictures; what an earlier run of the same settings has left is gone on from.
+
+    Args:
+        name: of the command.
 
     Returns:
         The content of history.json.
@@ -52,8 +55,15 @@ def run(request: FinetuneRequest, config: ImagePromptConfig, tuning: TuneConfig)
                 )
             told = tuned.tuning
             summary = {
-                "command": "prompt finetune",
-                "settings": {"device": str(converter.model.device), **converter.settings(), **asdict(tuning)},
+                "command": f"prompt {name}",
+                "settings": {
+                    **converter.settings(),
+                    "device": str(converter.model.device),
+                    "adapter": request.source.adapter,
+                    "clip": request.source.clip,
+                    "tuned": None if request.source.tuned is None else str(request.source.tuned),
+                    **asdict(tuning),
+                },
                 "versions": versions(),
                 "images": len(images),
                 "held_out": len(held_out or ()),
