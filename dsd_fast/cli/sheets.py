@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
-
-from dsd_fast.generation.files import read_images
 
 # Longer side of an image on a sheet, and what is between two.
 _SIDE, _GAP, _PAPER = 256, 4, (255, 255, 255)
@@ -20,16 +16,6 @@ def small(picture: Image.Image) -> Image.Image:
     shown = picture.convert("RGB").resize([times * side for side in picture.size], Image.Resampling.NEAREST)
     shown.thumbnail((_SIDE, _SIDE))
     return shown
-
-
-def read_lines(folder: Path, lines: Sequence[Sequence[str | None]]) -> list[list[Image.Image | None]]:
-    """Reads generated images of a job's folder by their ids, as :func:`small` makes them; None stays None."""
-    names = list(dict.fromkeys(name for line in lines for name in line if name is not None))
-    pictures: dict[str | None, Image.Image] = {}
-    for name, (content, _) in zip(names, read_images(folder, names), strict=True):
-        with Image.open(io.BytesIO(content)) as picture:
-            pictures[name] = small(picture)
-    return [[pictures.get(name) for name in line] for line in lines]
 
 
 def sheet(lines: Sequence[Sequence[Image.Image | None]]) -> Image.Image:

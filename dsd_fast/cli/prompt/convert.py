@@ -14,7 +14,7 @@ from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.images import ImageFiles
 from dsd_fast.cli.job_report import files_of, hidden_share, last_timeline, summary
 from dsd_fast.cli.prompt.options import ConvertRequest
-from dsd_fast.cli.prompt.pictures import IMAGES, Sheet, make_variations, write_sheets
+from dsd_fast.cli.prompt.pictures import Sheet, write_sheets
 from dsd_fast.cli.prompt.report import figures, render
 from dsd_fast.cli.results import versions
 from dsd_fast.engine.image_prompts import ImagePrompt
@@ -106,16 +106,13 @@ class Conversion:
 
     def _sheets(self) -> Iterator[Sheet]:
         chosen, out = self.request.pictures, self.request.out
-        columns = ["id", "name", "path", "prompt", "status"]
-        rows = (row for rows in index_shards(out, columns) for row in rows.to_pylist() if row["status"] == OK)
-        first = list(islice(rows, chosen.pictures))
+        rows = (row for rows in index_shards(out, ["id", "path", "prompt", "status"]) for row in rows.to_pylist())
+        first = list(islice((row for row in rows if row["status"] == OK), chosen.pictures))
         if not first:
-            return
-        prompts = ImagePrompt.load(out)[: len(first)]
-        make_variations(self.converter.model, prompts, self.sampling, chosen.variations, out / IMAGES)
-        names, texts = ([row[name] for row in first] for name in ("name", "prompt"))
-        paths = [Path(row["path"]) for row in first]
-        yield from write_sheets(out, paths, names, texts, chosen.variations, [IMAGES])
+            return iter(())
+        sides = [(self.converter.model, ImagePrompt.load(out)[: len(first)])]
+        paths, texts = [Path(row["path"]) for row in first], [row["prompt"] for row in first]
+        return write_sheets(out, paths, texts, sides, self.sampling, chosen.variations)
 
 
 def _summary(numbers: Mapping[str, float] | None, images: int, out: Path) -> dict[str, Any]:

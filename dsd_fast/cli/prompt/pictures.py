@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from dsd_fast.cli.files import replacing_files
-from dsd_fast.cli.sheets import read_lines, sheet, small
+from dsd_fast.cli.sheets import sheet, small
 from dsd_fast.cli.terminal import progress
 from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.generation.config import GenerateConfig
-from dsd_fast.generation.export import generate_to
+from dsd_fast.generation.generate import generate
 from dsd_fast.generation.rows import GenerateRow
-from dsd_fast.generation.sampler import Sampler
 from dsd_fast.images import ImageError, load_image
-from dsd_fast.jobs import index_shards
 from dsd_fast.models import Model
 
-SHEETS, IMAGES = "pictures", "images"
-"""Folders beside the prompts: a sheet of each image, and the variations that they are made of."""
+FOLDER = "pictures"
+"""Beside the prompts, with a sheet of each image."""
 
 _NAMES = re.compile(r"\d{5,}\.png")
 
@@ -42,47 +41,36 @@ class Sheet:
     picture: Image.Image
 
 
-def make_variations(model: Model, prompts: ImagePrompt, config: GenerateConfig, count: int, folder: Path) -> None:
-    """Makes `count` images of each prompt, with the seeds 0, 1, …, as a job in `folder`; what is there stays.
-
-    Raises:
-        JobError: the folder has other images, or cannot be written.
-    """
-    rows = (
-        GenerateRow(prompt, seed, name=_row(number), label=prompts.names[number])
-        for number, prompt in enumerate(prompts)
-        for seed in range(count)
-    )
-    total = count * len(prompts)
-    with progress("images") as display:
-        task = display.add_task("pictures", total=total, units=0)
-
-        def show(done: int) -> None:
-            display.update(task, completed=done, units=done)
-
-        generate_to(Sampler(model, config), rows, folder, layout="folder", closes=False, progress=show)
-        show(total)
-
-
 def write_sheets(
-    out: Path, images: Sequence[Path], names: Sequence[str], texts: Sequence[str], count: int, sides: Sequence[str]
+    out: Path,
+    images: Sequence[Path],
+    texts: Sequence[str],
+    sides: Sequence[tuple[Model, ImagePrompt]],
+    config: GenerateConfig,
+    count: int,
 ) -> Iterator[Sheet]:
-    """Writes a sheet of each image into `out`, in place of earlier ones, and gives them.
+    """Makes variations and writes a sheet of each image into `out`, in place of earlier ones; gives them.
 
     Args:
-        images, names, texts: of the prompts.
-        count: variations of each.
-        sides: folders in `out` of :func:`make_variations`, a line of a sheet for each.
+        images, texts: of the prompts.
+        sides: models with prompts of all images, a line of a sheet for each.
+        config: of the variations.
+        count: of each prompt, with the seeds 0, 1, ….
     """
-    made = [_variations(out / side) for side in sides]
-    with replacing_files(out / SHEETS, _NAMES) as folder:
+    made = [
+        generate(model, (GenerateRow(prompt, seed) for prompt in prompts for seed in range(count)), config)
+        for model, prompts in sides
+    ]
+    names = sides[0][1].names
+    with replacing_files(out / FOLDER, _NAMES) as folder, progress("images") as display:
+        task = display.add_task("pictures", total=count * len(made) * len(images), units=0)
         for number, (path, name, text) in enumerate(zip(images, names, texts, strict=True)):
-            reference, lines = _reference(path), list[list[Image.Image | None]]()
-            for side, ids in zip(sides, made, strict=True):
-                (line,) = read_lines(out / side, [[ids.get((_row(number), seed)) for seed in range(count)]])
-                lines.append([reference, *line])
+            reference = _reference(path)
+            lines = [[reference, *map(small, islice(pictures, count))] for pictures in made]
             whole = sheet(lines)
-            whole.save(folder / f"{_row(number)}.png")
+            whole.save(folder / f"{number:05d}.png")
+            done = count * len(made) * (number + 1)
+            display.update(task, completed=done, units=done)
             yield Sheet(name, text, whole)
 
 
@@ -92,14 +80,3 @@ def _reference(path: Path) -> Image.Image | None:
     except ImageError:
         # It may have gone since.
         return None
-
-
-def _row(number: int) -> str:
-    return f"{number:05d}"
-
-
-def _variations(folder: Path) -> Mapping[tuple[str, int], str]:
-    ids: dict[tuple[str, int], str] = {}
-    for table in index_shards(folder, ["id", "name", "seed", "status"]):
-        ids |= {(row["name"], row["seed"]): row["id"] for row in table.to_pylist() if row["status"] == "ok"}
-    return ids

@@ -9,7 +9,7 @@ from typing import Any
 from dsd_fast.cli.files import check_folder, writing
 from dsd_fast.cli.images import ImageFiles
 from dsd_fast.cli.prompt.options import FinetuneRequest
-from dsd_fast.cli.prompt.pictures import IMAGES, make_variations, write_sheets
+from dsd_fast.cli.prompt.pictures import write_sheets
 from dsd_fast.cli.prompt.report import figures, render_tuned
 from dsd_fast.cli.results import versions, write_json
 from dsd_fast.cli.steps import history_of, showing_steps
@@ -19,8 +19,6 @@ from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneC
 from dsd_fast.jobs import JobError, locked, remove_stale, replacing
 
 HISTORY = "history.json"
-
-_SIDES = (f"{IMAGES}/before", f"{IMAGES}/after")
 
 
 def run(name: str, request: FinetuneRequest, config: ImagePromptConfig, tuning: TuneConfig) -> dict[str, Any]:
@@ -91,10 +89,8 @@ def _pictures(
     first, names = images[: chosen.pictures], images.names[: chosen.pictures]
     if not first:
         return []
-    for converter, side in zip(converters, _SIDES, strict=True):
-        prompts = converter.convert(first, names=names)
-        make_variations(converter.model, prompts, sampling, chosen.variations, out / side)
-    return figures(write_sheets(out, first, names, [""] * len(first), chosen.variations, _SIDES))
+    sides = [(each.model, each.convert(first, names=names)) for each in converters]
+    return figures(write_sheets(out, first, [""] * len(first), sides, sampling, chosen.variations))
 
 
 def _loading(model: str, out: Path, image: Path) -> str:

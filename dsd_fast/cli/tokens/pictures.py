@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from PIL import Image
 from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.cli.files import replacing_files
-from dsd_fast.cli.sheets import read_lines, sheet
+from dsd_fast.cli.sheets import sheet, small
 from dsd_fast.engine import LearnedTokens
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.export import generate_to
+from dsd_fast.generation.files import read_images
 from dsd_fast.generation.rows import GenerateRow
 from dsd_fast.generation.sampler import Sampler
 from dsd_fast.jobs import index_shards
@@ -87,6 +89,16 @@ def write_sheets(tokens: LearnedTokens, config: TokenConfig, count: int, out: Pa
     with replacing_files(out / SHEETS, re.compile(r".*\.png")) as folder:
         for token, texts in texts_of(tokens, config).items():
             lines = [[ids.get((text, seed)) for seed in range(count)] for text in texts]
-            picture = sheet(read_lines(out / IMAGES, lines))
+            pictures = _pictures(out, [name for line in lines for name in line if name is not None])
+            # An image that could not be made leaves its place empty.
+            picture = sheet([[pictures.get(name) for name in line] for line in lines])
             picture.save(folder / Path(files[token]).with_suffix(".png"))
             yield Sheet(token, picture, *texts)
+
+
+def _pictures(out: Path, ids: Sequence[str]) -> Mapping[str | None, Image.Image]:
+    pictures: dict[str | None, Image.Image] = {}
+    for name, (content, _) in zip(ids, read_images(out / IMAGES, ids), strict=True):
+        with Image.open(io.BytesIO(content)) as image:
+            pictures[name] = small(image)
+    return pictures
