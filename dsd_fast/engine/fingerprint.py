@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd_fast.diffusion import changed_in_place
@@ -70,6 +72,27 @@ def text_settings(engine: Engine, others: Mapping[str, Any]) -> dict[str, Any]:
         "adapters": {name: told for name, layers in strengths.items() if (told := strengths_summary(layers))},
         "adapter_strengths": _hash(strengths),
     }
+
+
+def model_identity(model: Model) -> dict[str, Any]:
+    """Tell which model something that is saved belongs to, see :func:`check_same_model`."""
+    return {"name": model.name, "revision": model.revision, "family": model.family}
+
+
+def check_same_model(folder: Path, saved: Mapping[str, Any], model: Model) -> None:
+    """Warn where what is in a folder belongs to another model than this one.
+
+    Args:
+        saved: by :func:`model_identity`.
+
+    Raises:
+        ValueError: the model is of another family.
+    """
+    if saved["family"] != model.family:
+        raise ValueError(f"folder: {folder} was fitted to a model of family {saved['family']}, got {model.family}")
+    now = model_identity(model)
+    if other := [f"{key} {saved[key]!r}, now {now[key]!r}" for key in ("name", "revision") if saved[key] != now[key]]:
+        warnings.warn(f"{folder} was fitted to another model: {'; '.join(other)}", stacklevel=5)
 
 
 def scheduler_settings(model: Model) -> dict[str, Any]:

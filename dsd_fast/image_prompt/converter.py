@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.engine.preprocessing import Preprocessing
 from dsd_fast.engine.settings import above, or_none
 from dsd_fast.image_prompt.config import ImagePromptConfig
-from dsd_fast.image_prompt.export import convert_to
+from dsd_fast.image_prompt.deep_prompts import PromptedVision
 from dsd_fast.image_prompt.mapping import StateMap
 from dsd_fast.images import ImageError, ImageSource, check_sources, load_image
 from dsd_fast.images.batch import ahead
@@ -46,7 +46,7 @@ _AHEAD = 2 * _WORKERS
 _NOTHING = 1e-4
 
 
-class ImagePromptConverter:
+class Conversion:
     """Makes prompts of images: the text state whose projection by CLIP is that of the image.
 
     Ding et al. 2023, "The CLIP Model is Secretly an Image-to-Prompt Converter", section 3: h = norm · u / |u| with
@@ -71,6 +71,9 @@ class ImagePromptConverter:
         map: from pooled states to text states.
         preprocessing: CLIP's own, of pictures.
         vision: the tower, from prepared pixels (n, 3, h, w) to pooled states (n, V), or an output that has them.
+        adapter: as given.
+        lora, full: name of the LoRA that a tuning has learned in the model's UNet, or None; whether it has learned
+            whole matrices there.
 
     Raises:
         ValueError: no CLIP; captions that the text encoders do not take; a fitted map that is no better than the mean.
@@ -93,18 +96,27 @@ class ImagePromptConverter:
                 f"clip: got None, and {model.name or 'the model'} has none; expected a CLIPModel, a folder or a hub "
                 "id, here or as dsd_fast.load(…, clip=…)"
             )
-        self.model, self.config = model, config or ImagePromptConfig()
+        self.model, self.config, self.adapter = model, config or ImagePromptConfig(), adapter
         self.engine = Engine(model, adapter)
         space = ClipSpace(model, resize="crop")
         self.map = StateMap(self.engine, space, self.config)
         self.preprocessing: Preprocessing = space.vision.preprocessing
         self.vision: nn.Module = model.clip.vision_model
+        self.lora: str | None = None
+        self.full = False
         self._told: tuple[object, dict[str, Any]] = None, {}
 
-    def with_vision(self, vision: nn.Module) -> ImagePromptConverter:
+    def with_vision(self, vision: nn.Module) -> Self:
         """This converter with another vision tower."""
         other = copy.copy(self)
         other.vision = vision
+        return other
+
+    def tuned(self, model: Model, vision: nn.Module, lora: str | None, full: bool) -> Self:
+        """This converter with what a tuning has learned, see the attributes."""
+        other = self.with_vision(vision)
+        other.model, other.engine = model, self.engine.with_unet(model)
+        other.lora, other.full = lora, full
         return other
 
     def convert(
@@ -184,9 +196,6 @@ class ImagePromptConverter:
                 raise ValueError(f"weights: {share} of groups[{number}] cancel each other")
         names = [str(number) for number in range(len(groups))] if names is None else names
         return self.prompt_of(mixed, prompts, alpha, norm=norm, names=names)
-
-    # What it documents holds for the method too.
-    convert_to = convert_to
 
     def prompt_of(
         self,
@@ -273,16 +282,12 @@ class ImagePromptConverter:
         # Nothing goes on decoding when who asks stops early.
         with closing(cast("Generator[Tensor | ImageError]", self.prepared(images))) as prepared:
             while some := list(itertools.islice(prepared, chunk or self.config.batch)):
-                pixels = [each for each in some if isinstance(each, Tensor)]
-                with torch.inference_mode(False), torch.no_grad():
-                    rows = self.map.mapped(self.pooled(torch.stack(pixels))) if pixels else torch.empty(0, device="cpu")
-                finite = rows.isfinite().all(dim=-1).tolist()
-                answers = iter(zip(rows, finite, strict=True))
-                for place, each in enumerate(some):
-                    if isinstance(each, ImageError):
-                        continue
-                    row, usable = next(answers)
-                    some[place] = row if usable else _not_finite(done + place)
+                if pixels := [each for each in some if isinstance(each, Tensor)]:
+                    with torch.inference_mode(False), torch.no_grad():
+                        rows = self.map.mapped(self.pooled(torch.stack(pixels)))
+                    places = [place for place, each in enumerate(some) if isinstance(each, Tensor)]
+                    for place, row, finite in zip(places, rows, rows.isfinite().all(dim=1).tolist(), strict=True):
+                        some[place] = row if finite else _not_finite(done + place)
                 done += len(some)
                 yield some
 
@@ -297,7 +302,10 @@ class ImagePromptConverter:
         state = tuple((id(each), None if each.is_inference() else each._version) for each in weights)
         # Hashing all weights takes longer than to convert an image.
         if (key := (self.engine.adapters.of_texts, state)) != self._told[0]:
-            told = text_settings(self.engine, {"vision": self.vision})
+            vision = self.vision.plain if isinstance(self.vision, PromptedVision) else self.vision
+            told = text_settings(self.engine, {"vision": vision})
+            if isinstance(self.vision, PromptedVision):
+                told["deep_prompts"] = self.vision.prompts.settings()
             self._told = key, told | {"preprocessing": self.preprocessing.settings(), **self.map.settings()}
         return self._told[1] if norm is None else self._told[1] | {"norm": float(norm)}
 
@@ -347,7 +355,7 @@ def _shares(
     """The weights of each group's images.
 
     Raises:
-        ValueError: see :meth:`ImagePromptConverter.blend`.
+        ValueError: see :meth:`Conversion.blend`.
     """
     given: Sequence[Any] = [[1.0 / max(1, len(group))] * len(group) for group in groups] if weights is None else weights
     if not given or not isinstance(given[0], Sequence | np.ndarray):

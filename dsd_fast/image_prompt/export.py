@@ -17,13 +17,13 @@ from dsd_fast.images import ImageError, ImageSource
 from dsd_fast.jobs import Exported, Job, Row, ShardFiles, fill, stream_tensors
 
 if TYPE_CHECKING:
-    from dsd_fast.image_prompt.converter import ImagePromptConverter
+    from dsd_fast.image_prompt.converter import Conversion
 
 _COLUMNS = {name: kind for name, kind in COLUMNS.items() if name != "seed"}
 
 
 def convert_to(
-    converter: ImagePromptConverter,
+    converter: Conversion,
     folder: str | os.PathLike[str],
     images: Iterable[ImageSource],
     prompts: str | Sequence[str] = "",
@@ -47,7 +47,7 @@ def convert_to(
 
     Args:
         folder: made if missing.
-        images, prompts, alpha, norm: see :meth:`ImagePromptConverter.edit`; ``alpha`` 0 is :meth:`~.convert`.
+        images, prompts, alpha, norm: see :meth:`Conversion.edit`; ``alpha`` 0 is :meth:`~.convert`.
         names: of the rows; None: a file's name without its ending, the position of other images. A row's id is made of
             the image's content, the prompt and the name: inputs that are equal in all of them are one row.
         shard_rows: images that become whole files and rows of the index together.
@@ -105,7 +105,7 @@ def convert_to(
 
 
 def _prompts(
-    converter: ImagePromptConverter,
+    converter: Conversion,
     chunk: list[Tensor | ImageError],
     items: Sequence[Item],
     alpha: float,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 # the choice is flat in it.
 _COSINE = 0.9
 # Cuts that are tried, and the least of them, of the largest singular value.
-_CUTS, _LEAST = 48, 0.02
+_CUTS, _LEAST = 32, 0.02
 # Of the captions one in so many is held out.
 _HELD_OUT = 8
 
@@ -43,23 +43,27 @@ class Inverse:
 Make = Callable[[float], Inverse]
 
 
-def truncated(projection: Tensor, cut: float) -> Inverse:
-    """Make the pseudo-inverse of a projection (D, E) without the singular values up to a cut."""
+def truncated(projection: Tensor) -> Make:
+    """Make pseudo-inverses of a projection (D, E) without the singular values up to a cut."""
     u, s, vh = torch.linalg.svd(projection, full_matrices=False)
-    keep = s > cut
-    return Inverse((vh[keep].mT / s[keep]) @ u[:, keep].mT, cut=cut, kept=int(keep.sum()))
+
+    def make(cut: float) -> Inverse:
+        keep = s > cut
+        return Inverse((vh[keep].mT / s[keep]) @ u[:, keep].mT, cut=cut, kept=int(keep.sum()))
+
+    return make
 
 
-def ridge(projection: Tensor, cut: float) -> Inverse:
+def ridge(projection: Tensor) -> Make:
     """Make (WᵀW + cut² I)⁻¹ Wᵀ of a projection W (D, E)."""
     u, s, vh = torch.linalg.svd(projection, full_matrices=False)
-    return Inverse((vh.mT * (s / (s**2 + cut**2)).nan_to_num()) @ u.mT, cut=cut)
+    return lambda cut: Inverse((vh.mT * (s / (s**2 + cut**2)).nan_to_num()) @ u.mT, cut=cut)
 
 
-def prior(projection: Tensor, states: Tensor, cut: float) -> Inverse:
+def prior(projection: Tensor, states: Tensor) -> Make:
     """Make the mean of states given their embeddings with noise, of a projection W (D, E).
 
-    μ + C Wᵀ (W C Wᵀ + σ² I)⁻¹ (l z − W μ) with μ and C the mean and covariance of the captions' states, l the mean
+    μ + C Wᵀ (W C Wᵀ + σ² I)⁺ (l z − W μ) with μ and C the mean and covariance of the captions' states, l the mean
     length of their W h, and σ² = cut² tr(C) / E.
 
     Args:
@@ -68,12 +72,18 @@ def prior(projection: Tensor, states: Tensor, cut: float) -> Inverse:
     mean = states.mean(0)
     centred = states - mean
     spread = centred.mT @ centred / len(states)
-    noise = cut**2 * torch.trace(spread) / len(mean)
-    seen = projection @ spread @ projection.mT
-    seen.diagonal().add_(noise)
-    gain = torch.linalg.lstsq(seen, projection @ spread).solution.mT  # (E, D)
+    values, vectors = torch.linalg.eigh(projection @ spread @ projection.mT)
+    back = spread @ projection.mT @ vectors  # (E, D)
     length = (states @ projection.mT).norm(dim=1).mean()
-    return Inverse(gain * length, mean - gain @ (projection @ mean), cut=cut)
+    # Below it, what rounding left.
+    least = values[-1] * len(values) * torch.finfo(values.dtype).eps
+
+    def make(cut: float) -> Inverse:
+        noisy = values.clamp(min=0) + cut**2 * torch.trace(spread) / len(mean)
+        gain = (back * torch.where(noisy > least, 1 / noisy, 0.0)) @ vectors.mT
+        return Inverse(gain * length, mean - gain @ (projection @ mean), cut=cut)
+
+    return make
 
 
 def fitted(embeds: Tensor, states: Tensor) -> Inverse:

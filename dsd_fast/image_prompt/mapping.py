@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -87,13 +87,13 @@ class StateMap:
             states = [each for each in self._caption_states if each is not None]
             return fitted(self._caption_embeds, torch.cat(states, dim=1))
         projection = float64(self._clip.text_projection.weight)
-        make: Callable[[float], Inverse] = {
-            "truncated": lambda cut: truncated(projection, cut),
-            "ridge": lambda cut: ridge(projection, cut),
-            "prior": lambda cut: prior(projection, self._caption_states[0], cut),
-        }[self._config.inverse]
+        how = self._config.inverse
+        if how == "prior":
+            make = prior(projection, self._caption_states[0])
+        else:
+            make = truncated(projection) if how == "truncated" else ridge(projection)
         cut = self._config.cut
-        if cut is None and self._is_vit_l and self._config.inverse == "truncated":
+        if cut is None and self._is_vit_l and how == "truncated":
             cut = _CUT
         return make(best_cut(make, projection, self._caption_states[0]) if cut is None else cut)
 
