@@ -52,6 +52,7 @@ def run(name: str, request: FinetuneRequest, config: ImagePromptConfig, tuning: 
                     images, tuning, out=out, callback=report, progress=False, validation=held_out
                 )
             told = tuned.tuning
+            assert told is not None
             summary = {
                 "command": f"prompt {name}",
                 "settings": {
