@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsd_fast.jobs import index_shards, read_manifest, row_id, storable
+from dsd_fast.jobs import JobError, index_shards, read_manifest, row_id, storable
 from dsd_fast.jobs.store import OK, SHARDS
 from dsd_fast.jobs.tensors import read_tensors, tensor_bytes, write_tensors
 from dsd_fast.kernels.common.transfer import upload
@@ -264,7 +264,11 @@ class ImagePrompt:
         path = Path(path)
         if not path.is_dir():
             return _of_file(path)
-        if (kind := read_manifest(path)["kind"]) != KIND:
+        try:
+            kind = read_manifest(path)["kind"]
+        except JobError as error:
+            raise ValueError(str(error)) from error
+        if kind != KIND:
             raise ValueError(f"{path} holds results of {kind}, expected image prompts")
         parts = []
         for rows in index_shards(path, ["id", "status", "shard", "row"]):
