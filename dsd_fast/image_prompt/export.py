@@ -62,11 +62,8 @@ def convert_to(
             written.
         ValueError: an argument that does not fit, by name.
     """
-    converter.check(alpha, norm)
-    check = prompt_check(converter.model)
-    if isinstance(prompts, str) and (wrong := check(prompts)) is not None:
-        raise ValueError(f"prompts: {wrong[1]}")
-    items = Items(images, prompts, 0, names, check)
+    converter.check(alpha, norm, prompts if isinstance(prompts, str) else "")
+    items = Items(images, prompts, 0, names, prompt_check(converter.model))
     job = Job(
         folder,
         KIND,

@@ -111,10 +111,11 @@ class StateMap:
         pooled = wide(pooled)
         key = (pooled.device, pooled.dtype)
         if key not in self._on_device:
-            visual = float64(self._clip.visual_projection.weight)
+            parts = self.matrix, float64(self._clip.visual_projection.weight)
             # What is kept may meet gradients later.
             with torch.inference_mode(False):
-                self._on_device[key] = upload(self.matrix, *key), upload(visual, *key)
+                matrix, visual = (upload(part.clone(), *key) for part in parts)
+                self._on_device[key] = matrix, visual
         matrix, visual = self._on_device[key]
         with own_types(pooled.device):
             return F.linear(pooled / F.linear(pooled, visual).norm(dim=-1, keepdim=True), matrix)

@@ -160,13 +160,17 @@ def test_blends_mix_before_the_length(converter, pictures):
         converter.blend([[]])
 
 
-def test_vectors_have_a_gradient_through_norm_and_map(converter):
+def test_vectors_have_a_gradient_through_norm_and_map(model):
+    with torch.inference_mode():
+        converter = ImagePromptConverter(model, config=ImagePromptConfig(cut=0.5))
+        assert converter.map.norm > 0
+        assert len(converter.map.matrix) == 128
     pooled = torch.randn(2, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     vectors, none = converter.vectors_of(pooled)
     assert none is None
     torch.testing.assert_close(vectors, converter.vectors_of(3 * pooled)[0])
     weigh = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
-    want = converter.map.norm * F.normalize(pooled @ converter.map.matrix.mT, dim=1)
+    want = converter.map.norm * F.normalize(pooled @ converter.map.matrix.clone().mT, dim=1)
     got, wanted = (torch.autograd.grad((each * weigh).sum(), pooled)[0] for each in (vectors, want))
     close(got, wanted)
 
@@ -197,8 +201,14 @@ def test_what_is_refused(model, converter, pictures, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             converter.edit(pictures, "", **given)
-    with pytest.raises(ValueError, match="prompts: got 1 for 3 images"):
-        converter.convert(pictures, [""])
+    broken = iter(())  # of which none may be asked for
+    for prompts, message in (
+        ([""], "prompts: got 1 for 3 images"),
+        (["", "word " * 30, ""], r"prompts\[1\]: the prompt has"),
+        (["", "", 3], r"prompts\[2\]: got int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            converter.convert([broken] * 3, prompts)
     with pytest.raises(ValueError, match="images: got one"):
         converter.convert(pictures[0])
     with pytest.raises(ImageError, match="source is a NoneType"):
@@ -286,11 +296,12 @@ def test_sdxl_has_pooled_states_of_their_own_length(pictures):
     converter = ImagePromptConverter(model, config=ImagePromptConfig(captions=captions_of("things")[:256]))
     with torch.no_grad():
         states = model.encode_prompts(captions_of("things")[:256])
+        more = model.encode_prompts(["", "red dog", "cat"]).pooled
     prompt = converter.edit(pictures, ["", "red dog", "cat"], alpha=0.5)
     bare = converter.convert(pictures)
     assert bare.vectors.shape == (3, 56)
     close(bare.pooled.norm(dim=1), states.pooled.norm(dim=1).mean().expand(3))
-    close(prompt.pooled, bare.pooled + 0.5 * model.encode_prompts(["", "red dog", "cat"]).pooled)
+    close(prompt.pooled, bare.pooled + 0.5 * more)
     assert converter.settings()["quality"].keys() == {"r2", "cosine", "pooled_r2", "pooled_cosine"}
 
 
@@ -306,7 +317,7 @@ def test_captions_that_are_too_long_are_left_out_of_sets_alone(model):
     converter = ImagePromptConverter(dsd.from_pipeline(model.to_pipeline(), clip=model.clip))
     assert converter.map.settings()["captions"] == "things"
     assert converter.map.norm == pytest.approx(11.18, rel=0.02)
-    texts = tuple("abcdefg") + ("word " * 30,)
+    texts = (*"abcdefg", "word " * 30)
     with pytest.raises(ValueError, match=r"captions\[7\]: the prompt has \d+ tokens"):
         ImagePromptConverter(model, config=ImagePromptConfig(captions=texts))
 
