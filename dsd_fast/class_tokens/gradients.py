@@ -24,8 +24,9 @@ from dsd_fast.diffusion import (
     sample,
     scheduler_timesteps,
 )
-from dsd_fast.engine import Engine, Noised, Texts, draw_noise
+from dsd_fast.engine import Engine, Texts, draw_noise
 from dsd_fast.engine.guides import Guide
+from dsd_fast.engine.noise_loss import NoiseLoss, draw_row
 from dsd_fast.engine.prediction import Prediction
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.rows import GenerateRow
@@ -287,8 +288,7 @@ class ThroughImages(Gradients):
 class ThroughNoise(Gradients):
     """The noise loss of given images at random timesteps.
 
-    Gal et al. 2022, "An Image is Worth One Word", eq. 2; as in the script of diffusers against what the network was
-    trained to predict.
+    Gal et al. 2022, "An Image is Worth One Word", eq. 2.
 
     Args:
         latents: of each class its images', (n, C, h, w) on the CPU.
@@ -299,49 +299,25 @@ class ThroughNoise(Gradients):
     ) -> None:
         super().__init__(engine, splice, prompts, config)
         self._latents = latents
-        self._at_once: int | None = None
+        self._loss = NoiseLoss(engine, checkpoint=config.checkpointing)
 
     def _differentiate(
         self, texts: PromptStates, text_of: Tensor, classes: Sequence[int], updates: Sequence[int]
     ) -> Answer:
-        model, engine, images = self._model, self._engine, self._config.images
+        images = self._config.images
         drawn = [
             self.draw(number, self._prompts.image_seed(number, update, image))
             for number, update in zip(classes, updates, strict=True)
             for image in range(images)
         ]
         clean, times, noise = (torch.stack(each) for each in zip(*drawn, strict=True))
-        clean = upload(clean, model.device, model.dtype)
-        noised, shown = Noised.rows(model.schedule, clean, noise, times), Texts(texts)
-        wanted = self._wanted(clean, noised)
-        predict = engine.predict(shown, text_of, gradients=1, checkpoint=self._config.checkpointing)
-        self._at_once, told = self._at_once or engine.rows_differentiated(shown), []
-        for start in range(0, len(drawn), self._at_once):
-            part = slice(start, start + self._at_once)
-            wrong = predict(noised.latents, times, part).to(wanted.dtype) - wanted[part]
-            squares = wrong.square().flatten(1)
-            # The sum, since float16 has no gradients as small as the mean's.
-            torch.autograd.backward(squares.sum())
-            told.append(squares.detach().mean(1))
-        losses = torch.cat(told).view(len(classes), images).mean(1)
-        return Answer((losses, None, None), torch.full_like(losses, images * wanted[0].numel()))
+        told = self._loss(texts, text_of, clean, times, noise, torch.autograd.backward)
+        losses = told.view(len(classes), images).mean(1)
+        return Answer((losses, None, None), torch.full_like(losses, images * clean[0].numel()))
 
     def draw(self, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw one of a class's images, a timestep, and noise."""
         random, latents = torch.Generator().manual_seed(seed), self._latents[number]
         image = int(torch.randint(len(latents), (), generator=random, device="cpu"))
-        steps = self._model.schedule.num_train_timesteps
-        time = torch.randint(steps, (), generator=random, device="cpu")
-        noise = torch.randn(latents.shape[1:], generator=random, dtype=torch.float32, device="cpu")
-        return latents[image], time, noise
-
-    def _wanted(self, clean: Tensor, noised: Noised) -> Tensor:
-        """What the network is to predict, (n, C, h, w), in the noise's type."""
-        kind, epsilon = self._model.schedule.prediction_type, noised.noise
-        if kind == "epsilon":
-            return epsilon
-        if kind == "sample":
-            return clean.to(epsilon.dtype)
-        signal, sigma = self._model.schedule.coefficients(noised.timesteps)
-        signal, sigma = (upload(each, clean.device, epsilon.dtype).view(-1, 1, 1, 1) for each in (signal, sigma))
-        return signal * epsilon - sigma * clean.to(epsilon.dtype)
+        time, noise = draw_row(random, (0, self._model.schedule.num_train_timesteps), latents.shape[1:])
+        return latents[image], torch.tensor(time, device="cpu"), noise

@@ -27,7 +27,7 @@ from dsd_fast.engine.items import prompt_check
 from dsd_fast.engine.tokens import LIST, LearnedTokens
 from dsd_fast.generation.grids import read_classes
 from dsd_fast.generation.sampler import under_scheduler
-from dsd_fast.images import ImageSource, decode_chunks
+from dsd_fast.images import ImageSource
 from dsd_fast.images.batch import check_sources
 from dsd_fast.jobs import locked, remove_stale, tensors_hash
 from dsd_fast.kernels.common.host import own_types
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 # Of the settings, what changes memory or time alone.
 _NEUTRAL = {"together", "checkpointing", "save_every", "memory_budget"}
-_IMAGES_AT_ONCE = 32
 Images = Mapping[str, Sequence[ImageSource]]
 
 
@@ -221,8 +220,10 @@ class ClassTokenLearner:
     ) -> tuple[Gradients, dict[str, Any]]:
         """What differentiates the loss, and what of it changes the result, as JSON."""
         if images is not None:
-            digest = hashlib.sha256()
-            latents = [_encoded(engine, images[name], digest) for name in names]
+            digest, latents = hashlib.sha256(), []
+            for name in names:
+                latents.append(engine.encode_sources(images[name], digest))
+                digest.update(b"class")
             return ThroughNoise(engine, splice, prompts, self.config, latents), {"images": digest.hexdigest()}
         guide = guide_of(self._classifier, model=self._model, classes=names)
         found = targets_of(guide, names, self._targets)
@@ -259,19 +260,6 @@ def _check_texts(model: Model, prompts: Prompts, classes: int) -> None:
         for text in prompts.every(number):
             if (wrong := check(text)) is not None:
                 raise ValueError(f"classes[{number}]: {text!r}: {wrong[1]}")
-
-
-def _encoded(engine: Engine, images: Sequence[ImageSource], digest: Any) -> Tensor:
-    """(n, C, h, w) clean latents of a class's images, on the CPU."""
-    parts = []
-    for _, pixels, errors in decode_chunks(images, engine.size, _IMAGES_AT_ONCE):
-        if errors:
-            raise errors[min(errors)]
-        for image in pixels:
-            digest.update(image.numpy().tobytes())
-        parts.append(engine.encode_images(pixels).cpu())
-    digest.update(b"class")
-    return torch.cat(parts)
 
 
 def _learned(

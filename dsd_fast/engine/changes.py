@@ -46,7 +46,8 @@ def changes(network: Any) -> dict[str, Any]:
     Raises:
         ValueError: a function, a class or a hook that another process could not tell from another.
     """
-    stock = next((kind for kind in type(network).__mro__ if of_library(kind)), None)
+    # A class of one's own that is a module and no more has none.
+    stock = next((kind for kind in type(network).__mro__ if of_library(kind) and kind is not nn.Module), None)
     twin = {} if stock is None else _twin(stock, _Config(network.config))
     result: dict[str, Any] = {}
     kinds: set[type] = set()

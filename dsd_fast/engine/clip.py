@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsd_fast.engine.network import PixelNetwork, wide
-from dsd_fast.engine.preprocessing import Picture, Preprocessing
+from dsd_fast.engine.preprocessing import Picture, Preprocessing, as_said
 from dsd_fast.engine.templates import filled
 from dsd_fast.jobs import row_id, weights_hash
 from dsd_fast.kernels.common.host import own_types
@@ -32,26 +33,27 @@ _TEXTS_AT_ONCE = 256
 class ClipSpace:
     """Embed pictures and texts with the model's CLIP.
 
-    Pixels are resized to CLIP's input (bicubic, with antialiasing) and normalised with the mean and deviation of the
-    preprocessor_config.json beside CLIP's weights, or with those of OpenAI's CLIP.
+    Pixels are resized to CLIP's input (bicubic, with antialiasing) and normalised, by the mean and deviation of the
+    preprocessor_config.json beside CLIP's weights, or by those of OpenAI's CLIP.
 
     Args:
         model: with a `clip`.
-        resize: "whole" squeezes the whole picture into CLIP's square; "crop" resizes its shorter side and cuts out the
-            centre, as CLIP's own preprocessing does.
+        resize: "whole" squeezes the whole picture into CLIP's square; "crop" is CLIP's own preprocessing, which resizes
+            the shorter side and cuts out the centre.
 
     Raises:
-        ValueError: another `resize`.
+        ValueError: another `resize`; a preprocessor_config.json that cannot be followed.
     """
 
     def __init__(self, model: Model, *, resize: str = "whole") -> None:
         if resize not in ("whole", "crop"):
             raise ValueError(f"resize: got {resize!r}, expected 'whole' or 'crop'")
         self._clip = model.clip
-        side = int(self._clip.config.vision_config.image_size)
-        size = side if resize == "crop" else (side, side)
-        statistics = _statistics(self._clip)
-        self.vision = PixelNetwork(self._clip, Preprocessing(size, (side, side), "bicubic", *statistics), self._embed)
+        preprocessing = own_preprocessing(self._clip)
+        if resize == "whole":
+            side = int(self._clip.config.vision_config.image_size)
+            preprocessing = replace(preprocessing, size=(side, side), resample="bicubic")
+        self.vision = PixelNetwork(self._clip, preprocessing, self._embed)
         self._tokenizer = model.tokenizers[0]
 
     @property
@@ -93,38 +95,65 @@ class ClipSpace:
         Raises:
             ValueError: a text that :meth:`tokens` refuses.
         """
+        states = self.text_states(texts)
+        with own_types(self.vision.device):
+            embeds = self._clip.text_projection(states)
+        return F.normalize(wide(embeds), dim=-1)
+
+    def text_states(self, texts: Sequence[str]) -> Tensor:
+        """Give the states (n, E) at texts' ends, in CLIP's own type, before they are projected.
+
+        Raises:
+            ValueError: a text that :meth:`tokens` refuses.
+        """
         tokens = self.tokens(texts)
         parts = (tokens[start : start + _TEXTS_AT_ONCE] for start in range(0, len(tokens), _TEXTS_AT_ONCE))
         with own_types(self.vision.device):
-            pooled = [self._clip.text_model(upload(part, self.vision.device)).pooler_output for part in parts]
-            embeds = self._clip.text_projection(torch.cat(pooled))
-        return F.normalize(wide(embeds), dim=-1)
+            return torch.cat([self._clip.text_model(upload(part, self.vision.device)).pooler_output for part in parts])
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (n, T) int64 of texts.
+        """Token ids (n, T) int64 of texts, T those of the longest.
 
         Raises:
             ValueError: a text that is too long, or has learned tokens, which CLIP does not know.
         """
         encoder = self._clip.text_model
-        # What follows the end token is not looked at, so the padding does not count.
-        tokens, _ = tokenize(self._tokenizer, list(texts), token_limit([self._tokenizer], [encoder]))
+        tokens, mask = tokenize(self._tokenizer, list(texts), token_limit([self._tokenizer], [encoder]))
         known = int(encoder.config.vocab_size)
         if unknown := [text for text, ids in zip(texts, tokens, strict=True) if int(ids.max()) >= known]:
             raise ValueError(f"texts: {unknown[0][:80]!r} has tokens beyond CLIP's {known}, as learned ones are")
-        return tokens
+        # What follows the end token is not looked at.
+        return tokens[:, : int(mask.sum(1).max())] if len(tokens) else tokens
 
     def _embed(self, prepared: Tensor) -> Tensor:
         return F.normalize(wide(self._clip.visual_projection(self._clip.vision_model(prepared).pooler_output)), dim=-1)
 
 
-def _statistics(clip: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def own_preprocessing(clip: Any) -> Preprocessing:
+    """Tell what the preprocessor_config.json beside CLIP's weights says, and where it is silent CLIPImageProcessor.
+
+    Raises:
+        ValueError: a file that says something else, or is none.
+    """
+    side = int(clip.config.vision_config.image_size)
+    said: dict[str, Any] = {"size": side, "crop_size": side, "resample": 3, "image_mean": _MEAN, "image_std": _STD}
+    said |= {f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize")} | {
+        "rescale_factor": 1 / 255
+    }
     file = Path(str(clip.name_or_path or "")) / "preprocessor_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        mean, std = (tuple(float(value) for value in config[key]) for key in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return _MEAN, _STD
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        return _MEAN, _STD
-    return mean, std
+        if file.is_file():
+            said |= json.loads(file.read_text(encoding="utf-8"))
+        # As files of earlier versions have them.
+        if isinstance(said["size"], int):
+            said["size"] = {"shortest_edge": said["size"]}
+        if isinstance(said["crop_size"], int):
+            said["crop_size"] = {"height": said["crop_size"], "width": said["crop_size"]}
+        preprocessing = as_said(said, str(file))
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as the config of an image processor: {error}") from error
+    if (preprocessing.crop or preprocessing.size) != (side, side):
+        raise ValueError(
+            f"{file} makes pictures of {preprocessing.crop or preprocessing.size}, expected {(side, side)}"
+        )
+    return preprocessing

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from dsd_fast.engine.adapters import Adapters
 from dsd_fast.engine.gradients import kept_bytes
 from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.engine.texts import Texts
-from dsd_fast.kernels.common.transfer import upload
+from dsd_fast.images import ImageSource, decode_chunks
+from dsd_fast.kernels.common.transfer import Download, one_behind, upload
 from dsd_fast.models.prompts import PromptStates
 from dsd_fast.unet.stream import default_budget, gradient_budget
 
@@ -28,6 +29,8 @@ Prompt = str | ImagePrompt
 _VAE_IMAGES = 8
 _ENCODER_TENSORS = 6
 _DECODER_TENSORS = 8
+# Images that are decoded together.
+_SOURCES_AT_ONCE = 32
 # Requests whose text states are remembered: the techniques of one chunk of images.
 _REMEMBERED = 7
 
@@ -41,11 +44,12 @@ class Encoding:
     Attributes:
         model, adapters: the engine's.
         memory_budget: as given.
-        latent_size: the engine's.
+        size, latent_size: the engine's.
     """
 
     model: Model
     adapters: Adapters
+    size: tuple[int, int]
     latent_size: tuple[int, int]
 
     def __init__(self, memory_budget: int | None) -> None:
@@ -146,6 +150,23 @@ class Encoding:
     def forget(self) -> None:
         """Encode prompts anew from now on."""
         self._remembered.clear()
+
+    def encode_sources(self, images: Iterable[ImageSource], digest: Any) -> Tensor:
+        """Encode images as the VAE's clean latents (n, C, h, w) on the CPU; their pixels go into a digest of hashlib.
+
+        Raises:
+            ImageError: an image that cannot be used.
+        """
+
+        def begun() -> Iterator[tuple[None, Download]]:
+            for _, pixels, errors in decode_chunks(images, self.size, _SOURCES_AT_ONCE):
+                if errors:
+                    raise errors[min(errors)]
+                for image in pixels:
+                    digest.update(image.numpy().tobytes())
+                yield None, Download({"latents": self.encode_images(pixels)})
+
+        return torch.cat([download.done()["latents"] for _, download in one_behind(begun())])
 
     def encode_images(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Encode n images of (3, H, W) in [−1, 1] as (n, C, h, w) latents, a few at a time; no gradients.

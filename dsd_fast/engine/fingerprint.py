@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd_fast.diffusion import changed_in_place
@@ -19,8 +22,11 @@ if TYPE_CHECKING:
 _PROBE = "A Photo of  the\tdigit 3, naïve CAFÉ—日本 🙂 !?…don't, uncharacteristically\n"
 
 
-def model_settings(engine: Engine) -> dict[str, Any]:
+def model_settings(engine: Engine, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Tell all of a model that changes results, as JSON: networks, adapters, ControlNets, tokenizers, schedule.
+
+    Args:
+        others: networks that count as well, by name.
 
     Raises:
         ValueError: a ControlNet's condition, a hook or a replaced function that has no lasting name; an adapter that is
@@ -34,15 +40,33 @@ def model_settings(engine: Engine) -> dict[str, Any]:
                 f"controls[{number}]: condition is {condition}, which a later run could not tell from another; "
                 "expected a function of a module, or functools.partial of one"
             )
-    networks = {"unet": model.unet, "vae": model.vae}
-    networks |= {f"text_encoder_{number}": encoder for number, encoder in enumerate(model.text_encoders)}
+    networks = {"unet": model.unet, "vae": model.vae, **(others or {})}
     networks |= {f"control_{number}": control.net for number, control in enumerate(engine.controls)}
+    return {
+        "revision": model.revision,
+        **text_settings(engine, networks),
+        "absent_prompt_is_zeros": model.absent_prompt_is_zeros,
+        "prediction_type": model.schedule.prediction_type,
+        "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
+    }
+
+
+def text_settings(engine: Engine, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell all of a model's text encoders that changes their states, and the same of other networks, as JSON.
+
+    Args:
+        others: by name.
+
+    Raises:
+        ValueError: see :func:`model_settings`.
+    """
+    model = engine.model
+    networks = {**others, **{f"text_encoder_{number}": each for number, each in enumerate(model.text_encoders)}}
     with engine.adapters.active():
         strengths = {name: strengths_by_layer(network) for name, network in networks.items()}
         weights = weights_hash(networks, acting_tensors)
     return {
         "model": model.name,
-        "revision": model.revision,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights,
         "changes": {name: _hash(changed) for name, network in networks.items() if (changed := changes(network))},
@@ -50,10 +74,28 @@ def model_settings(engine: Engine) -> dict[str, Any]:
         "tokenizers": [_tokenizer_hash(tokenizer) for tokenizer in model.tokenizers],
         "adapters": {name: told for name, layers in strengths.items() if (told := strengths_summary(layers))},
         "adapter_strengths": _hash(strengths),
-        "absent_prompt_is_zeros": model.absent_prompt_is_zeros,
-        "prediction_type": model.schedule.prediction_type,
-        "noise_schedule": tensors_hash({"alphas_cumprod": model.schedule.alphas_cumprod}),
     }
+
+
+def model_identity(model: Model) -> dict[str, Any]:
+    """Tell which model something that is saved belongs to, see :func:`check_same_model`."""
+    return {"name": model.name, "revision": model.revision, "family": model.family}
+
+
+def check_same_model(folder: Path, saved: Mapping[str, Any], model: Model) -> None:
+    """Warn where what is in a folder belongs to another model than this one.
+
+    Args:
+        saved: by :func:`model_identity`.
+
+    Raises:
+        ValueError: the model is of another family.
+    """
+    if saved["family"] != model.family:
+        raise ValueError(f"folder: {folder} was fitted to a model of family {saved['family']}, got {model.family}")
+    now = model_identity(model)
+    if other := [f"{key} {saved[key]!r}, now {now[key]!r}" for key in ("name", "revision") if saved[key] != now[key]]:
+        warnings.warn(f"{folder} was fitted to another model: {'; '.join(other)}", stacklevel=5)
 
 
 def scheduler_settings(model: Model) -> dict[str, Any]:

@@ -48,8 +48,8 @@ class Differentiable:
     _sizes: tuple[int, int, bool] | None = None
 
     def wanted(self, latents: Tensor, text_of: Tensor) -> Tensor:
-        """Tell of (B,) texts which rows have a gradient: all if the latents want one, else those of texts that do."""
-        if latents.requires_grad:
+        """Tell of (B,) texts which rows have a gradient: all if latents or weights want one, else of texts that do."""
+        if latents.requires_grad or any(each.requires_grad for each in self.plan.network.module.parameters()):
             return torch.ones(len(text_of), dtype=torch.bool, device="cpu")
         plain = text_of == len(self.texts)
         own, absent = (_wants_gradient(each) for each in (self.texts.states, self.texts.unconditional))

@@ -184,7 +184,24 @@ def of_processor(processor: Any, what: str) -> Preprocessing:
     """
     if hasattr(processor, "data_config"):
         return of_timm(processor.data_config, what)
-    said = {name: value for name, value in processor.to_dict().items() if value is not None}
+    made = as_said(processor.to_dict(), what)
+
+    def own(picture: Picture) -> Tensor:
+        with reported(what):
+            prepared = processor(images=[picture], input_data_format="channels_last", return_tensors="pt")
+            return torch.as_tensor(prepared["pixel_values"])
+
+    made.check(own, what)
+    return made
+
+
+def as_said(config: Mapping[str, Any], what: str) -> Preprocessing:
+    """Make what the config of an image processor of transformers says.
+
+    Raises:
+        ValueError: another way to resize, by name.
+    """
+    said = {name: value for name, value in config.items() if value is not None}
     size: Any = said.get("size") if said.get("do_resize") else None
     crop: Any = said.get("crop_size") if said.get("do_center_crop") else None
     if size is not None:
@@ -204,7 +221,7 @@ def of_processor(processor: Any, what: str) -> Preprocessing:
                 size = (size, size)
     factor = 255 * float(said["rescale_factor"]) if said.get("do_rescale") else 255.0
     mean, std = (said["image_mean"], said["image_std"]) if said.get("do_normalize") else ((0.0,) * 3, (1.0,) * 3)
-    made = Preprocessing(
+    return Preprocessing(
         size=size,
         crop=crop and (int(crop["height"]), int(crop["width"])),
         resample=Image.Resampling(said.get("resample", Image.Resampling.BILINEAR)).name.lower(),
@@ -212,14 +229,6 @@ def of_processor(processor: Any, what: str) -> Preprocessing:
         std=tuple(float(each) / factor for each in std),
         reverse=bool(said.get("do_flip_channel_order")),
     )
-
-    def own(picture: Picture) -> Tensor:
-        with reported(what):
-            prepared = processor(images=[picture], input_data_format="channels_last", return_tensors="pt")
-            return torch.as_tensor(prepared["pixel_values"])
-
-    made.check(own, what)
-    return made
 
 
 def of_timm(config: Mapping[str, Any], what: str) -> Preprocessing:

@@ -73,6 +73,11 @@ def is_size(x: object) -> bool:
     return isinstance(x, tuple) and len(x) == 2 and all(map(integer(1), x))
 
 
+def is_span(x: object) -> bool:
+    """Allow (first, one past the last)."""
+    return isinstance(x, tuple) and len(x) == 2 and all(map(integer(0), x)) and x[0] < x[1]
+
+
 def is_scheduler(x: object) -> bool:
     """Allow the name of a sampler, or a diffusers scheduler."""
     return x in SAMPLERS if isinstance(x, str) else hasattr(x, "config") and hasattr(x, "step")

@@ -282,6 +282,12 @@ class Model:
         other.unet = uncompiled(unet)
         return other
 
+    def with_clip(self, clip: Any) -> "Model":
+        """This model with another CLIPModel of transformers; all other parts are shared."""
+        other = copy.copy(self)
+        other.clip = uncompiled(clip)
+        return other
+
     @ordinary()
     def with_tokens(self, source: TokenSource, pooled: str | None = None) -> "Model":
         """This model with learned tokens of textual inversion, in tokenizers and text encoders of its own.

@@ -86,7 +86,7 @@ def load(
         folder, commit = _find_model(model, variant, revision, hub)
     parts = _load_components(folder, name, torch_dtype, variant, checkpoint)
     own_clip = folder / "clip" if checkpoint is None and (folder / "clip").is_dir() else None
-    clip_model = _resolve_clip(
+    clip_model = load_clip(
         clip if clip is not None else own_clip, torch_dtype, local_files_only=local_files_only, cache_dir=cache_dir
     )
     for network in (parts["unet"], parts["vae"], *parts["text_encoders"], clip_model):
@@ -127,7 +127,7 @@ def from_pipeline(pipe: Any, clip: Any = None) -> Model:
             raise ModelError(f"{label}: {name!r} is a {type(component).__name__}, expected {CLASSES[name][0]}")
     unet = components["unet"]
     weight = next(unet.parameters())
-    clip_model = _resolve_clip(clip, weight.dtype, local_files_only=False, cache_dir=None)
+    clip_model = load_clip(clip, weight.dtype, local_files_only=False, cache_dir=None)
     if clip_model is not None and clip_model is not clip:
         clip_model.to(weight.device).requires_grad_(False).eval()
     return Model(
@@ -305,10 +305,14 @@ def load_network(
     return network.eval()
 
 
-def _resolve_clip(
+def load_clip(
     clip: Any, dtype: torch.dtype, *, local_files_only: bool, cache_dir: str | os.PathLike[str] | None
 ) -> Any:
-    """A CLIPModel from itself, a folder or a hub id."""
+    """A CLIPModel from itself, a folder or a hub id; None of None.
+
+    Raises:
+        ModelError: something else, no such folder or repository, or a model of another kind there.
+    """
     if clip is None:
         return None
     from transformers import CLIPModel

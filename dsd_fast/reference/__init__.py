@@ -7,10 +7,10 @@ numpy alone and shares no code with what it judges. Nothing here is fast, and no
 import importlib
 from typing import TYPE_CHECKING
 
-__all__ = ["class_tokens", "features", "fitting", "generation", "heatmaps", "inputs", "matching"]
+__all__ = ["class_tokens", "features", "fitting", "generation", "heatmaps", "image_prompt", "inputs", "matching"]
 
 if TYPE_CHECKING:
-    from dsd_fast.reference import class_tokens, features, fitting, generation, heatmaps, inputs, matching
+    from dsd_fast.reference import class_tokens, features, fitting, generation, heatmaps, image_prompt, inputs, matching
 else:
 
     def __getattr__(name: str) -> object:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dsd_fast.reference.inputs import draw_noise, latent_shape, seeded, tokenize, widened
+from dsd_fast.reference.inputs import draw_noise, latent_shape, seeded, states_loss, tokenize, widened
 
 __all__ = ["TEMPLATES", "Learned", "backward", "images", "learn", "new_optimizer", "noise_loss", "update", "with_token"]
 
@@ -312,16 +312,8 @@ def noise_loss(pipe: Any, texts: Sequence[str], latents: Tensor, timesteps: Tens
     Raises:
         ValueError: a model that predicts neither the noise nor v.
     """
-    unet, scheduler = pipe.unet, pipe.scheduler
-    kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"pipe: its prediction_type is {kind!r}, expected 'epsilon' or 'v_prediction'")
     states, added = _texts(pipe, list(texts), False, True, latents.shape[-2:])
-    alphas = scheduler.alphas_cumprod.to(latents.device, latents.dtype)[timesteps][:, None, None, None]
-    noised = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-    wanted = noise if kind == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
-    predicted = unet(noised.to(unet.dtype), timesteps, states, added_cond_kwargs=added).sample
-    return (widened(predicted) - widened(wanted)).square().flatten(1).mean(1)
+    return states_loss(pipe, states, added, latents, timesteps, noise)
 
 
 def _texts(

@@ -134,6 +134,36 @@ def added_conditions(pipe: DiffusionPipeline, pooled: Tensor | None, latents: Te
     }
 
 
+def states_loss(
+    pipe: DiffusionPipeline,
+    states: Tensor,
+    added: dict[str, Tensor] | None,
+    latents: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """The plain noise loss of n clean latents with text states (n, T, E), (n,); differentiable in the states.
+
+    Args:
+        added: SDXL's conditions, from :func:`added_conditions`.
+        latents: (n, C, h, w), scaled.
+        timesteps: (n,).
+        noise: (n, C, h, w).
+
+    Raises:
+        ValueError: a model that predicts neither the noise nor v.
+    """
+    unet, scheduler = pipe.unet, pipe.scheduler
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"pipe: its prediction_type is {kind!r}, expected 'epsilon' or 'v_prediction'")
+    alphas = scheduler.alphas_cumprod.to(latents.device, latents.dtype)[timesteps][:, None, None, None]
+    noised = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+    wanted = noise if kind == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    predicted = unet(noised.to(unet.dtype), timesteps, states, added_cond_kwargs=added).sample
+    return (widened(predicted) - widened(wanted)).square().flatten(1).mean(1)
+
+
 @contextmanager
 def upcast_vae(vae: Any) -> Iterator[None]:
     """float32 for a VAE that overflows in float16 (SDXL's), as the stock pipeline does; exact in both directions."""

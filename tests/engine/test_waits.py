@@ -47,11 +47,11 @@ UNIPC = "diffusion/sampling.py _run: a copy to the device that blocks"
 # A fit begins with PEFT's layers moved to the device, with captions and latents read, with the sizes of weights of
 # heads; it ends with a record of the losses and with those weights. Its steps wait for nothing.
 FIT = {
-    "matching/fitting/learned.py _add_lora: a copy to the device that blocks": 32,
+    "engine/lora.py add_lora: a copy to the device that blocks": 32,
     "matching/fitting/learned.py Learned._learn_prompt: a copy to the device that blocks": 1,
     "matching/fitting/learned.py Learned._learn_heads: _local_scalar_dense": 1,
     "matching/fitting/learned.py Learned.finished.<locals>.<dictcomp>: tolist": 4,
-    "matching/fitting/examples.py Examples._encode_images.<locals>.<listcomp>: an event with nothing behind it": 1,
+    "engine/encoding.py Encoding.encode_sources.<locals>.<listcomp>: an event with nothing behind it": 1,
     "training/descent.py Descent._read: an event with nothing behind it": 1,
     "models/prompts.py PromptStates.to: a copy to the host": 4,
 }

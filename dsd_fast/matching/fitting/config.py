@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, number, one_of, or_none
+from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, is_span, number, one_of, or_none
+from dsd_fast.training.order import scheduled
 
 METHODS = ("lora", "prompt", "heads")
 LEARNING_RATES = {"lora": 3e-3, "prompt": 0.1, "heads": 0.1}
@@ -104,11 +105,7 @@ class FitConfig:
         given = self.learning_rate
         rate = given.get(method, LEARNING_RATES[method]) if isinstance(given, Mapping) else given
         rate = LEARNING_RATES[method] if rate is None else rate
-        if self.warmup:
-            rate *= min(1.0, (step + 1) / self.warmup)
-        if self.schedule == "linear":
-            rate *= min(1.0, 2 * (1 - step / self.steps))
-        return rate
+        return scheduled(rate, step, self.steps, self.warmup, falls=self.schedule == "linear")
 
 
 def parse_methods(method: str | Sequence[str]) -> tuple[str, ...]:
@@ -125,10 +122,6 @@ def parse_methods(method: str | Sequence[str]) -> tuple[str, ...]:
 
 def _are_rates(x: object) -> bool:
     return all(name in METHODS and above(0)(x[name]) for name in x) if isinstance(x, Mapping) else above(0)(x)
-
-
-def _is_span(x: object) -> bool:
-    return isinstance(x, tuple) and len(x) == 2 and all(map(integer(0), x)) and x[0] < x[1]
 
 
 _WHOLE = (integer(1), "an integer of at least 1")
@@ -149,5 +142,5 @@ _FIELDS: Fields = {
     "attention": (one_of("cross", "all"), "'cross' or 'all'"),
     "autocast": (one_of(None, "bfloat16", "float16"), "None, 'bfloat16' or 'float16'"),
     "learning_rate": (or_none(_are_rates), f"None, a number above 0, or one by method, of {', '.join(METHODS)}"),
-    "timestep_range": (or_none(_is_span), "(first, one past the last), or None"),
+    "timestep_range": (or_none(is_span), "(first, one past the last), or None"),
 }

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from dsd_fast.images import ImageSource, decode_chunks
-from dsd_fast.kernels.common.transfer import Download, one_behind
 from dsd_fast.matching.groups import Group
 from dsd_fast.matching.pairs import Pairs
 from dsd_fast.matching.score import PairScorer
@@ -19,7 +15,6 @@ from dsd_fast.models import PromptStates
 
 # Text states kept in host memory; of more texts each step encodes its own.
 _TEXT_BYTES = 2 << 30
-_IMAGES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Examples:
                 self.queries.append(Query(tuple(shown), tuple(said), query.label))
         self._texts = unique.texts
         digest = hashlib.sha256(repr((self._texts, self.queries)).encode())
-        self.latents = self._encode_images(unique.images, digest)
+        self.latents = scorer.engine.encode_sources(unique.images, digest)
         self.digest = digest.hexdigest()
         first = scorer.encode_texts(self._texts[:1])
         self.unconditional = first.unconditional
@@ -74,16 +69,3 @@ class Examples:
         if self._states is not None:
             return self._states[torch.tensor(texts, device="cpu")]
         return self._scorer.encode_texts([self._texts[i] for i in texts], unconditional=False).states
-
-    def _encode_images(self, images: Sequence[ImageSource], digest: Any) -> Tensor:
-        engine = self._scorer.engine
-
-        def begun() -> Iterator[tuple[None, Download]]:
-            for _, pixels, errors in decode_chunks(images, engine.size, _IMAGES_AT_ONCE):
-                if errors:
-                    raise errors[min(errors)]
-                for image in pixels:
-                    digest.update(image.numpy().tobytes())
-                yield None, Download({"latents": engine.encode_images(pixels)})
-
-        return torch.cat([download.done()["latents"] for _, download in one_behind(begun())])

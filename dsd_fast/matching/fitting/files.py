@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dsd_fast.engine.fingerprint import check_same_model, model_identity
+from dsd_fast.engine.lora import own_model, put_lora
 from dsd_fast.jobs import read_tensors, remove_stale, replacing, row_id, write_tensors
 from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.matching.config import MatchConfig
-from dsd_fast.matching.fitting.learned import own_model, put_lora
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.training import as_json
 from dsd_fast.unet.adapters import strengths_summary
@@ -57,7 +58,7 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
     acting = others(scorer, lora)
     about = {
         "format": 1,
-        "model": {"name": model.name, "revision": model.revision, "family": model.family},
+        "model": model_identity(model),
         "adapter": adapter,
         "strengths": [strengths_summary(layers) for layers in acting],
         "strengths_by_layer": row_id(json.dumps(acting)),
@@ -86,7 +87,7 @@ def load(
     """See :meth:`dsd_fast.matching.Matcher.load`: the scorer, the name of its LoRA, and the adapters asked for."""
     path = Path(folder)
     about = read_matcher(path)
-    _check_model(path, about["model"], model)
+    check_same_model(path, about["model"], model)
     adapter = about["adapter"]
     adapter = tuple(adapter) if isinstance(adapter, list) else adapter
     base = PairScorer.of(model, replace(_config(about["config"]), memory_budget=memory_budget), adapter)
@@ -105,10 +106,10 @@ def load(
         if prompt.ndim != 2 or prompt.shape[1] != width:
             raise ValueError(f"folder: {path / PROMPT} has shape {tuple(prompt.shape)}, expected (n, {width})")
     if about["lora"]:
-        own, name = put_lora(base, _tensors(path / LORA, "unet."), f"LoRA {str(path / LORA)!r}")
+        own, name = put_lora(base.engine, _tensors(path / LORA, "unet."), f"LoRA {str(path / LORA)!r}")
         return PairScorer(base.engine.with_unet(own), base.config, prompt), name, adapter
     if prompt is not None:
-        base = PairScorer(base.engine.with_unet(own_model(base)), base.config, prompt)
+        base = PairScorer(base.engine.with_unet(own_model(base.engine)), base.config, prompt)
     return base, None, adapter
 
 
@@ -147,14 +148,3 @@ def _config(values: Mapping[str, Any]) -> MatchConfig:
         raise ValueError(f"folder: {MATCHER} has unknown settings: {', '.join(unknown)}")
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return MatchConfig(**given)
-
-
-def _check_model(path: Path, fitted: Mapping[str, Any], model: Model) -> None:
-    if fitted["family"] != model.family:
-        raise ValueError(f"folder: {path} was fitted to a model of family {fitted['family']}, got {model.family}")
-    other = {
-        key: (fitted[key], getattr(model, key)) for key in ("name", "revision") if fitted[key] != getattr(model, key)
-    }
-    if other:
-        what = "; ".join(f"{key} {was!r}, now {now!r}" for key, (was, now) in other.items())
-        warnings.warn(f"{path} was fitted to another model: {what}", stacklevel=5)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dsd_fast.kernels.common.host import ordinary
-from dsd_fast.kernels.common.transfer import upload
+from dsd_fast.engine.lora import add_lora, free_name, lora_parameters, own_model, widened
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.score import PairScorer
-from dsd_fast.models.private import private
-from dsd_fast.models.tuners import adapter_names
-from dsd_fast.unet.adapters import activate, active_names
-
-if TYPE_CHECKING:
-    from dsd_fast.models import Model
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _LAYERS = {"cross": ("attn2",), "all": ("attn1", "attn2")}
@@ -56,7 +46,7 @@ class Learned:
         self._base, self._methods = base, methods
         self.lora = lora
         self.parameters: dict[str, Parameter] = {}
-        model = own_model(base, lora)
+        model = own_model(base.engine, lambda name: lora is not None and f".{lora}." in name)
         if "lora" in methods:
             self._learn_lora(model.unet, fit)
         prompt = self._learn_prompt(fit) if "prompt" in methods else base.prompt
@@ -67,12 +57,13 @@ class Learned:
     def _learn_lora(self, unet: Any, fit: FitConfig) -> None:
         if self.lora is None:
             self.lora = free_name(unet)
-            _add_lora(unet, self.lora, fit)
+            targets = [f"{kind}.{projection}" for kind in _LAYERS[fit.attention] for projection in _PROJECTIONS]
+            add_lora(unet, self.lora, fit.rank, targets, fit.seed)
         else:
             _check_lora(unet, self.lora, fit)
         self._dropouts = _set_dropout(unet, self.lora, fit.lora_dropout)
-        for path, parameter in _lora_parameters(unet, self.lora).items():
-            parameter.data = _widened(parameter.data)
+        for path, parameter in lora_parameters(unet, self.lora).items():
+            parameter.data = widened(parameter.data)
             parameter.requires_grad_(True)
             self.parameters[f"lora.{path}"] = parameter
 
@@ -129,81 +120,12 @@ class Learned:
             module.train(training)
 
 
-def own_model(base: PairScorer, lora: str | None = None) -> Model:
-    """The base's model with a UNet of its own on the same weights, save those of the adapter `lora`, which are copied.
-
-    The base's adapters are active on it, as strong as the base has them.
-    """
-    with base.engine.adapters.active():
-        unet = private(base.model.unet, lambda name: lora is not None and f".{lora}." in name)
-    return base.model.with_unet(unet)
-
-
-def put_lora(base: PairScorer, weights: Mapping[str, Tensor], what: str) -> tuple[Model, str]:
-    """:func:`own_model` with a LoRA in it, float32 or more, and its name; see ``models.lora.put_unet_lora``."""
-    from dsd_fast.models.lora import put_unet_lora
-
-    own = own_model(base)
-    name, active = free_name(own.unet), active_names(own.unet)
-    with _adding():
-        put_unet_lora(own.unet, weights, name, what)
-    activate(own.unet, (*active, name))
-    for path, parameter in _lora_parameters(own.unet, name).items():
-        # PEFT has rounded them to the UNet's type.
-        given = weights[path.replace(f".{name}.", ".")]
-        parameter.data = given.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-    return own, name
-
-
-def free_name(unet: Any) -> str:
-    """A name that no adapter of the UNet has."""
-    taken = adapter_names(unet)
-    return next(name for number in range(len(taken) + 1) if (name := f"fitted{number or ''}") not in taken)
-
-
-def _add_lora(unet: Any, name: str, fit: FitConfig) -> None:
-    """Down N(0, 1/rank), up 0, as in the official code; scale 1."""
-    from peft import LoraConfig
-
-    active, training = active_names(unet), unet.training
-    targets = [f"{kind}.{projection}" for kind in _LAYERS[fit.attention] for projection in _PROJECTIONS]
-    with _adding():
-        unet.add_adapter(LoraConfig(r=fit.rank, lora_alpha=fit.rank, target_modules=targets), name)
-    unet.train(training)
-    activate(unet, (*active, name))
-    generator = torch.Generator().manual_seed(fit.seed)
-    with torch.no_grad():
-        for path, parameter in _lora_parameters(unet, name).items():
-            down = ".lora_A." in path
-            drawn = (
-                torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu") / fit.rank
-                if down
-                else torch.zeros((), dtype=torch.float32, device="cpu")
-            )
-            # Before they are drawn: a network of 16 bits would round them.
-            parameter.data = _widened(parameter.data)
-            parameter.copy_(upload(drawn, parameter.device))
-
-
-@contextmanager
-def _adding() -> Iterator[None]:
-    """Around the addition of an adapter: PEFT draws first weights, which others replace, and warns of a second one."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), ordinary():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        yield
-
-
-def _widened(x: Tensor) -> Tensor:
-    """``x`` in float32, or in its own type where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _check_lora(unet: Any, name: str, fit: FitConfig) -> None:
     """Refuses settings that the adapter does not have."""
     found = unet.peft_config[name].r
     if found != fit.rank:
         raise ValueError(f"rank: the matcher's LoRA has {found}, got {fit.rank}")
-    attention = "all" if any(".attn1." in path for path in _lora_parameters(unet, name)) else "cross"
+    attention = "all" if any(".attn1." in path for path in lora_parameters(unet, name)) else "cross"
     if attention != fit.attention:
         raise ValueError(f"attention: the matcher's LoRA has {attention!r}, got {fit.attention!r}")
 
@@ -216,7 +138,3 @@ def _set_dropout(unet: Any, name: str, share: float) -> list[nn.Module]:
             layer.lora_dropout[name] = nn.Dropout(share).eval() if share else nn.Identity()
             found.append(layer.lora_dropout[name])
     return found
-
-
-def _lora_parameters(unet: Any, name: str) -> dict[str, Parameter]:
-    return {path: parameter for path, parameter in unet.named_parameters() if f".{name}." in path}

@@ -16,6 +16,7 @@ from dsd_fast.matching.fitting.learned import Learned
 from dsd_fast.matching.fitting.objective import draw, losses, scores
 from dsd_fast.matching.fitting.validation import validate
 from dsd_fast.training import Descent, Report, seed_of, seeded
+from dsd_fast.training.order import batch_of
 
 
 def training(
@@ -40,7 +41,7 @@ def training(
     scorer = learned.scorer
 
     def step_losses(step: int, backward: Callable[[Tensor], None]) -> None:
-        chosen = _groups(len(examples.queries), fit, step)
+        chosen = batch_of(len(examples.queries), fit.batch_size, step, fit.seed)
         each = fit.micro_batch or len(chosen)
         learned.dropout(True)
         # Dropout draws from torch's own generators, which a step seeds and gives back as they were.
@@ -84,15 +85,3 @@ def training(
         save_every=fit.save_every,
         report=report,
     )
-
-
-def _groups(count: int, fit: FitConfig, step: int) -> list[int]:
-    """The groups of a step: all of them in an order of the epoch's, one epoch after the other."""
-    places = range(step * fit.batch_size, (step + 1) * fit.batch_size)
-    orders = {
-        epoch: torch.randperm(
-            count, generator=torch.Generator().manual_seed(seed_of(fit.seed, epoch, 0, 1)), device="cpu"
-        ).tolist()
-        for epoch in {place // count for place in places}
-    }
-    return [orders[place // count][place % count] for place in places]

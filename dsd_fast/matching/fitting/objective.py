@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.engine import Noised
+from dsd_fast.engine.noise_loss import draw_row
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples, Query
@@ -58,7 +59,7 @@ def draw(
         compares_free: whether the score has a part of the unconditional row. Where the candidates are texts and share
             image, timestep and noise, that part is the same for all, and neither loss sees it.
     """
-    low, high = fit.timestep_range or (0, timesteps)
+    span = fit.timestep_range or (0, timesteps)
     image_of: list[int] = []
     times: list[int] = []
     noise: list[Tensor] = []
@@ -72,13 +73,10 @@ def draw(
         for place in range(candidates):
             if not (place and one_latent):
                 fresh = not (place and fit.shared_noise)
+                time, own = draw_row(random, span, shape) if fresh else (times[-1], noise[-1])
                 image_of.append(query.images[place % len(query.images)])
-                times.append(int(torch.randint(low, high, (), generator=random, device="cpu")) if fresh else times[-1])
-                noise.append(
-                    torch.randn(tuple(shape), generator=random, dtype=torch.float32, device="cpu")
-                    if fresh
-                    else noise[-1]
-                )
+                times.append(time)
+                noise.append(own)
                 free.append(compares_free and not one_latent)
             latent_of.append(len(image_of) - 1)
             text_of.append(query.texts[place % len(query.texts)])
