@@ -68,8 +68,8 @@ class TuneConfig:
 
     @classmethod
     def few(cls, steps: int = 30) -> TuneConfig:
-        """Make the settings of ``customize``, for one or a few images."""
-        return cls(steps=steps, schedule="constant", warmup=0)
+        """Make the settings of ``customize``, for one or a few images: a LoRA alone."""
+        return cls(steps=steps, prompt_tokens=0, schedule="constant", warmup=0)
 
     def rate(self, group: str, step: int) -> float:
         """The learning rate of "attention" or of "prompts" at a step, counted from 0."""

@@ -276,7 +276,8 @@ def test_few_images_are_tuned_to_with_their_own_defaults():
     assert found.tuning.history.steps == 2
     assert found.tuning.seconds > 0
     assert found.tuning.peak_bytes > 0
-    assert found.vision.prompts.tokens == TuneConfig.few().prompt_tokens
+    assert found.lora is not None
+    assert found.vision is converter().vision
 
 
 @pytest.mark.parametrize(
