@@ -69,19 +69,30 @@ _VISION = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """Image files to convert with a model.
+    """Image files to convert with a model: JPEG, of the first evaluation scenes.
 
     Attributes:
         model: with a CLIP.
-        files: of the images.
+        count: of images.
+        context: of the run, whose conversions share files.
     """
 
     model: Model
-    files: list[Path]
+    count: int
+    context: Context
     pipe: Any = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pipe", self.model.to_pipeline())
+
+    @cached_property
+    def files(self) -> list[Path]:
+        folder = Path(self.context.shared("files of prompts", tempfile.TemporaryDirectory).name)
+        files = [folder / f"{number:05d}.jpg" for number in range(self.count)]
+        for number, file in enumerate(files):
+            if not file.exists():
+                Image.fromarray(scene(EVAL_SEED + number).image).resize((SIDE, SIDE)).save(file)
+        return files
 
     @cached_property
     def inverted(self) -> Tensor:
@@ -107,8 +118,8 @@ class Conversion:
         return self.converter.convert(self.files).vectors
 
     def sides(self) -> list[Side]:
-        official, sizes = "official script", {"images": len(self.files), "side": SIDE}
-        batch = min(self.converter.config.batch, len(self.files))
+        official, sizes = "official script", {"images": self.count, "side": SIDE}
+        batch = min(self.converter.config.batch, self.count)
         against = {official: [Target("ratio", FASTER)]}
         return [
             Side(official, self.official, 1, sizes, against={}),
@@ -116,21 +127,9 @@ class Conversion:
         ]
 
 
-def files(context: Context, count: int) -> list[Path]:
-    """JPEG files of the first evaluation scenes, in a folder that is there as long as the run's context."""
-    folder = context.shared("files of prompts", tempfile.TemporaryDirectory)
-    made = []
-    for number in range(count):
-        file = Path(folder.name) / f"{number:05d}.jpg"
-        if not file.exists():
-            Image.fromarray(scene(EVAL_SEED + number).image).resize((SIDE, SIDE)).save(file)
-        made.append(file)
-    return made
-
-
 def conversion(model: Callable[[Context], Model], count: int, context: Context) -> Work:
     """A model's CLIP in float32."""
-    job = Conversion(model(context), files(context, count))
+    job = Conversion(model(context), count, context)
     return Work(
         sides=job.sides(),
         difference=relative,
@@ -144,10 +143,10 @@ def conversion(model: Callable[[Context], Model], count: int, context: Context) 
 
 def large_conversion(context: Context) -> Work:
     """CLIP ViT-L/14 with random weights in bfloat16."""
-    exact = Conversion(vit_l(context), files(context, CHECKED))
+    exact = Conversion(vit_l(context), CHECKED, context)
     model = _as(exact.model, torch.bfloat16)
-    judge = Judge([exact.official()], [Conversion(model, exact.files).official()], [torch.bfloat16])
-    job = Conversion(model, files(context, LARGE))
+    judge = Judge([exact.official()], [Conversion(model, CHECKED, context).official()], [torch.bfloat16])
+    job = Conversion(model, LARGE, context)
     return Work(
         sides=job.sides(),
         difference=lambda result, right: judge([result[:CHECKED]], right),
