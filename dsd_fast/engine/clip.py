@@ -49,7 +49,7 @@ class ClipSpace:
         if resize not in ("whole", "crop"):
             raise ValueError(f"resize: got {resize!r}, expected 'whole' or 'crop'")
         self._clip = model.clip
-        preprocessing = _own_preprocessing(self._clip)
+        preprocessing = own_preprocessing(self._clip)
         if resize == "whole":
             side = int(self._clip.config.vision_config.image_size)
             preprocessing = replace(preprocessing, size=(side, side), resample="bicubic")
@@ -129,8 +129,8 @@ class ClipSpace:
         return F.normalize(wide(self._clip.visual_projection(self._clip.vision_model(prepared).pooler_output)), dim=-1)
 
 
-def _own_preprocessing(clip: Any) -> Preprocessing:
-    """What the preprocessor_config.json beside CLIP's weights says, and where it is silent CLIPImageProcessor.
+def own_preprocessing(clip: Any) -> Preprocessing:
+    """Tell what the preprocessor_config.json beside CLIP's weights says, and where it is silent CLIPImageProcessor.
 
     Raises:
         ValueError: a file that says something else, or is none.

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 _PROBE = "A Photo of  the\tdigit 3, naïve CAFÉ—日本 🙂 !?…don't, uncharacteristically\n"
 
 
-def model_settings(engine: Engine) -> dict[str, Any]:
+def model_settings(engine: Engine, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Tell all of a model that changes results, as JSON: networks, adapters, ControlNets, tokenizers, schedule.
+
+    Args:
+        others: networks that count as well, by name.
 
     Raises:
         ValueError: a ControlNet's condition, a hook or a replaced function that has no lasting name; an adapter that is
@@ -37,7 +40,7 @@ def model_settings(engine: Engine) -> dict[str, Any]:
                 f"controls[{number}]: condition is {condition}, which a later run could not tell from another; "
                 "expected a function of a module, or functools.partial of one"
             )
-    networks = {"unet": model.unet, "vae": model.vae}
+    networks = {"unet": model.unet, "vae": model.vae, **(others or {})}
     networks |= {f"control_{number}": control.net for number, control in enumerate(engine.controls)}
     return {
         "revision": model.revision,

@@ -18,17 +18,14 @@ from torch import Tensor, nn
 
 from dsd_fast.engine import Engine
 from dsd_fast.engine.clip import ClipSpace
-from dsd_fast.engine.fingerprint import text_settings
 from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.engine.preprocessing import Preprocessing
 from dsd_fast.engine.settings import above, or_none
 from dsd_fast.image_prompt.config import ImagePromptConfig
-from dsd_fast.image_prompt.deep_prompts import PromptedVision
 from dsd_fast.image_prompt.mapping import StateMap
 from dsd_fast.images import ImageError, ImageSource, check_sources, load_image
 from dsd_fast.images.batch import ahead
 from dsd_fast.jobs import storable
-from dsd_fast.jobs.ids import all_tensors
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.load import load_clip
@@ -104,7 +101,6 @@ class Conversion:
         self.vision: nn.Module = model.clip.vision_model
         self.lora: str | None = None
         self.full = False
-        self._told: tuple[object, dict[str, Any]] = None, {}
 
     def with_vision(self, vision: nn.Module) -> Self:
         """This converter with another vision tower."""
@@ -199,7 +195,7 @@ class Conversion:
 
     def prompt_of(
         self,
-        mapped: Sequence[Tensor],
+        mapped: Tensor | Sequence[Tensor],
         prompts: str | Sequence[str] = "",
         alpha: float = 0.0,
         *,
@@ -292,22 +288,13 @@ class Conversion:
                 yield some
 
     def settings(self, norm: float | None = None) -> dict[str, Any]:
-        """Tell what changes answers, as JSON.
+        """Tell how prompts are made, as JSON: the map by a hash, the towers by the model's name alone.
 
         Args:
             norm: of the vectors; None: the settings'.
         """
-        networks = (*self.model.text_encoders, self.vision)
-        weights = [tensor for network in networks for _, tensor in all_tensors(network)]
-        state = tuple((id(each), None if each.is_inference() else each._version) for each in weights)
-        # Hashing all weights takes longer than to convert an image.
-        if (key := (self.engine.adapters.of_texts, state)) != self._told[0]:
-            vision = self.vision.plain if isinstance(self.vision, PromptedVision) else self.vision
-            told = text_settings(self.engine, {"vision": vision})
-            if isinstance(self.vision, PromptedVision):
-                told["deep_prompts"] = self.vision.prompts.settings()
-            self._told = key, told | {"preprocessing": self.preprocessing.settings(), **self.map.settings()}
-        return self._told[1] if norm is None else self._told[1] | {"norm": float(norm)}
+        told = {"model": self.model.name, "preprocessing": self.preprocessing.settings(), **self.map.settings()}
+        return told if norm is None else told | {"norm": float(norm)}
 
     def _converted(
         self,

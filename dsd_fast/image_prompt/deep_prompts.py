@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsd_fast.engine.lora import widened
-from dsd_fast.jobs import weights_hash
 from dsd_fast.models.private import private
 
 
@@ -94,10 +93,6 @@ class DeepPrompts(nn.Module):
                 raise ValueError(f"{what}: {name} is of {shape}, expected finite numbers of {tuple(value.shape)}")
         made.to(widened(values["deep_prompt_embeddings"]).dtype).load_state_dict({name: values[name] for name in own})
         return made
-
-    def settings(self) -> dict[str, Any]:
-        """Tell what changes answers, as JSON."""
-        return {"weights": weights_hash([self]), "replace_first": self.replace_first}
 
     @property
     def tokens(self) -> int:

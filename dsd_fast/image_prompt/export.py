@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from dsd_fast.engine.fingerprint import text_settings
 from dsd_fast.engine.image_prompts import KIND, SUFFIX, ImagePrompt
 from dsd_fast.engine.items import COLUMNS, Item, Items, images_of_a_shard, prompt_check
 from dsd_fast.images import ImageError, ImageSource
@@ -70,6 +71,7 @@ def convert_to(
         folder,
         KIND,
         {
+            **text_settings(converter.engine, {"vision": converter.vision}),
             **converter.settings(norm),
             "alpha": float(alpha),
             "prompts": prompts if isinstance(prompts, str) else None,

@@ -137,12 +137,14 @@ class StateMap:
         )
         return vectors, None if self.pooled_norm is None else pooled
 
+    @cached_property
+    def _hash(self) -> str:
+        offset = self.inverse.offset
+        return tensors_hash({"matrix": self.matrix} | ({} if offset is None else {"offset": offset}))
+
     def settings(self) -> dict[str, Any]:
         """Tell what changes answers, and how good they are, as JSON."""
-        parts = {"matrix": self.matrix}
-        if self.inverse.offset is not None:
-            parts["offset"] = self.inverse.offset
-        told: dict[str, Any] = {"map": tensors_hash(parts), "norm": self.norm}
+        told: dict[str, Any] = {"map": self._hash, "norm": self.norm}
         if self.exact:
             told |= {"inverse": self._config.inverse, "cut": self.inverse.cut, "kept": self.inverse.kept}
         else:

@@ -246,7 +246,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """All that changes the result; not the device, nor what only changes memory or time."""
     return {
-        **model_settings(base.engine),
+        **model_settings(base.engine, {"vision": base.vision}),
         **base.settings(),
         "images": pictures.digest,
         "validation": None if validation is None else validation.digest,

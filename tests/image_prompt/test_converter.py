@@ -186,15 +186,10 @@ class Constant(torch.nn.Module):
         return self.weight.expand(len(prepared), -1)
 
 
-def test_another_vision_tower_is_used_and_told(converter, pictures):
-    other = converter.with_vision(Constant(converter.vision.config))
-    got = other.convert(pictures)
-    assert torch.equal(got.vectors[0], got.vectors[1])
-    before = got.settings["weights"]
-    assert before != converter.settings()["weights"]
-    with torch.no_grad():
-        other.vision.weight[0] = 5.0
-    assert other.settings()["weights"] != before
+def test_another_vision_tower_is_used(converter, pictures):
+    got = converter.with_vision(Constant(converter.vision.config)).convert(pictures).vectors
+    assert torch.equal(got[0], got[1])
+    assert not torch.equal(got[0], converter.convert(pictures).vectors[0])
 
 
 def test_what_is_refused(model, converter, pictures, tmp_path):
