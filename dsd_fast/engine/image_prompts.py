@@ -38,7 +38,7 @@ class ImagePrompt:
 
     State j of a prompt is its text's where j is before the text's end, and from there on its vector plus ``alpha``
     times the text's. Of an empty text there is the begin state alone. Two are equal whose states are, whatever their
-    names.
+    names. Tensors are held as they are given, and not to be written to afterwards.
 
     Attributes:
         vectors: (N, E), h of each image.

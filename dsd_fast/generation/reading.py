@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd_fast.engine import ImagePrompt
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import ImagePrompt, Prompt
 from dsd_fast.generation.rows import GenerateRow, check_seed
 from dsd_fast.jobs import tables
 from dsd_fast.jobs.tables import SUFFIXES, Row, image_path, read_lines
@@ -245,7 +244,7 @@ def _given(prompt: Any, place: str) -> _Said | GenerateRow:
         return _Said(place, {"prompt": prompt})
     if not isinstance(prompt, Mapping):
         raise ValueError(
-            f"{place}: got {repr(prompt)[:80]}, expected a text, an image as a prompt, a mapping or a GenerateRow"
+            f"{place}: got {repr(prompt)[:80]}, expected a text, a mapping, a GenerateRow or an image as a prompt"
         )
     named = _fields(prompt, place, more="size")
     return _Said(place, {named[column]: value for column, value in prompt.items()}, named)

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsd_fast.engine import ImagePrompt
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import ImagePrompt, Prompt
 from dsd_fast.engine.items import read_source
 from dsd_fast.images import ImageSource, take
 from dsd_fast.jobs import row_id, storable

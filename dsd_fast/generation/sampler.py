@@ -24,8 +24,7 @@ from dsd_fast.diffusion import (
     within,
 )
 from dsd_fast.diffusion.schedulers import check_draws
-from dsd_fast.engine import Engine, ImagePrompt
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import Engine, ImagePrompt, Prompt
 from dsd_fast.engine.fingerprint import model_settings, scheduler_settings
 from dsd_fast.engine.items import prompt_check
 from dsd_fast.generation.config import GenerateConfig

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dsd_fast.engine import ImagePrompt
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import ImagePrompt, Prompt
 from dsd_fast.engine.fingerprint import model_settings
 from dsd_fast.engine.items import COLUMNS, Item, Items, images_of_a_shard, prompt_check
 from dsd_fast.images import ImageError, ImageSource

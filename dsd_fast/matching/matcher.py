@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dsd_fast.engine import ImagePrompt, Texts
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import ImagePrompt, Prompt, Texts
 from dsd_fast.images import ImageError, ImageSource, drawn, load_image, to_tensor
 from dsd_fast.jobs import locked
 from dsd_fast.kernels.common.transfer import one_behind

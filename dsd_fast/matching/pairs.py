@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsd_fast.engine import Texts
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import Prompt, Texts
 from dsd_fast.images import ImageError, ImageSource, Taken, take
 from dsd_fast.kernels.common.transfer import one_behind
 from dsd_fast.matching.score import PairScorer, TermsBehind

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion import resolve_timesteps
-from dsd_fast.engine import Engine, ImagePrompt, Noised, Texts, draw_noise
-from dsd_fast.engine.encoding import Prompt
+from dsd_fast.engine import Engine, ImagePrompt, Noised, Prompt, Texts, draw_noise
 from dsd_fast.images import ImageError, ImageSource, decode_chunks
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import Download, upload

@@ -51,58 +51,41 @@ def full(prompts):
     return prompts.states().expanded()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6])
-def test_states_are_composed_as_the_method_says(alpha):
-    prompts = image_prompts(model("sd15"), alpha=alpha)
-    with torch.no_grad():
-        states = model("sd15").encode_prompts(TEXTS)
-    assert prompts.embeds.shape == (3, *states.states.shape[1:])
-    for number, embeds in enumerate(prompts.embeds):
-        end = int(states.lengths[number % 2]) - 1
-        text = states.states[number % 2]
-        assert end == (1, 4)[number % 2]
-        assert torch.equal(embeds[:end], text[:end])
-        torch.testing.assert_close(embeds[end:], prompts.vectors[number] + alpha * text[end:])
-    short = prompts.states()
-    assert short.states.shape[1] == (states.states.shape[1] if alpha else 5)
-    assert (short.counts is None) == bool(alpha)
-    assert prompts[0].states().states.shape[1] == (states.states.shape[1] if alpha else 2)
-    # All their states are real, which says nothing of words.
-    assert full(prompts).lengths.tolist() == [states.states.shape[1]] * 3
+def test_they_are_as_short_as_equal_states_make_them():
+    for alpha in (0.0, 0.6):
+        prompts = image_prompts(model("sd15"), alpha=alpha)
+        short = prompts.states()
+        assert short.states.shape[1] == (77 if alpha else 5)
+        assert (short.counts is None) == bool(alpha)
+        assert prompts[0].states().states.shape[1] == (77 if alpha else 2)
+        # All their states are real, which says nothing of words.
+        assert full(prompts).lengths.tolist() == [77] * 3
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.newest
-def test_short_equals_full_in_every_layer_with_gradients(family):
+def test_padded_beside_texts_they_equal_all_their_states_in_every_layer_with_gradients():
     """In float64, to rounding: the sums of a layer are over other numbers of keys."""
-    of = model(family, torch.float64)
+    of = model("sd15", torch.float64)
     program = Engine(of).program
-    plan = program.plan(features=program.layer_ids, scores=program.score_ids, noise_pred=True)
+    # Probabilities are by key.
+    layers = [name for name in program.layer_ids if not name.endswith("-cross-map")]
+    plan = program.plan(features=layers, scores=program.score_ids, noise_pred=True)
     prompts = image_prompts(of)
-    # The vectors of prompts, and two texts beside them, one of which is longer than the short form.
     with torch.no_grad():
-        beside = of.encode_prompts(["a dog on a red cat", ""])
+        beside = of.encode_prompts(["a dog on a red cat"])
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     answers = []
     for states in (ImagePrompt.states, full):
         leaf = replace(prompts, vectors=prompts.vectors.clone().requires_grad_())
-        for others in ((), (beside,)):
-            texts = Texts(PromptStates.joined([states(leaf), *others]))
-            rows = len(texts)
-            z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            out = plan.run(
-                z, torch.tensor([500]), texts.keys(plan), latent_index=[0] * rows, text_index=list(range(rows)),
-                time_ids=of.time_ids(64, 64),
-            )  # fmt: skip
-            (gradient,) = torch.autograd.grad(
-                out.noise_pred.square().sum() + sum(score.sum() for score in out.scores.values()), leaf.vectors
-            )
-            # Probabilities are by key.
-            layers = {name: value for name, value in out.features.items() if not name.endswith("-cross-map")}
-            answers.append({**layers, **{f"score {k}": v for k, v in out.scores.items()}, "gradient": gradient})
-    assert len(answers[0]) > 60
-    for short, long in zip(answers[:2], answers[2:], strict=True):
-        for name, value in long.items():
-            assert float((short[name] - value).detach().abs().max()) <= 1e-12 * float(value.detach().abs().max()), name
+        keys = Texts(PromptStates.joined([states(leaf), beside])).keys(plan)
+        out = plan.run(z, torch.tensor([500]), keys, latent_index=[0] * 4, text_index=[0, 1, 2, 3])
+        answer = {**out.features, **{f"score {name}": score for name, score in out.scores.items()}}
+        total = out.noise_pred.square().sum() + sum(score.sum() for score in out.scores.values())
+        answers.append({**answer, "gradient": torch.autograd.grad(total, leaf.vectors)[0]})
+    short, long = answers
+    for name, value in long.items():
+        wrong = (short[name] - value).detach().abs().max()
+        assert float(wrong) <= 1e-12 * float(value.detach().abs().max()), name
 
 
 def test_each_is_encoded_once_by_its_content_beside_texts():

@@ -76,7 +76,10 @@ def test_rows_of_images_as_prompts():
             ({"prompt": prompts},),
             r"prompts\[0\], column 'prompt': got ImagePrompt\(3: .*\), expected a text",
         ),
-        (([GenerateRow("a"), 3],), r"prompts\[1\]: got 3, expected a text, an image as a prompt"),
+        (
+            ([GenerateRow("a"), 3],),
+            r"prompts\[1\]: got 3, expected a text, a mapping, a GenerateRow or an image as a prompt",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             list(rows_of(*wrong))
