@@ -46,12 +46,12 @@ from dsd_fast.bench.suites import SUITES
 from dsd_fast.bench.tables import summary
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("ops", "unet", "features", "fit", "generate", "tokens")
+NAMES = ("ops", "unet", "features", "fit", "generate", "tokens", "prompts")
 DEVICE = "cuda"
 _SUITES = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 
 # What the suites import beyond torch and Triton.
-NEEDS = dict.fromkeys(("unet", "features", "fit", "generate", "tokens"), "diffusers")
+NEEDS = dict.fromkeys(NAMES[1:], "diffusers")
 
 SANITIZER = Path("/usr/local/cuda/bin/compute-sanitizer")
 
@@ -87,7 +87,7 @@ PLAN = (
     Step("smoke", 60, "gpu and smoke"),
     Step(
         "forward, backward",
-        50,
+        45,
         cases={
             "ops": [
                 *(f"forward/{each}" for each in (*_LONG, "sdxl/4096", "sdxl/1024")),
@@ -95,16 +95,17 @@ PLAN = (
             ]
         },
     ),
-    Step("tuning", 45, cases={"ops": ["tune/*"]}),
-    Step("unet", 80, cases={"unet": ["sd15/16", "sd15/64"]}),
+    Step("tuning", 40, cases={"ops": ["tune/*"]}),
+    Step("unet", 70, cases={"unet": ["sd15/16", "sd15/64"]}),
     Step(
         "elementwise, features",
-        65,
+        60,
         cases={"ops": ["elementwise/*", "features/*", "token-maps/sd15/4096"], "features": ["sd15/against-official"]},
     ),
-    Step("generation", 50, cases={"generate": ["sd15/images"]}),
-    Step("class tokens", 50, cases={"tokens": ["sd15/*"]}),
-    Step("remaining checks", 65, "gpu and not smoke"),
+    Step("generation", 45, cases={"generate": ["sd15/images"]}),
+    Step("class tokens", 45, cases={"tokens": ["sd15/*"]}),
+    Step("image prompts", 40, cases={"prompts": ["sd15/*"]}),
+    Step("remaining checks", 60, "gpu and not smoke"),
 )
 MOST_SECONDS = 480
 

@@ -24,12 +24,12 @@ from tests.repository.source import ROOT
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "the 9 steps that --plan shows would have run"),
+        ([], "the 10 steps that --plan shows would have run"),
         (
             ["--cases", "tune/*"],
-            "the cases 'tune/*' of the suites ops, unet, features, fit, generate and tokens would have run",
+            "the cases 'tune/*' of the suites ops, unet, features, fit, generate, tokens and prompts would have run",
         ),
-        (["--full"], "all cases of the suites ops, unet, features, fit, generate and tokens would have run"),
+        (["--full"], "all cases of the suites ops, unet, features, fit, generate, tokens and prompts would have run"),
         (["--sanitize", "--", "-k", "x"], "the tests marked sanitizer under compute-sanitizer would have run"),
     ],
 )

@@ -10,6 +10,7 @@ import dsd_fast as dsd
 from dsd_fast.image_prompt import ImagePromptConverter, TuneConfig
 from dsd_fast.image_prompt.deep_prompts import PromptedVision
 from dsd_fast.image_prompt.files import ABOUT, LORA, PROMPTS
+from dsd_fast.image_prompt.tuning import Pictures
 from dsd_fast.jobs import LockedError, locked, read_tensors
 from dsd_fast.reference import image_prompt as reference
 from dsd_fast.training import CHECKPOINT, seed_of, seeded
@@ -240,6 +241,17 @@ def test_an_interrupted_tuning_goes_on(tmp_path, stop):
     losses = [record.validation_loss for record in records]
     assert [record.step for record in records] == [0, 2, 3]
     assert whole.tuning.history.best_step == records[losses.index(min(losses))].step
+
+
+@pytest.mark.parametrize("shape", [(20, 31), (47, 20), (20, 20)])
+def test_the_vae_is_shown_the_centre_as_clip_is(shape):
+    own, image = converter(), pictures(1, side=48)[0][: shape[0], : shape[1]]
+    found = Pictures(own, [image])
+    top, left = ((side - 20) // 2 for side in shape)
+    cut = image[top : top + 20, left : left + 20]
+    (pixels,) = _resized([cut])
+    torch.testing.assert_close(found.latents, own.engine.encode_images([torch.from_numpy(pixels)]).cpu())
+    torch.testing.assert_close(found.prepared[0], next(own.prepared([image])))
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("sdxl", torch.float32), ("sd15", torch.bfloat16)])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Suite, Target, Work
+from dsd_fast.bench.case import Case, Context, Figure, Group, Quality, Side, Suite, Target, UnavailableError, Work
+from dsd_fast.bench.measure import peak_memory
 from dsd_fast.bench.suites.judging import MEASURE, TOLERANCE, Judge
 from dsd_fast.bench.suites.shared import PREDICTION_TOLERANCE, mini, relative
 from dsd_fast.bench.suites.unet_networks import ARCHITECTURES, TIMESTEP, TOKENS, random_pipeline, random_weights
@@ -36,8 +38,11 @@ VECTOR_TOLERANCE = 1e-5
 FILES, SIDE = 128, 512
 """JPEG files to convert, and their sides."""
 
-FEWER = {"cpu": 8, "cuda": 64}
-"""Files for CLIP ViT-L/14."""
+FEW, LARGE, CHECKED = 8, 64, 8
+"""Files for CLIP ViT-L/14 on a CPU and on a GPU, and how many of these are compared with float32's."""
+
+STREAMED = (1_000, 10_000)
+"""Images into files, few and many."""
 
 GUIDED = 8
 """Images of a guided step, twice as many rows."""
@@ -85,7 +90,8 @@ class Conversion:
 
     @cached_property
     def converter(self) -> ImagePromptConverter:
-        return ImagePromptConverter(self.model, config=ImagePromptConfig(cut=_CUT, norm=_NORM))
+        # Captions that the embedded tokenizer takes.
+        return ImagePromptConverter(self.model, config=ImagePromptConfig(cut=_CUT, norm=_NORM, captions="scenes"))
 
     def official(self) -> Tensor:
         """(N, E) of the script."""
@@ -122,9 +128,9 @@ def files(context: Context, count: int) -> list[Path]:
     return made
 
 
-def conversion(context: Context) -> Work:
-    """The embedded model."""
-    job = Conversion(mini(context), files(context, FILES))
+def conversion(model: Callable[[Context], Model], count: int, context: Context) -> Work:
+    """A model's CLIP in float32."""
+    job = Conversion(model(context), files(context, count))
     return Work(
         sides=job.sides(),
         difference=relative,
@@ -132,33 +138,30 @@ def conversion(context: Context) -> Work:
         accuracy="largest relative difference of a vector",
         oracle_name="the official script",
         item="image",
-        items=FILES,
+        items=count,
     )
 
 
-def large(context: Context) -> Work:
-    """CLIP ViT-L/14 with random weights, float32 on a CPU, bfloat16 on a GPU."""
-    dtype = torch.bfloat16 if torch.device(context.device).type == "cuda" else torch.float32
-    chosen = files(context, FEWER[torch.device(context.device).type])
-    exact = Conversion(_vit_l(context), chosen[:1])
-    truth = exact.official()
-    job = exact if dtype == torch.float32 else Conversion(_as(exact.model, dtype), chosen[:1])
-    judge = Judge([truth], [job.official()], [dtype])
-    job = Conversion(job.model, chosen)
+def large_conversion(context: Context) -> Work:
+    """CLIP ViT-L/14 with random weights in bfloat16."""
+    exact = Conversion(vit_l(context), files(context, CHECKED))
+    model = _as(exact.model, torch.bfloat16)
+    judge = Judge([exact.official()], [Conversion(model, exact.files).official()], [torch.bfloat16])
+    job = Conversion(model, files(context, LARGE))
     return Work(
         sides=job.sides(),
-        difference=lambda result, right: judge([result[:1]], right),
+        difference=lambda result, right: judge([result[:CHECKED]], right),
         tolerance=TOLERANCE,
         accuracy=MEASURE.replace("plain torch", "the script"),
         oracle=lambda: judge.truth,
-        oracle_name="the official script in float32, 1 image",
+        oracle_name=f"the official script in float32, {CHECKED} images",
         item="image",
-        items=len(chosen),
-        dtype=str(dtype).removeprefix("torch."),
+        items=LARGE,
+        dtype="bfloat16",
     )
 
 
-def _vit_l(context: Context) -> Model:
+def vit_l(context: Context) -> Model:
     """The embedded model's other parts around CLIP ViT-L/14 and the UNet that reads its states, float32."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel, CLIPTextModel
@@ -305,6 +308,27 @@ def large_step(context: Context) -> Work:
     )
 
 
+def stream(context: Context) -> list[Figure]:
+    """What converting few and many images into files needs at its peak, beyond what was in use before."""
+    converter = ImagePromptConverter(mini(context))
+    figures = []
+    # The first ones are of what stays in use.
+    for count in (STREAMED[0] // 10, *STREAMED):
+        with tempfile.TemporaryDirectory() as folder:
+            images = (scene(EVAL_SEED + number).image for number in range(count))
+            start = time.perf_counter()
+            memory = peak_memory("cpu", partial(converter.convert_to, Path(folder) / "prompts", images))
+            seconds = (time.perf_counter() - start) / count
+        if memory is None:
+            raise UnavailableError("the system does not tell of memory")
+        value = memory / 1e6
+        sizes = {"images": count}
+        figures.append(
+            Figure(f"{count:,} images", value, value, value, 1, "MB", sizes=sizes, seconds=seconds, item="image")
+        )
+    return figures[1:]
+
+
 def costs(context: Context) -> list[Figure]:
     """FLOPs and bytes of text keys at SD 1.5's size, counted, nothing is run."""
     from diffusers import UNet2DConditionModel
@@ -323,27 +347,34 @@ def costs(context: Context) -> list[Figure]:
             ("a row of the network", network / 1e12, "TFLOP"),
             ("the keys and values of a text", keys / 1e9, "GFLOP"),
             ("the keys and values of a text, held", 2 * width * tokens / 1e6, "MB"),
+            ("10,000 prompts, held", 20_000 * program.text_width * (tokens if tokens > 2 else 1) / 1e6, "MB"),
         ):
             figures.append(Figure(f"{what}: {name}", value, value, value, 1, unit=unit))
     return figures
 
 
+_JOB = f"JPEG files of {SIDE} × {SIDE} pixels to prompts"
 _SD15 = "SD 1.5's network with random weights"
 suite = Suite(
     name="prompts",
     groups=[
-        Group("conversion", f"Images of {SIDE} × {SIDE} pixels to prompts, from JPEG files: the mini model's CLIP"),
-        Group("vit-l", f"Images of {SIDE} × {SIDE} pixels to prompts, from JPEG files: CLIP ViT-L/14, random weights"),
+        Group(
+            "conversion",
+            f"{_JOB}, float32: the mini model's CLIP, and CLIP ViT-L/14 with random weights",
+        ),
+        Group("vit-l", f"{_JOB}, bfloat16: CLIP ViT-L/14 with random weights"),
+        Group("stream", "Memory at the peak of converting images of 64 × 64 pixels into files: the mini model's CLIP"),
         Group("step", f"A guided step of {GUIDED} images, {TOKENS} keys of the absent prompt: the mini model"),
         Group("sd15", f"A guided step of {GUIDED} images of 512 × 512 pixels: {_SD15}, bfloat16"),
         Group("costs", f"What an image as a prompt costs with all keys and with 2: {_SD15}, 16 bits, 512 × 512 pixels"),
     ],
     cases=[
-        Case("conversion/mini", "conversion", conversion, repeats=6, devices=("cpu",)),
-        Case("conversion/vit-l", "vit-l", large, repeats=6, devices=("cpu",), long=True),
+        Case("conversion/mini", "conversion", partial(conversion, mini, FILES), repeats=6, devices=("cpu",)),
+        Case("conversion/vit-l", "conversion", partial(conversion, vit_l, FEW), repeats=6, devices=("cpu",), long=True),
         Case("step/mini", "step", step, repeats=9, devices=("cpu",)),
+        Quality("stream/mini", "stream", stream),
         Quality("costs/sd15", "costs", costs),
-        Case("sd15/conversion", "vit-l", large, repeats=6, devices=("cuda",)),
+        Case("sd15/conversion", "vit-l", large_conversion, repeats=6, devices=("cuda",)),
         Case("sd15/step", "sd15", large_step, repeats=6, devices=("cuda",)),
     ],
 )
