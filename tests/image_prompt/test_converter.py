@@ -86,22 +86,17 @@ def test_other_inverses(model, pictures, inverse):
     else:
         states = model.encode_prompts(captions_of("scenes"))
         e = states.states[torch.arange(len(states)), states.lengths - 1].double()
-        c = torch.cov(e.mT, correction=0)
-        seen = w @ c @ w.mT + 0.25 * c.trace() / 128 * torch.eye(128, dtype=torch.float64)
-        length = (e @ w.mT).norm(dim=1).mean()
-        u = e.mean(0)[:, None] + c @ w.mT @ torch.linalg.inv(seen) @ (length * z.mT - (w @ e.mean(0))[:, None])
+        m = e.mT @ e / len(e)
+        seen = w @ m @ w.mT + 0.25 * m.trace() / 128 * torch.eye(128, dtype=torch.float64)
+        u = m @ w.mT @ torch.linalg.inv(seen) @ z.mT
     close(converter.convert(pictures).vectors, converter.map.norm * F.normalize(u.mT, dim=1))
     assert converter.map.settings()["kept"] is None
 
 
 def test_a_prior_that_is_alike_in_all_directions_is_a_ridge():
     w, basis = (torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
-    q = torch.linalg.qr(basis).Q * 8**0.5
-    states = torch.cat([q, -q])  # of mean 0 and covariance I
-    made = mapping.prior(w, states)(0.5)
-    length = (states @ w.mT).norm(dim=1).mean()
-    torch.testing.assert_close(made.matrix, length * mapping.ridge(w)(0.5).matrix)
-    torch.testing.assert_close(made.offset, torch.zeros(8, dtype=torch.float64))
+    states = torch.linalg.qr(basis).Q * 8**0.5  # of second moment I
+    torch.testing.assert_close(mapping.prior(w, states)(0.5).matrix, mapping.ridge(w)(0.5).matrix)
 
 
 def test_the_cut_that_is_chosen_finds_captions_better_than_none(model):
@@ -116,7 +111,7 @@ def test_the_cut_that_is_chosen_finds_captions_better_than_none(model):
         chosen = ImagePromptConverter(model, config=ImagePromptConfig(inverse=inverse)).map.inverse
         w = model.clip.text_projection.weight.double()
         plain = F.cosine_similarity(torch.linalg.solve(w, z.mT).mT, e, dim=1).mean()
-        assert float(F.cosine_similarity(chosen(z), e, dim=1).mean()) > float(plain) + 0.3
+        assert float(F.cosine_similarity(z @ chosen.matrix.mT, e, dim=1).mean()) > float(plain) + 0.3
 
 
 def test_clip_l_has_the_official_constants(model, monkeypatch):
@@ -279,9 +274,9 @@ def test_a_tower_that_is_not_clips_is_fitted_to_captions():
         states = model.encode_prompts(texts)
         e = states.states[torch.arange(512), states.lengths - 1].double().numpy()
         z = ClipSpace(model).of_texts(texts).double().numpy()
-    x, y = z[~out] - z[~out].mean(0), e[~out] - e[~out].mean(0)
+    x, y = z[~out], e[~out]
     b = np.linalg.solve(x.T @ x / len(x) + (0.9**-2 - 1) / 16 * np.eye(16), x.T @ y / len(x))
-    error = (z[out] - z[~out].mean(0)) @ b - (e[out] - e[~out].mean(0))
+    error = z[out] @ b - e[out]
     r2 = 1 - (error**2).sum() / ((e[out] - e[~out].mean(0)) ** 2).sum()
     assert told["quality"]["r2"] == pytest.approx(r2, rel=1e-6)
 
@@ -304,6 +299,16 @@ def test_a_map_that_finds_nothing_is_refused():
     model = dsd.from_pipeline(tiny_pipeline("sd21"), clip=tiny_clip())
     with pytest.raises(ValueError, match=r"finds those of others no better than their mean does \(R² -"):
         ImagePromptConverter(model, config=ImagePromptConfig(captions=("dog", "cat", *(f"{n}" for n in range(6)))))
+
+
+def test_captions_that_are_too_long_are_left_out_of_sets_alone(model):
+    # Its tokenizer has 24 tokens, and not the words of "things".
+    converter = ImagePromptConverter(dsd.from_pipeline(model.to_pipeline(), clip=model.clip))
+    assert converter.map.settings()["captions"] == "things"
+    assert converter.map.norm == pytest.approx(11.18, rel=0.02)
+    texts = tuple("abcdefg") + ("word " * 30,)
+    with pytest.raises(ValueError, match=r"captions\[7\]: the prompt has \d+ tokens"):
+        ImagePromptConverter(model, config=ImagePromptConfig(captions=texts))
 
 
 def test_sets_of_captions_are_the_same_and_leave_held_out_pairs_alone():
