@@ -27,7 +27,7 @@ def run(request: ConvertRequest, config: ImagePromptConfig) -> dict[str, Any]:
 
     Returns:
         "complete"; "counts" of this run, or of the folder where it was interrupted; "folder", the counts of all runs;
-        "errors", the first; "seconds" and "overlap" of this run.
+        "errors", the first; "seconds" and "overlap" of this run; "settings" of the folder.
 
     Raises:
         CommandError: `out` belongs to another job or cannot be written; images or prompts that are not there.
@@ -41,7 +41,7 @@ def run(request: ConvertRequest, config: ImagePromptConfig) -> dict[str, Any]:
     shown = request.pictures.report or request.pictures.pictures
     finish = Conversion.show if shown else None
     numbers = cluster.run(request.workers, make, request.out, total=len(files), unit="images", finish=finish)
-    return _summary(numbers, len(files), request.out)
+    return {**_summary(numbers, len(files), request.out), "settings": read_manifest(request.out)["settings"]}
 
 
 class Conversion:
