@@ -18,6 +18,7 @@ from dsd_fast.cli.options import AdaptedModelOptions, ModelOptions
 from dsd_fast.cli.prompt import tune
 from dsd_fast.cli.prompt.convert import Conversion
 from dsd_fast.cli.prompt.options import ConvertRequest, CustomizeRequest, EditRequest, FinetuneRequest
+from dsd_fast.cli.prompt.report import made_by
 from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.generation import GenerateConfig
 from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
@@ -91,6 +92,7 @@ def test_it_converts_as_the_library_does_and_shows_it(cli, model):
     assert done.exit_code == 1, done.stderr
     assert "4 images: 3 converted now, 0 before, 1 error" in done.stdout
     assert "unsupported-format" in done.stdout
+    assert "Vectors of norm 9, by the ridge inverse at 0.5." in done.stdout
     converter = ImagePromptConverter(model, config=ImagePromptConfig(inverse="ridge", cut=0.5, norm=9.0))
     want = converter.convert(usable(), "a small")
     got = ImagePrompt.load("out")
@@ -244,6 +246,11 @@ def test_the_options_own_error_comes_first(cli, arguments, message):
     assert message in " ".join(done.stderr.split())
     assert "loading" not in done.stderr
     assert not Path("out").exists()
+
+
+def test_how_good_a_fitted_map_is_is_said():
+    told = made_by({"quality": {"r2": 0.75, "cosine": 0.5, "pooled_r2": 0.25}})
+    assert told.endswith("on captions that were held out it has R² 0.750, cosine 0.500, pooled R² 0.250.")
 
 
 def test_its_work_travels():

@@ -80,16 +80,18 @@ def customize(request: CustomizeRequest) -> None:
 
 
 def _convert(request: ConvertRequest) -> None:
-    """Converts, and prints the first errors, the counts, and how well writing was hidden behind computing."""
+    """Converts, and prints the first errors, how vectors were made, and the counts."""
     request.check()
     config = request.converter.config(request.source)
     from dsd_fast.cli.prompt.convert import run
+    from dsd_fast.cli.prompt.report import made_by
 
     summary = run(request, config)
     console, counts = Console(), summary["counts"]
     errors = counts["errors"] + counts["done_errors"]
     rows = [(error["reason"], error["message"]) for error in summary["errors"]]
     show_errors(console, "no prompt", rows, errors, "the index")
+    show_line(console, made_by(summary["settings"]))
     show_outcome(console, summary, "converted", f"{summary['overlap']:.0%} of the writing while computing", request.out)
     end(summary["complete"], errors)
 

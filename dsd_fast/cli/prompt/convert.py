@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.image_prompt import ImagePromptConfig
 from dsd_fast.jobs import index_shards, read_manifest, replacing
 from dsd_fast.jobs.lock import waiting
-from dsd_fast.jobs.store import OK
 
 
 def run(request: ConvertRequest, config: ImagePromptConfig) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def run(request: ConvertRequest, config: ImagePromptConfig) -> dict[str, Any]:
 
     Returns:
         "complete"; "counts" of this run, or of the folder where it was interrupted; "folder", the counts of all runs;
-        "errors", the first; "seconds" and "overlap" of this run.
+        "errors", the first; "seconds" and "overlap" of this run; "settings" of the folder.
 
     Raises:
         CommandError: `out` belongs to another job or cannot be written; images or prompts that are not there.
@@ -43,7 +41,7 @@ def run(request: ConvertRequest, config: ImagePromptConfig) -> dict[str, Any]:
     shown = request.pictures.report or request.pictures.pictures
     finish = Conversion.show if shown else None
     numbers = cluster.run(request.workers, make, request.out, total=len(files), unit="images", finish=finish)
-    return _summary(numbers, len(files), request.out)
+    return {**_summary(numbers, len(files), request.out), "settings": read_manifest(request.out)["settings"]}
 
 
 class Conversion:
@@ -93,25 +91,25 @@ class Conversion:
         request, out = self.request, self.request.out
         # The last of several workers that end at once sees the rows of all.
         with writing(out), waiting(out, "report"):
-            shown = figures(self._sheets())
+            content = _summary(numbers, len(self.files), out)
+            shown = figures(self._sheets()) if request.pictures.pictures and content["folder"]["ok"] else []
             if request.pictures.report:
-                content = {
-                    **_summary(numbers, len(self.files), out),
-                    "settings": read_manifest(out)["settings"],
-                    "versions": versions(),
-                    "files": files_of(out),
-                }
+                content |= {"settings": read_manifest(out)["settings"], "versions": versions(), "files": files_of(out)}
+                loading = _loading(request, self.converter.model.name)
                 with replacing(out / "report.html") as file:
-                    file.write(render(content, shown, last_timeline(out), _loading(request, self.converter.model.name)))
+                    file.write(render(content, shown, last_timeline(out), loading))
 
     def _sheets(self) -> Iterator[Sheet]:
         chosen, out = self.request.pictures, self.request.out
-        rows = (row for rows in index_shards(out, ["id", "path", "prompt", "status"]) for row in rows.to_pylist())
-        first = list(islice((row for row in rows if row["status"] == OK), chosen.pictures))
-        if not first:
-            return iter(())
-        sides = [(self.converter.model, ImagePrompt.load(out)[: len(first)])]
-        paths, texts = [Path(row["path"]) for row in first], [row["prompt"] for row in first]
+        prompts = ImagePrompt.load(out)[: chosen.pictures]
+        # By their places, since other workers may have written more meanwhile.
+        places = {(file.stem, row): number for number, (file, row) in enumerate(prompts.sources)}
+        paths, texts = [Path()] * len(prompts), [""] * len(prompts)
+        for rows in index_shards(out, ["id", "shard", "row", "path", "prompt"]):
+            for row in rows.to_pylist():
+                if (number := places.get((row["shard"], row["row"]))) is not None:
+                    paths[number], texts[number] = Path(row["path"]), row["prompt"]
+        sides = [(self.converter.model, prompts)]
         return write_sheets(out, paths, texts, sides, self.sampling, chosen.variations)
 
 

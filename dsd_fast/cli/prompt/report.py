@@ -46,7 +46,7 @@ def render(summary: Mapping[str, Any], shown: Sequence[str], line: Timeline, loa
         loading: Python that uses the prompts.
     """
     folder, chosen = summary["folder"], summary["settings"]
-    lead = [f"{counted(folder['ok'], 'image')} as prompts for {chosen['model']}. {_map(chosen)}", _LIMITS]
+    lead = [f"{counted(folder['ok'], 'image')} as prompts for {chosen['model']}. {made_by(chosen)}", _LIMITS]
     if folder["errors"]:
         lead.append(f"{counted(folder['errors'], 'image')} could not be used; the reasons are below.")
     parts = []
@@ -62,11 +62,13 @@ def render(summary: Mapping[str, Any], shown: Sequence[str], line: Timeline, loa
     return page("Images as prompts", lead, parts)
 
 
-def _map(chosen: Mapping[str, Any]) -> str:
+def made_by(chosen: Mapping[str, Any]) -> str:
     """Says how vectors are made of what CLIP sees."""
     if quality := chosen.get("quality"):
-        found = " and ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in quality.items())
-        return f"Their states come by a map that was fitted to captions; of captions held out it finds: {found}."
+        found = ", ".join(
+            f"{name.replace('_', ' ').replace('r2', 'R²')} {value:.3f}" for name, value in quality.items()
+        )
+        return f"A map fitted to captions makes the vectors; on captions that were held out it has {found}."
     kept = "" if chosen["kept"] is None else f", {chosen['kept']:,} singular values kept"
     return f"Vectors of norm {chosen['norm']:.4g}, by the {chosen['inverse']} inverse at {chosen['cut']:.3g}{kept}."
 
