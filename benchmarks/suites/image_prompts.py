@@ -193,7 +193,7 @@ def matched(context: Context, *, n: int = N) -> list[Figure]:
     bench, draw = _Bench(context), np.random.default_rng(0)
     references = DOMAINS["scenes"](n, EVAL_SEED)
     pool: dict[str, list[NDArray[np.uint8]]] = {}
-    candidates = DOMAINS["scenes"](4 * n, EVAL_SEED + N)
+    candidates = DOMAINS["scenes"](4 * N, EVAL_SEED + N)
     for image, text in zip(candidates.images, candidates.captions, strict=True):
         pool.setdefault(text, []).append(image)
     pairs, kinds = [], []

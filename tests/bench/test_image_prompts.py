@@ -56,7 +56,7 @@ def test_the_way_is_what_is_reached_between_least_and_most():
 
 
 def test_cases_make_the_figures_of_their_tables(context, monkeypatch):
-    monkeypatch.setattr(image_prompts, "N", 40)
+    monkeypatch.setattr(image_prompts, "N", 200)
     monkeypatch.setattr(image_prompts, "STEPS", 2)
     few = TuneConfig(steps=1, batch_size=1, prompt_tokens=0)
     figures = [
