@@ -14,6 +14,7 @@ from dsd_fast.cli.gate.command import gate
 from dsd_fast.cli.generate.command import generate
 from dsd_fast.cli.info.command import info
 from dsd_fast.cli.match.command import match
+from dsd_fast.cli.prompt.command import prompt
 from dsd_fast.cli.tokens.command import tokens
 from dsd_fast.cli.zsl.command import zsl
 
@@ -40,3 +41,4 @@ def dsd_fast(
 for command in (match, evaluate, fit, features, gate, generate, zsl, info, demo, bench, bench_docs):
     app.command()(command)
 app.add_typer(tokens, name="tokens")
+app.add_typer(prompt, name="prompt")

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -134,6 +134,17 @@ class ModelOptions(Options, panel=MODEL_PANEL):
         resolve_dtype(self.dtype)
         resolve_device(self.device)
 
+    def arguments(self) -> dict[str, Any]:
+        """Tells the arguments of :func:`dsd_fast.load` beside the model."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "revision": self.revision,
+            "variant": self.variant,
+            "config": self.model_config,
+            "local_files_only": self.local_files_only,
+        }
+
     def load(self) -> "Model":
         """Calls :func:`dsd_fast.load`, announced on stderr, for a command that computes with :func:`exact_products`.
 
@@ -152,15 +163,7 @@ class ModelOptions(Options, panel=MODEL_PANEL):
         # Not a live display: the hub's own progress bars may follow.
         console.print(f"loading {printable(self.model)}")
         try:
-            model = load(
-                self.model,
-                device=self.device,
-                dtype=self.dtype,
-                revision=self.revision,
-                variant=self.variant,
-                config=self.model_config,
-                local_files_only=self.local_files_only,
-            )
+            model = load(self.model, **self.arguments())
         except OSError as error:
             raise CommandError(f"model {self.model!r} cannot be read: {error}") from error
         slow = slow_on(model.dtype, model.device)

@@ -43,7 +43,7 @@ def one_sentence() -> Iterator[None]:
     except (BrokenPipeError, typer.Exit):
         # The reader of stdout has left, which is no error of ours, and typer ends quietly; or the command has ended.
         raise
-    except (CommandError, ValueError) as error:
+    except (CommandError, ValueError, FloatingPointError) as error:
         fail(str(error))
     except OSError as error:
         if error.filename == _STDOUT:

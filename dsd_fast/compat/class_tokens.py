@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,13 +16,13 @@ from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.class_tokens.config import FIELDS as _LEARNING
 from dsd_fast.class_tokens.config import TEMPLATES
 from dsd_fast.compat.class_token_defects import Defects, OfficialLearner, decayed, mean_pooled, unfiltered
+from dsd_fast.compat.inputs import write_jpeg
 from dsd_fast.diffusion import scheduler_timesteps
 from dsd_fast.engine.guides import Guide, guide_of
 from dsd_fast.engine.settings import Fields, above, check_fields, integer, is_bool, is_text, number, one_of
 from dsd_fast.engine.tokens import LIST, LearnedTokens
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
 from dsd_fast.generation.sampler import to_uint8
-from dsd_fast.jobs.files import replacing
 from dsd_fast.models import Model, load
 from dsd_fast.models.tokens import BANK
 
@@ -315,11 +314,7 @@ def _guide(config: RunConfig, classifier: Any, model: Model) -> Guide:
 
 def _write(file: Path, pixels: Tensor) -> None:
     """Write pixels (3, H, W) in [−1, 1] as a JPEG."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    Image.fromarray(to_uint8(pixels[None].detach())[0].cpu().numpy()).save(content, "JPEG")
-    with replacing(file) as stream:
-        stream.write(content.getvalue())
+    write_jpeg(file, Image.fromarray(to_uint8(pixels[None].detach())[0].cpu().numpy()))
 
 
 def _save_pipeline(model: Model, folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dsd_fast.images import ImageSource, load_batch
+from dsd_fast.jobs.files import replacing
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -219,3 +222,12 @@ def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype}"
     return f"{len(value)} values" if isinstance(value, (list, tuple)) else type(value).__name__
+
+
+def write_jpeg(file: Path, image: Image.Image) -> None:
+    """Write a picture as Pillow does by itself, whole or not at all; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    image.save(content, "JPEG")
+    with replacing(file) as stream:
+        stream.write(content.getvalue())

@@ -49,7 +49,7 @@ class ClipSpace:
         if resize not in ("whole", "crop"):
             raise ValueError(f"resize: got {resize!r}, expected 'whole' or 'crop'")
         self._clip = model.clip
-        preprocessing = _own_preprocessing(self._clip)
+        preprocessing = own_preprocessing(self._clip)
         if resize == "whole":
             side = int(self._clip.config.vision_config.image_size)
             preprocessing = replace(preprocessing, size=(side, side), resample="bicubic")
@@ -112,25 +112,25 @@ class ClipSpace:
             return torch.cat([self._clip.text_model(upload(part, self.vision.device)).pooler_output for part in parts])
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (n, T) int64 of texts.
+        """Token ids (n, T) int64 of texts, T those of the longest.
 
         Raises:
             ValueError: a text that is too long, or has learned tokens, which CLIP does not know.
         """
         encoder = self._clip.text_model
-        # What follows the end token is not looked at, so the padding does not count.
-        tokens, _ = tokenize(self._tokenizer, list(texts), token_limit([self._tokenizer], [encoder]))
+        tokens, mask = tokenize(self._tokenizer, list(texts), token_limit([self._tokenizer], [encoder]))
         known = int(encoder.config.vocab_size)
         if unknown := [text for text, ids in zip(texts, tokens, strict=True) if int(ids.max()) >= known]:
             raise ValueError(f"texts: {unknown[0][:80]!r} has tokens beyond CLIP's {known}, as learned ones are")
-        return tokens
+        # What follows the end token is not looked at.
+        return tokens[:, : int(mask.sum(1).max())] if len(tokens) else tokens
 
     def _embed(self, prepared: Tensor) -> Tensor:
         return F.normalize(wide(self._clip.visual_projection(self._clip.vision_model(prepared).pooler_output)), dim=-1)
 
 
-def _own_preprocessing(clip: Any) -> Preprocessing:
-    """What the preprocessor_config.json beside CLIP's weights says, and where it is silent CLIPImageProcessor.
+def own_preprocessing(clip: Any) -> Preprocessing:
+    """Tell what the preprocessor_config.json beside CLIP's weights says, and where it is silent CLIPImageProcessor.
 
     Raises:
         ValueError: a file that says something else, or is none.

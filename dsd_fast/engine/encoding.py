@@ -77,7 +77,8 @@ class Encoding:
         """
         if isinstance(prompts, ImagePrompt):
             prompts.check(self.model)
-            return prompts.states()
+            with torch.inference_mode(False):
+                return prompts.states()
         images = {} if prompts is None else {n: each for n, each in enumerate(prompts) if isinstance(each, ImagePrompt)}
         if not images:
             # States are kept, and what is kept may meet gradients later.
@@ -87,9 +88,9 @@ class Encoding:
                 return self.model.encode_prompts(cast("Sequence[str]", prompts), clip_skip)
         texts = {n: each for n, each in enumerate(prompts or ()) if n not in images}
         parts = [self.encode_prompts(list(texts.values()), clip_skip)] if texts else []
-        for number, image in images.items():
+        for image in images.values():
             if len(image) != 1:
-                raise ValueError(f"prompts[{number}]: got {len(image)} images as prompts, expected one")
+                raise ValueError(f"prompts: got {image!r} among them, expected images as prompts of one each")
             parts.append(self.encode_prompts(image))
         order = torch.tensor([*texts, *images], dtype=torch.int64, device="cpu").argsort()
         return PromptStates.joined(parts)[order]
@@ -107,15 +108,20 @@ class Encoding:
             clip_skip: one for each prompt; an image as a prompt has none.
         """
         skips = [None] * len(prompts) if clip_skip is None else clip_skip
-        asked = [None if prompt is None else (skip, prompt) for prompt, skip in zip(prompts, skips, strict=True)]
-        images: dict[tuple[int | None, Prompt], None] = {}
-        by_skip: dict[int | None, dict[Prompt, None]] = {}
-        for each in asked:
-            if each is not None and isinstance(each[1], ImagePrompt):
-                images[each] = None
-            elif each is not None:
-                by_skip.setdefault(each[0], {})[each[1]] = None
-        used = [*((skip, prompt) for skip, own in by_skip.items() for prompt in own), *images]
+        asked: list[tuple[int | None, Prompt] | None] = []
+        images: dict[ImagePrompt, None] = {}
+        by_skip: dict[int | None, dict[str, None]] = {}
+        for prompt, skip in zip(prompts, skips, strict=True):
+            if isinstance(prompt, ImagePrompt):
+                images[prompt] = None
+                asked.append((None, prompt))
+            elif prompt is not None:
+                by_skip.setdefault(skip, {})[prompt] = None
+                asked.append((skip, prompt))
+            else:
+                asked.append(None)
+        used: list[tuple[int | None, Prompt]] = [(skip, text) for skip, own in by_skip.items() for text in own]
+        used += [(None, image) for image in images]
         place: dict[tuple[int | None, Prompt] | None, int] = {None: len(used)}
         place |= {each: number for number, each in enumerate(used)}
         numbers = torch.tensor([place[each] for each in asked], dtype=torch.int64, device="cpu")
@@ -123,10 +129,10 @@ class Encoding:
         by_skip = by_skip if by_skip or images else {None: {}}
         parts = [self._remembered_states(tuple(own), skip) for skip, own in by_skip.items()]
         if images:
-            parts.append(self._own_states(self.encode_prompts([prompt for _, prompt in images])))
+            parts.append(self._own_states(self.encode_prompts(list(images))))
         return Texts(PromptStates.joined(parts), absent), numbers
 
-    def _remembered_states(self, prompts: tuple[Prompt, ...] | None, clip_skip: int | None = None) -> PromptStates:
+    def _remembered_states(self, prompts: tuple[str, ...] | None, clip_skip: int | None = None) -> PromptStates:
         key = (prompts, clip_skip, self.adapters.of_texts)
         states = next((known for other, known in tuple(self._remembered) if other == key), None)
         if states is None:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 _PROBE = "A Photo of  the\tdigit 3, naïve CAFÉ—日本 🙂 !?…don't, uncharacteristically\n"
 
 
-def model_settings(engine: Engine) -> dict[str, Any]:
+def model_settings(engine: Engine, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Tell all of a model that changes results, as JSON: networks, adapters, ControlNets, tokenizers, schedule.
+
+    Args:
+        others: networks that count as well, by name.
 
     Raises:
         ValueError: a ControlNet's condition, a hook or a replaced function that has no lasting name; an adapter that is
@@ -37,7 +40,7 @@ def model_settings(engine: Engine) -> dict[str, Any]:
                 f"controls[{number}]: condition is {condition}, which a later run could not tell from another; "
                 "expected a function of a module, or functools.partial of one"
             )
-    networks = {"unet": model.unet, "vae": model.vae}
+    networks = {"unet": model.unet, "vae": model.vae, **(others or {})}
     networks |= {f"control_{number}": control.net for number, control in enumerate(engine.controls)}
     return {
         "revision": model.revision,
@@ -92,7 +95,7 @@ def check_same_model(folder: Path, saved: Mapping[str, Any], model: Model) -> No
         raise ValueError(f"folder: {folder} was fitted to a model of family {saved['family']}, got {model.family}")
     now = model_identity(model)
     if other := [f"{key} {saved[key]!r}, now {now[key]!r}" for key in ("name", "revision") if saved[key] != now[key]]:
-        warnings.warn(f"{folder} was fitted to another model: {'; '.join(other)}", stacklevel=6)
+        warnings.warn(f"{folder} was fitted to another model: {'; '.join(other)}", stacklevel=5)
 
 
 def scheduler_settings(model: Model) -> dict[str, Any]:

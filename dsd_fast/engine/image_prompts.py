@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsd_fast.jobs import index_shards, read_manifest, row_id, storable
+from dsd_fast.jobs import JobError, index_shards, read_manifest, row_id, storable
 from dsd_fast.jobs.store import OK, SHARDS
 from dsd_fast.jobs.tensors import read_tensors, tensor_bytes, write_tensors
 from dsd_fast.kernels.common.transfer import upload
@@ -95,17 +96,21 @@ class ImagePrompt:
         """Some of them, one for an integer; of texts those that they have."""
         numbers = torch.arange(len(self), device="cpu")[rows].flatten()
         used, text_of = torch.unique(self.text_of[numbers], return_inverse=True)
-        own = upload(numbers, self.vectors.device)
-        return replace(
-            self,
+        own, places = upload(numbers, self.vectors.device), numbers.tolist()
+        # Not anew through the checks, which one by one would take longer than the rest.
+        part = copy(self)
+        vars(part).update(
             vectors=self.vectors[own],
             texts=self.texts[upload(used, self.texts.device)],
             ends=self.ends[used],
             text_of=text_of,
             pooled=None if self.pooled is None else self.pooled[own],
-            names=tuple(self.names[number] for number in numbers.tolist()) if self.names else (),
-            sources=tuple(self.sources[number] for number in numbers.tolist()) if self.sources else (),
+            names=tuple(self.names[place] for place in places) if self.names else (),
+            sources=tuple(self.sources[place] for place in places) if self.sources else (),
         )
+        for known in ("ids", "_text_ids"):
+            vars(part).pop(known, None)
+        return part
 
     def __iter__(self) -> Iterator[ImagePrompt]:
         return (self[number] for number in range(len(self)))
@@ -202,6 +207,8 @@ class ImagePrompt:
     def cat(prompts: Sequence[ImagePrompt]) -> ImagePrompt:
         """The prompts of several in turn, on the first one's device; equal texts are kept once.
 
+        Names and sources are kept where all have some.
+
         Raises:
             ValueError: none, or some that were made otherwise than the first: another ``alpha`` or ``tokens``, other
                 ``settings``, shapes or types.
@@ -264,7 +271,11 @@ class ImagePrompt:
         path = Path(path)
         if not path.is_dir():
             return _of_file(path)
-        if (kind := read_manifest(path)["kind"]) != KIND:
+        try:
+            kind = read_manifest(path)["kind"]
+        except JobError as error:
+            raise ValueError(str(error)) from error
+        if kind != KIND:
             raise ValueError(f"{path} holds results of {kind}, expected image prompts")
         parts = []
         for rows in index_shards(path, ["id", "status", "shard", "row"]):

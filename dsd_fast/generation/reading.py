@@ -68,8 +68,8 @@ def rows_of(prompts: Prompts, seeds: Seeds | None = None) -> Iterator[GenerateRo
         prompts = [prompts]
     if isinstance(prompts, bytes) or not isinstance(prompts, Iterable) or hasattr(prompts, "columns"):
         raise ValueError(
-            f"prompts: got one {type(prompts).__name__}, expected a text, images as prompts, rows (of a data frame its "
-            "records, as mappings), or the pathlib.Path of a table or a file of prompts"
+            f"prompts: got one {type(prompts).__name__}, expected a text, rows (of a data frame its records, as "
+            "mappings), images as prompts, or the pathlib.Path of a table or a file of prompts"
         )
     if own and isinstance(prompts, Sequence | ImagePrompt) and len(prompts) != len(own):
         raise _other_number(own, len(prompts))

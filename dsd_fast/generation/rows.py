@@ -258,7 +258,7 @@ def from_columns(values: Mapping[str, Any], folder: str | os.PathLike[str] = "."
     }
     for name, by in _PROMPTS.items():
         if (place := values.get(by)) is not None:
-            found[name] = _image_prompt(by, place, folder)
+            found[name] = _image_prompt(name, place, folder)
     for name in ("adapter", *_PAIRS):
         found[name] = None if found[name] is None else tuple(json.loads(found[name]))
     height, width = values.get("height"), values.get("width")

@@ -10,19 +10,19 @@ from dsd_fast.engine.settings import Allowed, above, are_names, check_fields, in
 from dsd_fast.image_prompt.captions import SETS
 
 INVERSES = ("truncated", "ridge", "prior")
+# Captions: one in so many is held out.
+LEAST = 8
 
 _EXPECTED: Mapping[str, tuple[Allowed, str]] = {
     "inverse": (one_of(*INVERSES), f"one of {', '.join(INVERSES)}"),
     "cut": (or_none(number(0)), "a number of at least 0, or None"),
     "norm": (or_none(above(0)), "a number above 0, or None"),
     "captions": (
-        lambda x: x is None or (x in SETS if isinstance(x, str) else are_names(x) and len(set(x)) >= _LEAST),
-        f"one of {', '.join(SETS)}, at least 8 different texts, or None",
+        lambda x: x is None or (x in SETS if isinstance(x, str) else are_names(x) and len(set(x)) >= LEAST),
+        f"one of {', '.join(SETS)}, at least {LEAST} different texts, or None",
     ),
     "batch": (integer(1), "an integer of at least 1"),
 }
-# Of them one in eight is held out.
-_LEAST = 8
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ImagePromptConfig:
     Attributes:
         inverse: of the projection W that takes text states to CLIP's space: "truncated" leaves out singular values up
             to the cut, as the official code does; "ridge" takes s / (s² + cut²) for 1 / s; "prior" is the state that is
-            expected of an embedding with noise where states are spread as those of the captions, which where they are
-            spread alike in all directions is "ridge". A model whose text encoders are not CLIP's has a map fitted to
+            expected of an embedding with noise where states are spread about 0 as the captions' are; were they spread
+            alike in all directions it would be "ridge". A model whose text encoders are not CLIP's has a map fitted to
             the captions in place of an inverse, and takes neither this nor the cut.
         cut: a singular value; None: 0.3 of the truncated inverse of CLIP ViT-L/14, else the one that finds the
             captions' states best from their embeddings with noise.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dsd_fast.engine import Engine
 from dsd_fast.engine.clip import ClipSpace
 from dsd_fast.engine.image_prompts import ImagePrompt
+from dsd_fast.engine.items import prompt_check
 from dsd_fast.engine.preprocessing import Preprocessing
 from dsd_fast.engine.settings import above, or_none
 from dsd_fast.image_prompt.config import ImagePromptConfig
@@ -182,6 +183,7 @@ class Conversion:
                 finite numbers, or cancel each other.
         """
         check_sources(groups)
+        self.check(alpha, norm, prompts, len(groups))
         shares = _shares(groups, weights)
         rows = _checked(itertools.chain.from_iterable(self.mapped_chunks(image for group in groups for image in group)))
         mixed = []
@@ -207,20 +209,22 @@ class Conversion:
         Raises:
             ValueError: see :meth:`edit`.
         """
-        self.check(alpha, norm)
+        self.check(alpha, norm, prompts, len(mapped))
+        if names and len(names) != len(mapped):
+            raise ValueError(f"names: got {len(names)} for {len(mapped)} images, expected one each")
         texts = [prompts] * len(mapped) if isinstance(prompts, str) else list(prompts)
-        for what, given in (("prompts", texts), ("names", names)):
-            if len(given) != len(mapped) and (what == "prompts" or given):
-                raise ValueError(f"{what}: got {len(given)} for {len(mapped)} images, expected one each")
         number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         states = self.engine.encode_prompts(list(number_of))
         text_of = torch.tensor([number_of[text] for text in texts], dtype=torch.int64, device="cpu")
         ends = states.lengths - 1
         width = int(ends.max()) if len(ends) and not alpha else states.states.shape[1]
-        rows = torch.stack(list(mapped)) if len(mapped) else self.map.matrix.new_zeros(0, len(self.map.matrix))
-        vectors, pooled = self.map.sized(rows, norm)
-        if pooled is not None and alpha and states.pooled is not None:
-            pooled = pooled + alpha * upload(states.pooled[upload(text_of, states.pooled.device)], pooled.device)
+        # What is kept may meet gradients later.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = torch.stack(list(mapped)) if len(mapped) else self.map.matrix.new_zeros(0, len(self.map.matrix))
+            vectors, pooled = self.map.sized(rows, norm)
+            if pooled is not None and alpha and states.pooled is not None:
+                own = states.pooled[upload(text_of, states.pooled.device)]
+                pooled = pooled + alpha * upload(own, pooled.device, pooled.dtype)
         return ImagePrompt(
             vectors=vectors,
             texts=upload(states.states[:, :width], self.model.device, self.model.dtype),
@@ -233,16 +237,29 @@ class Conversion:
             settings=self.settings(norm),
         )
 
-    def check(self, alpha: float, norm: float | None) -> None:
-        """Refuse numbers outside their range.
+    def check(
+        self, alpha: float, norm: float | None, prompts: str | Sequence[str] = "", count: int | None = None
+    ) -> None:
+        """Refuse what can be refused without images.
+
+        Args:
+            alpha, norm, prompts: see :meth:`edit`.
+            count: of images, where it is known.
 
         Raises:
-            ValueError: by name.
+            ValueError: a value outside its range, by name.
         """
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise ValueError(f"alpha: got {alpha!r}, expected a finite number")
         if not or_none(above(0))(norm):
             raise ValueError(f"norm: got {norm!r}, expected a finite number above 0, or None")
+        if not isinstance(prompts, str) and count is not None and len(prompts) != count:
+            raise ValueError(f"prompts: got {len(prompts)} for {count} images, expected one, or one each")
+        check = prompt_check(self.model)
+        for number, text in enumerate([prompts] if isinstance(prompts, str) else prompts):
+            wrong = check(text) if isinstance(text, str) else ("", f"got {type(text).__name__}, expected a text")
+            if wrong is not None:
+                raise ValueError(f"prompts{'' if isinstance(prompts, str) else f'[{number}]'}: {wrong[1]}")
 
     def prepared(self, images: Iterable[ImageSource]) -> Iterator[Tensor | ImageError]:
         """Yield images as the vision tower takes them, (3, h, w) float32 on the CPU, decoded by threads ahead."""
@@ -305,7 +322,7 @@ class Conversion:
         names: Sequence[str] | None,
     ) -> ImagePrompt:
         check_sources(images)
-        self.check(alpha, norm)
+        self.check(alpha, norm, prompts, len(images) if isinstance(images, Sequence) else None)
         labels: list[str] = []
 
         def sources() -> Iterator[ImageSource]:
@@ -342,7 +359,7 @@ def _shares(
     """The weights of each group's images.
 
     Raises:
-        ValueError: see :meth:`ImagePromptConverter.blend`.
+        ValueError: see :meth:`Conversion.blend`.
     """
     given: Sequence[Any] = [[1.0 / max(1, len(group))] * len(group) for group in groups] if weights is None else weights
     if not given or not isinstance(given[0], Sequence | np.ndarray):

@@ -48,7 +48,7 @@ def convert_to(
 
     Args:
         folder: made if missing.
-        images, prompts, alpha, norm: see :meth:`ImagePromptConverter.edit`; ``alpha`` 0 is :meth:`~.convert`.
+        images, prompts, alpha, norm: see :meth:`Conversion.edit`; ``alpha`` 0 is :meth:`~.convert`.
         names: of the rows; None: a file's name without its ending, the position of other images. A row's id is made of
             the image's content, the prompt and the name: inputs that are equal in all of them are one row.
         shard_rows: images that become whole files and rows of the index together.
@@ -62,11 +62,8 @@ def convert_to(
             written.
         ValueError: an argument that does not fit, by name.
     """
-    converter.check(alpha, norm)
-    check = prompt_check(converter.model)
-    if isinstance(prompts, str) and (wrong := check(prompts)) is not None:
-        raise ValueError(f"prompts: {wrong[1]}")
-    items = Items(images, prompts, 0, names, check)
+    converter.check(alpha, norm, prompts if isinstance(prompts, str) else "")
+    items = Items(images, prompts, 0, names, prompt_check(converter.model))
     job = Job(
         folder,
         KIND,

@@ -24,6 +24,7 @@ from dsd_fast.image_prompt.converter import Conversion
 from dsd_fast.image_prompt.deep_prompts import DeepPrompts, PromptedVision
 from dsd_fast.image_prompt.tuned import Made, full_matrices, is_full
 from dsd_fast.jobs import read_tensors, remove_stale, replacing, weights_hash, write_tensors
+from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.models.lora import save_lora
 from dsd_fast.training import as_json
 
@@ -73,6 +74,7 @@ def write(folder: Path, converter: Conversion) -> None:
         file.write(json.dumps(as_json(about), indent=2, allow_nan=False).encode() + b"\n")
 
 
+@ordinary()
 def read(kind: type[Made], folder: Path, model: Model, clip: Any) -> Made:
     """See :meth:`dsd_fast.image_prompt.ImagePromptConverter.load`."""
     about = read_about(folder)

@@ -10,34 +10,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsd_fast.image_prompt.config import LEAST
+
 # Of embeddings with noise, which stand for images', to those of their captions. On the mini model's training scenes
 # the choice is flat in it.
 _COSINE = 0.9
 # Cuts that are tried, and the least of them, of the largest singular value.
 _CUTS, _LEAST = 32, 0.02
-# Of the captions one in so many is held out.
-_HELD_OUT = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Inverse:
-    """States of embeddings z of unit length, up to their length: ``matrix`` z + ``offset``.
+    """States of embeddings z, up to their length: ``matrix`` z.
 
     Attributes:
         matrix: (E, D).
-        offset: (E,), or None for nothing.
         cut: a singular value; None of a fitted map.
         kept: singular values that are not left out; None where all are weighed.
     """
 
     matrix: Tensor
-    offset: Tensor | None = None
     cut: float | None = None
     kept: int | None = None
-
-    def __call__(self, embeds: Tensor) -> Tensor:
-        """Map (n, D) to (n, E)."""
-        return F.linear(embeds, self.matrix, self.offset)
 
 
 Make = Callable[[float], Inverse]
@@ -61,27 +55,23 @@ def ridge(projection: Tensor) -> Make:
 
 
 def prior(projection: Tensor, states: Tensor) -> Make:
-    """Make the mean of states given their embeddings with noise, of a projection W (D, E).
+    """Make the state that is expected of an embedding with noise, of a projection W (D, E).
 
-    μ + C Wᵀ (W C Wᵀ + σ² I)⁺ (l z − W μ) with μ and C the mean and covariance of the captions' states, l the mean
-    length of their W h, and σ² = cut² tr(C) / E.
+    M Wᵀ (W M Wᵀ + σ² I)⁺ with M the second moment of captions' states and σ² = cut² tr(M) / E. It is that about 0, not
+    about the mean, for images' embeddings have another mean than texts'.
 
     Args:
         states: (M, E), of captions.
     """
-    mean = states.mean(0)
-    centred = states - mean
-    spread = centred.mT @ centred / len(states)
-    values, vectors = torch.linalg.eigh(projection @ spread @ projection.mT)
-    back = spread @ projection.mT @ vectors  # (E, D)
-    length = (states @ projection.mT).norm(dim=1).mean()
+    moment = states.mT @ states / len(states)
+    values, vectors = torch.linalg.eigh(projection @ moment @ projection.mT)
+    back = moment @ projection.mT @ vectors  # (E, D)
     # Below it, what rounding left.
     least = values[-1] * len(values) * torch.finfo(values.dtype).eps
 
     def make(cut: float) -> Inverse:
-        noisy = values.clamp(min=0) + cut**2 * torch.trace(spread) / len(mean)
-        gain = (back * torch.where(noisy > least, 1 / noisy, 0.0)) @ vectors.mT
-        return Inverse(gain * length, mean - gain @ (projection @ mean), cut=cut)
+        noisy = values.clamp(min=0) + cut**2 * torch.trace(moment) / len(moment)
+        return Inverse((back * torch.where(noisy > least, 1 / noisy, 0.0)) @ vectors.mT, cut=cut)
 
     return make
 
@@ -89,14 +79,11 @@ def prior(projection: Tensor, states: Tensor) -> Make:
 def fitted(embeds: Tensor, states: Tensor) -> Inverse:
     """Fit states (M, E) to embeddings (M, D) of unit length by least squares, as if these had noise.
 
-    Noise of cosine c to what it is added to is a ridge of (1 / c² − 1) / D.
+    Noise of cosine c to what it is added to is a ridge of (1 / c² − 1) / D. As :func:`prior` it goes through 0.
     """
-    mean, centre = states.mean(0), embeds.mean(0)
-    x = embeds - centre
-    seen = x.mT @ x / len(x)
+    seen = embeds.mT @ embeds / len(embeds)
     seen.diagonal().add_((_COSINE**-2 - 1) / embeds.shape[1])
-    gain = torch.linalg.solve(seen, x.mT @ (states - mean) / len(x)).mT
-    return Inverse(gain, mean - gain @ centre)
+    return Inverse(torch.linalg.solve(seen, embeds.mT @ states / len(embeds)).mT)
 
 
 def best_cut(make: Make, projection: Tensor, states: Tensor) -> float:
@@ -110,7 +97,7 @@ def best_cut(make: Make, projection: Tensor, states: Tensor) -> float:
     centred = states - states.mean(0)
 
     def found(cut: float) -> float:
-        result = F.normalize(make(cut)(seen), dim=1) * states.norm(dim=1, keepdim=True)
+        result = F.normalize(seen @ make(cut).matrix.mT, dim=1) * states.norm(dim=1, keepdim=True)
         return float(F.cosine_similarity(result - states.mean(0), centred, dim=1).mean())
 
     cuts = [largest * math.pow(_LEAST, number / _CUTS) for number in range(1, _CUTS + 1)]
@@ -124,10 +111,10 @@ def held_out_quality(embeds: Tensor, states: Tensor) -> dict[str, float]:
         {"r2", "cosine"}: 1 − Σ|h − e|² / Σ|μ − e|² against the mean μ of the others, and the mean cosine of h − μ and
         e − μ.
     """
-    out = torch.arange(len(states), device="cpu") % _HELD_OUT == 0
+    out = torch.arange(len(states), device="cpu") % LEAST == 0
     mean = states[~out].mean(0)
     wanted = states[out] - mean
-    got = fitted(embeds[~out], states[~out])(embeds[out]) - mean
+    got = embeds[out] @ fitted(embeds[~out], states[~out]).matrix.mT - mean
     return {
         "r2": 1 - float((got - wanted).square().sum() / wanted.square().sum()),
         "cosine": float(F.cosine_similarity(got, wanted, dim=1).mean()),

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from dsd_fast.engine import Engine
 from dsd_fast.engine.clip import ClipSpace
+from dsd_fast.engine.items import prompt_check
 from dsd_fast.engine.network import wide
 from dsd_fast.image_prompt.captions import captions_of
-from dsd_fast.image_prompt.config import ImagePromptConfig
+from dsd_fast.image_prompt.config import LEAST, ImagePromptConfig
 from dsd_fast.image_prompt.inverse import Inverse, best_cut, fitted, held_out_quality, prior, ridge, truncated
 from dsd_fast.jobs import row_id, tensors_hash
 from dsd_fast.kernels.common.host import own_types
@@ -53,8 +54,8 @@ class StateMap:
         self._engine, self._space, self._config = engine, space, config
         self._model, self._clip = engine.model, engine.model.clip
         self._source = config.captions or ("scenes" if self._model.name == "mini" else "things")
-        self._captions = captions_of(self._source) if isinstance(self._source, str) else self._source
-        self._on_device: dict[object, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._captions = self._usable()
+        self._on_device: dict[object, tuple[Tensor, Tensor]] = {}
         probes = self._captions[:: max(1, len(self._captions) // _PROBES)]
         own, pooled = self._states(probes)
         theirs = self._clip_states(probes)
@@ -110,19 +111,14 @@ class StateMap:
         pooled = wide(pooled)
         key = (pooled.device, pooled.dtype)
         if key not in self._on_device:
-            visual, offset = float64(self._clip.visual_projection.weight), self.inverse.offset
+            parts = self.matrix, float64(self._clip.visual_projection.weight)
             # What is kept may meet gradients later.
             with torch.inference_mode(False):
-                self._on_device[key] = (
-                    upload(self.matrix, *key),
-                    upload(visual, *key),
-                    None if offset is None else upload(offset, *key),
-                )
-        matrix, visual, offset = self._on_device[key]
+                matrix, visual = (upload(part.clone(), *key) for part in parts)
+                self._on_device[key] = matrix, visual
+        matrix, visual = self._on_device[key]
         with own_types(pooled.device):
-            embeds = F.linear(pooled, visual)
-            result = F.linear(pooled / embeds.norm(dim=-1, keepdim=True), matrix)
-            return result if offset is None else result + offset
+            return F.linear(pooled / F.linear(pooled, visual).norm(dim=-1, keepdim=True), matrix)
 
     def sized(self, mapped: Tensor, norm: float | None = None) -> tuple[Tensor, Tensor | None]:
         """Bring states to their lengths: (n, E) vectors and SDXL's pooled (n, E2), in the UNet's type; differentiable.
@@ -139,8 +135,7 @@ class StateMap:
 
     @cached_property
     def _hash(self) -> str:
-        offset = self.inverse.offset
-        return tensors_hash({"matrix": self.matrix} | ({} if offset is None else {"offset": offset}))
+        return tensors_hash({"matrix": self.matrix})
 
     def settings(self) -> dict[str, Any]:
         """Tell what changes answers, and how good they are, as JSON."""
@@ -151,9 +146,23 @@ class StateMap:
             told |= {"inverse": "fitted", "pooled_norm": self.pooled_norm, "quality": self.quality}
         return told | {"captions": self._source if isinstance(self._source, str) else row_id(*self._captions)}
 
+    def _usable(self) -> tuple[str, ...]:
+        """The captions; of a set those that the tokenizers do not make too long, as those of a small model may."""
+        check = prompt_check(self._model)
+        if not isinstance(self._source, str):
+            for number, text in enumerate(self._source):
+                if (wrong := check(text)) is not None:
+                    raise ValueError(f"captions[{number}]: {wrong[1]}")
+            return self._source
+        usable = tuple(text for text in captions_of(self._source) if check(text) is None)
+        if len(usable) < LEAST:
+            raise ValueError(f"captions: of {self._source!r} the model takes {len(usable)}, expected at least {LEAST}")
+        return usable
+
     @cached_property
     def _caption_states(self) -> tuple[Tensor, Tensor | None]:
-        return self._states(self._captions)
+        # Of CLIP's own tower without the padding, which takes most of the time.
+        return (self._clip_states(self._captions), None) if self.exact else self._states(self._captions)
 
     @cached_property
     def _caption_embeds(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images to prompts, and the converter and its model tuned to images."""
+"""Images to prompts: the whole converter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ImagePromptConverter(Conversion):
-    """:class:`Conversion`, which can be tuned to images.
+    """:class:`~dsd_fast.image_prompt.converter.Conversion` of any number of images, which can be tuned to images.
 
     Attributes:
         tuning: how the tuning went; None of a converter that was not tuned, or was loaded.

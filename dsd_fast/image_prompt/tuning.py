@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dsd_fast.engine.fingerprint import model_settings
@@ -21,7 +22,7 @@ from dsd_fast.image_prompt.converter import Conversion
 from dsd_fast.image_prompt.files import FILES, write
 from dsd_fast.image_prompt.tune_config import TuneConfig
 from dsd_fast.image_prompt.tuned import Made, Tuned
-from dsd_fast.images import ImageError, ImageSource, check_sources
+from dsd_fast.images import ImageError, ImageSource, check_sources, load_image
 from dsd_fast.jobs import locked, remove_stale
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.models.private import check_ordinary
@@ -66,8 +67,10 @@ class Pictures:
 
     def __init__(self, base: Conversion, images: list[ImageSource]) -> None:
         digest = hashlib.sha256()
-        self.latents = base.engine.encode_sources(images, digest)
-        self.prepared = torch.stack([_usable(each) for each in base.prepared(images)])
+        # The VAE is shown what CLIP is, the centre, and nothing squeezed.
+        shown = (_centre(load_image(image), base.engine.size) for image in images)
+        self.latents = base.engine.encode_sources(shown, digest)
+        self.prepared = torch.stack([_usable(each) for each in list(base.prepared(images))])
         digest.update(self.prepared.numpy().tobytes())
         self.digest = digest.hexdigest()
 
@@ -148,7 +151,7 @@ def training(
 
     with torch.no_grad():
         # The begin state, and one that stands for all others.
-        template = converter.prompt_of(converter.map.mapped(converter.pooled(pictures.prepared[:1]))).states()
+        template = converter.prompt_of([*converter.map.mapped(converter.pooled(pictures.prepared[:1]))]).states()
 
     def states_of(prepared: Tensor) -> PromptStates:
         vectors, pooled = converter.vectors_of(converter.pooled(prepared))
@@ -235,6 +238,15 @@ def _listed(name: str, images: Iterable[ImageSource]) -> list[ImageSource]:
     return listed
 
 
+def _centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest part of an image, at its centre, that has the shape of (height, width) pixels."""
+    height, width = size
+    scale = min(image.height / height, image.width / width)
+    high, wide = max(1, round(height * scale)), max(1, round(width * scale))
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    return image.crop((left, top, left + wide, top + high))
+
+
 def _usable(prepared: Tensor | ImageError) -> Tensor:
     if isinstance(prepared, ImageError):
         raise prepared
@@ -246,7 +258,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """All that changes the result; not the device, nor what only changes memory or time."""
     return {
-        **model_settings(base.engine),
+        **model_settings(base.engine, {"vision": base.vision}),
         **base.settings(),
         "images": pictures.digest,
         "validation": None if validation is None else validation.digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dsd_fast.engine import ImagePrompt
+from dsd_fast.engine.encoding import Prompt
 from dsd_fast.engine.fingerprint import model_settings
 from dsd_fast.engine.items import COLUMNS, Item, Items, images_of_a_shard, prompt_check
 from dsd_fast.images import ImageError, ImageSource
@@ -36,7 +39,7 @@ def score_to(
     matcher: Matcher,
     folder: str | os.PathLike[str],
     images: Iterable[ImageSource],
-    captions: Sequence[str],
+    captions: Sequence[Prompt] | ImagePrompt,
     *,
     names: Sequence[str] | None = None,
     shard_rows: int | None = None,
@@ -58,7 +61,7 @@ def score_to(
     Args:
         folder: made if missing.
         images: see :meth:`Matcher.score`; consumed as they are needed.
-        captions: M strings, part of the job's settings.
+        captions: M strings, or images as prompts, see :meth:`Matcher.score`; part of the job's settings.
         names: of the rows; None: a file's name without its ending, the position of other images. A row's id is made of
             the image's content and the name: inputs that are equal in both are one row.
         shard_rows: images whose rows are written together; None: 256, or as many as have 4 MiB of scores.
@@ -72,7 +75,7 @@ def score_to(
     Raises:
         JobError: the folder holds other results (names each setting that differs), is being written, or cannot be
             written.
-        ValueError: an argument that does not fit, by name; captions that are not strings or too long.
+        ValueError: an argument that does not fit, by name; captions that are neither, or too long.
     """
     if shard_rows is not None and shard_rows < 1:
         raise ValueError(f"shard_rows: got {shard_rows}, expected at least 1")
@@ -107,7 +110,7 @@ def score_to(
     return Exported.of(job)
 
 
-def job_settings(matcher: Matcher, captions: Sequence[str]) -> dict[str, Any]:
+def job_settings(matcher: Matcher, captions: Sequence[Prompt] | ImagePrompt) -> dict[str, Any]:
     """All that changes the scores, as JSON, but for the images and their names.
 
     Raises:
@@ -123,10 +126,16 @@ def job_settings(matcher: Matcher, captions: Sequence[str]) -> dict[str, Any]:
         "layers": {name: weights.tolist() for name, weights in matcher.layers.items()},
         "image_size": list(scorer.engine.size),
         "learned_prompt": None if scorer.prompt is None else tensors_hash({"prompt": scorer.prompt}),
-        "captions": list(captions)
-        if len(captions) <= _CAPTIONS
-        else {"count": len(captions), "hash": row_id(*captions)},
+        "captions": _told(captions),
     }
+
+
+def _told(captions: Sequence[Prompt] | ImagePrompt) -> Any:
+    """Captions as JSON, of many a hash."""
+    told = [each if isinstance(each, str) else {"image_prompt": each.ids[0]} for each in captions]
+    if len(told) <= _CAPTIONS:
+        return told
+    return {"count": len(told), "hash": row_id(*(each if isinstance(each, str) else json.dumps(each) for each in told))}
 
 
 def _columns() -> dict[str, Any]:

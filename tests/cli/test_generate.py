@@ -18,6 +18,7 @@ from dsd_fast.generation.files import read_images
 from dsd_fast.jobs import Timeline, read_index, read_manifest
 from tests.cli.browser import BROWSER, Page
 from tests.cli.test_report_in_browser import PROBE
+from tests.engine.test_image_prompts import image_prompts
 
 COMMON = ["--steps", 1, "--guidance", 1, "--out", "out"]
 HOSTILE = "<b>'&\" ring"
@@ -42,6 +43,40 @@ def rows(out="out"):
 def picture(row, out="out"):
     with Image.open(io.BytesIO(next(read_images(out, [row["id"]]))[0])) as image:
         return np.asarray(image).astype(int)
+
+
+def test_images_as_prompts_of_a_file_or_folder(cli, model):
+    prompts = image_prompts(model, 2, texts=[""])
+    prompts.save("p.safetensors")
+    prompts[1].save("n.safetensors")
+    done = cli("generate", "--image-prompts", "p.safetensors", "--seeds", "3,4", *COMMON)
+    assert done.exit_code == 0, done.stderr
+    assert [(row["name"], row["seed"]) for row in rows()] == [
+        ("image 0", 3), ("image 0", 4), ("image 1", 3), ("image 1", 4),
+    ]  # fmt: skip
+    sampler = Sampler(model, GenerateConfig(steps=1, guidance=1.0))
+    expected = to_uint8(sampler.pixels([sampler.resolve(GenerateRow(prompts[1], 4))]))[0].numpy()
+    assert np.abs(picture(rows()[3]) - expected).max() <= 1
+    again = cli("generate", "--out", "out", "--row", rows()[3]["id"])
+    assert again.exit_code == 0, again.stderr
+    assert "made again, it is the same" in again.stdout
+    done = cli(
+        "generate", "a dog", "--negative-image-prompt", "n.safetensors", *COMMON[:-1], "other", "--guidance", 3,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert rows("other")[0]["negative_image_prompt"] == '["../n.safetensors", 0]'
+    for given, wrong in (
+        (["--image-prompts", "none"], "--image-prompts: image prompts 'none' do not exist"),
+        (["--image-prompts", "out"], "holds results of generation, expected image prompts"),
+        (["--image-prompts", "p.safetensors", "--accept", "clip", "--threshold", 0.1], "--accept clip: given with"),
+        (["--image-prompts", "p.safetensors", "a dog"], "got PROMPT and --image-prompts, expected PROMPT, --prompts,"),
+        (["a dog", "--negative-image-prompt", "p.safetensors"], "--negative-image-prompt: got 2 images as prompts"),
+        (["a dog", "--negative-image-prompt", "n.safetensors", "--negative-prompt", "b"], "expected one of them"),
+    ):
+        refused = cli("generate", *given, *COMMON[:-1], "refused")
+        assert refused.exit_code == 2
+        assert wrong in " ".join(refused.stderr.split())
+        assert not Path("refused").exists()
 
 
 @pytest.mark.newest

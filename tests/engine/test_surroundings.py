@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import dsd_fast as dsd
+from dsd_fast.engine.image_prompts import ImagePrompt
 from dsd_fast.features.gate import gate
 from dsd_fast.features.pca import PCA
 from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler
+from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter
 from dsd_fast.models.controlnet import Control, load_controlnet
 from tests.surroundings import SURROUNDINGS
 
@@ -80,11 +82,22 @@ def fitted(folder):
     return torch.cat([one.score(IMAGES, TEXTS), dsd.Matcher.load(folder, MODEL).score(IMAGES, TEXTS)])
 
 
+def converted(folder):
+    shapes = ("circle", "ring", "cross", "square")
+    texts = tuple(f"a {colour} {shape}" for colour in ("red", "blue") for shape in shapes)
+    config = ImagePromptConfig("prior", captions=texts)
+    one = ImagePromptConverter(MODEL, config=config)
+    one.convert_to(folder, IMAGES[:1])
+    again = ImagePrompt.load(folder)
+    pooled = one.pooled(torch.stack(list(one.prepared(IMAGES[1:]))))
+    return torch.cat([again.embeds, one.edit(IMAGES, TEXTS, 0.5).embeds, one.vectors_of(pooled)[0].expand(1, 24, -1)])
+
+
 def like(values):
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-CALLS = (loaded, scored, mapped, extracted, exported, guided, generated, fitted)
+CALLS = (loaded, scored, mapped, extracted, exported, guided, generated, fitted, converted)
 MODEL = None
 
 

@@ -30,7 +30,8 @@ def pipeline(dtype=torch.float64, family="sd15", prediction_type="epsilon"):
 @cache
 def converter(dtype=torch.float64, family="sd15"):
     pipe, clip = pipeline(dtype, family)
-    return ImagePromptConverter(dsd.from_pipeline(pipe), clip, CONFIG)
+    config = CONFIG if family == "sd15" else ImagePromptConfig()
+    return ImagePromptConverter(dsd.from_pipeline(pipe), clip, config)
 
 
 def pictures(count, seed=0, side=20):

@@ -86,22 +86,17 @@ def test_other_inverses(model, pictures, inverse):
     else:
         states = model.encode_prompts(captions_of("scenes"))
         e = states.states[torch.arange(len(states)), states.lengths - 1].double()
-        c = torch.cov(e.mT, correction=0)
-        seen = w @ c @ w.mT + 0.25 * c.trace() / 128 * torch.eye(128, dtype=torch.float64)
-        length = (e @ w.mT).norm(dim=1).mean()
-        u = e.mean(0)[:, None] + c @ w.mT @ torch.linalg.inv(seen) @ (length * z.mT - (w @ e.mean(0))[:, None])
+        m = e.mT @ e / len(e)
+        seen = w @ m @ w.mT + 0.25 * m.trace() / 128 * torch.eye(128, dtype=torch.float64)
+        u = m @ w.mT @ torch.linalg.inv(seen) @ z.mT
     close(converter.convert(pictures).vectors, converter.map.norm * F.normalize(u.mT, dim=1))
     assert converter.map.settings()["kept"] is None
 
 
 def test_a_prior_that_is_alike_in_all_directions_is_a_ridge():
     w, basis = (torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
-    q = torch.linalg.qr(basis).Q * 8**0.5
-    states = torch.cat([q, -q])  # of mean 0 and covariance I
-    made = mapping.prior(w, states)(0.5)
-    length = (states @ w.mT).norm(dim=1).mean()
-    torch.testing.assert_close(made.matrix, length * mapping.ridge(w)(0.5).matrix)
-    torch.testing.assert_close(made.offset, torch.zeros(8, dtype=torch.float64))
+    states = torch.linalg.qr(basis).Q * 8**0.5  # of second moment I
+    torch.testing.assert_close(mapping.prior(w, states)(0.5).matrix, mapping.ridge(w)(0.5).matrix)
 
 
 def test_the_cut_that_is_chosen_finds_captions_better_than_none(model):
@@ -116,7 +111,7 @@ def test_the_cut_that_is_chosen_finds_captions_better_than_none(model):
         chosen = ImagePromptConverter(model, config=ImagePromptConfig(inverse=inverse)).map.inverse
         w = model.clip.text_projection.weight.double()
         plain = F.cosine_similarity(torch.linalg.solve(w, z.mT).mT, e, dim=1).mean()
-        assert float(F.cosine_similarity(chosen(z), e, dim=1).mean()) > float(plain) + 0.3
+        assert float(F.cosine_similarity(z @ chosen.matrix.mT, e, dim=1).mean()) > float(plain) + 0.3
 
 
 def test_clip_l_has_the_official_constants(model, monkeypatch):
@@ -165,13 +160,17 @@ def test_blends_mix_before_the_length(converter, pictures):
         converter.blend([[]])
 
 
-def test_vectors_have_a_gradient_through_norm_and_map(converter):
+def test_vectors_have_a_gradient_through_norm_and_map(model):
+    with torch.inference_mode():
+        converter = ImagePromptConverter(model, config=ImagePromptConfig(cut=0.5))
+        assert converter.map.norm > 0
+        assert len(converter.map.matrix) == 128
     pooled = torch.randn(2, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     vectors, none = converter.vectors_of(pooled)
     assert none is None
     torch.testing.assert_close(vectors, converter.vectors_of(3 * pooled)[0])
     weigh = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
-    want = converter.map.norm * F.normalize(pooled @ converter.map.matrix.mT, dim=1)
+    want = converter.map.norm * F.normalize(pooled @ converter.map.matrix.clone().mT, dim=1)
     got, wanted = (torch.autograd.grad((each * weigh).sum(), pooled)[0] for each in (vectors, want))
     close(got, wanted)
 
@@ -202,8 +201,14 @@ def test_what_is_refused(model, converter, pictures, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             converter.edit(pictures, "", **given)
-    with pytest.raises(ValueError, match="prompts: got 1 for 3 images"):
-        converter.convert(pictures, [""])
+    broken = iter(())  # of which none may be asked for
+    for prompts, message in (
+        ([""], "prompts: got 1 for 3 images"),
+        (["", "word " * 30, ""], r"prompts\[1\]: the prompt has"),
+        (["", "", 3], r"prompts\[2\]: got int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            converter.convert([broken] * 3, prompts)
     with pytest.raises(ValueError, match="images: got one"):
         converter.convert(pictures[0])
     with pytest.raises(ImageError, match="source is a NoneType"):
@@ -279,9 +284,9 @@ def test_a_tower_that_is_not_clips_is_fitted_to_captions():
         states = model.encode_prompts(texts)
         e = states.states[torch.arange(512), states.lengths - 1].double().numpy()
         z = ClipSpace(model).of_texts(texts).double().numpy()
-    x, y = z[~out] - z[~out].mean(0), e[~out] - e[~out].mean(0)
+    x, y = z[~out], e[~out]
     b = np.linalg.solve(x.T @ x / len(x) + (0.9**-2 - 1) / 16 * np.eye(16), x.T @ y / len(x))
-    error = (z[out] - z[~out].mean(0)) @ b - (e[out] - e[~out].mean(0))
+    error = z[out] @ b - e[out]
     r2 = 1 - (error**2).sum() / ((e[out] - e[~out].mean(0)) ** 2).sum()
     assert told["quality"]["r2"] == pytest.approx(r2, rel=1e-6)
 
@@ -291,11 +296,12 @@ def test_sdxl_has_pooled_states_of_their_own_length(pictures):
     converter = ImagePromptConverter(model, config=ImagePromptConfig(captions=captions_of("things")[:256]))
     with torch.no_grad():
         states = model.encode_prompts(captions_of("things")[:256])
+        more = model.encode_prompts(["", "red dog", "cat"]).pooled
     prompt = converter.edit(pictures, ["", "red dog", "cat"], alpha=0.5)
     bare = converter.convert(pictures)
     assert bare.vectors.shape == (3, 56)
     close(bare.pooled.norm(dim=1), states.pooled.norm(dim=1).mean().expand(3))
-    close(prompt.pooled, bare.pooled + 0.5 * model.encode_prompts(["", "red dog", "cat"]).pooled)
+    close(prompt.pooled, bare.pooled + 0.5 * more)
     assert converter.settings()["quality"].keys() == {"r2", "cosine", "pooled_r2", "pooled_cosine"}
 
 
@@ -304,6 +310,16 @@ def test_a_map_that_finds_nothing_is_refused():
     model = dsd.from_pipeline(tiny_pipeline("sd21"), clip=tiny_clip())
     with pytest.raises(ValueError, match=r"finds those of others no better than their mean does \(R² -"):
         ImagePromptConverter(model, config=ImagePromptConfig(captions=("dog", "cat", *(f"{n}" for n in range(6)))))
+
+
+def test_captions_that_are_too_long_are_left_out_of_sets_alone(model):
+    # Its tokenizer has 24 tokens, and not the words of "things".
+    converter = ImagePromptConverter(dsd.from_pipeline(model.to_pipeline(), clip=model.clip))
+    assert converter.map.settings()["captions"] == "things"
+    assert converter.map.norm == pytest.approx(11.18, rel=0.02)
+    texts = (*"abcdefg", "word " * 30)
+    with pytest.raises(ValueError, match=r"captions\[7\]: the prompt has \d+ tokens"):
+        ImagePromptConverter(model, config=ImagePromptConfig(captions=texts))
 
 
 def test_sets_of_captions_are_the_same_and_leave_held_out_pairs_alone():

@@ -92,9 +92,9 @@ def test_released_values_are_read_by_their_names(vision, prompts, pixels):
     found, right = (PromptedVision(vision, each)(pixels).pooler_output for each in (read, prompts))
     assert torch.equal(found, right)
     name = "vision_model.encoder.prompt_norm.bias"
-    with pytest.raises(ValueError, match="file has no prompt_norm.bias"):
+    with pytest.raises(ValueError, match="file has no prompt_norm"):
         DeepPrompts.of({key: value for key, value in released.items() if key != name}, vision, "file")
     with pytest.raises(ValueError, match=r"file: prompt_norm.bias is of \(23,\), expected finite numbers of \(24,\)"):
         DeepPrompts.of({**released, name: torch.zeros(23)}, vision, "file")
-    with pytest.raises(ValueError, match="prompt_norm.bias"):
+    with pytest.raises(ValueError, match="expected finite numbers"):
         DeepPrompts.of({**released, name: torch.full((24,), torch.nan)}, vision, "file")

@@ -36,6 +36,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "match": _suite("match"),
     "mini-card": _suite("mini_card", experiment),
     "ops": _suite("ops"),
+    "prompts": _suite("prompts"),
     "tokens": _suite("tokens"),
     "unet": _suite("unet"),
     "zsl": _suite("zsl", experiment),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,8 @@ import numpy as np
 from dsd_fast.cli.files import writing
 from dsd_fast.cli.fit.options import FitRequest
 from dsd_fast.cli.results import settings_of, versions, write_json
-from dsd_fast.cli.terminal import CommandError, progress
+from dsd_fast.cli.steps import finite, history_of, showing_steps
+from dsd_fast.cli.terminal import CommandError
 from dsd_fast.jobs import LockedError, locked, remove_stale, replacing
 from dsd_fast.matching import Group, MatchConfig, Matcher
 from dsd_fast.matching.fitting.config import FitConfig
@@ -73,7 +72,10 @@ def run(
                 "fit": asdict(config),
             }
             start = time.perf_counter()
-            history = _fit(matcher, groups, held_out, methods, config, out)
+            with showing_steps("fitting", config.steps) as report:
+                history = matcher.fit(
+                    groups, methods, validation=held_out, config=config, out=out, callback=report, progress=False
+                )
             if request.official_lora:
                 matcher.save_attn_procs(out / OFFICIAL)
             summary = {
@@ -82,12 +84,9 @@ def run(
                 "versions": versions(),
                 "counts": {"groups": len(groups), "held_out": _questions(held_out or ())},
                 "seconds": time.perf_counter() - start,
-                "steps": history.steps,
-                "best_step": history.best_step,
-                "stopped_early": history.stopped_early,
+                **history_of(history),
                 "before": None if held_out is None else _quality(history.records[0], held_out),
                 "after": None if held_out is None else _quality(_best(history), held_out),
-                "records": [{key: _finite(value) for key, value in vars(each).items()} for each in history.records],
             }
             with locked(out), replacing(out / HISTORY) as file:
                 write_json(file, summary)
@@ -127,36 +126,6 @@ def hold_out(groups: Sequence[Group], share: float, seed: int) -> tuple[list[Gro
     return learned, held
 
 
-def _fit(
-    matcher: Matcher,
-    groups: Sequence[Group],
-    held_out: Sequence[Group] | None,
-    methods: Sequence[str],
-    config: FitConfig,
-    out: Path,
-) -> FitHistory:
-    with progress("steps") as display:
-        task = display.add_task("fitting", total=config.steps, units=0)
-        first, shown, held = None, "", ""
-
-        def report(step: int, loss: float | None, record: FitRecord | None) -> None:
-            nonlocal first, shown, held
-            if first is None:
-                # Rate and time left are those of this run, which may go on with an earlier one.
-                first = step if loss is None else step - 1
-                display.update(task, total=config.steps - first)
-            if loss is not None:
-                shown = f", loss {loss:.4f}"
-            if record is not None and record.accuracy is not None:
-                held = f", held out {record.accuracy:.3f} right"
-            begun = f" from step {first}" if first else ""
-            display.update(task, completed=step - first, units=step - first, description=f"fitting{begun}{shown}{held}")
-
-        return matcher.fit(
-            groups, methods, validation=held_out, config=config, out=out, callback=report, progress=False
-        )
-
-
 def _questions(groups: Sequence[Group]) -> int:
     return sum(len(group.queries()) for group in groups)
 
@@ -174,10 +143,5 @@ def _quality(record: FitRecord, held_out: Sequence[Group]) -> dict[str, Any]:
         "step": record.step,
         "accuracy": record.accuracy,
         "interval": list(interval),
-        "loss": _finite(record.validation_loss),
+        "loss": finite(record.validation_loss),
     }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None

@@ -66,6 +66,14 @@ class RowOptions(Options, panel="Rows"):
             "seed, negative_prompt, height, width, steps, guidance, image, label and others.",
         ),
     ] = None
+    image_prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|FOLDER", help="Images as prompts, as dsd-fast prompt convert writes them."),
+    ] = None
+    negative_image_prompt: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|FOLDER", help="One image as a prompt, in the place of the absent prompt."),
+    ] = None
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Of the table, left out; repeat for more.")
     ] = None

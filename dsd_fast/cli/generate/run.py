@@ -18,6 +18,7 @@ from dsd_fast.cli.generate.report import Tile, render
 from dsd_fast.cli.job_report import files_of, hidden_share, last_timeline, summary
 from dsd_fast.cli.results import versions
 from dsd_fast.cli.terminal import CommandError
+from dsd_fast.engine import ImagePrompt
 from dsd_fast.generation.card import loading
 from dsd_fast.generation.closing import close
 from dsd_fast.generation.config import GenerateConfig
@@ -118,14 +119,29 @@ def _rows(request: GenerateRequest) -> Iterator[GenerateRow]:
         ValueError: by option, or by line and column of a file.
     """
     chosen, seeds = request.rows, request.rows.values()["seeds"]
+    each = (0,) if seeds is None else (seeds,) if isinstance(seeds, int) else seeds
     if chosen.prompts is not None:
         rows = read_rows(chosen.prompts, seeds, ignore=chosen.ignore or ())
     elif chosen.template:
         rows = grid(chosen.template, _classes(request), 0 if seeds is None else seeds)
+    elif chosen.image_prompts is not None:
+        images = _image_prompts("--image-prompts", chosen.image_prompts)
+        rows = (GenerateRow(image, seed, name=image.name) for image in images for seed in each)
     else:
-        each = (0,) if seeds is None else (seeds,) if isinstance(seeds, int) else seeds
         rows = (GenerateRow(text, seed) for text in request.texts or () for seed in each)
-    return map(partial(_with_pictures, request), rows)
+    negative = None
+    if chosen.negative_image_prompt is not None:
+        negative = _image_prompts("--negative-image-prompt", chosen.negative_image_prompt)
+        if len(negative) != 1:
+            raise ValueError(f"--negative-image-prompt: got {len(negative)} images as prompts, expected one")
+    return map(partial(_with_pictures, request, negative), rows)
+
+
+def _image_prompts(option: str, path: Path) -> ImagePrompt:
+    try:
+        return ImagePrompt.load(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _classes(request: GenerateRequest) -> list[str]:
@@ -139,9 +155,11 @@ def _classes(request: GenerateRequest) -> list[str]:
     return list(dict.fromkeys(row.label for row in _rows(request) if row.label is not None))
 
 
-def _with_pictures(request: GenerateRequest, row: GenerateRow) -> GenerateRow:
+def _with_pictures(request: GenerateRequest, negative: ImagePrompt | None, row: GenerateRow) -> GenerateRow:
     """The row with the pictures of the command line in the place of those that it has not."""
     chosen = request.rows
+    if negative is not None and row.negative_prompt is None:
+        row = replace(row, negative_prompt=negative)
     image, conditions = row.image or chosen.image, row.conditions or tuple(chosen.condition or ())
     return row if image is None and not conditions else replace(row, image=image, conditions=conditions)
 
@@ -149,10 +167,20 @@ def _with_pictures(request: GenerateRequest, row: GenerateRow) -> GenerateRow:
 def _check(request: GenerateRequest) -> None:
     """Refuses what needs no model to be refused."""
     chosen, files = request.rows, request.files
-    ways = {"PROMPT": request.texts, "--prompts": chosen.prompts, "--template": chosen.template}
+    ways = {
+        "PROMPT": request.texts,
+        "--prompts": chosen.prompts,
+        "--template": chosen.template,
+        "--image-prompts": chosen.image_prompts,
+    }
     said = [name for name, value in ways.items() if value]
     if len(said) != 1:
-        raise CommandError(f"got {' and '.join(said) or 'nothing to make'}, expected PROMPT, --prompts or --template")
+        told = f"{', '.join(list(ways)[:-1])} or {list(ways)[-1]}"
+        raise CommandError(f"got {' and '.join(said) or 'nothing to make'}, expected {told}")
+    if chosen.image_prompts is not None and request.acceptance.accept == "clip":
+        raise CommandError("--accept clip: given with --image-prompts, which are no texts to compare images with")
+    if chosen.negative_image_prompt is not None and request.sampling.negative_prompt is not None:
+        raise CommandError("--negative-image-prompt: given with --negative-prompt, expected one of them")
     if chosen.template and not (chosen.class_name or chosen.classes):
         raise CommandError("--template: given without --class or --classes")
     if not chosen.template and (chosen.class_name or chosen.classes):

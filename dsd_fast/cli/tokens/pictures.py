@@ -13,6 +13,7 @@ from PIL import Image
 from dsd_fast.class_tokens import TokenConfig
 from dsd_fast.class_tokens.prompts import Prompts
 from dsd_fast.cli.files import replacing_files
+from dsd_fast.cli.sheets import sheet, small
 from dsd_fast.engine import LearnedTokens
 from dsd_fast.generation.config import GenerateConfig
 from dsd_fast.generation.export import generate_to
@@ -24,9 +25,6 @@ from dsd_fast.models import Model
 
 SHEETS, IMAGES = "pictures", "images"
 """Folders beside the tokens: a sheet of each class, and the images that they are made of."""
-
-# Longer side of an image on a sheet, and what is between two.
-_SIDE, _GAP, _PAPER = 256, 4, (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -91,30 +89,16 @@ def write_sheets(tokens: LearnedTokens, config: TokenConfig, count: int, out: Pa
     with replacing_files(out / SHEETS, re.compile(r".*\.png")) as folder:
         for token, texts in texts_of(tokens, config).items():
             lines = [[ids.get((text, seed)) for seed in range(count)] for text in texts]
-            sheet = _sheet(lines, _pictures(out, [name for line in lines for name in line if name is not None]))
-            sheet.save(folder / Path(files[token]).with_suffix(".png"))
-            yield Sheet(token, sheet, *texts)
+            pictures = _pictures(out, [name for line in lines for name in line if name is not None])
+            # An image that could not be made leaves its place empty.
+            picture = sheet([[pictures.get(name) for name in line] for line in lines])
+            picture.save(folder / Path(files[token]).with_suffix(".png"))
+            yield Sheet(token, picture, *texts)
 
 
-def _pictures(out: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
-    pictures = {}
+def _pictures(out: Path, ids: Sequence[str]) -> Mapping[str | None, Image.Image]:
+    pictures: dict[str | None, Image.Image] = {}
     for name, (content, _) in zip(ids, read_images(out / IMAGES, ids), strict=True):
         with Image.open(io.BytesIO(content)) as image:
-            # Small ones by whole numbers, so that each pixel stays a sharp square.
-            times = max(1, _SIDE // max(image.size))
-            shown = image.convert("RGB").resize([times * side for side in image.size], Image.Resampling.NEAREST)
-        shown.thumbnail((_SIDE, _SIDE))
-        pictures[name] = shown
+            pictures[name] = small(image)
     return pictures
-
-
-def _sheet(lines: Sequence[Sequence[str | None]], pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """The pictures by their names, in lines; an image that could not be made leaves its place empty."""
-    sizes = [picture.size for picture in pictures.values()] or [(_SIDE, _SIDE)]
-    width, height = (max(sides) + _GAP for sides in zip(*sizes, strict=True))
-    sheet = Image.new("RGB", (width * len(lines[0]) - _GAP, height * len(lines) - _GAP), _PAPER)
-    for row, line in enumerate(lines):
-        for column, name in enumerate(line):
-            if name is not None:
-                sheet.paste(pictures[name], (column * width, row * height))
-    return sheet

@@ -1,0 +1,1 @@
+"""``dsd-fast prompt``: makes prompts of images, and tunes a model to them."""
