@@ -48,7 +48,7 @@ class TuneConfig:
     rank: int = 16
     prompt_tokens: int = 50
     prompt_dropout: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     prompt_learning_rate: float = 1e-3
     schedule: str = "linear"
     warmup: int = 10
@@ -69,7 +69,7 @@ class TuneConfig:
     @classmethod
     def few(cls, steps: int = 30) -> TuneConfig:
         """Make the settings of ``customize``, for one or a few images."""
-        return cls(steps=steps, learning_rate=3e-3, schedule="constant", warmup=0)
+        return cls(steps=steps, schedule="constant", warmup=0)
 
     def rate(self, group: str, step: int) -> float:
         """The learning rate of "attention" or of "prompts" at a step, counted from 0."""

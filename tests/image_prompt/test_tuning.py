@@ -180,7 +180,7 @@ def test_what_was_learned_is_kept_in_a_folder_and_the_rest_stays_as_it_is(tmp_pa
     assert made["found"] == made["read"]
     assert made["found"] != made["plain"]
     pipe, _ = pipeline()
-    pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name=LORA)
     theirs = {name.replace(".default_0.", ".fitted."): p for name, p in pipe.unet.named_parameters() if "lora" in name}
     assert len(theirs) == 2 * len(_kv(own))
     for name, value in theirs.items():

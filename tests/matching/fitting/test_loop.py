@@ -13,10 +13,10 @@ from dsd_fast.matching import evaluate
 from dsd_fast.matching.fitting import loop
 from dsd_fast.matching.fitting.config import FitConfig
 from dsd_fast.matching.fitting.examples import Examples
-from dsd_fast.matching.fitting.loop import _groups
 from dsd_fast.matching.fitting.run import _groups as examples_of
 from dsd_fast.matching.fitting.validation import validate
 from dsd_fast.models.mini.scenes import scene
+from dsd_fast.training.order import batch_of
 from tests.images.files import refilled
 from tests.matching.fitting.parts import (
     TEXTS,
@@ -70,14 +70,13 @@ def test_a_step_depends_on_seed_and_number_alone():
 
 
 def test_every_epoch_has_all_groups_in_another_order():
-    fit = FitConfig(batch_size=4)
-    seen = [number for step in range(15) for number in _groups(6, fit, step)]
+    seen = [number for step in range(15) for number in batch_of(6, 4, step, 0)]
     epochs = [seen[start : start + 6] for start in range(0, 60, 6)]
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 5
-    assert _groups(6, replace(fit, seed=1), 0) != _groups(6, fit, 0)
+    assert batch_of(6, 4, 0, 1) != batch_of(6, 4, 0, 0)
     # Fewer groups than a step has: it takes them again.
-    assert sorted(_groups(2, fit, 3)) == [0, 0, 1, 1]
+    assert sorted(batch_of(2, 4, 3, 0)) == [0, 0, 1, 1]
 
 
 def test_dropout_leaves_the_global_generator_alone_and_repeats():
