@@ -32,6 +32,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "fit": _suite("fit"),
     "generate": _suite("generate"),
     "generate-quality": _suite("generate_quality", experiment),
+    "image-prompts": _suite("image_prompts", experiment),
     "match": _suite("match"),
     "mini-card": _suite("mini_card", experiment),
     "ops": _suite("ops"),
