@@ -1,4 +1,5 @@
-"""Diffusion models as discriminative learners, fast: matching, features, class tokens and images by the million.
+"""Diffusion models as discriminative learners, fast: matching, features, class tokens, image prompts,
+and images by the million.
 
 Public names load on first use: importing this package imports neither torch nor Triton nor diffusers, compiles
 nothing, and touches neither a GPU nor the network.
@@ -16,12 +17,16 @@ __all__ = [
     "GenerateConfig",
     "GenerateRow",
     "Group",
+    "ImagePrompt",
+    "ImagePromptConfig",
+    "ImagePromptConverter",
     "LearnedTokens",
     "MatchConfig",
     "Matcher",
     "Sampler",
     "Technique",
     "TokenConfig",
+    "TuneConfig",
     "ZslConfig",
     "__version__",
     "bench",
@@ -33,6 +38,7 @@ __all__ = [
     "from_pipeline",
     "generate",
     "generation",
+    "image_prompt",
     "images",
     "jobs",
     "kernels",
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
         engine,
         features,
         generation,
+        image_prompt,
         images,
         jobs,
         kernels,
@@ -69,9 +76,10 @@ if TYPE_CHECKING:
     )
     from dsd_fast.class_tokens import ClassTokenLearner, TokenConfig
     from dsd_fast.class_tokens.zsl import ZslConfig, run_zsl
-    from dsd_fast.engine import LearnedTokens
+    from dsd_fast.engine import ImagePrompt, LearnedTokens
     from dsd_fast.features import FeatureExtractor, Technique
     from dsd_fast.generation import GenerateConfig, GenerateRow, Sampler, generate
+    from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
     from dsd_fast.matching import FitConfig, Group, MatchConfig, Matcher, read_groups
     from dsd_fast.models import Control, from_pipeline, load, load_controlnet
 else:
@@ -84,12 +92,16 @@ else:
         "GenerateConfig": "dsd_fast.generation",
         "GenerateRow": "dsd_fast.generation",
         "Group": "dsd_fast.matching",
+        "ImagePrompt": "dsd_fast.engine",
+        "ImagePromptConfig": "dsd_fast.image_prompt",
+        "ImagePromptConverter": "dsd_fast.image_prompt",
         "LearnedTokens": "dsd_fast.engine",
         "MatchConfig": "dsd_fast.matching",
         "Matcher": "dsd_fast.matching",
         "Sampler": "dsd_fast.generation",
         "Technique": "dsd_fast.features",
         "TokenConfig": "dsd_fast.class_tokens",
+        "TuneConfig": "dsd_fast.image_prompt",
         "ZslConfig": "dsd_fast.class_tokens.zsl",
         "from_pipeline": "dsd_fast.models",
         "generate": "dsd_fast.generation",
