@@ -67,10 +67,14 @@ class References:
 
     def rolled(self) -> References:
         """The same with each one's neighbour in its place."""
-        return References(*(each[1:] + each[:1] for each in (self.images, self.captions, self.attributes)))
+        return self[[*range(1, len(self.images)), 0]]
 
-    def __mul__(self, times: int) -> References:
-        return References(self.images * times, self.captions * times, self.attributes * times)
+    def __getitem__(self, places: Sequence[int]) -> References:
+        return References(
+            [self.images[place] for place in places],
+            [self.captions[place] for place in places],
+            [self.attributes[place] for place in places],
+        )
 
     def kept(self, found: Sequence[Seen]) -> Kept:
         """(n, attributes): which of them a picture of each shows."""
@@ -150,7 +154,7 @@ def customized(context: Context, *, n: int = N, scenes: int = SCENES, config: Tu
     rows: dict[str, list[Kept]] = {"before": [], "tuned": []}
     references = DOMAINS["scenes"](scenes, EVAL_SEED)
     for number in range(scenes):
-        own = References(*(x[number : number + 1] for x in vars(references).values())) * each
+        own = references[[number] * each]
         after = before.finetune(own.images[:1], config, progress=False)
         for row, by in (("before", before), ("tuned", after)):
             prompts = [by.convert(own.images[:1])[0]] * each
@@ -207,11 +211,11 @@ def matched(context: Context, *, n: int = N) -> list[Figure]:
     matcher = Matcher(bench.model, MatchConfig(timesteps=middles(_TIMESTEPS), attention_weight=0))
     prompts = ImagePromptConverter(bench.model).convert(references.images)
     space = ClipSpace(bench.model, resize="crop")
-    own, both = space.of_images(references.images), space.of_images([each for pair in pairs for each in pair])
+    wanted, both = space.of_images(references.images), space.of_images([each for pair in pairs for each in pair])
     found = {
         "image prompts": _scores(matcher, pairs, list(prompts)),
         "captions": _scores(matcher, pairs, references.captions),
-        "CLIP's cosine of images": (both.view(n, 2, -1) @ own[:, :, None])[..., 0].numpy(),
+        "CLIP's cosine of images": (both.view(n, 2, -1) @ wanted[:, :, None])[..., 0].numpy(),
         "CLIP's cosine of captions": (both.view(n, 2, -1) @ space.of_texts(references.captions)[:, :, None])[
             ..., 0
         ].numpy(),
@@ -272,7 +276,7 @@ class _Bench:
 
 
 def _pooled(converter: ImagePromptConverter, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    prepared = converter.preprocessing.of_images(images).split(converter.config.batch)
+    prepared = torch.split(converter.preprocessing.of_images(images), converter.config.batch)
     return torch.cat([converter.pooled(each) for each in prepared]).cpu().numpy()
 
 
