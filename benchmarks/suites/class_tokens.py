@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ __all__ = [
     "NO_WORD",
     "RUNS",
     "SAMPLER",
+    "SEVERAL",
     "STEPS",
     "N",
     "Task",
@@ -65,13 +67,14 @@ CONFIG = TokenConfig(
     gradient_steps=1,
     noise="fresh",
     learning_rate=0.05,
-    compared=6,
-    restart_after=8,
     norm_clamp=1.5,
     stopping="never",
-    updates=40,
+    updates=32,
     keep="best",
 )
+SEVERAL: Mapping[str, int] = {"compared": 6, "restart_after": 8, "updates": 40}
+"""Settings of tokens that begin as one of several words; with the images that those are compared by as many as 60
+updates have."""
 FIRST_SEED = 2_000_000
 """Of the pictures that are judged, in whose noise no token has been learned. The settings were chosen by other
 noise, and by a run of seed 0, which is none of these runs."""
@@ -86,18 +89,24 @@ class Task:
         attributes: that tell the classes apart, in the order of the words that say them.
         said: what the template says of all of them.
         guided: the attributes that the guide tells.
+        several: whether tokens begin as one of several words; else as the word that says nothing.
     """
 
     template: str
     attributes: tuple[str, ...]
     said: Mapping[str, str]
     guided: tuple[str, ...]
+    several: bool = False
 
     @property
     def classes(self) -> dict[str, dict[str, str]]:
         """The words that say a class → all attributes that its pictures should have."""
         values = product(*(ATTRIBUTES[name] for name in self.attributes))
         return {" ".join(each): {**dict(zip(self.attributes, each, strict=True)), **self.said} for each in values}
+
+    def settings(self, model: Model) -> dict[str, Any]:
+        """What tokens begin as."""
+        return {**SEVERAL, "initial": self.initial(model)} if self.several else {"initial": NONE}
 
     def initial(self, model: Model) -> tuple[str, ...]:
         """The words of the vocabulary that are no part of a word that says a class."""
@@ -107,7 +116,7 @@ class Task:
 
 NO_WORD = {
     "shapes": Task("a red {}", ("shape",), {"colour": "red"}, ("colour", "shape")),
-    "colours": Task("a {} circle", ("colour",), {"shape": "circle"}, ("colour", "shape")),
+    "colours": Task("a {} circle", ("colour",), {"shape": "circle"}, ("colour", "shape"), several=True),
 }
 AMBIGUOUS = Task("a {} circle", ("size", "colour"), {"shape": "circle"}, tuple(ATTRIBUTES))
 """The prompt says one attribute of three."""
@@ -121,11 +130,14 @@ def no_word(
     named = bench.pictures([bench.model] * runs, bench.texts("{}"))
     figures = bench.figures(f"{name}, the word itself", named)
     figures += bench.figures(f"{name}, no word", bench.pictures([bench.model] * runs, bench.texts(NONE)))
-    begun: list[tuple[float | None, str | tuple[str, ...]]] = [(each, task.initial(bench.model)) for each in CLAMPS]
-    for clamp, initial in [*begun, (CLAMPS[-1], NONE)]:
+    settings = task.settings(bench.model)
+    learned = [(clamp, settings) for clamp in CLAMPS]
+    if task.several:
+        learned.append((CLAMPS[-1], {**settings, "initial": NONE}))
+    for number, (clamp, own) in enumerate(learned):
         row = f"{name}, token, " + ("no clamp" if clamp is None else f"clamp {clamp:g}")
-        row += f', from "{initial}" alone' if isinstance(initial, str) else ""
-        models, clamped = bench.learned(replace(config, norm_clamp=clamp, initial=initial))
+        row += f', from "{NONE}" alone' if number == len(CLAMPS) else ""
+        models, clamped = bench.learned(replace(config, norm_clamp=clamp, **own))
         answers = bench.pictures(models, bench.texts("<{}>"))
         figures += bench.figures(row, answers)
         share = interval(np.stack([answers[..., 0], named[..., 0]], -1), _of_the_second)
@@ -141,7 +153,7 @@ def ambiguous(
     """How often a token makes pictures of its class where the prompt beside it says less than the class has."""
     bench = _Bench(task, context, n, runs)
     # Two attributes are not said: a vector for each.
-    models, _ = bench.learned(replace(config, vectors=2, initial=task.initial(bench.model)))
+    models, _ = bench.learned(replace(config, vectors=2))
     figures = []
     for guidance in (GUIDANCE, 1.0):
         rows = {

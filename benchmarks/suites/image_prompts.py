@@ -129,14 +129,16 @@ def kept(name: str, context: Context, *, n: int = N) -> list[Figure]:
     rows |= {each: references.kept(seen) for each, seen in found.items()}
     figures = _rows(name, references, rows | {"another reference": other})
     figures += [_way(name, each, rows[each], said, other) for each in ("its end's state in all places", *INVERSES)]
-    return figures + bench.probed(name, converters[INVERSES[0]], references)
+    # All pairs: of those held out the colour alone would tell the shape.
+    shown = _digits(3 * N, PROBE_SEED) if name == "digits" else _objects(3 * N, PROBE_SEED, None)
+    return figures + bench.probed(name, converters[INVERSES[0]], references, shown)
 
 
 def tuned(name: str, context: Context, *, n: int = N, shown: int = SHOWN, config: TuneConfig = TUNING) -> list[Figure]:
     """What variations keep before and after a converter is tuned to other pictures of the domain."""
-    bench, references = _Bench(context), DOMAINS[name](n, EVAL_SEED)
+    bench, references, pictures = _Bench(context), DOMAINS[name](n, EVAL_SEED), DOMAINS[name](shown, TUNE_SEED)
     before = ImagePromptConverter(bench.model)
-    after = before.finetune(DOMAINS[name](shown, TUNE_SEED).images, config, progress=False)
+    after = before.finetune(pictures.images, config, progress=False)
     rows = {
         "caption": bench.judged(references, references.captions),
         "before": bench.judged(references, before.convert(references.images)),
@@ -144,7 +146,9 @@ def tuned(name: str, context: Context, *, n: int = N, shown: int = SHOWN, config
     }
     sizes = {"pictures": shown, "updates": config.steps}
     of_left = _way(name, "tuned", rows["tuned"], rows["caption"], rows["before"], "of what was left", **sizes)
-    return [*_rows(name, references, rows), of_left, _gain(name, "tuned", rows["tuned"], rows["before"])]
+    figures = [*_rows(name, references, rows), of_left, _gain(name, "tuned", rows["tuned"], rows["before"])]
+    # As little as they teach a probe they teach the network.
+    return figures + bench.probed(name, before, references, pictures)
 
 
 def customized(context: Context, *, n: int = N, scenes: int = SCENES, config: TuneConfig = CUSTOM) -> list[Figure]:
@@ -258,21 +262,22 @@ class _Bench:
         return replace(empty, vectors=vectors)
 
     @torch.no_grad()
-    def probed(self, name: str, converter: ImagePromptConverter, references: References) -> list[Figure]:
-        """What a multinomial logistic regression finds in CLIP's vector of the references."""
+    def probed(
+        self, name: str, converter: ImagePromptConverter, references: References, shown: References
+    ) -> list[Figure]:
+        """What a logistic regression on the pictures that are shown finds in CLIP's vector of the references."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        # All pairs: of those held out the colour alone would tell the shape.
-        shown = _digits(3 * N, PROBE_SEED) if name == "digits" else _objects(3 * N, PROBE_SEED, None)
         fitted, asked = (_pooled(converter, each.images) for each in (shown, references))
         right = []
         for attribute in references.attributes[0]:
             values, wanted = ([each[attribute] for each in x.attributes] for x in (shown, references))
             probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(fitted, values)
             right.append(probe.predict(asked) == np.array(wanted))
-        return _rows(name, references, {"linear probe of CLIP's vector": np.stack(right, 1)})
+        row = f"linear probe of CLIP's vector, of {len(shown.images):,} pictures"
+        return _rows(name, references, {row: np.stack(right, 1)})
 
 
 def _pooled(converter: ImagePromptConverter, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:

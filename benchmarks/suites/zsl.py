@@ -41,9 +41,7 @@ TRAIN, TEST = 30, 42
 CONFIGURATION: Mapping[str, Any] = {
     "validation": VALIDATION,
     "cdm": CdmConfig(templates=("a {}",), widths=(256,), steps=600),
-    "tokens": replace(
-        CONFIG, templates=("a {}",), class_name=True, temperature=1.0, stopping="gamma", updates=32, restart_after=None
-    ),
+    "tokens": replace(CONFIG, templates=("a {}",), class_name=True, temperature=1.0, stopping="gamma"),
     "generate": GenerateConfig(steps=STEPS, guidance=GUIDANCE, scheduler=SAMPLER),
     "per_class": 30,
     "ensemble": ("a {}", "a large {}", "a small {}"),

@@ -85,17 +85,19 @@ def test_tasks_have_the_prompts_and_what_is_right(model, networks):
 def test_figures_are_the_shares_of_the_pictures(monkeypatch, networks):
     monkeypatch.setattr(class_tokens, "CLAMPS", (None, 1.5))
     monkeypatch.setattr(class_tokens.Task, "initial", lambda task, model: ("photo", "large"))
-    config = class_tokens.replace(class_tokens.CONFIG, images=1, updates=1, compared=1, steps=2, keep="last")
-    task = class_tokens.NO_WORD["shapes"]
+    monkeypatch.setattr(class_tokens, "SEVERAL", {"compared": 1, "updates": 1})
+    config = class_tokens.replace(class_tokens.CONFIG, images=1, updates=1, steps=2, keep="last")
+    task = class_tokens.NO_WORD["colours"]
     context = _context(*networks)
-    figures = {each.name: each for each in class_tokens.no_word("s", task, context, n=5, runs=1, config=config)}
-    bench = class_tokens._Bench(task, context, 5, 1)
+    figures = {each.name: each for each in class_tokens.no_word("s", task, context, n=6, runs=1, config=config)}
+    bench = class_tokens._Bench(task, context, 6, 1)
     right = bench.pictures([bench.model], bench.texts("{}"))
-    assert right.shape == (1, 5, 2)
+    assert right.shape == (1, 6, 2)
     assert [figures[f"s, the word itself: {by}"].value for by in ("judge", "guide")] == right[0].mean(0).tolist()
     # One step of this rate leaves the clamp of 1.5 far behind.
+    assert 's, token, clamp 1.5, from "a" alone: judge' in figures
     assert figures["s, token, clamp 1.5: held by the clamp"].value == 1
-    assert {each.n for each in figures.values()} == {5}
+    assert {each.n for each in figures.values()} == {6}
 
 
 def test_a_run_of_zero_shot_learning_has_all_classes(tmp_path):

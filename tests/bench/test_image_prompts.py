@@ -61,13 +61,16 @@ def test_cases_make_the_figures_of_their_tables(context, monkeypatch):
     few = TuneConfig(steps=1, batch_size=1, prompt_tokens=0)
     figures = [
         *image_prompts.kept("digits", context, n=3),
-        *image_prompts.tuned("scenes", context, n=3, shown=1, config=few),
+        *image_prompts.tuned("scenes", context, n=3, shown=12, config=few),
         *image_prompts.customized(context, n=2, scenes=2, config=few),
         *image_prompts.edited(context, n=2),
         *image_prompts.matched(context, n=8),
     ]
     names = [each.name for each in figures]
     assert len(set(names)) == len(names)
-    assert {"digits, truncated: of the way", "digits, linear probe of CLIP's vector: attributes"} <= set(names)
+    assert {
+        "digits, truncated: of the way",
+        "digits, linear probe of CLIP's vector, of 600 pictures: attributes",
+    } <= set(names)
     assert {"scenes, tuned: of what was left", "one picture, tuned: more than before"} <= set(names)
     assert {"image prompts: all", "CLIP's cosine of images: shape"} <= set(names)
