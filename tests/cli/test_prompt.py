@@ -1,10 +1,8 @@
 """`dsd-fast prompt`: what the library does, into a folder; what is shown of it, and what makes images with it."""
 
 import json
-import pickle
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from inspect import Parameter
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from PIL import Image
 import dsd_fast as dsd
 from dsd_fast.cli.options import AdaptedModelOptions, ModelOptions
 from dsd_fast.cli.prompt import tune
-from dsd_fast.cli.prompt.convert import Conversion
 from dsd_fast.cli.prompt.options import ConvertRequest, CustomizeRequest, EditRequest, FinetuneRequest
 from dsd_fast.cli.prompt.report import made_by
 from dsd_fast.engine.image_prompts import ImagePrompt
@@ -251,9 +248,3 @@ def test_the_options_own_error_comes_first(cli, arguments, message):
 def test_how_good_a_fitted_map_is_is_said():
     told = made_by({"quality": {"r2": 0.75, "cosine": 0.5, "pooled_r2": 0.25}})
     assert told.endswith("on captions that were held out it has R² 0.750, cosine 0.500, pooled R² 0.250.")
-
-
-def test_its_work_travels():
-    """To Ray's workers, as what makes it."""
-    make = partial(Conversion, requested(ConvertRequest, images=[Path("photos")], out=Path("out")), ImagePromptConfig())
-    assert pickle.loads(pickle.dumps(make)).args[0].images == [Path("photos")]
