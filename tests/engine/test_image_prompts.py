@@ -105,6 +105,15 @@ def test_each_is_encoded_once_by_its_content_beside_texts():
     assert engine.texts([prompts[2], None])[0].tokens == 77
 
 
+def test_some_of_them_and_none():
+    prompts = image_prompts(model("sdxl"))
+    for rows in ([2, 0], (2, 0), range(0, 3, 2), slice(None, None, 2), torch.tensor([2, 0])):
+        assert set(prompts[rows].names) == {"image 0", "image 2"}
+    for none in (prompts[:0], image_prompts(model("sdxl"), alpha=0.5)[:0], ImagePrompt.cat([prompts[:0]])):
+        assert len(none) == len(none.states()) == 0
+        assert none.embeds.shape == (0, *prompts.embeds.shape[1:])
+
+
 def test_padded_states_are_not_read():
     """What stands for none may be anything: the kernels end before it."""
     engine = Engine(model("sd15"))
@@ -175,6 +184,8 @@ def test_controlnets_read_all_their_states():
         ({"alpha": 0.5}, "texts: got 4 states each, expected 77 to 77"),
         ({"tokens": 1}, "tokens: got 1, expected an integer from 2"),
         ({"names": ("a",)}, "names: got 1, expected 3"),
+        ({"names": "abc"}, "names: got 'abc', expected a tuple of strings"),
+        ({"names": (1, 2, 3)}, r"names: got \(1, 2, 3\), expected a tuple of strings"),
         ({"pooled": torch.zeros(2, 5)}, "pooled: got 2, expected 3"),
     ],
 )
