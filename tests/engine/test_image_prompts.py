@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from weakref import ref
 
 import pytest
 import torch
@@ -131,14 +132,18 @@ def test_of_many_beside_an_absent_text_the_keys_stay_short():
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     text_of = torch.tensor([3, 40, 39])
     answers, widths = [], []
+    held = []
     needed = Texts(prompts.states()).keys(plan).nbytes
     for budget in (None, plan.run_bytes(1, 16, 16, 77) + 2 * needed):
         texts = Texts(engine.encode_prompts(prompts), engine.encode_prompts(None))
-        groups = list(texts.groups(plan, text_of, (16, 16), budget))
-        assert texts.fits(plan, (16, 16), budget)
-        widths.append([keys.tokens for keys, _, _ in groups])
+        assert texts.fits(plan, (16, 16), budget) == (budget is None)
+        widths.append([])
         found = torch.empty(3, 4, 16, 16)
-        for keys, rows, local in groups:
+        for keys, rows, local in texts.groups(plan, text_of, (16, 16), budget):
+            # What other rows have read takes none of the budget any more.
+            assert not any(other() for other in held)
+            held = [] if budget is None else [*held, ref(keys)]
+            widths[-1].append(keys.tokens)
             out = plan.run(
                 z, torch.tensor([500]), keys, latent_index=[0] * len(rows), text_index=local,
                 time_ids=engine.model.time_ids(32, 32),
