@@ -84,6 +84,8 @@ class ImagePrompt:
         least = self.tokens if self.alpha else int(self.ends.max()) if len(self.ends) else 0
         if not least <= self.texts.shape[1] <= self.tokens:
             raise ValueError(f"texts: got {self.texts.shape[1]} states each, expected {least} to {self.tokens}")
+        if not isinstance(self.names, tuple) or not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"names: got {repr(self.names)[:80]}, expected a tuple of strings")
         for name in ("pooled", "names", "sources"):
             value = getattr(self, name)
             if value is not None and value != () and len(value) != count:
@@ -94,7 +96,8 @@ class ImagePrompt:
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> ImagePrompt:
         """Some of them, one for an integer; of texts those that they have."""
-        numbers = torch.arange(len(self), device="cpu")[rows].flatten()
+        chosen = list(rows) if isinstance(rows, Sequence) else rows
+        numbers = torch.arange(len(self), device="cpu")[chosen].flatten()
         used, text_of = torch.unique(self.text_of[numbers], return_inverse=True)
         own, places = upload(numbers, self.vectors.device), numbers.tolist()
         # Not anew through the checks, which one by one would take longer than the rest.
@@ -178,7 +181,7 @@ class ImagePrompt:
     def states(self) -> PromptStates:
         """Their states; with ``alpha`` 0 in short, one state for all that are the vector."""
         count, ends = len(self), self.ends[self.text_of]
-        width = self.tokens if self.alpha else int(ends.max()) + 1 if count else 1
+        width = int(ends.max()) + 1 if count and not self.alpha else self.tokens
         place = torch.arange(width, device="cpu")
         device = self.vectors.device
         texts = self.texts[upload(self.text_of, self.texts.device)]

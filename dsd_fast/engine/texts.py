@@ -50,11 +50,6 @@ class Texts:
 
     def fits(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
         """Tell whether the keys of all texts are held at once; see :meth:`groups`."""
-        return self._together(plan, size, memory_budget) or (
-            self._apart is not None and self._apart[0].fits(plan, size, memory_budget)
-        )
-
-    def _together(self, plan: Plan, size: tuple[int, int], memory_budget: int | None) -> bool:
         return self._known(plan) is not None or self._at_once(plan, size, memory_budget) >= self._count
 
     @cached_property
@@ -112,7 +107,7 @@ class Texts:
         if not plan.reads_text:
             yield None, every, text_of
             return
-        if self._together(plan, size, memory_budget):
+        if self.fits(plan, size, memory_budget):
             keys = self._known(plan)
             if keys is None:
                 # What is kept may meet gradients later.
@@ -126,6 +121,8 @@ class Texts:
                 if len(own):
                     for keys, rows, local in texts.groups(plan, text_of[own] - first, size, memory_budget):
                         yield keys, own[rows], local
+                # They would take room that the others' rows are told they have.
+                texts._kept.clear()
             return
         at_once = self._at_once(plan, size, memory_budget)
         used, place = torch.unique(text_of, return_inverse=True)

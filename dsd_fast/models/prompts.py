@@ -105,7 +105,8 @@ class PromptStates:
                 f"counts: got prompts of {int(totals.min())} to {int(totals.max())} states, expected one number"
             )
         places = torch.arange(self.counts.shape[1], device="cpu").expand_as(self.counts)
-        place = places.flatten().repeat_interleave(self.counts.flatten()).view(len(self), -1)  # (M, 77)
+        width = int(totals[0]) if len(totals) else self.counts.shape[1]
+        place = places.flatten().repeat_interleave(self.counts.flatten()).view(len(self), width)  # (M, 77)
         row = torch.arange(len(self), device="cpu")[:, None]
         device = self.states.device
         states = self.states[upload(row, device), upload(place, device)]

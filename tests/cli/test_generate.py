@@ -49,6 +49,7 @@ def test_images_as_prompts_of_a_file_or_folder(cli, model):
     prompts = image_prompts(model, 2, texts=[""])
     prompts.save("p.safetensors")
     prompts[1].save("n.safetensors")
+    prompts[:0].save("empty.safetensors")
     done = cli("generate", "--image-prompts", "p.safetensors", "--seeds", "3,4", *COMMON)
     assert done.exit_code == 0, done.stderr
     assert [(row["name"], row["seed"]) for row in rows()] == [
@@ -67,6 +68,7 @@ def test_images_as_prompts_of_a_file_or_folder(cli, model):
     assert rows("other")[0]["negative_image_prompt"] == '["../n.safetensors", 0]'
     for given, wrong in (
         (["--image-prompts", "none"], "--image-prompts: image prompts 'none' do not exist"),
+        (["--image-prompts", "empty.safetensors"], "--image-prompts: empty.safetensors has no image prompts"),
         (["--image-prompts", "out"], "holds results of generation, expected image prompts"),
         (["--image-prompts", "p.safetensors", "--accept", "clip", "--threshold", 0.1], "--accept clip: given with"),
         (["--image-prompts", "p.safetensors", "a dog"], "got PROMPT and --image-prompts, expected PROMPT, --prompts,"),

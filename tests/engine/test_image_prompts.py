@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from weakref import ref
 
 import pytest
 import torch
@@ -105,6 +106,15 @@ def test_each_is_encoded_once_by_its_content_beside_texts():
     assert engine.texts([prompts[2], None])[0].tokens == 77
 
 
+def test_some_of_them_and_none():
+    prompts = image_prompts(model("sdxl"))
+    for rows in ([2, 0], (2, 0), range(0, 3, 2), slice(None, None, 2), torch.tensor([2, 0])):
+        assert set(prompts[rows].names) == {"image 0", "image 2"}
+    for none in (prompts[:0], image_prompts(model("sdxl"), alpha=0.5)[:0], ImagePrompt.cat([prompts[:0]])):
+        assert len(none) == len(none.states()) == 0
+        assert none.embeds.shape == (0, *prompts.embeds.shape[1:])
+
+
 def test_padded_states_are_not_read():
     """What stands for none may be anything: the kernels end before it."""
     engine = Engine(model("sd15"))
@@ -122,14 +132,18 @@ def test_of_many_beside_an_absent_text_the_keys_stay_short():
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     text_of = torch.tensor([3, 40, 39])
     answers, widths = [], []
+    held = []
     needed = Texts(prompts.states()).keys(plan).nbytes
     for budget in (None, plan.run_bytes(1, 16, 16, 77) + 2 * needed):
         texts = Texts(engine.encode_prompts(prompts), engine.encode_prompts(None))
-        groups = list(texts.groups(plan, text_of, (16, 16), budget))
-        assert texts.fits(plan, (16, 16), budget)
-        widths.append([keys.tokens for keys, _, _ in groups])
+        assert texts.fits(plan, (16, 16), budget) == (budget is None)
+        widths.append([])
         found = torch.empty(3, 4, 16, 16)
-        for keys, rows, local in groups:
+        for keys, rows, local in texts.groups(plan, text_of, (16, 16), budget):
+            # What other rows have read takes none of the budget any more.
+            assert not any(other() for other in held)
+            held = [] if budget is None else [*held, ref(keys)]
+            widths[-1].append(keys.tokens)
             out = plan.run(
                 z, torch.tensor([500]), keys, latent_index=[0] * len(rows), text_index=local,
                 time_ids=engine.model.time_ids(32, 32),
@@ -175,6 +189,8 @@ def test_controlnets_read_all_their_states():
         ({"alpha": 0.5}, "texts: got 4 states each, expected 77 to 77"),
         ({"tokens": 1}, "tokens: got 1, expected an integer from 2"),
         ({"names": ("a",)}, "names: got 1, expected 3"),
+        ({"names": "abc"}, "names: got 'abc', expected a tuple of strings"),
+        ({"names": (1, 2, 3)}, r"names: got \(1, 2, 3\), expected a tuple of strings"),
         ({"pooled": torch.zeros(2, 5)}, "pooled: got 2, expected 3"),
     ],
 )

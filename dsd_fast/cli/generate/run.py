@@ -139,9 +139,12 @@ def _rows(request: GenerateRequest) -> Iterator[GenerateRow]:
 
 def _image_prompts(option: str, path: Path) -> ImagePrompt:
     try:
-        return ImagePrompt.load(path)
+        found = ImagePrompt.load(path)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
+    if not len(found):
+        raise ValueError(f"{option}: {path} has no image prompts")
+    return found
 
 
 def _classes(request: GenerateRequest) -> list[str]:
