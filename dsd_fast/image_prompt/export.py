@@ -68,7 +68,7 @@ def convert_to(
         folder,
         KIND,
         {
-            **text_settings(converter.engine, {"vision": converter.vision}),
+            **text_settings(converter.engine, {"vision": converter.vision, "clip_text": converter.model.clip.text_model}),
             **converter.settings(norm),
             "alpha": float(alpha),
             "prompts": prompts if isinstance(prompts, str) else None,
