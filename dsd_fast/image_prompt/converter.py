@@ -74,7 +74,8 @@ class Conversion:
             whole matrices there.
 
     Raises:
-        ValueError: no CLIP; captions that the text encoders do not take; a fitted map that is no better than the mean.
+        ValueError: no CLIP; captions that the text encoders do not take; a fitted map that is no better than the mean,
+            or is given an inverse or a cut.
         ModelError: a CLIP that cannot be loaded.
     """
 

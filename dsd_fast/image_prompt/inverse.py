@@ -45,9 +45,11 @@ def rounded(value: float) -> float:
 def truncated(projection: Tensor) -> Make:
     """Make pseudo-inverses of a projection (D, E) without the singular values up to a cut."""
     u, s, vh = torch.linalg.svd(projection, full_matrices=False)
+    # Below it, what rounding left of 0.
+    least = float(s[0]) * max(projection.shape) * torch.finfo(s.dtype).eps
 
     def make(cut: float) -> Inverse:
-        keep = s > cut
+        keep = s > max(cut, least)
         return Inverse((vh[keep].mT / s[keep]) @ u[:, keep].mT, cut=cut, kept=int(keep.sum()))
 
     return make

@@ -47,7 +47,8 @@ class StateMap:
             SDXL's pooled ones; {} of an exact one.
 
     Raises:
-        ValueError: captions that the text encoders do not take; a fitted map that is no better than the mean.
+        ValueError: captions that the text encoders do not take; a fitted map that is no better than the mean, or is
+            given an inverse or a cut.
     """
 
     def __init__(self, engine: Engine, space: ClipSpace, config: ImagePromptConfig) -> None:
@@ -66,6 +67,12 @@ class StateMap:
         sizes = (width, vision.hidden_size, vision.num_hidden_layers, vision.patch_size)
         norm = float(theirs.norm(dim=1).mean())
         self._is_vit_l = self.exact and sizes == _VIT_L and abs(norm / _NORM - 1) <= _NEAR
+        if not self.exact and (config.cut is not None or config.inverse != "truncated"):
+            raise ValueError(
+                f"inverse, cut: got {config.inverse!r} and {config.cut}, expected none, for "
+                f"{self._model.name or 'the model'} does not read the states of this CLIP's text tower as they are, and "
+                "a map fitted to captions takes the place of an inverse"
+            )
         self.quality = {} if self.exact else self._fitted_quality()
 
     @cached_property

@@ -99,6 +99,14 @@ def test_a_prior_that_is_alike_in_all_directions_is_a_ridge():
     torch.testing.assert_close(mapping.prior(w, states)(0.5).matrix, mapping.ridge(w)(0.5).matrix)
 
 
+def test_without_a_cut_what_rounding_left_of_nothing_is_left_out():
+    w = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w[0] = w[1]
+    inverse = mapping.truncated(w)(0.0)
+    assert inverse.kept == 7
+    torch.testing.assert_close(inverse.matrix, torch.linalg.pinv(w))
+
+
 def test_the_cut_that_is_chosen_finds_captions_better_than_none(model):
     # Of other captions than it was chosen on, from their embeddings with noise.
     texts = tuple(scene(seed).caption for seed in range(5000, 5100))
@@ -302,6 +310,9 @@ def test_a_tower_that_is_not_clips_is_fitted_to_captions():
     assert not converter.map.exact
     told = converter.settings()
     assert told["inverse"] == "fitted"
+    for given in ({"cut": 0.5}, {"inverse": "ridge"}):
+        with pytest.raises(ValueError, match="inverse, cut: got .* fitted to captions takes the place of an inverse"):
+            ImagePromptConverter(model, config=ImagePromptConfig(captions=config.captions, **given))
     assert told["quality"]["r2"] > 0.2
     # Held-out captions, by hand.
     texts, out = config.captions, np.arange(512) % 8 == 0
