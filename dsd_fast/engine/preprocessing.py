@@ -94,8 +94,7 @@ class Preprocessing:
         with own_types(x.device):
             x = _along(x, width, self.resample)
             x = _along(x.mT, height, self.resample).mT
-        rows, columns = self._kept(height, width)
-        return self._normalised(x[..., rows, columns].clamp(0, 1))
+        return self._finish(x.clamp(0, 1))
 
     def of_images(self, images: Sequence[Picture]) -> Tensor:
         """Prepare n pictures (H, W, 3) of 8 bits, each of its own size, resized by Pillow: (n, 3, h, w) float32.
@@ -116,7 +115,7 @@ class Preprocessing:
                 image = np.array(Image.fromarray(image).resize((width, height), filter_))
             # Cut first, so that of a long picture no more becomes floats.
             rows, columns = self._kept(height, width)
-            prepared.append(self._normalised((to_pixels(image[None, rows, columns]) + 1) / 2))
+            prepared.append(self._finish((to_pixels(image[None, rows, columns]) + 1) / 2))
         return torch.cat(prepared)
 
     def check(self, own: Callable[[Picture], Tensor], what: str) -> None:
@@ -160,7 +159,10 @@ class Preprocessing:
         top, left = (round(each / 2) if self.nearest_even else each // 2 for each in rest)
         return slice(top, top + crop[0]), slice(left, left + crop[1])
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _finish(self, x: Tensor) -> Tensor:
+        """Cut and normalise values in [0, 1]."""
+        rows, columns = self._kept(*x.shape[2:])
+        x = x[..., rows, columns]
         mean, std = (
             upload(torch.tensor(each, dtype=x.dtype, device="cpu"), x.device).view(3, 1, 1)
             for each in (self.mean, self.std)

@@ -69,9 +69,9 @@ class StateMap:
         self._is_vit_l = self.exact and sizes == _VIT_L and abs(norm / _NORM - 1) <= _NEAR
         if not self.exact and (config.cut is not None or config.inverse != "truncated"):
             raise ValueError(
-                f"inverse, cut: got {config.inverse!r} and {config.cut}, expected none, for "
-                f"{self._model.name or 'the model'} does not read the states of this CLIP's text tower as they are, and "
-                "a map fitted to captions takes the place of an inverse"
+                f"inverse, cut: got {config.inverse!r} and {config.cut}, expected none, for a map fitted to captions "
+                f"takes the place of an inverse: {self._model.name or 'the model'} does not read the states of this "
+                "CLIP's text tower as they are"
             )
         self.quality = {} if self.exact else self._fitted_quality()
 

@@ -311,7 +311,7 @@ def test_a_tower_that_is_not_clips_is_fitted_to_captions():
     told = converter.settings()
     assert told["inverse"] == "fitted"
     for given in ({"cut": 0.5}, {"inverse": "ridge"}):
-        with pytest.raises(ValueError, match="inverse, cut: got .* fitted to captions takes the place of an inverse"):
+        with pytest.raises(ValueError, match=r"inverse, cut: got .* fitted to captions takes the place of an inverse"):
             ImagePromptConverter(model, config=ImagePromptConfig(captions=config.captions, **given))
     assert told["quality"]["r2"] > 0.2
     # Held-out captions, by hand.
