@@ -33,8 +33,8 @@ _TEXTS_AT_ONCE = 256
 class ClipSpace:
     """Embed pictures and texts with the model's CLIP.
 
-    Pixels are resized to CLIP's input (bicubic, with antialiasing) and normalised, by the mean and deviation of the
-    preprocessor_config.json beside CLIP's weights, or by those of OpenAI's CLIP.
+    Pixels are resized to CLIP's input (bicubic, with antialiasing) and normalised, by the mean and deviation that an
+    image processor's config beside CLIP's weights has, or by those of OpenAI's CLIP.
 
     Args:
         model: with a `clip`.
@@ -42,7 +42,7 @@ class ClipSpace:
             the shorter side and cuts out the centre.
 
     Raises:
-        ValueError: another `resize`; a preprocessor_config.json that cannot be followed.
+        ValueError: another `resize`; an image processor's config that cannot be followed.
     """
 
     def __init__(self, model: Model, *, resize: str = "whole") -> None:
@@ -130,7 +130,7 @@ class ClipSpace:
 
 
 def own_preprocessing(clip: Any) -> Preprocessing:
-    """Tell what the preprocessor_config.json beside CLIP's weights says, and where it is silent CLIPImageProcessor.
+    """Tell what the config of an image processor beside CLIP's weights says, and where it is silent CLIPImageProcessor.
 
     Raises:
         ValueError: a file that says something else, or is none.
@@ -140,10 +140,15 @@ def own_preprocessing(clip: Any) -> Preprocessing:
     said |= {f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize")} | {
         "rescale_factor": 1 / 255
     }
-    file = Path(str(clip.name_or_path or "")) / "preprocessor_config.json"
+    # Since version 5 transformers saves a whole processor in one file, which goes before the other.
+    folder = Path(str(clip.name_or_path or ""))
+    file = folder / "processor_config.json"
     try:
-        if file.is_file():
-            said |= json.loads(file.read_text(encoding="utf-8"))
+        own = json.loads(file.read_text(encoding="utf-8")).get("image_processor") if file.is_file() else None
+        if own is None:
+            file = folder / "preprocessor_config.json"
+            own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        said |= own
         # As files of earlier versions have them.
         if isinstance(said["size"], int):
             said["size"] = {"shortest_edge": said["size"]}

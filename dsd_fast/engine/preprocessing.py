@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dsd_fast.images import MAX_PIXELS, ImageError
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
 from dsd_fast.models.load import reported
@@ -99,16 +100,22 @@ class Preprocessing:
         """Prepare n pictures (H, W, 3) of 8 bits, each of its own size, resized by Pillow: (n, 3, h, w) float32.
 
         Raises:
+            ImageError: a picture so long that, resized, it is too large.
             ValueError: none, pictures of another type or shape, or smaller ones than what is cut out of them.
         """
         check_pictures(images)
         prepared = []
         for image in images:
             height, width = self._resized(*image.shape[:2])
+            if height * width > MAX_PIXELS:
+                told = f"{image.shape[1]} × {image.shape[0]} pixels, of which {width} × {height} would be made"
+                raise ImageError("picture", "too-large", f"a picture has {told}; the limit is {MAX_PIXELS} in all")
             if (height, width) != image.shape[:2]:
                 filter_ = Image.Resampling[self.resample.upper()]
                 image = np.array(Image.fromarray(image).resize((width, height), filter_))
-            prepared.append(self._finish((to_pixels(image[None]) + 1) / 2))
+            # Cut first, so that of a long picture no more becomes floats.
+            rows, columns = self._kept(height, width)
+            prepared.append(self._finish((to_pixels(image[None, rows, columns]) + 1) / 2))
         return torch.cat(prepared)
 
     def check(self, own: Callable[[Picture], Tensor], what: str) -> None:
@@ -143,14 +150,19 @@ class Preprocessing:
             return int(self.size * height / short), int(self.size * width / short)
         return self.size or (height, width)
 
+    def _kept(self, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns of a resized picture that are not cut off."""
+        crop = self.crop or (height, width)
+        rest = height - crop[0], width - crop[1]
+        if min(rest) < 0:
+            raise ValueError(f"pixels: got pictures of {(height, width)}, expected at least {crop}")
+        top, left = (round(each / 2) if self.nearest_even else each // 2 for each in rest)
+        return slice(top, top + crop[0]), slice(left, left + crop[1])
+
     def _finish(self, x: Tensor) -> Tensor:
         """Cut and normalise values in [0, 1]."""
-        if self.crop is not None:
-            rest = [have - wanted for have, wanted in zip(x.shape[2:], self.crop, strict=True)]
-            if min(rest) < 0:
-                raise ValueError(f"pixels: got pictures of {tuple(x.shape[2:])}, expected at least {self.crop}")
-            top, left = (round(each / 2) if self.nearest_even else each // 2 for each in rest)
-            x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
+        rows, columns = self._kept(*x.shape[2:])
+        x = x[..., rows, columns]
         mean, std = (
             upload(torch.tensor(each, dtype=x.dtype, device="cpu"), x.device).view(3, 1, 1)
             for each in (self.mean, self.std)

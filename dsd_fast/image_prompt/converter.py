@@ -74,7 +74,8 @@ class Conversion:
             whole matrices there.
 
     Raises:
-        ValueError: no CLIP; captions that the text encoders do not take; a fitted map that is no better than the mean.
+        ValueError: no CLIP; captions that the text encoders do not take; a fitted map that is no better than the mean,
+            or is given an inverse or a cut.
         ModelError: a CLIP that cannot be loaded.
     """
 
@@ -253,6 +254,8 @@ class Conversion:
             raise ValueError(f"alpha: got {alpha!r}, expected a finite number")
         if not or_none(above(0))(norm):
             raise ValueError(f"norm: got {norm!r}, expected a finite number above 0, or None")
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts: got {type(prompts).__name__}, expected a text, or a sequence of one each")
         if not isinstance(prompts, str) and count is not None and len(prompts) != count:
             raise ValueError(f"prompts: got {len(prompts)} for {count} images, expected one, or one each")
         check = prompt_check(self.model)
@@ -305,7 +308,7 @@ class Conversion:
                 yield some
 
     def settings(self, norm: float | None = None) -> dict[str, Any]:
-        """Tell how prompts are made, as JSON: the map by a hash, the towers by the model's name alone.
+        """Tell how prompts are made, as JSON: CLIP's projections by a hash, the towers by the model's name alone.
 
         Args:
             norm: of the vectors; None: the settings'.

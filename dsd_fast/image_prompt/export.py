@@ -64,11 +64,12 @@ def convert_to(
     """
     converter.check(alpha, norm, prompts if isinstance(prompts, str) else "")
     items = Items(images, prompts, 0, names, prompt_check(converter.model))
+    towers = {"vision": converter.vision, "clip_text": converter.model.clip.text_model}
     job = Job(
         folder,
         KIND,
         {
-            **text_settings(converter.engine, {"vision": converter.vision}),
+            **text_settings(converter.engine, towers),
             **converter.settings(norm),
             "alpha": float(alpha),
             "prompts": prompts if isinstance(prompts, str) else None,

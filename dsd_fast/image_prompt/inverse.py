@@ -37,12 +37,19 @@ class Inverse:
 Make = Callable[[float], Inverse]
 
 
+def rounded(value: float) -> float:
+    """Round what was measured to four digits, which are the same on every machine."""
+    return float(f"{value:.4g}")
+
+
 def truncated(projection: Tensor) -> Make:
     """Make pseudo-inverses of a projection (D, E) without the singular values up to a cut."""
     u, s, vh = torch.linalg.svd(projection, full_matrices=False)
+    # Below it, what rounding left of 0.
+    least = float(s[0]) * max(projection.shape) * torch.finfo(s.dtype).eps
 
     def make(cut: float) -> Inverse:
-        keep = s > cut
+        keep = s > max(cut, least)
         return Inverse((vh[keep].mT / s[keep]) @ u[:, keep].mT, cut=cut, kept=int(keep.sum()))
 
     return make
@@ -100,7 +107,7 @@ def best_cut(make: Make, projection: Tensor, states: Tensor) -> float:
         result = F.normalize(seen @ make(cut).matrix.mT, dim=1) * states.norm(dim=1, keepdim=True)
         return float(F.cosine_similarity(result - states.mean(0), centred, dim=1).mean())
 
-    cuts = [largest * math.pow(_LEAST, number / _CUTS) for number in range(1, _CUTS + 1)]
+    cuts = [rounded(largest * math.pow(_LEAST, number / _CUTS)) for number in range(1, _CUTS + 1)]
     return max(cuts, key=found)
 
 

@@ -16,7 +16,7 @@ from dsd_fast.engine.items import prompt_check
 from dsd_fast.engine.network import wide
 from dsd_fast.image_prompt.captions import captions_of
 from dsd_fast.image_prompt.config import LEAST, ImagePromptConfig
-from dsd_fast.image_prompt.inverse import Inverse, best_cut, fitted, held_out_quality, prior, ridge, truncated
+from dsd_fast.image_prompt.inverse import Inverse, best_cut, fitted, held_out_quality, prior, ridge, rounded, truncated
 from dsd_fast.jobs import row_id, tensors_hash
 from dsd_fast.kernels.common.host import own_types
 from dsd_fast.kernels.common.transfer import upload
@@ -47,7 +47,8 @@ class StateMap:
             SDXL's pooled ones; {} of an exact one.
 
     Raises:
-        ValueError: captions that the text encoders do not take; a fitted map that is no better than the mean.
+        ValueError: captions that the text encoders do not take; a fitted map that is no better than the mean, or is
+            given an inverse or a cut.
     """
 
     def __init__(self, engine: Engine, space: ClipSpace, config: ImagePromptConfig) -> None:
@@ -66,6 +67,12 @@ class StateMap:
         sizes = (width, vision.hidden_size, vision.num_hidden_layers, vision.patch_size)
         norm = float(theirs.norm(dim=1).mean())
         self._is_vit_l = self.exact and sizes == _VIT_L and abs(norm / _NORM - 1) <= _NEAR
+        if not self.exact and (config.cut is not None or config.inverse != "truncated"):
+            raise ValueError(
+                f"inverse, cut: got {config.inverse!r} and {config.cut}, expected none, for a map fitted to captions "
+                f"takes the place of an inverse: {self._model.name or 'the model'} does not read the states of this "
+                "CLIP's text tower as they are"
+            )
         self.quality = {} if self.exact else self._fitted_quality()
 
     @cached_property
@@ -73,13 +80,13 @@ class StateMap:
         """The length of the vectors."""
         if self._config.norm is not None:
             return self._config.norm
-        return _NORM if self._is_vit_l else float(self._caption_states[0].norm(dim=1).mean())
+        return _NORM if self._is_vit_l else rounded(float(self._caption_states[0].norm(dim=1).mean()))
 
     @cached_property
     def pooled_norm(self) -> float | None:
         """The length of SDXL's pooled states, the mean of the captions'; None of other families."""
         pooled = None if self.exact else self._caption_states[1]
-        return None if pooled is None else float(pooled.norm(dim=1).mean())
+        return None if pooled is None else rounded(float(pooled.norm(dim=1).mean()))
 
     @cached_property
     def inverse(self) -> Inverse:
@@ -96,7 +103,11 @@ class StateMap:
         cut = self._config.cut
         if cut is None and self._is_vit_l and how == "truncated":
             cut = _CUT
-        return make(best_cut(make, projection, self._caption_states[0]) if cut is None else cut)
+        made = make(best_cut(make, projection, self._caption_states[0]) if cut is None else cut)
+        if made.kept == 0:
+            largest = float(torch.linalg.svdvals(projection)[0])
+            raise ValueError(f"cut: got {cut}, expected one below CLIP's largest singular value, {largest:.4g}")
+        return made
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -135,11 +146,12 @@ class StateMap:
 
     @cached_property
     def _hash(self) -> str:
-        return tensors_hash({"matrix": self.matrix})
+        # Of what the map is made of, for the map itself has other last bits on another machine or with more threads.
+        return tensors_hash({"text": self._clip.text_projection.weight, "visual": self._clip.visual_projection.weight})
 
     def settings(self) -> dict[str, Any]:
-        """Tell what changes answers, and how good they are, as JSON."""
-        told: dict[str, Any] = {"map": self._hash, "norm": self.norm}
+        """Tell what changes answers, and how good they are, as JSON, the same on every machine."""
+        told: dict[str, Any] = {"projections": self._hash, "norm": self.norm}
         if self.exact:
             told |= {"inverse": self._config.inverse, "cut": self.inverse.cut, "kept": self.inverse.kept}
         else:
@@ -187,7 +199,7 @@ class StateMap:
             if states is None:
                 continue
             told = held_out_quality(self._caption_embeds, states)
-            quality |= {f"{prefix}{name}": value for name, value in told.items()}
+            quality |= {f"{prefix}{name}": rounded(value) for name, value in told.items()}
             if not told["r2"] > 0:
                 raise ValueError(
                     f"clip: {self._model.name or 'the model'} does not read the states of this CLIP's text tower, and "

@@ -321,7 +321,8 @@ def load_clip(
         return clip
     if not isinstance(clip, str | os.PathLike):
         raise ModelError(f"clip is of type {type(clip).__name__}, expected a CLIPModel, a folder or a hub id")
-    patterns = ["config.json", "preprocessor_config.json", *weight_patterns(TRANSFORMERS_STEM, None)]
+    patterns = ["config.json", "processor_config.json", "preprocessor_config.json"]
+    patterns += weight_patterns(TRANSFORMERS_STEM, None)
     folder, _ = find_folder(clip, patterns, what="clip", local_files_only=local_files_only, cache_dir=cache_dir)
     what = f"clip {os.fspath(clip)!r}"
     check_weights(folder, TRANSFORMERS_STEM, None, what)

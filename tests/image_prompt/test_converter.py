@@ -69,8 +69,8 @@ def test_the_norm_is_that_of_the_captions_ends(model, converter, pictures):
     states = model.encode_prompts(captions_of("scenes"))
     ends = states.states[torch.arange(len(states)), states.lengths - 1]
     want = float(ends.double().norm(dim=1).mean())
-    assert converter.map.norm == pytest.approx(want, rel=1e-6)
-    close(converter.convert(pictures).vectors.norm(dim=1), torch.full((3,), want))
+    assert converter.map.norm == pytest.approx(want, rel=5e-4)
+    close(converter.convert(pictures).vectors.norm(dim=1), torch.full((3,), converter.map.norm))
     close(converter.convert(pictures, norm=2.0).vectors.norm(dim=1), torch.full((3,), 2.0))
 
 
@@ -97,6 +97,14 @@ def test_a_prior_that_is_alike_in_all_directions_is_a_ridge():
     w, basis = (torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
     states = torch.linalg.qr(basis).Q * 8**0.5  # of second moment I
     torch.testing.assert_close(mapping.prior(w, states)(0.5).matrix, mapping.ridge(w)(0.5).matrix)
+
+
+def test_without_a_cut_what_rounding_left_of_nothing_is_left_out():
+    w = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w[0] = w[1]
+    inverse = mapping.truncated(w)(0.0)
+    assert inverse.kept == 7
+    torch.testing.assert_close(inverse.matrix, torch.linalg.pinv(w))
 
 
 def test_the_cut_that_is_chosen_finds_captions_better_than_none(model):
@@ -188,6 +196,17 @@ class Constant(torch.nn.Module):
         return self.weight.expand(len(prepared), -1)
 
 
+def test_settings_are_the_same_on_every_machine(model, monkeypatch):
+    """Another processor, or more threads, adds in another order."""
+    one = ImagePromptConverter(model).settings()
+    states = mapping.StateMap._clip_states
+    monkeypatch.setattr(mapping.StateMap, "_clip_states", lambda *args: states(*args) * (1 + 1e-9))
+    real = mapping.truncated
+    monkeypatch.setattr(mapping, "truncated", lambda projection: real(projection * (1 + 1e-15)))
+    assert ImagePromptConverter(model).settings() == one
+    assert one["norm"] == 11.18
+
+
 def test_another_vision_tower_is_used(converter, pictures):
     got = converter.with_vision(Constant(converter.vision.config)).convert(pictures).vectors
     assert torch.equal(got[0], got[1])
@@ -209,6 +228,7 @@ def test_what_is_refused(model, converter, pictures, tmp_path):
         ([""], "prompts: got 1 for 3 images"),
         (["", "word " * 30, ""], r"prompts\[1\]: the prompt has"),
         (["", "", 3], r"prompts\[2\]: got int"),
+        (None, "prompts: got NoneType, expected a text"),
     ):
         with pytest.raises(ValueError, match=message):
             converter.convert([broken] * 3, prompts)
@@ -217,7 +237,11 @@ def test_what_is_refused(model, converter, pictures, tmp_path):
     with pytest.raises(ImageError, match="source is a NoneType"):
         converter.convert([pictures[0], None])
     assert len(converter.convert([])) == 0
-    assert [type(row) for row in next(converter.mapped_chunks([None, None]))] == [ImageError] * 2
+    # Resized, 64 × 1,920,000 pixels.
+    thin = np.zeros((1, 30_000, 3), np.uint8)
+    assert [type(row) for row in next(converter.mapped_chunks([None, thin]))] == [ImageError] * 2
+    with pytest.raises(ValueError, match=r"cut: got 100, expected one below CLIP's largest singular value, \d"):
+        ImagePromptConverter(model, config=ImagePromptConfig(cut=100)).convert(pictures)
     for field, value in (("inverse", "exact"), ("cut", -1), ("norm", 0), ("captions", "words"), ("batch", 0)):
         with pytest.raises(ValueError, match=f"{field}: got"):
             ImagePromptConfig(**{field: value})
@@ -249,6 +273,12 @@ def test_the_preprocessing_is_the_files(model, tmp_path, pictures):
     for image in pictures:
         want = AutoImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")["pixel_values"]
         close(next(converter.prepared([image]))[None], want, 1e-6)
+    # As a whole processor is saved by transformers 5.
+    nested = {"processor_class": "CLIPProcessor", "image_processor": said | {"image_mean": [0.3] * 3}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    shifted = next(ImagePromptConverter(model, tmp_path).prepared([image]))
+    close(shifted[None], want + 0.1 / 0.2, 1e-6)
+    (tmp_path / "processor_config.json").unlink()
     for wrong, message in (
         ("{", "cannot be read as the config"),
         ('{"crop_size": 32}', r"makes pictures of \(32, 32\)"),
@@ -280,6 +310,9 @@ def test_a_tower_that_is_not_clips_is_fitted_to_captions():
     assert not converter.map.exact
     told = converter.settings()
     assert told["inverse"] == "fitted"
+    for given in ({"cut": 0.5}, {"inverse": "ridge"}):
+        with pytest.raises(ValueError, match=r"inverse, cut: got .* fitted to captions takes the place of an inverse"):
+            ImagePromptConverter(model, config=ImagePromptConfig(captions=config.captions, **given))
     assert told["quality"]["r2"] > 0.2
     # Held-out captions, by hand.
     texts, out = config.captions, np.arange(512) % 8 == 0
@@ -291,7 +324,7 @@ def test_a_tower_that_is_not_clips_is_fitted_to_captions():
     b = np.linalg.solve(x.T @ x / len(x) + (0.9**-2 - 1) / 16 * np.eye(16), x.T @ y / len(x))
     error = z[out] @ b - e[out]
     r2 = 1 - (error**2).sum() / ((e[out] - e[~out].mean(0)) ** 2).sum()
-    assert told["quality"]["r2"] == pytest.approx(r2, rel=1e-6)
+    assert told["quality"]["r2"] == pytest.approx(r2, rel=5e-4)
 
 
 def test_sdxl_has_pooled_states_of_their_own_length(pictures):
@@ -303,7 +336,7 @@ def test_sdxl_has_pooled_states_of_their_own_length(pictures):
     prompt = converter.edit(pictures, ["", "red dog", "cat"], alpha=0.5)
     bare = converter.convert(pictures)
     assert bare.vectors.shape == (3, 56)
-    close(bare.pooled.norm(dim=1), states.pooled.norm(dim=1).mean().expand(3))
+    close(bare.pooled.norm(dim=1), states.pooled.norm(dim=1).mean().expand(3), 5e-4)
     close(prompt.pooled, bare.pooled + 0.5 * more)
     assert converter.settings()["quality"].keys() == {"r2", "cosine", "pooled_r2", "pooled_cosine"}
 
