@@ -128,10 +128,10 @@ class Learning(Loop):
     def _start(self, number: int) -> None:
         """Let a class begin as the next in its order, its optimiser anew."""
         history = self.histories[number]
-        history.initial, history.began = int(self._ranking[history.starts, number]), history.updates
-        history.starts += 1
+        place = int(self._ranking[len(history.begun), number])
+        history.begun.append([history.updates, place])
         for state, own in zip(self._states, self._vectors, strict=True):
-            state[0, number], state[1:3, number] = own[history.initial, number], 0.0
+            state[0, number], state[1:3, number] = own[place, number], 0.0
 
     def _update(self) -> None:
         running, config = self._queue[: self._together], self._config
@@ -139,8 +139,8 @@ class Learning(Loop):
         made = [self.histories[number].updates for number in running]
         answer = self._differentiate([state[0] for state in self._states], running, made)
         finite = answer.finite()
-        begun = [self.histories[number].began for number in running]
-        steps = torch.tensor(made, dtype=torch.float64, device="cpu") - torch.tensor(begun, device="cpu") + 1
+        begun = [len(self.histories[number].since) for number in running]
+        steps = torch.tensor(begun, dtype=torch.float64, device="cpu") + 1
         gradients = clipped(answer.gradients, config.clip_norm)
         before = [state[:, index] for state in self._states]
         after = [stepped(own[:3], gradient, steps, config) for own, gradient in zip(before, gradients, strict=True)]
@@ -164,10 +164,11 @@ class Learning(Loop):
             for state, old, new in zip(self._states, before, after, strict=True):
                 state[:3, index] = new
                 state[3, index[chosen]] = (old if config.keep == "best" else new)[0, chosen]
-            for number in running:
-                if self.histories[number].overlooked(config) and self.histories[number].starts < len(self._ranking):
-                    self._start(number)
             self._queue = [number for number in self._queue if self.histories[number].ended is None]
+            for number in self._queue[: len(running)]:
+                history = self.histories[number]
+                if history.overlooked(config) and len(history.begun) < len(self._ranking):
+                    self._start(number)
         if self._callback is not None:
             for event in events:
                 self._callback(event)
