@@ -138,9 +138,9 @@ class ClassTokenLearner:
 
         Returns:
             The tokens, in the classes' order; ``about`` each are "initial", the words that what is kept began as,
-            "updates", "ended" and "best_update" (see :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy" and
-            "probability" of that update, with ``keep="last"`` of the last one, and of the vectors "norm", the longest
-            as a multiple of the vocabulary's mean norm, and "clamped", the share of them at the clamp.
+            "updates", "ended" and "best_update" (see :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy"
+            and "probability" of that update, with ``keep="last"`` of the last one, and of the vectors "norm", the
+            longest as a multiple of the vocabulary's mean norm, and "clamped", the share of them at the clamp.
 
         Raises:
             ValueError: a class, a text, an argument or a setting that does not fit, by name; an ``out`` of another

@@ -350,6 +350,13 @@ def test_folders_of_others_are_refused(tmp_path):
     with pytest.warns(UserWarning, match="was fitted to another model: name 'other'") as told:
         load()
     assert told[0].filename == __file__
+    (tmp_path / ABOUT).write_text(json.dumps({**about, "strengths": [{"style": [1.0]}, {}], "strengths_by_layer": ""}))
+    with pytest.warns(
+        UserWarning, match=r"was fitted under the adapters \[{'style': \[1\.0\]}, {}\], now \[{}, {}\]"
+    ) as told:
+        load()
+    assert told[0].filename == __file__
+    (tmp_path / ABOUT).write_text(json.dumps(about))
     for name in (LORA, PROMPTS):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[:100])
