@@ -95,6 +95,8 @@ class Learning(Loop):
         self._vectors = vectors
         # (4, N, v, E) for each text encoder: the vectors, AdamW's two running means, and the vectors that are kept.
         self._states: list[Tensor] = []
+        # What each class, (N,), loses by each of what it may begin as.
+        self._compared: list[Tensor] = []
         # (S, N), the order in which each class begins as what it may begin as.
         self._ranking = torch.zeros(1, len(names), dtype=torch.int64, device="cpu")
         self.histories = [ClassHistory() for _ in names]
@@ -107,16 +109,21 @@ class Learning(Loop):
         return not self._queue
 
     def step(self) -> None:
-        """Make one update of the classes that run; before the first choose what each begins with."""
+        """Make one update of the classes that run, or, before the first, compare what they may begin with."""
+        done = len(self._compared)
+        if self._compare is not None and not self._states and done < len(self._vectors[0]):
+            losses = self._compare([each[done] for each in self._vectors], self._together)
+            with self.changing():
+                self._compared.append(losses)
+            return
         if not self._states:
             self._begin()
         self._update()
 
     def _begin(self) -> None:
         ranking = self._ranking
-        if self._compare is not None:
-            losses = [self._compare(each, self._together) for each in zip(*self._vectors, strict=True)]
-            ranking = torch.stack(losses).nan_to_num(nan=torch.inf).argsort(dim=0, stable=True)
+        if self._compared:
+            ranking = torch.stack(self._compared).nan_to_num(nan=torch.inf).argsort(dim=0, stable=True)
         with self.changing():
             self._ranking = ranking
             self._states = [torch.zeros(4, *each.shape[1:], dtype=each.dtype, device="cpu") for each in self._vectors]
@@ -187,13 +194,17 @@ class Learning(Loop):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See :class:`~dsd_fast.training.Loop`."""
         tensors = {f"encoder_{number}": state for number, state in enumerate(self._states)}
+        tensors |= {f"compared_{number}": losses for number, losses in enumerate(self._compared)}
         tensors["ranking"] = self._ranking
         histories = [asdict(each) for each in self.histories]
         return tensors, {"queue": self._queue, "together": self._together, "histories": histories}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """See :class:`~dsd_fast.training.Loop`."""
-        self._states = [tensors[f"encoder_{number}"] for number in range(len(self._vectors))]
+        self._states, self._compared = (
+            [tensors[name] for number in range(len(tensors)) if (name := f"{kind}_{number}") in tensors]
+            for kind in ("encoder", "compared")
+        )
         self._ranking = tensors["ranking"]
         self._queue = values["queue"]
         # Of the memory that was free when it began: with another number the same learning would round otherwise.

@@ -77,12 +77,15 @@ def test_a_waiting_class_takes_the_place_of_one_that_ends():
 
 
 def test_each_class_begins_as_what_it_loses_least_by(tmp_path):
-    """Of what is no number least is lost by none; a learning that goes on does not compare again."""
+    """Of what is no number least is lost by none; what was compared before an interrupt is not compared again."""
     starts = [torch.stack([each, 2 * each, 3 * each]) for each in begin(2, 2)]
     table = torch.tensor([[3.0, 1.0, 2.0, math.nan, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 1.0, math.nan, 4.0]])
-    asked = []
+    asked, interrupted = [], []
 
     def compare(vectors, together):
+        if len(asked) == 1 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
         asked.append(vectors)
         return table[len(asked) - 1]
 
@@ -90,6 +93,8 @@ def test_each_class_begins_as_what_it_loses_least_by(tmp_path):
         config = replace(CONFIG, updates=updates)
         return Learning(NAMES, starts, [0.5] * 2, Losing(), config, 2, None, folder, {"is": "this"}, compare)
 
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, 1).run()
     run = made(tmp_path, 1)
     run.run()
     assert [each.initial(last=True) for each in run.histories] == [1, 0, 2, 1, 2]
