@@ -129,6 +129,8 @@ class TokenConfig:
             raise ValueError(f"stopping: got {self.stopping!r} for the noise loss, expected 'never'")
         if noise and self.restart_after is not None:
             raise ValueError(f"restart_after: got {self.restart_after} for the noise loss, expected None")
+        if self.restart_after is not None and (isinstance(self.initial, str) or len(self.initial) < 2):
+            raise ValueError(f"restart_after: got {self.restart_after}, expected None with one initial alone")
         for name, value in (("stopping", "never" if noise else "official"), ("keep", "last" if noise else "best")):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -137,10 +137,10 @@ class ClassTokenLearner:
             callback: called for each update of each class.
 
         Returns:
-            The tokens, in the classes' order; ``about`` each are "initial", the words that it began as, "updates",
-            "ended" and "best_update" (see :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy" and
-            "probability" of that update, with ``keep="last"`` of the last one, and of the vectors "norm", the longest
-            as a multiple of the vocabulary's mean norm, and "clamped", the share of them at the clamp.
+            The tokens, in the classes' order; ``about`` each are "initial", the words that what is kept began as,
+            "updates", "ended" and "best_update" (see :class:`~dsd_fast.class_tokens.ClassHistory`), "loss", "accuracy"
+            and "probability" of that update, with ``keep="last"`` of the last one, and of the vectors "norm", the
+            longest as a multiple of the vocabulary's mean norm, and "clamped", the share of them at the clamp.
 
         Raises:
             ValueError: a class, a text, an argument or a setting that does not fit, by name; an ``out`` of another
@@ -270,8 +270,8 @@ def _learned(
         kept = learning.kept(number)
         vectors[token] = kept[0] if len(kept) == 1 else dict(zip(ENCODERS, kept, strict=True))
         norm, clamped = learning.about(kept)
-        initial = prompts.initial(number)[history.initial]
-        told = history.summary(last=config.keep == "last")
-        about[token] = {"initial": initial, **told, "norm": norm, "clamped": clamped}
+        last = config.keep == "last"
+        initial = prompts.initial(number)[history.initial(last)]
+        about[token] = {"initial": initial, **history.summary(last), "norm": norm, "clamped": clamped}
     classes = dict(zip(prompts.tokens, names, strict=True))
     return LearnedTokens(vectors, classes=classes, about=about, settings=settings, pooled=config.pooled)

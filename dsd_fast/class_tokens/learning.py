@@ -95,6 +95,8 @@ class Learning(Loop):
         self._vectors = vectors
         # (4, N, v, E) for each text encoder: the vectors, AdamW's two running means, and the vectors that are kept.
         self._states: list[Tensor] = []
+        # What each class, (N,), loses by each of what it may begin as.
+        self._compared: list[Tensor] = []
         # (S, N), the order in which each class begins as what it may begin as.
         self._ranking = torch.zeros(1, len(names), dtype=torch.int64, device="cpu")
         self.histories = [ClassHistory() for _ in names]
@@ -107,16 +109,21 @@ class Learning(Loop):
         return not self._queue
 
     def step(self) -> None:
-        """Make one update of the classes that run; before the first choose what each begins with."""
+        """Make one update of the classes that run, or, before the first, compare what they may begin with."""
+        done = len(self._compared)
+        if self._compare is not None and not self._states and done < len(self._vectors[0]):
+            losses = self._compare([each[done] for each in self._vectors], self._together)
+            with self.changing():
+                self._compared.append(losses)
+            return
         if not self._states:
             self._begin()
         self._update()
 
     def _begin(self) -> None:
         ranking = self._ranking
-        if self._compare is not None:
-            losses = [self._compare(each, self._together) for each in zip(*self._vectors, strict=True)]
-            ranking = torch.stack(losses).nan_to_num(nan=torch.inf).argsort(dim=0, stable=True)
+        if self._compared:
+            ranking = torch.stack(self._compared).nan_to_num(nan=torch.inf).argsort(dim=0, stable=True)
         with self.changing():
             self._ranking = ranking
             self._states = [torch.zeros(4, *each.shape[1:], dtype=each.dtype, device="cpu") for each in self._vectors]
@@ -128,10 +135,10 @@ class Learning(Loop):
     def _start(self, number: int) -> None:
         """Let a class begin as the next in its order, its optimiser anew."""
         history = self.histories[number]
-        history.initial, history.began = int(self._ranking[history.starts, number]), history.updates
-        history.starts += 1
+        place = int(self._ranking[len(history.begun), number])
+        history.begun.append([history.updates, place])
         for state, own in zip(self._states, self._vectors, strict=True):
-            state[0, number], state[1:3, number] = own[history.initial, number], 0.0
+            state[0, number], state[1:3, number] = own[place, number], 0.0
 
     def _update(self) -> None:
         running, config = self._queue[: self._together], self._config
@@ -139,8 +146,8 @@ class Learning(Loop):
         made = [self.histories[number].updates for number in running]
         answer = self._differentiate([state[0] for state in self._states], running, made)
         finite = answer.finite()
-        begun = [self.histories[number].began for number in running]
-        steps = torch.tensor(made, dtype=torch.float64, device="cpu") - torch.tensor(begun, device="cpu") + 1
+        begun = [len(self.histories[number].since) for number in running]
+        steps = torch.tensor(begun, dtype=torch.float64, device="cpu") + 1
         gradients = clipped(answer.gradients, config.clip_norm)
         before = [state[:, index] for state in self._states]
         after = [stepped(own[:3], gradient, steps, config) for own, gradient in zip(before, gradients, strict=True)]
@@ -164,10 +171,11 @@ class Learning(Loop):
             for state, old, new in zip(self._states, before, after, strict=True):
                 state[:3, index] = new
                 state[3, index[chosen]] = (old if config.keep == "best" else new)[0, chosen]
-            for number in running:
-                if self.histories[number].overlooked(config) and self.histories[number].starts < len(self._ranking):
-                    self._start(number)
             self._queue = [number for number in self._queue if self.histories[number].ended is None]
+            for number in self._queue[: len(running)]:
+                history = self.histories[number]
+                if history.overlooked(config) and len(history.begun) < len(self._ranking):
+                    self._start(number)
         if self._callback is not None:
             for event in events:
                 self._callback(event)
@@ -186,13 +194,17 @@ class Learning(Loop):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See :class:`~dsd_fast.training.Loop`."""
         tensors = {f"encoder_{number}": state for number, state in enumerate(self._states)}
+        tensors |= {f"compared_{number}": losses for number, losses in enumerate(self._compared)}
         tensors["ranking"] = self._ranking
         histories = [asdict(each) for each in self.histories]
         return tensors, {"queue": self._queue, "together": self._together, "histories": histories}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """See :class:`~dsd_fast.training.Loop`."""
-        self._states = [tensors[f"encoder_{number}"] for number in range(len(self._vectors))]
+        self._states, self._compared = (
+            [tensors[name] for number in range(len(tensors)) if (name := f"{kind}_{number}") in tensors]
+            for kind in ("encoder", "compared")
+        )
         self._ranking = tensors["ranking"]
         self._queue = values["queue"]
         # Of the memory that was free when it began: with another number the same learning would round otherwise.

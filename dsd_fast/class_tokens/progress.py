@@ -42,9 +42,8 @@ class ClassHistory:
         losses, accuracies, probabilities: of each update, see :class:`TokenUpdate`; the latter two are empty with the
             noise loss.
         best_update: the one with the lowest loss, from 1; 0 before there is any.
-        starts: how often it began.
-        initial: the place of the words that it began as at last among those that it may begin as.
-        began: updates before that.
+        begun: of each time that it began the updates before, and the place of its words among those that it may begin
+            as.
         ended: "accuracy", "patience", "gamma", "updates", or "not-finite": a loss or gradient that is no number, whose
             update was not made.
     """
@@ -53,15 +52,23 @@ class ClassHistory:
     accuracies: list[float] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     best_update: int = 0
-    starts: int = 0
-    initial: int = 0
-    began: int = 0
+    begun: list[list[int]] = field(default_factory=list)
     ended: str | None = None
 
     @property
     def updates(self) -> int:
         """Updates made."""
         return len(self.losses)
+
+    @property
+    def since(self) -> list[float]:
+        """Losses of the updates since it last began."""
+        return self.losses[self.begun[-1][0] if self.begun else 0 :]
+
+    def initial(self, last: bool) -> int:
+        """Give the place of the words that led to what is kept, the last or the best update's."""
+        number = self.updates if last else self.best_update
+        return [place for before, place in self.begun if before < max(number, 1)][-1]
 
     def summary(self, last: bool) -> dict[str, Any]:
         """Tell in short, as JSON; of the last or the best update loss, accuracy and probability, None without one."""
@@ -86,13 +93,13 @@ class ClassHistory:
     def overlooked(self, config: TokenConfig) -> bool:
         """Tell whether the guide has not seen the class for so long that it is to begin anew."""
         most = config.restart_after
-        return most is not None and self.updates - self.began >= most and not any(self.accuracies[-most:])
+        return most is not None and len(self.since) >= most and not any(self.accuracies[-most:])
 
     def why_ended(self, config: TokenConfig) -> str | None:
         """Tell which stopping rule the last update met, or None."""
         if config.stopping == "official" and self.accuracies[-1] > config.accuracy:
             return "accuracy"
-        if config.stopping == "official" and self.updates - max(self.best_update, self.began) > config.patience:
+        if config.stopping == "official" and len(since := self.since) - since.index(min(since)) - 1 > config.patience:
             return "patience"
         if config.stopping == "gamma" and self.probabilities[-1] >= config.gamma:
             return "gamma"

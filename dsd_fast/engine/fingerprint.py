@@ -98,6 +98,35 @@ def check_same_model(folder: Path, saved: Mapping[str, Any], model: Model) -> No
         warnings.warn(f"{folder} was fitted to another model: {'; '.join(other)}", stacklevel=5)
 
 
+def adapters_identity(engine: Engine, own: str | None) -> dict[str, Any]:
+    """Tell under which adapters something that is saved was made, see :func:`check_same_adapters`.
+
+    Args:
+        own: the UNet's that is saved with it, and does not count.
+    """
+    parts = []
+    for layers in engine.adapters.strengths():
+        kept = {path: [each for each in layers[path] if each[0] != own] for path in sorted(layers)}
+        parts.append({path: strengths for path, strengths in kept.items() if strengths})
+    return {
+        "strengths": [strengths_summary(layers) for layers in parts],
+        "strengths_by_layer": row_id(json.dumps(parts)),
+    }
+
+
+def check_same_adapters(folder: Path, saved: Mapping[str, Any], engine: Engine) -> None:
+    """Warn where other adapters act than those that what is in a folder was made under, elsewhere or less strongly.
+
+    Args:
+        saved: by :func:`adapters_identity`.
+    """
+    own = adapters_identity(engine, None)
+    was, now = saved["strengths"], own["strengths"]
+    if own["strengths_by_layer"] != saved.get("strengths_by_layer") and any((*was, *now)):
+        where = ", in other layers" if now == was else ""
+        warnings.warn(f"{folder} was fitted under the adapters {was}, now {now}{where}", stacklevel=5)
+
+
 def scheduler_settings(model: Model) -> dict[str, Any]:
     """Tell what of a model's scheduler changes its own steps, as JSON: class, config, what was changed in place."""
     scheduler = model.new_scheduler()

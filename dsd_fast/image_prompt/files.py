@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsd_fast.engine.fingerprint import check_same_model, model_identity
+from dsd_fast.engine.fingerprint import adapters_identity, check_same_adapters, check_same_model, model_identity
 from dsd_fast.engine.lora import own_model, put_lora
 from dsd_fast.image_prompt.config import ImagePromptConfig
 from dsd_fast.image_prompt.converter import Conversion
@@ -37,7 +37,7 @@ FULL = "cross_attention.safetensors"
 PROMPTS = "deep_prompts.safetensors"
 FILES = (ABOUT, LORA, FULL, PROMPTS)
 
-_KEYS = ("model", "adapter", "config", "lora", "full", "deep_prompts", "vision")
+_KEYS = ("model", "adapter", "strengths", "config", "lora", "full", "deep_prompts", "vision")
 
 
 def write(folder: Path, converter: Conversion) -> None:
@@ -60,6 +60,7 @@ def write(folder: Path, converter: Conversion) -> None:
         "format": 1,
         "model": model_identity(model),
         "adapter": converter.adapter,
+        **adapters_identity(converter.engine, converter.lora),
         "config": asdict(converter.config),
         "lora": converter.lora is not None,
         "full": converter.full,
@@ -81,6 +82,7 @@ def read(kind: type[Made], folder: Path, model: Model, clip: Any) -> Made:
     check_same_model(folder, about["model"], model)
     adapter = about["adapter"]
     base = kind(model, clip, _config(about["config"]), adapter=tuple(adapter) if isinstance(adapter, list) else adapter)
+    check_same_adapters(folder, about, base.engine)
     own, lora = own_model(base.engine, lambda name: about["full"] and is_full(name)), None
     if about["lora"]:
         file = folder / LORA

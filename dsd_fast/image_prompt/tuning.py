@@ -169,11 +169,12 @@ def training(
             with seeded(seed_of(config.seed, step, 0, 2), device):
                 return states_of(prepared)
 
-        tuned.dropout(config.prompt_dropout)
+        learns = config.prompt_tokens > 0
+        if learns:
+            tuned.dropout(config.prompt_dropout)
         # The image encoder keeps nothing while the UNet runs, which needs the memory: it is gone through once more.
         with torch.no_grad():
             shown = states()
-        learns = config.prompt_tokens > 0
         leaves = [each.detach().requires_grad_(learns) for each in (shown.states, shown.pooled) if each is not None]
         loss(
             replace(shown, states=leaves[0], pooled=leaves[1] if leaves[1:] else None),

@@ -77,12 +77,15 @@ def test_a_waiting_class_takes_the_place_of_one_that_ends():
 
 
 def test_each_class_begins_as_what_it_loses_least_by(tmp_path):
-    """Of what is no number least is lost by none; a learning that goes on does not compare again."""
+    """Of what is no number least is lost by none; what was compared before an interrupt is not compared again."""
     starts = [torch.stack([each, 2 * each, 3 * each]) for each in begin(2, 2)]
     table = torch.tensor([[3.0, 1.0, 2.0, math.nan, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 1.0, math.nan, 4.0]])
-    asked = []
+    asked, interrupted = [], []
 
     def compare(vectors, together):
+        if len(asked) == 1 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
         asked.append(vectors)
         return table[len(asked) - 1]
 
@@ -90,12 +93,14 @@ def test_each_class_begins_as_what_it_loses_least_by(tmp_path):
         config = replace(CONFIG, updates=updates)
         return Learning(NAMES, starts, [0.5] * 2, Losing(), config, 2, None, folder, {"is": "this"}, compare)
 
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, 1).run()
     run = made(tmp_path, 1)
     run.run()
-    assert [each.initial for each in run.histories] == [1, 0, 2, 1, 2]
+    assert [each.initial(last=True) for each in run.histories] == [1, 0, 2, 1, 2]
     assert all(torch.equal(a, b[n]) for n, given in enumerate(asked) for a, b in zip(given, starts, strict=True))
     for number, history in enumerate(run.histories):
-        alone = learning(own=[each[history.initial] for each in starts], config=replace(CONFIG, updates=1))
+        alone = learning(own=[each[history.initial(last=True)] for each in starts], config=replace(CONFIG, updates=1))
         alone.run()
         assert all(torch.equal(a, b) for a, b in zip(run.kept(number), alone.kept(number), strict=True))
     again = made(tmp_path, 1)
@@ -109,19 +114,19 @@ def test_a_class_that_is_not_seen_begins_anew(tmp_path):
     starts = [torch.stack([each, 2 * each, 3 * each]) for each in begin(2)]
     losses = iter(torch.tensor([[1.0] * 5, [3.0] * 5, [2.0] * 5]))
     seen = {0: {2: 0.5}, 1: {3: 0.5, 5: 0.5, 7: 0.5}, 2: {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.5}}
-    config, folder = replace(CONFIG, updates=8, restart_after=2, keep="last"), {"is": "this"}
+    config, folder = replace(CONFIG, updates=8, initial=("a", "b", "c"), restart_after=2, keep="last"), {"is": "this"}
 
     def compare(vectors, together):
         return next(losses)
 
     run = Learning(NAMES, starts, [0.5], Losing(accuracies=seen), config, 2, None, tmp_path, folder, compare)
     run.run()
-    assert [(each.starts, each.initial, each.began) for each in run.histories] == [
-        (3, 1, 5),
-        (2, 2, 2),
-        (1, 0, 0),
-        (3, 1, 4),
-        (3, 1, 4),
+    assert [each.begun for each in run.histories] == [
+        [[0, 0], [2, 2], [5, 1]],
+        [[0, 0], [2, 2]],
+        [[0, 0]],
+        [[0, 0], [2, 2], [4, 1]],
+        [[0, 0], [2, 2], [4, 1]],
     ]
     # The second start of the second class, by hand.
     vectors = starts[0][2, 1].clone()
@@ -133,6 +138,27 @@ def test_a_class_that_is_not_seen_begins_anew(tmp_path):
         vectors = vectors * (1 - config.learning_rate * config.weight_decay)
         vectors = vectors - config.learning_rate * mean / (square.sqrt() + config.eps)
     assert torch.allclose(run.kept(1)[0], vectors, rtol=1e-10, atol=1e-12)
+
+
+def test_a_class_that_began_anew_tells_what_is_kept_of_it_and_has_the_patience_of_a_new_one():
+    """One that has ended does not begin again, and of an earlier beginning's best update that one's words are told."""
+    starts = [torch.stack([each, 2 * each]) for each in begin()]
+    losses = {0: {0: 0.5, 2: 0.9, 4: 0.8, 5: 0.7}, 1: {3: 0.1}}
+
+    def made(**settings):
+        config = replace(CONFIG, initial=("a", "b"), restart_after=2, keep="best", **settings)
+        compare = lambda vectors, together: torch.tensor([float(torch.equal(vectors[0], starts[0][1]))] * 5)  # noqa: E731
+        run = Learning(NAMES, starts, [0.5], Losing(losses), config, 2, None, None, {}, compare)
+        run.run()
+        return run.histories
+
+    assert [each.begun for each in made(updates=2)] == [[[0, 0]]] * 5
+    histories = made(updates=6)
+    assert [each.begun for each in histories] == [[[0, 0], [2, 1]]] * 5
+    assert [each.initial(last=False) for each in histories] == [0, 1, 0, 0, 0]
+    assert [each.initial(last=True) for each in histories] == [1] * 5
+    patient = made(updates=7, stopping="official", patience=2)
+    assert [(each.updates, each.ended) for each in patient] == [(7, "updates"), (7, "patience"), *[(6, "patience")] * 3]
 
 
 def test_a_step_is_that_of_torch():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dsd_fast as dsd
+from dsd_fast.engine.noise_loss import NoiseLoss
 from dsd_fast.image_prompt import ImagePromptConverter, TuneConfig
 from dsd_fast.image_prompt.deep_prompts import PromptedVision
 from dsd_fast.image_prompt.files import ABOUT, LORA, PROMPTS
@@ -212,6 +213,23 @@ def test_a_second_tuning_goes_on_from_the_first(attention, tmp_path):
             tuned(replace(config, rank=4), own=one)
 
 
+def test_an_interrupted_tuning_leaves_what_it_went_on_from_as_it_was(monkeypatch):
+    """Deep prompts that are not learned any more are the first converter's own, and are not left out in parts."""
+    one = tuned(replace(CONFIG, steps=1))
+    shown = pictures(1, seed=5)
+    before, seen = one.convert(shown).vectors, []
+
+    def stopped(self, *given):
+        seen.append(one.vision.prompts.dropout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NoiseLoss, "__call__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(replace(CONFIG, prompt_tokens=0, prompt_dropout=0.5), own=one)
+    assert seen == [0.0]
+    assert torch.equal(one.convert(shown).vectors, before)
+
+
 @pytest.mark.parametrize("stop", [(1, False), (2, True)], ids=["in a step", "at a record"])
 def test_an_interrupted_tuning_goes_on(tmp_path, stop):
     config = replace(CONFIG, prompt_dropout=0.3)
@@ -332,6 +350,13 @@ def test_folders_of_others_are_refused(tmp_path):
     with pytest.warns(UserWarning, match="was fitted to another model: name 'other'") as told:
         load()
     assert told[0].filename == __file__
+    (tmp_path / ABOUT).write_text(json.dumps({**about, "strengths": [{"style": [1.0]}, {}], "strengths_by_layer": ""}))
+    with pytest.warns(
+        UserWarning, match=r"was fitted under the adapters \[{'style': \[1\.0\]}, {}\], now \[{}, {}\]"
+    ) as told:
+        load()
+    assert told[0].filename == __file__
+    (tmp_path / ABOUT).write_text(json.dumps(about))
     for name in (LORA, PROMPTS):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[:100])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsd_fast.engine.fingerprint import check_same_model, model_identity
+from dsd_fast.engine.fingerprint import adapters_identity, check_same_adapters, check_same_model, model_identity
 from dsd_fast.engine.lora import own_model, put_lora
-from dsd_fast.jobs import read_tensors, remove_stale, replacing, row_id, write_tensors
+from dsd_fast.jobs import read_tensors, remove_stale, replacing, write_tensors
 from dsd_fast.kernels.common.host import ordinary
 from dsd_fast.matching.config import MatchConfig
 from dsd_fast.matching.score import PairScorer
 from dsd_fast.training import as_json
-from dsd_fast.unet.adapters import strengths_summary
 
 if TYPE_CHECKING:
     from dsd_fast.models import Model
@@ -55,13 +53,11 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
         save_lora(model.unet, lora, folder / LORA)
     if scorer.prompt is not None:
         write_tensors(folder / PROMPT, {"prompt": scorer.prompt})
-    acting = others(scorer, lora)
     about = {
         "format": 1,
         "model": model_identity(model),
         "adapter": adapter,
-        "strengths": [strengths_summary(layers) for layers in acting],
-        "strengths_by_layer": row_id(json.dumps(acting)),
+        **adapters_identity(scorer.engine, lora),
         "lora": lora is not None,
         "prompt": scorer.prompt is not None,
         # The budget is of the device that scores.
@@ -69,15 +65,6 @@ def save(folder: Path, scorer: PairScorer, lora: str | None, adapter: Adapter) -
     }
     with replacing(folder / MATCHER) as file:
         file.write(json.dumps(as_json(about), indent=2, allow_nan=False).encode() + b"\n")
-
-
-def others(scorer: PairScorer, lora: str | None) -> list[dict[str, list[tuple[str, float]]]]:
-    """Which adapters besides the matcher's own act where in its UNet and its text encoders, and how strongly."""
-    parts = []
-    for layers in scorer.engine.adapters.strengths():
-        kept = {path: [each for each in layers[path] if each[0] != lora] for path in sorted(layers)}
-        parts.append({path: strengths for path, strengths in kept.items() if strengths})
-    return parts
 
 
 @ordinary()
@@ -91,12 +78,7 @@ def load(
     adapter = about["adapter"]
     adapter = tuple(adapter) if isinstance(adapter, list) else adapter
     base = PairScorer.of(model, replace(_config(about["config"]), memory_budget=memory_budget), adapter)
-    acting = others(base, None)
-    same = row_id(json.dumps(acting)) == about.get("strengths_by_layer")
-    if not same and any((*about["strengths"], *acting)):
-        now = [strengths_summary(layers) for layers in acting]
-        where = ", in other layers" if now == about["strengths"] else ""
-        warnings.warn(f"{path} was fitted under the adapters {about['strengths']}, now {now}{where}", stacklevel=4)
+    check_same_adapters(path, about, base.engine)
     prompt = None
     if about["prompt"]:
         prompt, width = (
