@@ -133,7 +133,7 @@ def no_word(
     settings = task.settings(bench.model)
     learned = [(clamp, settings) for clamp in CLAMPS]
     if task.several:
-        learned.append((CLAMPS[-1], {**settings, "initial": NONE}))
+        learned.append((CLAMPS[-1], {**settings, "initial": NONE, "restart_after": None}))
     for number, (clamp, own) in enumerate(learned):
         row = f"{name}, token, " + ("no clamp" if clamp is None else f"clamp {clamp:g}")
         row += f', from "{NONE}" alone' if number == len(CLAMPS) else ""

@@ -74,7 +74,7 @@ def finetune(request: FinetuneRequest) -> None:
 def customize(request: CustomizeRequest) -> None:
     """Tune to one image, or a few of one thing, in some tens of steps (SD-IPC-CT).
 
-    Else as `dsd-fast prompt finetune`.
+    Learns a LoRA alone, unless --prompt-tokens asks for more. Else as `dsd-fast prompt finetune`.
     """
     _tune("customize", request)
 

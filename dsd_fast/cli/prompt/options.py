@@ -41,7 +41,9 @@ class TunedModelOptions(AdaptedModelOptions):
     ] = None
     tuned: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of dsd-fast prompt finetune or customize, which is gone on from."),
+        typer.Option(
+            metavar="DIR", help="Folder of dsd-fast prompt finetune or customize, to convert with, or to go on tuning."
+        ),
     ] = None
 
     def check(self) -> None:
@@ -167,7 +169,7 @@ class TuneOptions(Options, panel="Tuning"):
         int, typer.Option(help="Learned tokens at each layer of CLIP's image encoder; 0: none.")
     ] = 50
     prompt_dropout: Annotated[float, typer.Option(help="Share of their numbers that a step leaves out.")] = 0.1
-    learning_rate: Annotated[float, typer.Option(help="Of what is learned in the network.")] = 1e-3
+    learning_rate: Annotated[float, typer.Option(help="Of what is learned in the network.")] = 3e-3
     prompt_learning_rate: Annotated[float, typer.Option(help="Of the learned tokens.")] = 1e-3
     schedule: Annotated[
         str,
@@ -212,7 +214,9 @@ class FewOptions(TuneOptions):
     """How it is tuned to a few images."""
 
     steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 30
-    learning_rate: Annotated[float, typer.Option(help="Of what is learned in the network.")] = 3e-3
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Learned tokens at each layer of CLIP's image encoder; 0: none.")
+    ] = 0
     schedule: Annotated[
         str,
         typer.Option(metavar="linear|constant", help="Of the rates; linear falls to 0 over the second half."),
