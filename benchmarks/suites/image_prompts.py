@@ -140,12 +140,12 @@ def tuned(name: str, context: Context, *, n: int = N, shown: int = SHOWN, config
     before = ImagePromptConverter(bench.model)
     after = before.finetune(pictures.images, config, progress=False)
     rows = {
-        "caption": bench.judged(references, references.captions),
+        "the caption": bench.judged(references, references.captions),
         "before": bench.judged(references, before.convert(references.images)),
         "tuned": bench.judged(references, after.convert(references.images), after.model),
     }
     sizes = {"pictures": shown, "updates": config.steps}
-    of_left = _way(name, "tuned", rows["tuned"], rows["caption"], rows["before"], "of what was left", **sizes)
+    of_left = _way(name, "tuned", rows["tuned"], rows["the caption"], rows["before"], "of what was left", **sizes)
     figures = [*_rows(name, references, rows), of_left, _gain(name, "tuned", rows["tuned"], rows["before"])]
     # As little as they teach a probe they teach the network.
     return figures + bench.probed(name, before, references, pictures)
