@@ -8,7 +8,7 @@ from tests.repository.source import ROOT
 
 def test_examples_run(tmp_path):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 7
     for number, example in enumerate(examples):
         (tmp_path / f"example{number}.py").write_text(example)
     # Each by itself, with names of its own, in a process that imports what they import once.

@@ -9,12 +9,12 @@ import typer
 from dsd_fast.cli.feature_options import Images
 from dsd_fast.cli.fit.options import parse_range
 from dsd_fast.cli.groups import Options
-from dsd_fast.cli.images import ImageFiles, read_prompts
 from dsd_fast.cli.match.captions import read_captions
 from dsd_fast.cli.options import MEMORY_PANEL, AdaptedModelOptions, WorkerOptions
 from dsd_fast.cli.terminal import CommandError
 
 if TYPE_CHECKING:
+    from dsd_fast.cli.images import ImageFiles
     from dsd_fast.generation import GenerateConfig
     from dsd_fast.image_prompt import ImagePromptConfig, ImagePromptConverter, TuneConfig
 
@@ -137,9 +137,13 @@ class TextOptions(Options, panel="Texts"):
         ),
     ] = None
 
-    def texts(self, files: ImageFiles) -> str | list[str]:
+    def texts(self, files: "ImageFiles") -> str | list[str]:
         """Gives one prompt, or one for each image."""
-        return self.prompt if self.prompts is None else files.prompts(read_prompts(self.prompts))
+        if self.prompts is None:
+            return self.prompt
+        from dsd_fast.cli.images import read_prompts
+
+        return files.prompts(read_prompts(self.prompts))
 
 
 class EditTextOptions(TextOptions):
