@@ -12,7 +12,7 @@ def test_examples_run(tmp_path):
     for number, example in enumerate(examples):
         (tmp_path / f"example{number}.py").write_text(example)
     # Each by itself, with names of its own, in a process that imports what they import once.
-    code = "import runpy\nfor number in range(6):\n    runpy.run_path(f'example{number}.py')\n    print('THE END')"
+    code = "import runpy\nfor number in range(7):\n    runpy.run_path(f'example{number}.py')\n    print('THE END')"
     done = run_python(["-W", "error::UserWarning", "-c", code], cwd=tmp_path, path=[ROOT])
     printed = done.stdout.split("THE END\n")
     assert (tmp_path / "fitted" / "matcher.json").is_file()
@@ -22,4 +22,6 @@ def test_examples_run(tmp_path):
     assert re.fullmatch(r"(up-level\S+ \(1, 2, \d+, \d+, \d+\)\n)+", printed[2])
     assert printed[3] == "(64, 64)\n" * 2
     assert {file.name for file in (tmp_path / "tokens").iterdir()} >= {"red-circle-token.safetensors", "tokens.json"}
-    assert re.fullmatch(r"tensor\(\[ *[\d.]+, *[\d.]+\]\)\n", printed[5])
+    assert re.fullmatch(r"(\(64, 64\)\n){2}tensor\(\[\[[\d.]+, *[\d.]+\]\]\)\n", printed[5])
+    assert (tmp_path / "prompts.safetensors").is_file()
+    assert re.fullmatch(r"tensor\(\[ *[\d.]+, *[\d.]+\]\)\n", printed[6])
