@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -278,7 +277,7 @@ class Image2TextEmbedder:
         if self.onlyprompt:
             return text_embeddings.squeeze(0)
         source = Path(image) if isinstance(image, str) else image
-        pixels = self._preprocessing.of_images([np.array(load_image(source))])
+        pixels = self._preprocessing.of_image(load_image(source))
         weight = self.clip_model.visual_projection.weight
         pooled = self.clip_model.vision_model(pixel_values=pixels.to(weight)).pooler_output
         vector = CONSTANT_NORM * F.normalize(float64(pooled) @ self._map.mT, dim=1).to(text_embeddings)

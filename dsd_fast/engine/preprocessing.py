@@ -104,19 +104,23 @@ class Preprocessing:
             ValueError: none, pictures of another type or shape, or smaller ones than what is cut out of them.
         """
         check_pictures(images)
-        prepared = []
-        for image in images:
-            height, width = self._resized(*image.shape[:2])
-            if height * width > MAX_PIXELS:
-                told = f"{image.shape[1]} × {image.shape[0]} pixels, of which {width} × {height} would be made"
-                raise ImageError("picture", "too-large", f"a picture has {told}; the limit is {MAX_PIXELS} in all")
-            if (height, width) != image.shape[:2]:
-                filter_ = Image.Resampling[self.resample.upper()]
-                image = np.array(Image.fromarray(image).resize((width, height), filter_))
-            # Cut first, so that of a long picture no more becomes floats.
-            rows, columns = self._kept(height, width)
-            prepared.append(self._finish((to_pixels(image[None, rows, columns]) + 1) / 2))
-        return torch.cat(prepared)
+        return torch.cat([self.of_image(Image.fromarray(image)) for image in images])
+
+    def of_image(self, image: Image.Image) -> Tensor:
+        """Prepare an RGB picture as :meth:`of_images` does, (1, 3, h, w) float32, without an array of all its pixels.
+
+        Raises:
+            ImageError, ValueError: as there.
+        """
+        height, width = self._resized(image.height, image.width)
+        if height * width > MAX_PIXELS:
+            told = f"{image.width} × {image.height} pixels, of which {width} × {height} would be made"
+            raise ImageError("picture", "too-large", f"a picture has {told}; the limit is {MAX_PIXELS} in all")
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling[self.resample.upper()])
+        # Cut first, so that of a long picture no more becomes floats.
+        rows, columns = self._kept(height, width)
+        return self._finish((to_pixels(np.array(image)[None, rows, columns]) + 1) / 2)
 
     def check(self, own: Callable[[Picture], Tensor], what: str) -> None:
         """Compare with the original, of one picture (H, W, 3) to (1, 3, h, w), on two pictures of noise.

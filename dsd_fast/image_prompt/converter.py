@@ -351,7 +351,7 @@ def _not_finite(number: int) -> ImageError:
 
 def _prepared(preprocessing: Preprocessing, source: ImageSource) -> Tensor | ImageError:
     try:
-        return preprocessing.of_images([np.array(load_image(source))])[0]
+        return preprocessing.of_image(load_image(source))[0]
     except ImageError as error:
         return error
 
